@@ -1,0 +1,273 @@
+// The CPU kernels as private torch ops (zsl_cpu::*): checks, allocation, workers. The public ops, their schemas and the choice among
+// these are in Python (zsl_kernels/ops.py, cpu.py, plan.py).
+//
+// Work is split into as many contiguous ranges as there are threads, and partial scalars are added in the order of the ranges:
+// results are bitwise repeatable for the same inputs and thread count.
+#include <ATen/Parallel.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/zeros.h>
+#include <torch/library.h>
+
+#include <algorithm>
+#include <cstdlib>
+#include <string>
+#include <tuple>
+#include <vector>
+
+#include "../cpu/kernels.h"
+
+namespace zsl {
+namespace {
+
+using at::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+
+std::vector<const Kernels*> supported() {
+  std::vector<const Kernels*> found;
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+  const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+  if (avx512 && __builtin_cpu_supports("avx512bf16")) found.push_back(kernels_avx512_bf16());
+  if (avx512) found.push_back(kernels_avx512());
+  if (avx2) found.push_back(kernels_avx2());
+#endif
+  found.push_back(kernels_generic());
+  return found;
+}
+
+const Kernels* find_isa(const std::string& isa) {
+  std::string names;
+  for (const Kernels* k : supported()) {
+    if (isa == k->isa) return k;
+    names += std::string(names.empty() ? "" : ", ") + k->isa;
+  }
+  TORCH_CHECK(false, "ZSL_CPU_ISA: expected one of ", names, " on this processor, got '", isa, "'");
+}
+
+const Kernels*& active() {
+  static const Kernels* kernels = [] {
+    const char* wanted = std::getenv("ZSL_CPU_ISA");
+    return wanted && *wanted ? find_isa(wanted) : supported().front();
+  }();
+  return kernels;
+}
+
+DType dtype_of(const Tensor& x) {
+  switch (x.scalar_type()) {
+    case at::kFloat: return DType::f32;
+    case at::kBFloat16: return DType::bf16;
+    case at::kHalf: return DType::f16;
+    case at::kDouble: return DType::f64;
+    default: TORCH_CHECK(false, "expected float32, bfloat16, float16 or float64, got ", x.scalar_type());
+  }
+}
+
+Operand operand(const Tensor& x) {
+  return {x.const_data_ptr(), dtype_of(x), x.stride(0), x.stride(1), x.stride(2)};
+}
+
+Shape shape_of(const Tensor& a, const Tensor& b, int64_t tile_o, int64_t tile_k) {
+  TORCH_CHECK(a.dim() == 3 && b.dim() == 3 && a.size(0) == b.size(0) && a.size(1) == b.size(1), "expected a (N, T, K) and b (N, T, O), got ",
+              a.sizes(), " and ", b.sizes());
+  TORCH_CHECK(a.scalar_type() == b.scalar_type(), "expected a and b of one dtype, got ", a.scalar_type(), " and ", b.scalar_type());
+  TORCH_CHECK(a.device().is_cpu() && b.device().is_cpu(), "expected CPU tensors");
+  TORCH_CHECK(tile_o > 0 && tile_k > 0, "expected a positive tile, got ", tile_o, " x ", tile_k);
+  return {a.size(0), a.size(1), a.size(2), b.size(2), std::min(tile_o, std::max<int64_t>(b.size(2), 1)),
+          std::min(tile_k, std::max<int64_t>(a.size(2), 1))};
+}
+
+at::TensorOptions sum_options(const Tensor& a) { return a.options().dtype(a.scalar_type() == at::kDouble ? at::kDouble : at::kFloat); }
+at::TensorOptions double_options(const Tensor& a) { return a.options().dtype(at::kDouble); }
+
+// Keeps what a raw pointer points to alive, in the dtype and layout that the kernels want.
+struct Held {
+  Tensor tensor;
+  Held(const OptionalTensor& x, const at::TensorOptions& options) {
+    if (x.has_value()) tensor = x->to(options).contiguous();
+  }
+  const void* data() const { return tensor.defined() ? tensor.const_data_ptr() : nullptr; }
+  const double* doubles() const { return static_cast<const double*>(data()); }
+};
+
+// Calls body(worker, begin, end, workspace) for contiguous ranges of [0, count), one for each worker.
+template <class Body>
+void run_workers(int64_t workers, int64_t count, size_t workspace_bytes, const Tensor& like, Body body) {
+  const int64_t stride = (static_cast<int64_t>(workspace_bytes) + 4095) / 4096 * 4096 + 64;
+  const Tensor workspace = at::empty({workers * stride}, like.options().dtype(at::kByte));
+  char* base = static_cast<char*>(workspace.mutable_data_ptr());
+  at::parallel_for(0, workers, 1, [&](int64_t first, int64_t last) {
+    for (int64_t w = first; w < last; ++w) body(w, count * w / workers, count * (w + 1) / workers, base + w * stride);
+  });
+}
+
+int64_t worker_count(int64_t items) { return std::max<int64_t>(1, std::min<int64_t>(items, at::get_num_threads())); }
+
+// (workers, …) partial sums in double → their sum in S.
+Tensor reduce(const Tensor& partial, const Tensor& a) { return partial.sum(0).to(sum_options(a).dtype()); }
+
+Tensor mirror_upper(const Tensor& gram) { return gram.triu().add(gram.triu(1).transpose(0, 1)); }
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> interference(
+    const Tensor& a, const Tensor& b, const OptionalTensor& direction, bool gram, int64_t tile_o, int64_t tile_k) {
+  const Shape shape = shape_of(a, b, tile_o, tile_k);
+  const auto options = sum_options(a);
+  const Held u(direction, options);
+  Tensor sums[3];
+  for (Tensor& sum : sums) sum = at::empty({shape.O, shape.K}, options);
+  const InterferenceArgs args = {shape, operand(a), operand(b), u.data(), sums[0].mutable_data_ptr(), sums[1].mutable_data_ptr(),
+                                 sums[2].mutable_data_ptr(), gram};
+  const int64_t workers = worker_count(shape.tiles());
+  const Tensor scalars = at::zeros({workers, 4, shape.N}, double_options(a));
+  const Tensor grams = at::zeros({gram ? workers : 0, shape.N, shape.N}, double_options(a));
+  double *scalar = scalars.mutable_data_ptr<double>(), *pairs = grams.mutable_data_ptr<double>();
+  const Kernels& k = *active();
+  run_workers(workers, shape.tiles(), k.interference_workspace(args), a, [&](int64_t w, int64_t begin, int64_t end, void* workspace) {
+    double* mine = scalar + w * 4 * shape.N;
+    k.interference_worker(args, begin, end, workspace,
+                          {mine, mine + shape.N, mine + 2 * shape.N, mine + 3 * shape.N, gram ? pairs + w * shape.N * shape.N : nullptr});
+  });
+  const Tensor totals = reduce(scalars, a);
+  const Tensor none = at::empty({0}, options);
+  // Clones: an op's outputs may not share storage.
+  return {sums[0], sums[1], sums[2], totals[0].clone(), totals[1].clone(), direction ? totals[2].clone() : none,
+          direction ? totals[3].clone() : at::empty({0}, options), gram ? mirror_upper(reduce(grams, a)) : at::empty({0, 0}, options)};
+}
+
+// sq_norm, dot and abs_dot alone: (3, N).
+Tensor scalars_direct(const Tensor& a, const Tensor& b, const OptionalTensor& direction, int64_t tile_o, int64_t tile_k) {
+  const Shape shape = shape_of(a, b, tile_o, tile_k);
+  const Held u(direction, sum_options(a));
+  const InterferenceArgs args = {shape, operand(a), operand(b), u.data(), nullptr, nullptr, nullptr, false};
+  const int64_t workers = worker_count(shape.tiles());
+  const Tensor partial = at::zeros({workers, 3, shape.N}, double_options(a));
+  double* out = partial.mutable_data_ptr<double>();
+  const Kernels& k = *active();
+  run_workers(workers, shape.tiles(), k.interference_workspace(args), a, [&](int64_t w, int64_t begin, int64_t end, void* workspace) {
+    double* mine = out + w * 3 * shape.N;
+    k.interference_worker(args, begin, end, workspace, {nullptr, mine, mine + shape.N, mine + 2 * shape.N, nullptr});
+  });
+  return reduce(partial, a);
+}
+
+Tensor sq_norm_direct(const Tensor& a, const Tensor& b, int64_t tile_o, int64_t tile_k) {
+  return scalars_direct(a, b, std::nullopt, tile_o, tile_k)[0].clone();
+}
+
+Tensor dot_direct(const Tensor& a, const Tensor& b, const Tensor& direction, int64_t tile_o, int64_t tile_k) {
+  return scalars_direct(a, b, direction, tile_o, tile_k)[1].clone();
+}
+
+GramArgs gram_args(const Tensor& a, const Tensor& b, const Tensor& a2, const Tensor& b2, bool self, int64_t tile_o, int64_t tile_k) {
+  TORCH_CHECK(a2.size(1) == a.size(1) && a2.size(2) == a.size(2) && b2.size(2) == b.size(2) && a2.size(0) == b2.size(0) &&
+                  a2.scalar_type() == a.scalar_type() && b2.scalar_type() == a.scalar_type(),
+              "expected a2 and b2 like a and b but for the number of examples, got ", a2.sizes(), " and ", b2.sizes());
+  return {shape_of(a, b, tile_o, tile_k), a2.size(0), operand(a), operand(b), operand(a2), operand(b2), self};
+}
+
+Tensor gram_direct(const Tensor& a, const Tensor& b, const Tensor& a2, const Tensor& b2, bool self, int64_t tile_o, int64_t tile_k) {
+  const GramArgs args = gram_args(a, b, a2, b2, self, tile_o, tile_k);
+  const int64_t workers = worker_count(args.shape.tiles()), size = args.shape.N * args.M;
+  const Tensor partial = at::zeros({workers, args.shape.N, args.M}, double_options(a));
+  double* out = partial.mutable_data_ptr<double>();
+  const Kernels& k = *active();
+  run_workers(workers, args.shape.tiles(), k.gram_workspace(args), a, [&](int64_t w, int64_t begin, int64_t end, void* workspace) {
+    k.gram_worker(args, begin, end, workspace, out + w * size);
+  });
+  return self ? mirror_upper(reduce(partial, a)) : reduce(partial, a);
+}
+
+// (N, M), or (N,) with `diagonal`.
+Tensor ghost(const Tensor& a, const Tensor& b, const Tensor& a2, const Tensor& b2, bool self, bool diagonal) {
+  const GramArgs args = gram_args(a, b, a2, b2, self, 1, 1);
+  const Shape& shape = args.shape;
+  const bool empty = shape.N * args.M * shape.T * shape.K * shape.O == 0;
+  const Kernels& k = *active();
+  const int64_t blocks = empty ? 0 : k.ghost_blocks(args, diagonal), workers = worker_count(blocks);
+  const int64_t size = diagonal ? shape.N : shape.N * args.M;
+  const Tensor partial =
+      diagonal ? at::zeros({workers, shape.N}, double_options(a)) : at::zeros({workers, shape.N, args.M}, double_options(a));
+  double* out = partial.mutable_data_ptr<double>();
+  if (!empty)
+    run_workers(workers, blocks, k.ghost_workspace(args), a, [&](int64_t w, int64_t begin, int64_t end, void* workspace) {
+      k.ghost_worker(args, diagonal, begin, end, workspace, out + w * size);
+    });
+  const Tensor total = reduce(partial, a);
+  return self && !diagonal ? mirror_upper(total) : total;
+}
+
+Tensor weighted_grad(const Tensor& a, const Tensor& b, const Tensor& weights, const OptionalTensor& abs_weights,
+                     const OptionalTensor& direction, int64_t tile_o, int64_t tile_k) {
+  const Shape shape = shape_of(a, b, tile_o, tile_k);
+  const Held w(weights, double_options(a)), v(abs_weights, double_options(a)), u(direction, sum_options(a));
+  const Tensor out = at::empty({shape.O, shape.K}, sum_options(a));
+  const WeightedArgs args = {shape, operand(a), operand(b), w.doubles(), v.doubles(), u.data(), out.mutable_data_ptr()};
+  const Kernels& k = *active();
+  run_workers(worker_count(shape.tiles()), shape.tiles(), k.weighted_workspace(args), a,
+              [&](int64_t, int64_t begin, int64_t end, void* workspace) { k.weighted_worker(args, begin, end, workspace); });
+  return out;
+}
+
+// c: the cotangents of grad_sum, abs_sum, sq_sum (O, K), l1, sq_norm, dot, abs_dot (N,); mix (N, M) weighs the gradients of a2, b2.
+std::tuple<Tensor, Tensor> backward(const Tensor& a, const Tensor& b, const OptionalTensor& direction, const OptionalTensor& c_grad,
+                                    const OptionalTensor& c_abs, const OptionalTensor& c_sq, const OptionalTensor& c_l1,
+                                    const OptionalTensor& c_sqn, const OptionalTensor& c_dot, const OptionalTensor& c_absdot,
+                                    const OptionalTensor& mix, const Tensor& a2, const Tensor& b2, bool want_a, bool want_b,
+                                    int64_t tile_o, int64_t tile_k) {
+  const Shape shape = shape_of(a, b, tile_o, tile_k);
+  const auto S = sum_options(a), D = double_options(a);
+  const Held u(direction, S), grad(c_grad, S), abs(c_abs, S), sq(c_sq, S);
+  const Held l1(c_l1, D), sqn(c_sqn, D), dot(c_dot, D), absdot(c_absdot, D), mixed(mix, D);
+  const Tensor da = want_a ? at::zeros({shape.N, shape.T, shape.K}, S) : at::empty({0}, S);
+  const Tensor db = want_b ? at::zeros({shape.N, shape.T, shape.O}, S) : at::empty({0}, S);
+  const BackwardArgs args = {shape,       operand(a),      operand(b),    u.data(),          grad.data(),
+                             abs.data(),  sq.data(),       l1.doubles(),  sqn.doubles(),     dot.doubles(),
+                             absdot.doubles(), mixed.doubles(), a2.size(0), operand(a2),     operand(b2),
+                             want_a ? da.mutable_data_ptr() : nullptr, want_b ? db.mutable_data_ptr() : nullptr};
+  const Kernels& k = *active();
+  const size_t workspace_bytes = k.backward_workspace(args);
+  const Tensor shared = at::empty({static_cast<int64_t>(k.backward_shared(args))}, a.options().dtype(at::kByte));
+  void* g2 = shared.mutable_data_ptr();
+  for (int64_t tile = 0; tile < shape.tiles(); ++tile) {
+    if (args.mix)
+      run_workers(worker_count(args.M), args.M, workspace_bytes, a, [&](int64_t, int64_t begin, int64_t end, void* workspace) {
+        k.backward_mix_worker(args, tile, begin, end, workspace, g2);
+      });
+    run_workers(worker_count(shape.N), shape.N, workspace_bytes, a, [&](int64_t, int64_t begin, int64_t end, void* workspace) {
+      k.backward_worker(args, tile, begin, end, workspace, g2);
+    });
+  }
+  return {da.to(a.scalar_type()), db.to(b.scalar_type())};
+}
+
+std::string isa() { return active()->isa; }
+
+std::vector<std::string> isas() {
+  std::vector<std::string> names;
+  for (const Kernels* k : supported()) names.emplace_back(k->isa);
+  return names;
+}
+
+void use_isa(const std::string& name) { active() = find_isa(name); }
+
+TORCH_LIBRARY(zsl_cpu, m) {
+  m.def("interference(Tensor a, Tensor b, Tensor? direction, bool gram, int tile_o, int tile_k) -> "
+        "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)", &interference);
+  m.def("sq_norm_direct(Tensor a, Tensor b, int tile_o, int tile_k) -> Tensor", &sq_norm_direct);
+  m.def("dot_direct(Tensor a, Tensor b, Tensor direction, int tile_o, int tile_k) -> Tensor", &dot_direct);
+  m.def("gram_direct(Tensor a, Tensor b, Tensor a2, Tensor b2, bool self, int tile_o, int tile_k) -> Tensor", &gram_direct);
+  m.def("ghost(Tensor a, Tensor b, Tensor a2, Tensor b2, bool self, bool diagonal) -> Tensor", &ghost);
+  m.def("weighted_grad(Tensor a, Tensor b, Tensor weights, Tensor? abs_weights, Tensor? direction, int tile_o, int tile_k) -> Tensor",
+        &weighted_grad);
+  m.def("backward(Tensor a, Tensor b, Tensor? direction, Tensor? c_grad, Tensor? c_abs, Tensor? c_sq, Tensor? c_l1, Tensor? c_sqn, "
+        "Tensor? c_dot, Tensor? c_absdot, Tensor? mix, Tensor a2, Tensor b2, bool want_a, bool want_b, int tile_o, int tile_k) -> "
+        "(Tensor, Tensor)", &backward);
+  m.def("isa() -> str", &isa);
+  m.def("isas() -> str[]", &isas);
+  m.def("use_isa(str name) -> ()", &use_isa);
+}
+
+}  // namespace
+}  // namespace zsl

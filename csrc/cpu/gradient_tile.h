@@ -1,0 +1,228 @@
+// One example's gradient g_i = b_iᵀ a_i over one tile of the output, register tile by register tile, handed to an epilogue.
+//
+// Inside a tile everything is kept in register-tile order: index = (column panel)·(row panels) + (row panel), ROWS × COLS values
+// each. A column panel's register tiles thus lie one below the other, as [o][COLS]: they are a packed panel again.
+
+namespace zsl::ZSL_ISA {
+
+// Positions contracted at a time: a column panel of a chunk stays in the first-level cache, and no workspace grows with T.
+inline constexpr int64_t chunk = 256;
+
+// A tile of the (O, K) output.
+struct Rect {
+  int64_t o0, on, k0, kn;
+};
+
+ZSL_INLINE Rect tile_rect(const Shape& s, int64_t tile) {
+  const int64_t o0 = tile / s.tiles_k() * s.tile_o, k0 = tile % s.tiles_k() * s.tile_k;
+  return {o0, std::min(s.tile_o, s.O - o0), k0, std::min(s.tile_k, s.K - k0)};
+}
+
+// Hands out aligned pieces of a worker's workspace; with a null base it only counts.
+class Arena {
+ public:
+  explicit Arena(void* base) : base_(static_cast<char*>(base)) {}
+
+  template <class E>
+  E* take(int64_t count) {
+    char* at = base_ ? base_ + used_ : nullptr;
+    used_ += (static_cast<size_t>(count) * sizeof(E) + 63) / 64 * 64;
+    return reinterpret_cast<E*>(at);
+  }
+
+  size_t used() const { return used_; }
+
+ private:
+  char* base_;
+  size_t used_ = 0;
+};
+
+template <class P>
+class GradientTile {
+ public:
+  using R = RegisterTile<P>;
+  using S = typename P::Sum;
+  using Elem = typename P::Elem;
+
+  GradientTile(const Shape& shape, Arena& arena) : shape_(shape) {
+    const int64_t steps = steps_of<P>(std::min(chunk, shape.T));
+    rows_ = arena.take<Elem>(ceil_div(shape.tile_o, R::rows) * R::rows * steps * P::depth);
+    cols_ = arena.take<Elem>(ceil_div(shape.tile_k, R::cols) * R::cols * steps * P::depth);
+    carry_ = shape.T > chunk ? arena.take<S>(size(shape)) : nullptr;
+  }
+
+  // Values of a full tile, its padding included.
+  static int64_t size(const Shape& s) { return ceil_div(s.tile_o, R::rows) * ceil_div(s.tile_k, R::cols) * R::size; }
+  static int64_t count(const Rect& rect) { return ceil_div(rect.on, R::rows) * ceil_div(rect.kn, R::cols); }
+
+  // `first` says that this is the worker's first example of this tile.
+  template <class Epilogue>
+  void run(const Operand& a, const Operand& b, int64_t n, bool first, const Rect& rect, Epilogue& epilogue) {
+    int64_t t0 = 0;
+    do {  // once even for T == 0: the gradient is then zero
+      const int64_t tn = std::min(chunk, shape_.T - t0);
+      // Inputs shared by all examples are packed once for each tile.
+      if (first || a.sn != 0 || tn != shape_.T) pack<P, R::cols>(a, n, t0, tn, rect.k0, rect.kn, cols_);
+      pack<P, R::rows>(b, n, t0, tn, rect.o0, rect.on, rows_);
+      run_chunk(t0, tn, rect, epilogue);
+      t0 += tn;
+    } while (t0 < shape_.T);
+  }
+
+ private:
+  template <class Epilogue>
+  void run_chunk(int64_t t0, int64_t tn, const Rect& rect, Epilogue& epilogue) {
+    const int64_t steps = steps_of<P>(tn), row_panels = ceil_div(rect.on, R::rows), col_panels = ceil_div(rect.kn, R::cols);
+    Step<P> s;
+    s.steps = steps;
+    s.first = t0 == 0;
+    s.last = t0 + tn == shape_.T;
+    s.index = 0;
+    for (int64_t kp = 0; kp < col_panels; ++kp) {
+      s.col_panel = cols_ + kp * steps * R::cols * P::depth;
+      s.cols = rect.kn - kp * R::cols;
+      for (int64_t op = 0; op < row_panels; ++op, ++s.index) {
+        s.row_panel = rows_ + op * steps * R::rows * P::depth;
+        s.rows = rect.on - op * R::rows;
+        s.carry = carry_ + s.index * R::size;
+        run_register_tile<P>(s, epilogue);
+      }
+    }
+  }
+
+  Shape shape_;
+  Elem *rows_, *cols_;
+  S* carry_;
+};
+
+// A tile of a contiguous (O, K) matrix, to and from register-tile order. Padding reads as zero and is not written back.
+template <class P>
+void gather_tile(const typename P::Sum* matrix, int64_t K, const Rect& rect, typename P::Sum* tile) {
+  using R = RegisterTile<P>;
+  const int64_t on = ceil_div(rect.on, R::rows) * R::rows;
+  for (int64_t k = 0; k < rect.kn; k += R::cols)
+    for (int64_t o = 0; o < on; ++o, tile += R::cols)
+      for (int64_t c = 0; c < R::cols; ++c)
+        tile[c] = o < rect.on && k + c < rect.kn ? matrix[(rect.o0 + o) * K + rect.k0 + k + c] : typename P::Sum(0);
+}
+
+template <class P>
+void scatter_tile(const typename P::Sum* tile, typename P::Sum* matrix, int64_t K, const Rect& rect) {
+  using R = RegisterTile<P>;
+  const int64_t on = ceil_div(rect.on, R::rows) * R::rows;
+  for (int64_t k = 0; k < rect.kn; k += R::cols) {
+    const int64_t cols = std::min<int64_t>(R::cols, rect.kn - k);
+    for (int64_t o = 0; o < on; ++o, tile += R::cols)
+      if (o < rect.on)
+        std::memcpy(matrix + (rect.o0 + o) * K + rect.k0 + k, tile, static_cast<size_t>(cols) * sizeof(typename P::Sum));
+  }
+}
+
+// Σ_p x_i[p] y_j[p] for every pair of examples over one tile, as a StoreEpilogue left them. With `self`, only blocks that touch or
+// lie above the diagonal. Sums are S in each lane over one tile and double from there on.
+template <class P>
+class TileGram {
+ public:
+  using R = RegisterTile<P>;
+  using S = typename P::Sum;
+
+  // side² sums and their operands fill the registers.
+  static constexpr int side = ZSL_ROWS * ZSL_COL_VECS >= 24 ? 4 : 3;
+
+  // Examples are stored side by side in blocks of `side`, the last one filled up with zero gradients.
+  static int64_t padded(int64_t examples) { return ceil_div(examples, side) * side; }
+
+  TileGram(int64_t N, int64_t M, Arena& arena) : N_(N), M_(M), size_(padded(N) * padded(M) * lanes<S>) { lanes_ = arena.take<S>(size_); }
+
+  void run(const S* x, const S* y, int64_t count, bool self, double* gram) {
+    std::memset(lanes_, 0, static_cast<size_t>(size_) * sizeof(S));
+    for (int64_t p = 0; p < count; ++p)
+      each_block(self, [&](int64_t i, int64_t j, S* sums) {
+        multiply(x + (p * padded(N_) + i) * R::size, y + (p * padded(M_) + j) * R::size, sums);
+      });
+    each_block(self, [&](int64_t i, int64_t j, const S* sums) {
+      for (int64_t r = i; r < std::min(i + side, N_); ++r)
+        for (int64_t c = j; c < std::min(j + side, M_); ++c)
+          gram[r * M_ + c] += sum_lanes<S>(load(sums + ((r - i) * side + c - j) * lanes<S>));
+    });
+  }
+
+ private:
+  template <class Body>
+  void each_block(bool self, Body body) {
+    S* sums = lanes_;
+    for (int64_t i = 0; i < N_; i += side)
+      for (int64_t j = 0; j < M_; j += side, sums += side * side * lanes<S>)
+        if (!self || j >= i) body(i, j, sums);
+  }
+
+  static void multiply(const S* x, const S* y, S* sums) {
+    Vec<S> acc[side][side];
+#pragma GCC unroll 4
+    for (int r = 0; r < side; ++r)
+#pragma GCC unroll 4
+      for (int c = 0; c < side; ++c) acc[r][c] = load(sums + (r * side + c) * lanes<S>);
+    for (int64_t p = 0; p < R::size; p += lanes<S>) {
+      Vec<S> yv[side];
+#pragma GCC unroll 4
+      for (int c = 0; c < side; ++c) yv[c] = load(y + c * R::size + p);
+#pragma GCC unroll 4
+      for (int r = 0; r < side; ++r) {
+        const Vec<S> xv = load(x + r * R::size + p);
+#pragma GCC unroll 4
+        for (int c = 0; c < side; ++c) acc[r][c] += xv * yv[c];
+      }
+    }
+#pragma GCC unroll 4
+    for (int r = 0; r < side; ++r)
+#pragma GCC unroll 4
+      for (int c = 0; c < side; ++c) store(sums + (r * side + c) * lanes<S>, acc[r][c]);
+  }
+
+  int64_t N_, M_, size_;
+  S* lanes_;
+};
+
+// Keeps a tile of every example's gradient: stored[index][example][ROWS·COLS], the examples padded as TileGram wants them.
+template <class P>
+class StoredTiles {
+ public:
+  using R = RegisterTile<P>;
+  using S = typename P::Sum;
+
+  StoredTiles(const Shape& shape, int64_t examples, Arena& arena)
+      : examples_(TileGram<P>::padded(examples)), count_(GradientTile<P>::size(shape) / R::size), filler_(examples_ - examples) {
+    data_ = arena.take<S>(count_ * examples_ * R::size);
+  }
+
+  void clear_filler() {
+    for (int64_t index = 0; filler_ && index < count_; ++index)
+      std::memset(at(index, examples_ - filler_), 0, static_cast<size_t>(filler_ * R::size) * sizeof(S));
+  }
+
+  S* at(int64_t index, int64_t example) const { return data_ + (index * examples_ + example) * R::size; }
+  S* data() const { return data_; }
+
+ private:
+  int64_t examples_, count_, filler_;
+  S* data_;
+};
+
+template <class P>
+struct StoreEpilogue {
+  using R = RegisterTile<P>;
+  using S = typename P::Sum;
+
+  const StoredTiles<P>* stored;
+  int64_t example;
+
+  ZSL_INLINE void operator()(const Step<P>& s, const typename R::Acc& acc) {
+    S* out = stored->at(s.index, example);
+#pragma GCC unroll 16
+    for (int r = 0; r < R::rows; ++r)
+#pragma GCC unroll 8
+      for (int c = 0; c < R::vecs; ++c) store(out + r * R::cols + c * lanes<S>, acc[r][c]);
+  }
+};
+
+}  // namespace zsl::ZSL_ISA

@@ -1,0 +1,100 @@
+// interference: every sum over examples, every per-example scalar and the Gram, in one pass over the gradients' tiles.
+
+namespace zsl::ZSL_ISA {
+
+// Folds a register tile of g_i into the tile's sums and the example's scalars. A scalar's lanes are added in S over one register
+// tile and in double from there on.
+template <class P, bool Sums, bool Direction, bool Store>
+struct InterferenceEpilogue {
+  using R = RegisterTile<P>;
+  using S = typename P::Sum;
+
+  S *grad, *abs, *sq;            // the tile's sums
+  const S* u;                    // the tile of the direction
+  const StoredTiles<P>* stored;  // for the Gram
+  int64_t example;
+  double l1, sq_norm, dot, abs_dot;
+
+  ZSL_INLINE void operator()(const Step<P>& s, const typename R::Acc& acc) {
+    Vec<S> l1_lanes = {}, sq_lanes = {}, dot_lanes = {}, abs_dot_lanes = {};
+    const int64_t at = s.index * R::size;
+    S* out = Store ? stored->at(s.index, example) : nullptr;
+#pragma GCC unroll 16
+    for (int r = 0; r < R::rows; ++r)
+#pragma GCC unroll 8
+      for (int v = 0; v < R::vecs; ++v) {
+        const int64_t p = r * R::cols + v * lanes<S>;
+        const Vec<S> g = acc[r][v], m = ZSL_ISA::abs<S>(g), g2 = g * g;
+        sq_lanes += g2;
+        if constexpr (Sums) {
+          l1_lanes += m;
+          store(grad + at + p, load(grad + at + p) + g);
+          store(abs + at + p, load(abs + at + p) + m);
+          store(sq + at + p, load(sq + at + p) + g2);
+        }
+        if constexpr (Direction) {
+          const Vec<S> gu = g * load(u + at + p);
+          dot_lanes += gu;
+          abs_dot_lanes += ZSL_ISA::abs<S>(gu);
+        }
+        if constexpr (Store) store(out + p, g);
+      }
+    sq_norm += sum_lanes<S>(sq_lanes);
+    if constexpr (Sums) l1 += sum_lanes<S>(l1_lanes);
+    if constexpr (Direction) dot += sum_lanes<S>(dot_lanes), abs_dot += sum_lanes<S>(abs_dot_lanes);
+  }
+};
+
+template <class P, bool Sums, bool Direction, bool Gram>
+size_t interference_run(const InterferenceArgs& args, int64_t begin, int64_t end, void* workspace, const InterferencePartials* out) {
+  using S = typename P::Sum;
+  using Tile = GradientTile<P>;
+  const Shape& shape = args.shape;
+  const int64_t size = Tile::size(shape);
+  Arena arena(workspace);
+  Tile tile(shape, arena);
+  InterferenceEpilogue<P, Sums, Direction, Gram> epilogue = {};
+  S* sums = Sums ? arena.take<S>(3 * size) : nullptr;
+  S* u = Direction ? arena.take<S>(size) : nullptr;
+  StoredTiles<P> stored(shape, Gram ? shape.N : 0, arena);
+  TileGram<P> tile_gram(Gram ? shape.N : 0, Gram ? shape.N : 0, arena);
+  if (!workspace) return arena.used();
+
+  epilogue.grad = sums, epilogue.abs = sums + size, epilogue.sq = sums + 2 * size;
+  epilogue.u = u, epilogue.stored = &stored;
+  stored.clear_filler();
+  for (int64_t index = begin; index < end; ++index) {
+    const Rect rect = tile_rect(shape, index);
+    if constexpr (Sums) std::memset(sums, 0, static_cast<size_t>(3 * size) * sizeof(S));
+    if constexpr (Direction) gather_tile<P>(static_cast<const S*>(args.u), shape.K, rect, u);
+    for (int64_t n = 0; n < shape.N; ++n) {
+      epilogue.example = n;
+      epilogue.l1 = epilogue.sq_norm = epilogue.dot = epilogue.abs_dot = 0;
+      tile.run(args.a, args.b, n, n == 0, rect, epilogue);
+      out->sq_norm[n] += epilogue.sq_norm;
+      if constexpr (Sums) out->l1[n] += epilogue.l1;
+      if constexpr (Direction) out->dot[n] += epilogue.dot, out->abs_dot[n] += epilogue.abs_dot;
+    }
+    if constexpr (Gram) tile_gram.run(stored.data(), stored.data(), Tile::count(rect), true, out->gram);
+    if constexpr (Sums) {
+      scatter_tile<P>(epilogue.grad, static_cast<S*>(args.grad_sum), shape.K, rect);
+      scatter_tile<P>(epilogue.abs, static_cast<S*>(args.abs_sum), shape.K, rect);
+      scatter_tile<P>(epilogue.sq, static_cast<S*>(args.sq_sum), shape.K, rect);
+    }
+  }
+  return arena.used();
+}
+
+template <class P>
+size_t interference_as(const InterferenceArgs& args, int64_t begin, int64_t end, void* ws, const InterferencePartials* out) {
+  if (!args.grad_sum)
+    return args.u ? interference_run<P, false, true, false>(args, begin, end, ws, out)
+                  : interference_run<P, false, false, false>(args, begin, end, ws, out);
+  if (args.u)
+    return args.gram ? interference_run<P, true, true, true>(args, begin, end, ws, out)
+                     : interference_run<P, true, true, false>(args, begin, end, ws, out);
+  return args.gram ? interference_run<P, true, false, true>(args, begin, end, ws, out)
+                   : interference_run<P, true, false, false>(args, begin, end, ws, out);
+}
+
+}  // namespace zsl::ZSL_ISA

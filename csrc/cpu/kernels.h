@@ -1,0 +1,110 @@
+// The CPU kernels' interface: raw pointers, sizes and strides; no torch. The binding checks, allocates and runs the workers.
+//
+// Letters, the same in the whole library: N examples, T positions, K input features, O output features; a (N, T, K) inputs,
+// b (N, T, O) output gradients, g_i = b_iᵀ a_i (O, K) the gradient of example i, u a direction (O, K).
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace zsl {
+
+enum class DType : int { f32, bf16, f16, f64 };
+
+// An (N, T, F) tensor of any strides, counted in elements. sn == 0 is an operand shared by all examples.
+struct Operand {
+  const void* data;
+  DType dtype;
+  int64_t sn, st, sf;
+};
+
+// The (O, K) output is cut into tiles of tile_o × tile_k; a tile holds the sums while the examples pass by.
+struct Shape {
+  int64_t N, T, K, O;
+  int64_t tile_o, tile_k;
+
+  int64_t tiles_o() const { return (O + tile_o - 1) / tile_o; }
+  int64_t tiles_k() const { return (K + tile_k - 1) / tile_k; }
+  int64_t tiles() const { return tiles_o() * tiles_k(); }
+};
+
+// Sums and scalars are float, or double when the inputs are double ("S" below). A tensor that may be null is marked "?".
+struct InterferenceArgs {
+  Shape shape;
+  Operand a, b;
+  const void* u;                        // ? (O, K) S, contiguous
+  void *grad_sum, *abs_sum, *sq_sum;    // (O, K) S, contiguous; none of them for sq_norm, dot and abs_dot alone
+  bool gram;
+};
+
+// One worker's share of the scalars; the binding adds the workers' in order.
+struct InterferencePartials {
+  double *l1, *sq_norm, *dot, *abs_dot;  // (N,)
+  double* gram;                          // ? (N, N), blocks on and above the diagonal
+};
+
+struct GramArgs {
+  Shape shape;  // N counts the examples of a, b
+  int64_t M;    // examples of a2, b2, with as many positions
+  Operand a, b, a2, b2;
+  bool self;    // a2, b2 are a, b: only blocks on and above the diagonal are computed
+};
+
+// Σ_i w_i g_i + sign(u) Σ_i v_i |g_i|
+struct WeightedArgs {
+  Shape shape;
+  Operand a, b;
+  const double* w;  // (N,)
+  const double* v;  // ? (N,)
+  const void* u;    // ? (O, K) S, with v
+  void* out;        // (O, K) S
+};
+
+// da_i = b_i s_i and db_i = a_i s_iᵀ with s_i = c_grad + sign(g_i) (c_abs + c_l1_i) + 2 g_i (c_sq + c_sqn_i) + u c_dot_i
+//   + |u| sign(g_i) c_absdot_i + Σ_m mix_im g2_m
+struct BackwardArgs {
+  Shape shape;
+  Operand a, b;
+  const void* u;                                      // ? (O, K) S
+  const void *c_grad, *c_abs, *c_sq;                  // ? (O, K) S
+  const double *c_l1, *c_sqn, *c_dot, *c_absdot;      // ? (N,)
+  const double* mix;                                  // ? (N, M), with a2, b2
+  int64_t M;
+  Operand a2, b2;
+  void *da, *db;                                      // ? (N, T, K), (N, T, O) S, contiguous, zeroed by the caller
+};
+
+// One instruction set's kernels. "worker" functions handle tiles [begin, end) with a workspace of their own.
+struct Kernels {
+  const char* isa;
+  int64_t rows, cols;      // of the register tile, float
+  int64_t bf16_depth;      // positions that one bf16 instruction contracts; 1 if bf16 is widened to float
+
+  size_t (*interference_workspace)(const InterferenceArgs&);
+  void (*interference_worker)(const InterferenceArgs&, int64_t begin, int64_t end, void* workspace, const InterferencePartials&);
+
+  size_t (*gram_workspace)(const GramArgs&);
+  void (*gram_worker)(const GramArgs&, int64_t begin, int64_t end, void* workspace, double* gram);
+
+  size_t (*weighted_workspace)(const WeightedArgs&);
+  void (*weighted_worker)(const WeightedArgs&, int64_t begin, int64_t end, void* workspace);
+
+  // Backward goes tile by tile: mix_worker forms g2 of examples [begin, end) of a2, b2 in `shared`, then example_worker
+  // handles examples [begin, end) of a, b.
+  size_t (*backward_shared)(const BackwardArgs&);
+  size_t (*backward_workspace)(const BackwardArgs&);
+  void (*backward_mix_worker)(const BackwardArgs&, int64_t tile, int64_t begin, int64_t end, void* workspace, void* shared);
+  void (*backward_worker)(const BackwardArgs&, int64_t tile, int64_t begin, int64_t end, void* workspace, const void* shared);
+
+  // Ghost: blocks of flattened (example, position) rows; see ghost.h. `diagonal`: only the norms.
+  size_t (*ghost_workspace)(const GramArgs&);
+  int64_t (*ghost_blocks)(const GramArgs&, bool diagonal);
+  void (*ghost_worker)(const GramArgs&, bool diagonal, int64_t begin, int64_t end, void* workspace, double* out);
+};
+
+const Kernels* kernels_generic();
+const Kernels* kernels_avx2();         // null where the compiler does not target x86-64
+const Kernels* kernels_avx512();
+const Kernels* kernels_avx512_bf16();
+
+}  // namespace zsl

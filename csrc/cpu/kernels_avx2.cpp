@@ -1,0 +1,33 @@
+// The kernels for avx2. The instruction set is enabled for this region alone, after the standard headers, so that no inline
+// function of theirs is compiled for a processor that the program may not run on.
+#include "kernels.h"
+
+#include <algorithm>
+#include <cstring>
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx2,fma"))), apply_to = function)
+#else
+#pragma GCC push_options
+#pragma GCC target("avx2,fma")
+#endif
+
+#define ZSL_ISA avx2
+#define ZSL_VEC_BYTES 32
+#define ZSL_ROWS 6
+#define ZSL_COL_VECS 2
+#include "ops.h"
+
+#if defined(__clang__)
+#pragma clang attribute pop
+#else
+#pragma GCC pop_options
+#endif
+
+const zsl::Kernels* zsl::kernels_avx2() { return &zsl::avx2::table; }
+#else
+const zsl::Kernels* zsl::kernels_avx2() { return nullptr; }
+#endif

@@ -1,0 +1,33 @@
+// The kernels for avx512. The instruction set is enabled for this region alone, after the standard headers, so that no inline
+// function of theirs is compiled for a processor that the program may not run on.
+#include "kernels.h"
+
+#include <algorithm>
+#include <cstring>
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx2,fma,avx512f,avx512bw,avx512vl,avx512dq"))), apply_to = function)
+#else
+#pragma GCC push_options
+#pragma GCC target("avx2,fma,avx512f,avx512bw,avx512vl,avx512dq")
+#endif
+
+#define ZSL_ISA avx512
+#define ZSL_VEC_BYTES 64
+#define ZSL_ROWS 12
+#define ZSL_COL_VECS 2
+#include "ops.h"
+
+#if defined(__clang__)
+#pragma clang attribute pop
+#else
+#pragma GCC pop_options
+#endif
+
+const zsl::Kernels* zsl::kernels_avx512() { return &zsl::avx512::table; }
+#else
+const zsl::Kernels* zsl::kernels_avx512() { return nullptr; }
+#endif

@@ -1,0 +1,99 @@
+// The register tile: ROWS × COLS sums kept in registers over a whole contraction, then handed to an epilogue while still there.
+// Every kernel of the library is this product with another epilogue.
+
+namespace zsl::ZSL_ISA {
+
+template <class P>
+struct RegisterTile {
+  using S = typename P::Sum;
+  static constexpr int rows = ZSL_ROWS;
+  static constexpr int vecs = ZSL_COL_VECS;
+  static constexpr int cols = vecs * lanes<S>;
+  static constexpr int size = rows * cols;
+  using Acc = Vec<S>[rows][vecs];
+};
+
+// acc[r][c] += Σ_step row_panel[step][r] · col_panel[step][c]
+template <class P>
+ZSL_INLINE void contract(const typename P::Elem* row_panel, const typename P::Elem* col_panel, int64_t steps,
+                         typename RegisterTile<P>::Acc& acc) {
+  using R = RegisterTile<P>;
+  using S = typename P::Sum;
+  for (int64_t s = 0; s < steps; ++s) {
+    if constexpr (P::depth == 1) {
+      Vec<S> c[R::vecs];
+#pragma GCC unroll 8
+      for (int v = 0; v < R::vecs; ++v) c[v] = load(col_panel + v * lanes<S>);
+#pragma GCC unroll 16
+      for (int r = 0; r < R::rows; ++r)
+#pragma GCC unroll 8
+        for (int v = 0; v < R::vecs; ++v) acc[r][v] += c[v] * row_panel[r];
+    } else {
+#ifdef ZSL_NATIVE_BF16
+      __m512bh c[R::vecs];
+#pragma GCC unroll 8
+      for (int v = 0; v < R::vecs; ++v) c[v] = (__m512bh)_mm512_loadu_si512(col_panel + v * 2 * lanes<S>);
+#pragma GCC unroll 16
+      for (int r = 0; r < R::rows; ++r) {
+        int32_t pair;
+        __builtin_memcpy(&pair, row_panel + 2 * r, sizeof pair);
+        const __m512bh b = (__m512bh)_mm512_set1_epi32(pair);
+#pragma GCC unroll 8
+        for (int v = 0; v < R::vecs; ++v) acc[r][v] = _mm512_dpbf16_ps(acc[r][v], c[v], b);
+      }
+#endif
+    }
+    row_panel += R::rows * P::depth;
+    col_panel += R::cols * P::depth;
+  }
+}
+
+// Entries past the output's edge are products with packed zeros: 0·Inf would be NaN there and leak into the scalars.
+template <class P>
+ZSL_INLINE void clear_padding(typename RegisterTile<P>::Acc& acc, int64_t rows, int64_t cols) {
+  using R = RegisterTile<P>;
+  using S = typename P::Sum;
+  using Bits = typename VecTypes<S>::Bits;
+#pragma GCC unroll 8
+  for (int v = 0; v < R::vecs; ++v) {
+    Bits keep;
+    for (int l = 0; l < lanes<S>; ++l) keep[l] = v * lanes<S> + l < cols ? -1 : 0;
+#pragma GCC unroll 16
+    for (int r = 0; r < R::rows; ++r) acc[r][v] = r < rows ? (Vec<S>)((Bits)acc[r][v] & keep) : Vec<S>{};
+  }
+}
+
+// What one call of the register tile contracts and where its result belongs.
+template <class P>
+struct Step {
+  const typename P::Elem *row_panel, *col_panel;
+  int64_t steps;
+  int64_t rows, cols;             // of the register tile that lie inside the output
+  typename P::Sum* carry;         // partial sums between chunks of the contraction, or null
+  bool first, last;               // chunk of the contraction
+  int64_t index;                  // of the register tile in its tile
+};
+
+template <class P, class Epilogue>
+__attribute__((noinline)) void run_register_tile(const Step<P>& s, Epilogue& epilogue) {
+  using R = RegisterTile<P>;
+  using S = typename P::Sum;
+  typename R::Acc acc = {};
+  if (!s.first)
+#pragma GCC unroll 16
+    for (int r = 0; r < R::rows; ++r)
+#pragma GCC unroll 8
+      for (int v = 0; v < R::vecs; ++v) acc[r][v] = load(s.carry + r * R::cols + v * lanes<S>);
+  contract<P>(s.row_panel, s.col_panel, s.steps, acc);
+  if (!s.last) {
+#pragma GCC unroll 16
+    for (int r = 0; r < R::rows; ++r)
+#pragma GCC unroll 8
+      for (int v = 0; v < R::vecs; ++v) store(s.carry + r * R::cols + v * lanes<S>, acc[r][v]);
+    return;
+  }
+  if (s.rows < R::rows || s.cols < R::cols) clear_padding<P>(acc, s.rows, s.cols);
+  epilogue(s, acc);
+}
+
+}  // namespace zsl::ZSL_ISA

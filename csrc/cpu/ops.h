@@ -1,0 +1,11 @@
+// Every kernel of one instruction set, in the order in which they build on each other.
+#include "vec.h"
+#include "pack.h"
+#include "microkernel.h"
+#include "gradient_tile.h"
+#include "interference.h"
+#include "weighted_grad.h"
+#include "gram.h"
+#include "ghost.h"
+#include "backward.h"
+#include "table.h"

@@ -1,0 +1,94 @@
+// Fills the kernel table of one instruction set. Included last in each kernels_<isa>.cpp.
+
+namespace zsl::ZSL_ISA {
+
+// Chooses how panels are held; a and b have one dtype. Only the forward products take bf16 as it is; what is differentiated is widened.
+template <class F>
+auto with_panels(const Operand& a, F body) {
+  if (a.dtype == DType::f64) return body(Dense<double>{});
+#ifdef ZSL_NATIVE_BF16
+  if (a.dtype == DType::bf16) return body(Bf16Pairs{});
+#endif
+  return body(Dense<float>{});
+}
+
+template <class F>
+auto with_sum(const Operand& a, F body) {
+  return a.dtype == DType::f64 ? body(double{}) : body(float{});
+}
+
+size_t interference_workspace(const InterferenceArgs& args) {
+  return with_panels(args.a, [&](auto p) { return interference_as<decltype(p)>(args, 0, 0, nullptr, nullptr); });
+}
+
+void interference_worker(const InterferenceArgs& args, int64_t begin, int64_t end, void* workspace, const InterferencePartials& out) {
+  with_panels(args.a, [&](auto p) { return interference_as<decltype(p)>(args, begin, end, workspace, &out); });
+}
+
+size_t gram_workspace(const GramArgs& args) {
+  return with_panels(args.a, [&](auto p) { return gram_as<decltype(p)>(args, 0, 0, nullptr, nullptr); });
+}
+
+void gram_worker(const GramArgs& args, int64_t begin, int64_t end, void* workspace, double* gram) {
+  with_panels(args.a, [&](auto p) { return gram_as<decltype(p)>(args, begin, end, workspace, gram); });
+}
+
+size_t weighted_workspace(const WeightedArgs& args) {
+  return with_panels(args.a, [&](auto p) { return weighted_as<decltype(p)>(args, 0, 0, nullptr); });
+}
+
+void weighted_worker(const WeightedArgs& args, int64_t begin, int64_t end, void* workspace) {
+  with_panels(args.a, [&](auto p) { return weighted_as<decltype(p)>(args, begin, end, workspace); });
+}
+
+size_t backward_shared(const BackwardArgs& args) {
+  return with_sum(args.a, [&](auto s) { return backward_shared_as<decltype(s)>(args); });
+}
+
+size_t backward_workspace(const BackwardArgs& args) {
+  return with_sum(args.a, [&](auto s) { return backward_as<decltype(s)>(args, 0, 0, 0, nullptr, nullptr); });
+}
+
+void backward_mix_worker(const BackwardArgs& args, int64_t tile, int64_t begin, int64_t end, void* workspace, void* shared) {
+  with_sum(args.a, [&](auto s) { return backward_mix_as<decltype(s)>(args, tile, begin, end, workspace, shared); });
+}
+
+void backward_worker(const BackwardArgs& args, int64_t tile, int64_t begin, int64_t end, void* workspace, const void* shared) {
+  with_sum(args.a, [&](auto s) { return backward_as<decltype(s)>(args, tile, begin, end, workspace, shared); });
+}
+
+size_t ghost_workspace(const GramArgs& args) {
+  return with_sum(args.a, [&](auto s) { return ghost_as<decltype(s)>(args, false, 0, 0, nullptr, nullptr); });
+}
+
+void ghost_worker(const GramArgs& args, bool diagonal, int64_t begin, int64_t end, void* workspace, double* out) {
+  with_sum(args.a, [&](auto s) { return ghost_as<decltype(s)>(args, diagonal, begin, end, workspace, out); });
+}
+
+const Kernels table = {
+#define ZSL_STRING_(x) #x
+#define ZSL_STRING(x) ZSL_STRING_(x)
+    ZSL_STRING(ZSL_ISA),
+    RegisterTile<Dense<float>>::rows,
+    RegisterTile<Dense<float>>::cols,
+#ifdef ZSL_NATIVE_BF16
+    2,
+#else
+    1,
+#endif
+    interference_workspace,
+    interference_worker,
+    gram_workspace,
+    gram_worker,
+    weighted_workspace,
+    weighted_worker,
+    backward_shared,
+    backward_workspace,
+    backward_mix_worker,
+    backward_worker,
+    ghost_workspace,
+    ghost_blocks,
+    ghost_worker,
+};
+
+}  // namespace zsl::ZSL_ISA

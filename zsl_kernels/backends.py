@@ -1,0 +1,91 @@
+"""Which implementations are live on this machine, and the plan of one call among them."""
+
+from __future__ import annotations
+
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from zsl_kernels import cpu
+from zsl_kernels.plan import OPS, Plan, choose
+from zsl_kernels.types import INPUT_DTYPES
+
+IMPLS = ("auto", "reference", "chunked", "cpu", "triton", "cuda")
+
+
+@cache
+def why_not(impl: str) -> str | None:
+    """Why ``impl`` is not available on this machine, or None if it is."""
+    if impl in ("auto", "reference", "chunked"):
+        return None
+    if impl == "cpu":
+        return cpu.load()
+    return "this version has no GPU kernels yet"
+
+
+def impls_for(device: torch.device, impl: str) -> tuple[str, ...]:
+    """The implementations that a call on ``device`` may use. A named one is used or refused, never replaced."""
+    if impl not in IMPLS:
+        raise ValueError(f"impl: expected one of {', '.join(IMPLS)}, got {impl!r}")
+    if impl == "auto":
+        return ("cpu", "chunked") if device.type == "cpu" and why_not("cpu") is None else ("chunked",)
+    if reason := why_not(impl):
+        raise RuntimeError(f"impl: {impl!r} is not available: {reason}")
+    if impl == "cpu" and device.type != "cpu":
+        raise ValueError(f"impl: 'cpu' expects CPU tensors, got tensors on {device}")
+    return (impl,)
+
+
+def plan_call(op: str, a: Tensor, b: Tensor, *, impl: str, gram: bool = False, a2: Tensor | None = None) -> Plan:
+    N, T, K = a.shape
+    M = None if a2 is None else a2.shape[0]
+    return choose(op, N, T, K, b.shape[2], M, gram, 8 if a.dtype == torch.float64 else 4, torch.get_num_threads(), impls_for(a.device, impl))
+
+
+def plan(
+    op: str,
+    *,
+    N: int,
+    T: int,
+    K: int,
+    O: int,
+    M: int | None = None,
+    gram: bool = False,
+    dtype: torch.dtype = torch.float32,
+    device: str | torch.device = "cpu",
+    impl: str = "auto",
+) -> Plan:
+    """The choice that a call of ``op`` with these sizes makes, printable with its candidates.
+
+    Args:
+        op: "interference", "gram", "dot", "sq_norm" or "weighted_grad".
+        N, T, K, O: examples, positions, input features and output features, as everywhere.
+        M: examples of the second set of a cross ``gram``.
+        gram: with "interference", whether the Gram is asked for too.
+        dtype, device, impl: as the call will have them.
+    """
+    if op not in OPS:
+        raise ValueError(f"op: expected one of {', '.join(OPS)}, got {op!r}")
+    for name, size in {"N": N, "T": T, "K": K, "O": O, "M": M or 0}.items():
+        if not isinstance(size, int) or size < 0:
+            raise ValueError(f"{name}: expected a size >= 0, got {size!r}")
+    if dtype not in INPUT_DTYPES:
+        raise TypeError(f"dtype: expected one of {', '.join(map(str, INPUT_DTYPES))}, got {dtype}")
+    if impl == "reference":
+        raise ValueError("impl: the reference has no plan; it materializes every gradient")
+    return choose(op, N, T, K, O, M, gram, 8 if dtype == torch.float64 else 4, torch.get_num_threads(), impls_for(torch.device(device), impl))
+
+
+def build_info() -> dict[str, object]:
+    """What was compiled, and what is live on this machine: a dictionary of plain values."""
+    missing = why_not("cpu")
+    return {
+        "torch": torch.__version__,
+        "cpu": "live" if missing is None else missing,
+        "cpu_isa": None if missing else torch.ops.zsl_cpu.isa(),
+        "cpu_isas": [] if missing else list(torch.ops.zsl_cpu.isas()),
+        "threads": torch.get_num_threads(),
+        "triton": why_not("triton"),
+        "cuda": why_not("cuda"),
+    }

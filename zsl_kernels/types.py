@@ -1,0 +1,28 @@
+"""The result type and the dtype rule that every layer of the library shares."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+INPUT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def sum_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype that results have: float64 for float64 inputs, else float32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+class InterferenceSums(NamedTuple):
+    """Sums over examples and per-example scalars of the gradients g_i = b_iᵀ a_i. A field that was not asked for is None."""
+
+    grad_sum: Tensor  # (O, K)  Σ_i g_i, the weight gradient
+    abs_sum: Tensor  # (O, K)  Σ_i |g_i|
+    sq_sum: Tensor  # (O, K)  Σ_i g_i²
+    l1: Tensor  # (N,)  Σ_j |g_ij|
+    sq_norm: Tensor  # (N,)  Σ_j g_ij²
+    dot: Tensor | None  # (N,)  Σ_j g_ij u_j
+    abs_dot: Tensor | None  # (N,)  Σ_j |g_ij u_j|
+    gram: Tensor | None  # (N, N)  ⟨g_i, g_k⟩
