@@ -22,7 +22,7 @@ def native_extensions():
     sources = sorted(str(path.relative_to(root)) for folder in ("cpu", "bindings") for path in (root / "csrc" / folder).glob("*.cpp"))
     headers = sorted(str(path.relative_to(root)) for path in (root / "csrc").rglob("*.h"))
     # -g0: debug information would be most of the wheel. No -march: the kernels enable their instruction sets themselves.
-    flags = ["-O3", "-g0", "-Wall", "-Wextra", "-Wno-unused-parameter", "-fvisibility=hidden"]
+    flags = ["-O3", "-g0", "-Wall", "-Wextra", "-Wno-unused-parameter", "-fvisibility=hidden", "-fno-math-errno"]
     # at::parallel_for is inline: without OpenMP here it would run on one thread, silently. It binds to the runtime torch has loaded.
     openmp = [] if sys.platform == "darwin" else ["-fopenmp"]
     extension = CppExtension(

@@ -16,9 +16,9 @@ from torch import Tensor
 
 from zsl_kernels import ops, reference
 from zsl_kernels.backends import IMPLS, build_info, impls_for, plan
-from zsl_kernels.types import INPUT_DTYPES, InterferenceSums
+from zsl_kernels.types import INPUT_DTYPES, CoordinateSums, InterferenceSums
 
-__all__ = ["InterferenceSums", "build_info", "dot", "gram", "interference", "plan", "sq_norm", "weighted_grad"]
+__all__ = ["CoordinateSums", "InterferenceSums", "build_info", "coordinate_sums", "dot", "gram", "interference", "plan", "sq_norm", "weighted_grad"]
 __version__ = "0.1.0"
 
 
@@ -124,6 +124,27 @@ def weighted_grad(a: Tensor, b: Tensor, weights: Tensor, *, impl: str = "auto") 
     if impl == "reference":
         return reference.weighted_grad(a, b, weights)
     return torch.ops.zsl.weighted_grad(a, b, weights, None, None, impl)
+
+
+def coordinate_sums(
+    grad_sum: Tensor, abs_sum: Tensor, sq_sum: Tensor, *, direction: Tensor | None = None, impl: str = "auto"
+) -> CoordinateSums:
+    """``(grad_sum.abs() / abs_sum).sum()`` and its kin (:class:`CoordinateSums`) in one pass over the sums, with 0/0 as 0.
+
+    Reads the results of :func:`interference`: float32 or float64 tensors of one shape, any. Returns Python floats, accumulated in
+    float64, and is not differentiable.
+    """
+    tensors = {"grad_sum": grad_sum, "abs_sum": abs_sum, "sq_sum": sq_sum}
+    for name, x in (tensors if direction is None else {**tensors, "direction": direction}).items():
+        _check_tensor(name, x)
+        if x.shape != grad_sum.shape:
+            raise ValueError(f"{name}: expected shape {tuple(grad_sum.shape)} as grad_sum, got {tuple(x.shape)}")
+        if name != "direction" and x.dtype not in (torch.float32, torch.float64):
+            raise TypeError(f"{name}: expected float32 or float64, got {x.dtype}")
+    if impl == "reference":
+        raise ValueError("impl: coordinate_sums has no reference of its own; expected 'auto', 'chunked' or 'cpu'")
+    with torch.no_grad():
+        return CoordinateSums(*torch.ops.zsl.coordinate_sums(grad_sum, abs_sum, sq_sum, direction, impl).tolist())
 
 
 def _check_tensor(name: str, x: object) -> None:

@@ -171,3 +171,23 @@ def backward(
         if db is not None:
             db[:, :, slab] = torch.bmm(a, s.transpose(1, 2))
     return (None if da is None else da.to(dtypes[0])), (None if db is None else db.to(dtypes[1]))
+
+
+# Coordinates handled at a time: the temporaries stay in cache.
+_COORDINATES = 1 << 16
+
+
+def coordinate_sums(grad_sum: Tensor, abs_sum: Tensor, sq_sum: Tensor, direction: Tensor | None) -> Tensor:
+    total = grad_sum.new_zeros(8, dtype=torch.float64)
+    given = () if direction is None else (direction.to(grad_sum.dtype).reshape(-1),)
+    slices = [x.reshape(-1).split(_COORDINATES) for x in (grad_sum, abs_sum, sq_sum, *given)]
+    for grad, size, sq, *u in zip(*slices, strict=True):
+        touched = size != 0
+        safe = torch.where(touched, size, 1)
+        root, grad_abs = sq.sqrt(), grad.abs()
+        parts = [touched, grad_abs / safe, root / safe, grad.square(), sq]
+        if u:
+            step = u[0].abs()
+            parts += [grad_abs * step, size * step, root * step]
+        total[: len(parts)] += torch.stack([part.sum(dtype=torch.float64) for part in parts])
+    return total

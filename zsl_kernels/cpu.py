@@ -55,3 +55,7 @@ def weighted_grad(plan: Plan, a: Tensor, b: Tensor, weights: Tensor, abs_weights
 def backward(plan: Plan, a: Tensor, b: Tensor, *rest, want: tuple[bool, bool]) -> tuple[Tensor | None, Tensor | None]:
     da, db = torch.ops.zsl_cpu.backward(a, b, *rest, *want, *plan.tile)
     return (da if want[0] else None), (db if want[1] else None)
+
+
+def coordinate_sums(grad_sum: Tensor, abs_sum: Tensor, sq_sum: Tensor, direction: Tensor | None) -> Tensor:
+    return torch.ops.zsl_cpu.coordinate_sums(grad_sum, abs_sum, sq_sum, direction)

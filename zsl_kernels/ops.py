@@ -241,3 +241,18 @@ _define(
     lambda a, b, weights, abs_weights, direction, impl: _empty(a, b.shape[2], a.shape[2]),
 )
 _autograd("weighted_grad", _weighted_grad_setup, _weighted_grad_grad)
+
+
+# coordinate_sums ---------------------------------------------------------------------------------------------------------------
+
+
+def _coordinate_sums(grad_sum: Tensor, abs_sum: Tensor, sq_sum: Tensor, direction: Tensor | None, impl: str) -> Tensor:
+    form = backends.cpu if "cpu" in backends.impls_for(grad_sum.device, impl) else chunked
+    return form.coordinate_sums(grad_sum, abs_sum, sq_sum, direction)
+
+
+_define(
+    "coordinate_sums(Tensor grad_sum, Tensor abs_sum, Tensor sq_sum, Tensor? direction, str impl) -> Tensor",
+    _coordinate_sums,
+    lambda grad_sum, abs_sum, sq_sum, direction, impl: grad_sum.new_empty(8, dtype=torch.float64),
+)

@@ -26,3 +26,19 @@ class InterferenceSums(NamedTuple):
     dot: Tensor | None  # (N,)  Σ_j g_ij u_j
     abs_dot: Tensor | None  # (N,)  Σ_j |g_ij u_j|
     gram: Tensor | None  # (N, N)  ⟨g_i, g_k⟩
+
+
+class CoordinateSums(NamedTuple):
+    """Sums over coordinates j of G = grad_sum, A = abs_sum, Q = sq_sum and a direction u, as Python floats; 0/0 counts as 0.
+
+    They add over parameters and tiles, and every ratio of interference over a set of parameters follows from them.
+    """
+
+    touched: float  # Σ_j [A_j ≠ 0]
+    ratio: float  # Σ_j |G_j| / A_j
+    root_ratio: float  # Σ_j √Q_j / A_j
+    grad_sq: float  # Σ_j G_j²
+    sq: float  # Σ_j Q_j
+    p_sum: float = 0.0  # Σ_j |G_j u_j|
+    p_abs: float = 0.0  # Σ_j A_j |u_j|
+    p_root: float = 0.0  # Σ_j √Q_j |u_j|

@@ -242,6 +242,24 @@ std::tuple<Tensor, Tensor> backward(const Tensor& a, const Tensor& b, const Opti
   return {da.to(a.scalar_type()), db.to(b.scalar_type())};
 }
 
+// The eight sums of CoordinateArgs, (8,) double.
+Tensor coordinate_sums(const Tensor& grad_sum, const Tensor& abs_sum, const Tensor& sq_sum, const OptionalTensor& direction) {
+  const auto options = grad_sum.options();
+  const Held g(grad_sum, options), a(abs_sum, options), q(sq_sum, options), u(direction, options);
+  const int64_t count = grad_sum.numel(), block = 1 << 14;  // a multiple of every block of the kernel
+  TORCH_CHECK(abs_sum.numel() == count && sq_sum.numel() == count && (!direction || direction->numel() == count),
+              "expected grad_sum, abs_sum, sq_sum and direction of one size");
+  const CoordinateArgs args = {dtype_of(grad_sum), g.data(), a.data(), q.data(), u.data()};
+  const int64_t blocks = (count + block - 1) / block, workers = worker_count(blocks);
+  const Tensor partial = at::zeros({workers, 8}, double_options(grad_sum));
+  double* out = partial.mutable_data_ptr<double>();
+  const Kernels& k = *active();
+  run_workers(workers, blocks, 0, grad_sum, [&](int64_t w, int64_t begin, int64_t end, void*) {
+    k.coordinates_worker(args, begin * block, std::min(end * block, count), out + 8 * w);
+  });
+  return partial.sum(0);
+}
+
 std::string isa() { return active()->isa; }
 
 std::vector<std::string> isas() {
@@ -264,6 +282,7 @@ TORCH_LIBRARY(zsl_cpu, m) {
   m.def("backward(Tensor a, Tensor b, Tensor? direction, Tensor? c_grad, Tensor? c_abs, Tensor? c_sq, Tensor? c_l1, Tensor? c_sqn, "
         "Tensor? c_dot, Tensor? c_absdot, Tensor? mix, Tensor a2, Tensor b2, bool want_a, bool want_b, int tile_o, int tile_k) -> "
         "(Tensor, Tensor)", &backward);
+  m.def("coordinate_sums(Tensor grad_sum, Tensor abs_sum, Tensor sq_sum, Tensor? direction) -> Tensor", &coordinate_sums);
   m.def("isa() -> str", &isa);
   m.def("isas() -> str[]", &isas);
   m.def("use_isa(str name) -> ()", &use_isa);

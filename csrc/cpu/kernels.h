@@ -74,6 +74,14 @@ struct BackwardArgs {
   void *da, *db;                                      // ? (N, T, K), (N, T, O) S, contiguous, zeroed by the caller
 };
 
+// Over coordinates j of contiguous S: 0 touched: Σ [A_j ≠ 0], 1 Σ |G_j|/A_j, 2 Σ √Q_j/A_j, 3 Σ G_j², 4 Σ Q_j, and with u
+// 5 Σ |G_j u_j|, 6 Σ A_j |u_j|, 7 Σ √Q_j |u_j|, where G, A, Q are grad_sum, abs_sum, sq_sum and 0/0 counts as 0.
+struct CoordinateArgs {
+  DType dtype;
+  const void *grad_sum, *abs_sum, *sq_sum;
+  const void* u;  // ?
+};
+
 // One instruction set's kernels. "worker" functions handle tiles [begin, end) with a workspace of their own.
 struct Kernels {
   const char* isa;
@@ -100,6 +108,8 @@ struct Kernels {
   size_t (*ghost_workspace)(const GramArgs&);
   int64_t (*ghost_blocks)(const GramArgs&, bool diagonal);
   void (*ghost_worker)(const GramArgs&, bool diagonal, int64_t begin, int64_t end, void* workspace, double* out);
+
+  void (*coordinates_worker)(const CoordinateArgs&, int64_t begin, int64_t end, double* out);
 };
 
 const Kernels* kernels_generic();

@@ -8,4 +8,5 @@
 #include "gram.h"
 #include "ghost.h"
 #include "backward.h"
+#include "coordinates.h"
 #include "table.h"

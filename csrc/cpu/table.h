@@ -65,6 +65,13 @@ void ghost_worker(const GramArgs& args, bool diagonal, int64_t begin, int64_t en
   with_sum(args.a, [&](auto s) { return ghost_as<decltype(s)>(args, diagonal, begin, end, workspace, out); });
 }
 
+void coordinates_worker(const CoordinateArgs& args, int64_t begin, int64_t end, double* out) {
+  if (args.dtype == DType::f64)
+    args.u ? coordinates_as<double, true>(args, begin, end, out) : coordinates_as<double, false>(args, begin, end, out);
+  else
+    args.u ? coordinates_as<float, true>(args, begin, end, out) : coordinates_as<float, false>(args, begin, end, out);
+}
+
 const Kernels table = {
 #define ZSL_STRING_(x) #x
 #define ZSL_STRING(x) ZSL_STRING_(x)
@@ -89,6 +96,7 @@ const Kernels table = {
     ghost_workspace,
     ghost_blocks,
     ghost_worker,
+    coordinates_worker,
 };
 
 }  // namespace zsl::ZSL_ISA

@@ -12,10 +12,12 @@ for any x, the bounds of Khintchine's inequality).
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from zsl_kernels import CoordinateSums
 
 SIGN_FLIP = math.sqrt(2 / math.pi)
 
@@ -51,50 +53,13 @@ def number_interference(x: Tensor) -> dict[str, Metric]:
     }
 
 
-class Coordinates(NamedTuple):
-    """Sums over a parameter's coordinates j, from which every metric of a set of parameters follows by adding."""
-
-    count: int  # coordinates that an example touched: Σ_i |g_ij| ≠ 0
-    untouched: int
-    c_sum: float  # Σ_j |Σ_i g_ij| / Σ_i |g_ij|
-    c_null_sum: float  # Σ_j √(2/π) √(Σ_i g_ij²) / Σ_i |g_ij|
-    grad_sq: float  # Σ_j (Σ_i g_ij)²
-    sq: float  # Σ_j Σ_i g_ij²
-    p_sum: float = math.nan  # Σ_j |Σ_i p_ij|, with p_ij = g_ij u_j
-    p_abs: float = math.nan  # Σ_j Σ_i |p_ij|
-    p_null: float = math.nan  # Σ_j √(2/π) √(Σ_i p_ij²)
-
-    def __add__(self, other: Coordinates) -> Coordinates:  # type: ignore[override]
-        return Coordinates(*(x + y for x, y in zip(self, other, strict=True)))
-
-
-# Coordinates handled at a time: bounds the temporaries of `coordinates` whatever the parameter's size.
-_SLICE = 1 << 20
-
-
-def coordinates(grad_sum: Tensor, abs_sum: Tensor, sq_sum: Tensor, direction: Tensor | None = None) -> Coordinates:
-    """Reduces one parameter's sums (any one shape) in float64, a slice at a time. Coordinates that no example touches count apart."""
-    tensors = [x.detach().reshape(-1) for x in (grad_sum, abs_sum, sq_sum)]
-    u = None if direction is None else direction.detach().reshape(-1)
-    totals = [0.0] * 8
-    touched_total = 0
-    for start in range(0, tensors[0].numel(), _SLICE):
-        g, a, s = (x[start : start + _SLICE].double() for x in tensors)
-        root = s.sqrt().mul_(SIGN_FLIP)
-        touched = a != 0
-        safe = torch.where(touched, a, 1.0)
-        parts = [(g.abs() / safe).sum(), (root / safe).sum(), g.square().sum(), s.sum()]
-        if u is not None:
-            size = u[start : start + _SLICE].double().abs()
-            parts += [(g.abs() * size).sum(), (a * size).sum(), (root * size).sum()]
-        touched_total += int(touched.sum())
-        totals = [t + p for t, p in zip(totals, [float(x) for x in parts] + [math.nan] * (8 - len(parts)), strict=True)]
-    p = totals[4:7] if u is not None else [math.nan] * 3
-    return Coordinates(touched_total, grad_sum.numel() - touched_total, *totals[:4], *p)
+def add_coordinates(parts: Iterable[CoordinateSums]) -> CoordinateSums:
+    """The sums of several parameters, or of one parameter's pieces, together."""
+    return CoordinateSums(*(math.fsum(column) for column in zip(*parts, strict=True)))
 
 
 def gradient_metrics(
-    sums: Coordinates, l1: Tensor, sq_norm: Tensor, dot: Tensor | None = None, gram: Tensor | None = None
+    sums: CoordinateSums, l1: Tensor, sq_norm: Tensor, dot: Tensor | None = None, gram: Tensor | None = None
 ) -> dict[str, Metric]:
     """Every gradient metric of a set of parameters, from its summed coordinates and the examples' (N,) scalars over the set.
 
@@ -117,7 +82,7 @@ def gradient_metrics(
     mean_sq, mean_grad_sq = _ratio(sums.sq, n), _ratio(sums.grad_sq, n * n)
     pair_dot = _ratio(sums.grad_sq - sums.sq, n * (n - 1))  # mean ⟨g_i, g_k⟩ over i ≠ k: the unbiased |G|²
     found = {
-        "D_grad": Metric(1 - _ratio(sums.c_sum, sums.count), n, 1 - _ratio(sums.c_null_sum, sums.count)),
+        "D_grad": Metric(1 - _ratio(sums.ratio, sums.touched), n, 1 - _ratio(SIGN_FLIP * sums.root_ratio, sums.touched)),
         "grad_norm": Metric(math.sqrt(mean_grad_sq) if mean_grad_sq >= 0 else math.nan, n),
         "example_norm": Metric(math.sqrt(mean_sq) if mean_sq >= 0 else math.nan, n),
         "example_l1": Metric(l1.double().mean().item() if n else math.nan, n),
@@ -128,8 +93,8 @@ def gradient_metrics(
         dot = dot.double()
         total, size = abs(dot.sum().item()), dot.abs().sum().item()
         null_total = SIGN_FLIP * dot.square().sum().sqrt().item()
-        found["C_g"] = Metric(_ratio(sums.p_sum, sums.p_abs), n, _ratio(sums.p_null, sums.p_abs))
-        found["C_uG"] = Metric(_ratio(total, sums.p_sum), n, _ratio(null_total, sums.p_null))
+        found["C_g"] = Metric(_ratio(sums.p_sum, sums.p_abs), n, _ratio(SIGN_FLIP * sums.p_root, sums.p_abs))
+        found["C_uG"] = Metric(_ratio(total, sums.p_sum), n, _ratio(null_total, SIGN_FLIP * sums.p_root))
         found["C_ug"] = Metric(_ratio(size, sums.p_abs), n)
         found |= {key: metric for key, metric in number_interference(dot).items() if key != "mean"}
     if gram is not None:

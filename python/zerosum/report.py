@@ -1,0 +1,194 @@
+"""What a probe found: results of each parameter, metrics over all of them, and what was covered."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+from zsl_kernels import CoordinateSums
+
+from zerosum.metrics import Metric, add_coordinates, gradient_metrics
+from zerosum.tracking import Results, Tracked
+
+
+class ParameterReport:
+    """One covered parameter. Attributes named as the fields of :class:`zsl_kernels.InterferenceSums` hold its raw results.
+
+    The three sums are weight-shaped. ``grad_sum`` is read from the gradient that autograd stored and is gone once that was written
+    to (by gradient clipping, say): read it before, or keep a clone.
+    """
+
+    def __init__(self, name: str, how: str, results: Results, scale: float) -> None:
+        self.name = name
+        self.how = how
+        self._results = results
+        self._scale = scale  # g_i = scale · the gradient of what was differentiated
+
+    @property
+    def grad_sum(self) -> Tensor:
+        if self._results.grad_sum._version != self._results.version:
+            raise RuntimeError(
+                f"grad_sum of {self.name!r} shares memory with the parameter's .grad, which was modified in place after the probe "
+                "(gradient clipping, zero_grad(set_to_none=False), …): read it before that"
+            )
+        return self._scaled(self._results.grad_sum, 1)
+
+    @property
+    def abs_sum(self) -> Tensor:
+        return self._scaled(self._results.abs_sum, 1)
+
+    @property
+    def sq_sum(self) -> Tensor:
+        return self._scaled(self._results.sq_sum, 2)
+
+    @cached_property
+    def l1(self) -> Tensor:
+        return self._scaled(self._results.l1, 1)
+
+    @cached_property
+    def sq_norm(self) -> Tensor:
+        return self._scaled(self._results.sq_norm, 2)
+
+    @cached_property
+    def dot(self) -> Tensor | None:
+        return None if self._results.dot is None else self._scaled(self._results.dot, 1)
+
+    @cached_property
+    def abs_dot(self) -> Tensor | None:
+        return None if self._results.abs_dot is None else self._scaled(self._results.abs_dot, 1)
+
+    @cached_property
+    def gram(self) -> Tensor | None:
+        return None if self._results.gram is None else self._scaled(self._results.gram, 2)
+
+    @cached_property
+    def coordinates(self) -> CoordinateSums:
+        c, s = self._results.coordinates, self._scale
+        return c._replace(grad_sq=c.grad_sq * s * s, sq=c.sq * s * s, p_sum=c.p_sum * s, p_abs=c.p_abs * s, p_root=c.p_root * s)
+
+    @cached_property
+    def metrics(self) -> dict[str, Metric]:
+        """The parameter's own metrics; see :func:`zerosum.metrics.gradient_metrics`."""
+        return gradient_metrics(self.coordinates, self.l1, self.sq_norm, self.dot, self.gram)
+
+    @property
+    def finite(self) -> bool:
+        return bool(self.sq_norm.isfinite().all())
+
+    def _scaled(self, x: Tensor, power: int) -> Tensor:
+        return x if self._scale == 1 else x * self._scale**power
+
+    def __repr__(self) -> str:
+        return f"ParameterReport({self.name!r}, how={self.how!r}, D_grad={self.metrics['D_grad'].value:.4f})"
+
+
+@dataclass(frozen=True)
+class Coverage:
+    """Which trainable parameters the report speaks of, and how, and which not, and why."""
+
+    covered: dict[str, str]  # name → rule
+    not_covered: dict[str, str]  # name → reason
+    sizes: dict[str, int]  # name → number of coordinates
+
+    @property
+    def share(self) -> float:
+        """The share of the trainable coordinates that is covered."""
+        total = sum(self.sizes.values())
+        return sum(self.sizes[name] for name in self.covered) / total if total else math.nan
+
+    def __str__(self) -> str:
+        lines = [f"{len(self.covered)} of {len(self.sizes)} trainable parameters covered, {self.share:.1%} of their coordinates"]
+        lines += [f"  not covered: {name} ({reason})" for name, reason in self.not_covered.items()]
+        return "\n".join(lines)
+
+
+class Report:
+    """The results of one probed step. ``report[name]`` is one parameter's; iteration goes over the covered names."""
+
+    def __init__(self, tracked: list[Tracked], num_examples: int, loss_reduction: str, names: dict[str, str]) -> None:
+        self.num_examples = num_examples
+        scale = float(num_examples) if loss_reduction == "mean" else 1.0
+        self._names = names
+        self._parameters = {t.name: ParameterReport(t.name, t.how, t.results, scale) for t in tracked if t.results is not None}
+        self.coverage = Coverage(
+            covered={t.name: t.how for t in tracked if t.results is not None},
+            not_covered={t.name: t.problem for t in tracked if t.results is None},
+            sizes={t.name: t.parameter.numel() for t in tracked},
+        )
+        missing = [t.name for t in tracked if t.results is not None and t.direction is None]
+        self._has_direction = bool(self._parameters) and len(missing) < len(self._parameters)
+        if self._has_direction and missing:
+            raise ValueError(f"direction: expected one for every covered parameter, got none for {', '.join(missing)}")
+
+    def __getitem__(self, name: str) -> ParameterReport:
+        known = self._names.get(name, name)
+        if known in self._parameters:
+            return self._parameters[known]
+        reason = self.coverage.not_covered.get(known, "not a trainable parameter of the model")
+        raise KeyError(f"{name}: {reason}")
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._parameters)
+
+    def __len__(self) -> int:
+        return len(self._parameters)
+
+    def __contains__(self, name: object) -> bool:
+        return self._names.get(str(name), name) in self._parameters
+
+    def _total(self, field: str) -> Tensor | None:
+        """A scalar field over all covered parameters, in float64."""
+        parts = [getattr(p, field) for p in self._parameters.values()]
+        if not parts or parts[0] is None:
+            return None
+        return torch.stack([part.double() for part in parts]).sum(0)
+
+    @cached_property
+    def l1(self) -> Tensor | None:
+        return self._total("l1")
+
+    @cached_property
+    def sq_norm(self) -> Tensor | None:
+        return self._total("sq_norm")
+
+    @cached_property
+    def dot(self) -> Tensor | None:
+        return self._total("dot")
+
+    @cached_property
+    def abs_dot(self) -> Tensor | None:
+        return self._total("abs_dot")
+
+    @cached_property
+    def gram(self) -> Tensor | None:
+        return self._total("gram")
+
+    @cached_property
+    def metrics(self) -> dict[str, Metric]:
+        """Metrics over all covered parameters; see :func:`zerosum.metrics.gradient_metrics`. Empty where nothing is covered."""
+        if self.l1 is None or self.sq_norm is None:
+            return {}
+        sums = add_coordinates(p.coordinates for p in self._parameters.values())
+        return gradient_metrics(sums, self.l1, self.sq_norm, self.dot, self.gram)
+
+    @cached_property
+    def not_finite(self) -> list[str]:
+        """Parameters with a NaN or an infinity among their gradients."""
+        return [name for name, p in self._parameters.items() if not p.finite]
+
+    @property
+    def finite(self) -> bool:
+        return not self.not_finite
+
+    def __str__(self) -> str:
+        lines = [f"{self.num_examples} examples; {self.coverage}"]
+        if not self.finite:
+            lines.append(f"NOT FINITE: {', '.join(self.not_finite)}")
+        for name, metric in self.metrics.items():
+            null = "" if metric.null is None else f"   (random signs: {metric.null:.4g})"
+            lines.append(f"{name:>16} {metric.value:12.5g}{null}")
+        return "\n".join(lines)
