@@ -19,11 +19,13 @@ def native_extensions():
             "zsl_kernels: building the native kernels needs the torch they will run with: install torch first and pass "
             "--no-build-isolation, or set ZSL_BUILD_NATIVE=0 for the pure Python package"
         )
-    sources = sorted(str(path.relative_to(root)) for folder in ("cpu", "bindings") for path in (root / "csrc" / folder).glob("*.cpp"))
+    sources = sorted(
+        str(path.relative_to(root)) for folder in ("cpu", "bindings") for path in (root / "csrc" / folder).glob("*.cpp")
+    )
     headers = sorted(str(path.relative_to(root)) for path in (root / "csrc").rglob("*.h"))
     # -g0: debug information would be most of the wheel. No -march: the kernels enable their instruction sets themselves.
     flags = ["-O3", "-g0", "-Wall", "-Wextra", "-Wno-unused-parameter", "-fvisibility=hidden", "-fno-math-errno"]
-    # at::parallel_for is inline: without OpenMP here it would run on one thread, silently. It binds to the runtime torch has loaded.
+    # at::parallel_for is inline: without OpenMP here it would silently run on one thread. It binds to the runtime torch loaded.
     openmp = [] if sys.platform == "darwin" else ["-fopenmp"]
     extension = CppExtension(
         "zsl_kernels._cpu", sources, depends=headers, extra_compile_args=flags + openmp, extra_link_args=openmp

@@ -15,10 +15,21 @@ import torch
 from torch import Tensor
 
 from zsl_kernels import ops, reference
-from zsl_kernels.backends import IMPLS, build_info, impls_for, plan
+from zsl_kernels.backends import build_info, impls_for, plan
 from zsl_kernels.types import INPUT_DTYPES, CoordinateSums, InterferenceSums
 
-__all__ = ["CoordinateSums", "InterferenceSums", "build_info", "coordinate_sums", "dot", "gram", "interference", "plan", "sq_norm", "weighted_grad"]
+__all__ = [
+    "CoordinateSums",
+    "InterferenceSums",
+    "build_info",
+    "coordinate_sums",
+    "dot",
+    "gram",
+    "interference",
+    "plan",
+    "sq_norm",
+    "weighted_grad",
+]
 __version__ = "0.1.0"
 
 
@@ -172,6 +183,8 @@ def _check_pair(a_name: str, a: Tensor, b_name: str, b: Tensor, impl: str) -> No
 def _check_direction(direction: Tensor, a: Tensor, b: Tensor) -> None:
     _check_tensor("direction", direction)
     if direction.shape != (b.shape[2], a.shape[2]):
-        raise ValueError(f"direction: expected shape ({b.shape[2]}, {a.shape[2]}), that of the weight, got {tuple(direction.shape)}")
+        raise ValueError(
+            f"direction: expected shape ({b.shape[2]}, {a.shape[2]}), that of the weight, got {tuple(direction.shape)}"
+        )
     if direction.device != a.device:
         raise ValueError(f"direction: expected a tensor on {a.device} as a, got one on {direction.device}")

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from zsl_kernels import cpu
-from zsl_kernels.plan import OPS, Plan, choose
-from zsl_kernels.types import INPUT_DTYPES
+from zsl_kernels.plan import OPS, Call, Plan, choose
+from zsl_kernels.types import INPUT_DTYPES, sum_dtype
 
 IMPLS = ("auto", "reference", "chunked", "cpu", "triton", "cuda")
 
@@ -37,10 +37,15 @@ def impls_for(device: torch.device, impl: str) -> tuple[str, ...]:
     return (impl,)
 
 
+def _call(op: str, N: int, T: int, K: int, O: int, M: int | None, gram: bool, dtype: torch.dtype) -> Call:
+    return Call(op, N, T, K, O, M, gram, sum_dtype(dtype).itemsize, torch.get_num_threads())
+
+
 def plan_call(op: str, a: Tensor, b: Tensor, *, impl: str, gram: bool = False, a2: Tensor | None = None) -> Plan:
-    N, T, K = a.shape
+    """The plan for these operands."""
     M = None if a2 is None else a2.shape[0]
-    return choose(op, N, T, K, b.shape[2], M, gram, 8 if a.dtype == torch.float64 else 4, torch.get_num_threads(), impls_for(a.device, impl))
+    N, T, K = a.shape
+    return choose(_call(op, N, T, K, b.shape[2], M, gram, a.dtype), impls_for(a.device, impl))
 
 
 def plan(
@@ -74,7 +79,7 @@ def plan(
         raise TypeError(f"dtype: expected one of {', '.join(map(str, INPUT_DTYPES))}, got {dtype}")
     if impl == "reference":
         raise ValueError("impl: the reference has no plan; it materializes every gradient")
-    return choose(op, N, T, K, O, M, gram, 8 if dtype == torch.float64 else 4, torch.get_num_threads(), impls_for(torch.device(device), impl))
+    return choose(_call(op, N, T, K, O, M, gram, dtype), impls_for(torch.device(device), impl))
 
 
 def build_info() -> dict[str, object]:

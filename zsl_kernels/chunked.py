@@ -13,13 +13,16 @@ import torch
 from torch import Tensor
 
 from zsl_kernels.plan import chunk_rows
-from zsl_kernels.types import InterferenceSums, sum_dtype
+from zsl_kernels.types import Cotangents, InterferenceSums, sum_dtype
 
 
-def _widen(a: Tensor, *others: Tensor | None) -> list[Tensor | None]:
-    """Everything in the dtype that the results will have."""
-    dtype = sum_dtype(a.dtype)
-    return [a.to(dtype), *(None if x is None else x.to(dtype) for x in others)]
+def _widen(x: Tensor) -> Tensor:
+    return x.to(sum_dtype(x.dtype))
+
+
+def _like(a: Tensor, *others: Tensor | None) -> list[Tensor | None]:
+    """The others in the dtype of ``a``."""
+    return [None if x is None else x.to(a.dtype) for x in others]
 
 
 def _slabs(a: Tensor, b: Tensor, examples: int) -> Iterator[slice]:
@@ -35,42 +38,36 @@ def _gradients(a: Tensor, b: Tensor, slab: slice, out: Tensor | None = None) -> 
 
 
 def interference(a: Tensor, b: Tensor, direction: Tensor | None, gram: bool) -> InterferenceSums:
-    a, b, u = _widen(a, b, direction)
+    a, b = _widen(a), _widen(b)
+    (u,) = _like(a, direction)
     if a.shape[1] == 1:
         return _interference_rank_one(a, b, u, gram)
     N, _, K = a.shape
     O = b.shape[2]
-    sums = [a.new_empty(O, K) for _ in range(3)]
-    scalars = a.new_zeros(4, N, dtype=torch.float64)
-    gram_sum = a.new_zeros(N, N, dtype=torch.float64) if gram else None
+    grad_sum, abs_sum, sq_sum = (a.new_empty(O, K) for _ in range(3))
+    l1, sq_norm, dot, abs_dot = (a.new_zeros(N, dtype=torch.float64) for _ in range(4))
+    pairs = a.new_zeros((N, N) if gram else (0, 0), dtype=torch.float64)
     workspace = scratch = a.new_empty(0)
     for slab in _slabs(a, b, N):
         rows = slab.stop - slab.start
         if workspace.shape[1:2] != (rows,):
             workspace, scratch = a.new_empty(N, rows, K), a.new_empty(N, rows, K)
         g = _gradients(a, b, slab, out=workspace)
-        torch.sum(g, 0, out=sums[0][slab])
+        torch.sum(g, 0, out=grad_sum[slab])
         if gram:
-            gram_sum += torch.mm(g.flatten(1), g.flatten(1).T)
+            pairs += torch.mm(g.flatten(1), g.flatten(1).T)
         torch.abs(g, out=scratch)
-        torch.sum(scratch, 0, out=sums[1][slab])
-        scalars[0] += scratch.sum((1, 2))
+        torch.sum(scratch, 0, out=abs_sum[slab])
+        l1 += scratch.sum((1, 2))
         torch.square(g, out=scratch)
-        torch.sum(scratch, 0, out=sums[2][slab])
-        scalars[1] += scratch.sum((1, 2))
+        torch.sum(scratch, 0, out=sq_sum[slab])
+        sq_norm += scratch.sum((1, 2))
         if u is not None:
             torch.mul(g, u[slab], out=scratch)
-            scalars[2] += scratch.sum((1, 2))
-            scalars[3] += scratch.abs_().sum((1, 2))
-    l1, sq, dot, abs_dot = scalars.to(a.dtype).unbind()
-    return InterferenceSums(
-        *sums,
-        l1=l1.clone(),
-        sq_norm=sq.clone(),
-        dot=None if u is None else dot.clone(),
-        abs_dot=None if u is None else abs_dot.clone(),
-        gram=None if gram_sum is None else gram_sum.to(a.dtype),
-    )
+            dot += scratch.sum((1, 2))
+            abs_dot += scratch.abs_().sum((1, 2))
+    results = (x.to(a.dtype) for x in (l1, sq_norm, dot, abs_dot, pairs))
+    return InterferenceSums(grad_sum, abs_sum, sq_sum, *results).asked_for(u, gram)
 
 
 def _interference_rank_one(a: Tensor, b: Tensor, u: Tensor | None, gram: bool) -> InterferenceSums:
@@ -88,19 +85,20 @@ def _interference_rank_one(a: Tensor, b: Tensor, u: Tensor | None, gram: bool) -
 
 
 def gram(a: Tensor, b: Tensor, a2: Tensor | None, b2: Tensor | None) -> Tensor:
-    a, b, a2, b2 = _widen(a, b, a2, b2)
-    other_a, other_b = (a, b) if a2 is None else (a2, b2)
-    if a.shape[1] == 1 and other_a.shape[1] == 1:
-        return (a.squeeze(1) @ other_a.squeeze(1).T) * (b.squeeze(1) @ other_b.squeeze(1).T)
-    total = a.new_zeros(a.shape[0], other_a.shape[0], dtype=torch.float64)
-    for slab in _slabs(a, b, a.shape[0] + (0 if a2 is None else a2.shape[0])):
+    a, b = _widen(a), _widen(b)
+    itself = a2 is None or b2 is None
+    a2, b2 = (a, b) if a2 is None or b2 is None else (_widen(a2), _widen(b2))
+    if a.shape[1] == 1:
+        return (a.squeeze(1) @ a2.squeeze(1).T) * (b.squeeze(1) @ b2.squeeze(1).T)
+    total = a.new_zeros(a.shape[0], a2.shape[0], dtype=torch.float64)
+    for slab in _slabs(a, b, a.shape[0] + (0 if itself else a2.shape[0])):
         g = _gradients(a, b, slab).flatten(1)
-        total += g @ (g if a2 is None else _gradients(a2, b2, slab).flatten(1)).T
+        total += g @ (g if itself else _gradients(a2, b2, slab).flatten(1)).T
     return total.to(a.dtype)
 
 
 def sq_norm(a: Tensor, b: Tensor) -> Tensor:
-    a, b = _widen(a, b)
+    a, b = _widen(a), _widen(b)
     if a.shape[1] == 1:
         return b.square().sum((1, 2)) * a.square().sum((1, 2))
     total = a.new_zeros(a.shape[0], dtype=torch.float64)
@@ -110,17 +108,20 @@ def sq_norm(a: Tensor, b: Tensor) -> Tensor:
 
 
 def dot(a: Tensor, b: Tensor, direction: Tensor) -> Tensor:
-    a, b, u = _widen(a, b, direction)
+    a, b, u = _widen(a), _widen(b), direction.to(sum_dtype(a.dtype))
     if b.shape[2] <= a.shape[2]:
         return (b * (a @ u.T)).sum((1, 2), dtype=torch.float64).to(a.dtype)
     return (a * (b @ u)).sum((1, 2), dtype=torch.float64).to(a.dtype)
 
 
-def weighted_grad(a: Tensor, b: Tensor, weights: Tensor, abs_weights: Tensor | None = None, direction: Tensor | None = None) -> Tensor:
+def weighted_grad(
+    a: Tensor, b: Tensor, weights: Tensor, abs_weights: Tensor | None = None, direction: Tensor | None = None
+) -> Tensor:
     """Σ_i w_i g_i + sign(u) Σ_i v_i |g_i|, the second term with ``abs_weights`` v and ``direction`` u."""
-    a, b, w, v, u = _widen(a, b, weights, abs_weights, direction)
-    total = (b * w[:, None, None]).flatten(0, 1).T @ a.flatten(0, 1)
-    if v is not None:
+    a, b = _widen(a), _widen(b)
+    v, u = _like(a, abs_weights, direction)
+    total = (b * weights.to(a.dtype)[:, None, None]).flatten(0, 1).T @ a.flatten(0, 1)
+    if v is not None and u is not None:
         for slab in _slabs(a, b, a.shape[0]):
             total[slab] += torch.einsum("n,nok->ok", v, _gradients(a, b, slab).abs_()) * u[slab].sign()
     return total
@@ -130,47 +131,52 @@ def backward(
     a: Tensor,
     b: Tensor,
     direction: Tensor | None,
-    c_grad: Tensor | None,
-    c_abs: Tensor | None,
-    c_sq: Tensor | None,
-    c_l1: Tensor | None,
-    c_sqn: Tensor | None,
-    c_dot: Tensor | None,
-    c_absdot: Tensor | None,
+    c: Cotangents,
     mix: Tensor | None,
     a2: Tensor,
     b2: Tensor,
     want: tuple[bool, bool],
 ) -> tuple[Tensor | None, Tensor | None]:
-    """da_i = b_i s_i and db_i = a_i s_iᵀ; s_i is the derivative with respect to g_i (csrc/cpu/kernels.h has the formula)."""
+    """da_i = b_i s_i and db_i = a_i s_iᵀ, where s_i is the derivative with respect to g_i and mix (N, M) weighs the gradients of
+    a second set of examples in it (csrc/cpu/kernels.h has the formula)."""
     dtypes = a.dtype, b.dtype
-    a, b, u, a2, b2 = _widen(a, b, direction, a2, b2)
+    a, b, a2, b2 = map(_widen, (a, b, a2, b2))
+    u, mix = _like(a, direction, mix)
     da = torch.zeros(a.shape, dtype=a.dtype, device=a.device) if want[0] else None
     db = torch.empty(b.shape, dtype=b.dtype, device=b.device) if want[1] else None
-
-    def each(c: Tensor | None) -> Tensor | float:
-        return 0.0 if c is None else c[:, None, None]
-
     for slab in _slabs(a, b, 2 * a.shape[0] + a2.shape[0]):
-        g = _gradients(a, b, slab)
-        s = torch.zeros_like(g)
-        if c_grad is not None:
-            s += c_grad[slab]
-        if c_abs is not None or c_l1 is not None:
-            s += g.sign() * (each(c_l1) + (0.0 if c_abs is None else c_abs[slab]))
-        if c_sq is not None or c_sqn is not None:
-            s += 2 * g * (each(c_sqn) + (0.0 if c_sq is None else c_sq[slab]))
-        if c_dot is not None:
-            s += each(c_dot) * u[slab]
-        if c_absdot is not None:
-            s += each(c_absdot) * g.sign() * u[slab].abs()
+        s = _derivative(_gradients(a, b, slab), None if u is None else u[slab], c, slab)
         if mix is not None:
-            s += (mix.to(g.dtype) @ _gradients(a2, b2, slab).flatten(1)).view_as(s)
+            s += (mix @ _gradients(a2, b2, slab).flatten(1)).view_as(s)
         if da is not None:
             da.baddbmm_(b[:, :, slab], s)
         if db is not None:
             db[:, :, slab] = torch.bmm(a, s.transpose(1, 2))
     return (None if da is None else da.to(dtypes[0])), (None if db is None else db.to(dtypes[1]))
+
+
+def _derivative(g: Tensor, u: Tensor | None, c: Cotangents, slab: slice) -> Tensor:
+    """s_i for the slab, without the mixed gradients: (N, rows, K)."""
+
+    def each(x: Tensor) -> Tensor:
+        return x[:, None, None]
+
+    s = torch.zeros_like(g)
+    if c.grad_sum is not None:
+        s += c.grad_sum[slab]
+    if c.abs_sum is not None:
+        s += g.sign() * c.abs_sum[slab]
+    if c.l1 is not None:
+        s += g.sign() * each(c.l1)
+    if c.sq_sum is not None:
+        s += 2 * g * c.sq_sum[slab]
+    if c.sq_norm is not None:
+        s += 2 * g * each(c.sq_norm)
+    if c.dot is not None and u is not None:
+        s += each(c.dot) * u
+    if c.abs_dot is not None and u is not None:
+        s += each(c.abs_dot) * g.sign() * u.abs()
+    return s
 
 
 # Coordinates handled at a time: the temporaries stay in cache.

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from zsl_kernels.plan import Plan
-from zsl_kernels.types import InterferenceSums
+from zsl_kernels.types import Cotangents, InterferenceSums
 
 
 def load() -> str | None:
@@ -25,9 +25,7 @@ def load() -> str | None:
 
 
 def interference(plan: Plan, a: Tensor, b: Tensor, direction: Tensor | None, gram: bool) -> InterferenceSums:
-    *sums, dot, abs_dot, pairs = torch.ops.zsl_cpu.interference(a, b, direction, gram, *plan.tile)
-    given = direction is not None
-    return InterferenceSums(*sums, dot=dot if given else None, abs_dot=abs_dot if given else None, gram=pairs if gram else None)
+    return InterferenceSums(*torch.ops.zsl_cpu.interference(a, b, direction, gram, *plan.tile)).asked_for(direction, gram)
 
 
 def gram(plan: Plan, a: Tensor, b: Tensor, a2: Tensor | None, b2: Tensor | None) -> Tensor:
@@ -48,12 +46,24 @@ def sq_norm(plan: Plan, a: Tensor, b: Tensor) -> Tensor:
     return torch.ops.zsl_cpu.sq_norm_direct(a, b, *plan.tile)
 
 
-def weighted_grad(plan: Plan, a: Tensor, b: Tensor, weights: Tensor, abs_weights: Tensor | None, direction: Tensor | None) -> Tensor:
+def weighted_grad(
+    plan: Plan, a: Tensor, b: Tensor, weights: Tensor, abs_weights: Tensor | None, direction: Tensor | None
+) -> Tensor:
     return torch.ops.zsl_cpu.weighted_grad(a, b, weights, abs_weights, direction, *plan.tile)
 
 
-def backward(plan: Plan, a: Tensor, b: Tensor, *rest, want: tuple[bool, bool]) -> tuple[Tensor | None, Tensor | None]:
-    da, db = torch.ops.zsl_cpu.backward(a, b, *rest, *want, *plan.tile)
+def backward(
+    plan: Plan,
+    a: Tensor,
+    b: Tensor,
+    direction: Tensor | None,
+    c: Cotangents,
+    mix: Tensor | None,
+    a2: Tensor,
+    b2: Tensor,
+    want: tuple[bool, bool],
+) -> tuple[Tensor | None, Tensor | None]:
+    da, db = torch.ops.zsl_cpu.backward(a, b, direction, *c, mix, a2, b2, *want, *plan.tile)
     return (da if want[0] else None), (db if want[1] else None)
 
 

@@ -8,14 +8,17 @@ can be differentiated once.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from zsl_kernels import backends, chunked
-from zsl_kernels.types import InterferenceSums, sum_dtype
+from zsl_kernels.types import Cotangents, InterferenceSums, sum_dtype
 
 _library = torch.library.Library("zsl", "DEF")
+
+Grads = tuple[Tensor | None, ...]
 
 
 def _define(schema: str, implementation: Callable, fake: Callable) -> None:
@@ -47,57 +50,64 @@ def _interference(a: Tensor, b: Tensor, direction: Tensor | None, gram: bool, im
 
 def _interference_fake(a: Tensor, b: Tensor, direction: Tensor | None, gram: bool, impl: str) -> tuple[Tensor, ...]:
     N, O, K = a.shape[0], b.shape[2], a.shape[2]
-    given = () if direction is None else None
-    shapes = [(O, K)] * 3 + [(N,)] * 2 + [(N,) if given is None else (0,)] * 2 + [(N, N) if gram else (0,)]
+    along = (0,) if direction is None else (N,)
+    shapes = [(O, K)] * 3 + [(N,)] * 2 + [along] * 2 + [(N, N) if gram else (0,)]
     return tuple(_empty(a, *shape) for shape in shapes)
 
 
 def interference(a: Tensor, b: Tensor, direction: Tensor | None, gram: bool, impl: str) -> InterferenceSums:
-    """The op with None for what was not asked."""
-    *sums, dot, abs_dot, pairs = torch.ops.zsl.interference(a, b, direction, gram, impl)
-    given = direction is not None
-    return InterferenceSums(*sums, dot=dot if given else None, abs_dot=abs_dot if given else None, gram=pairs if gram else None)
+    """The op with None for what was not asked for."""
+    return InterferenceSums(*torch.ops.zsl.interference(a, b, direction, gram, impl)).asked_for(direction, gram)
 
 
-def _interference_setup(ctx, inputs, output) -> None:
+def _interference_setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     a, b, direction, ctx.gram, ctx.impl = inputs
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(a, b, direction)
 
 
-def _interference_grad(ctx, *cotangents: Tensor | None):
+def _interference_grad(ctx: Any, *cotangents: Tensor | None) -> Grads:
     a, b, u = ctx.saved_tensors
-    c_grad, c_abs, c_sq, c_l1, c_sqn, c_dot, c_absdot, c_gram = cotangents
+    *c_sums, c_gram = cotangents
+    c = Cotangents(*c_sums)
     if u is None:
-        c_dot = c_absdot = None
+        c = c._replace(dot=None, abs_dot=None)
     mix = c_gram + c_gram.T if ctx.gram and c_gram is not None else None
-    cs = (c_grad, c_abs, c_sq, c_l1, c_sqn, c_dot, c_absdot)
-    da, db = _wanted_backward(ctx, a, b, u, *cs, mix, a, b)
+    da, db = _input_gradients(ctx.needs_input_grad[:2], a, b, u, c, mix, a, b, ctx.impl)
     du = None
-    if ctx.needs_input_grad[2] and (c_dot is not None or c_absdot is not None):
-        w = a.new_zeros(a.shape[0]) if c_dot is None else c_dot
-        du = torch.ops.zsl.weighted_grad(a, b, w, c_absdot, u, ctx.impl).to(u.dtype)
+    if ctx.needs_input_grad[2] and (c.dot is not None or c.abs_dot is not None):
+        w = a.new_zeros(a.shape[0], dtype=torch.float64) if c.dot is None else c.dot
+        du = torch.ops.zsl.weighted_grad(a, b, w, c.abs_dot, u, ctx.impl).to(u.dtype)
     return da, db, du, None, None
 
 
-def _wanted_backward(ctx, a: Tensor, b: Tensor, *rest: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
-    want_a, want_b = ctx.needs_input_grad[:2]
-    if not (want_a or want_b) or all(c is None for c in rest[1:9]):
+def _input_gradients(
+    want: tuple[bool, bool],
+    a: Tensor,
+    b: Tensor,
+    direction: Tensor | None,
+    c: Cotangents,
+    mix: Tensor | None,
+    a2: Tensor,
+    b2: Tensor,
+    impl: str,
+) -> tuple[Tensor | None, Tensor | None]:
+    """da and db, as far as they are wanted and depend on anything."""
+    if not any(want) or (mix is None and all(x is None for x in c)):
         return None, None
-    da, db = torch.ops.zsl.interference_backward(a, b, *rest, want_a, want_b, ctx.impl)
-    return da if want_a else None, db if want_b else None
+    da, db = torch.ops.zsl.interference_backward(a, b, direction, *c, mix, a2, b2, *want, impl)
+    return da if want[0] else None, db if want[1] else None
 
 
-def _interference_backward(a: Tensor, b: Tensor, *rest) -> tuple[Tensor, Tensor]:
-    *inputs, want_a, want_b, impl = rest
-    want = (want_a, want_b)
-    plan = backends.plan_call("interference", a, b, impl=impl, gram=inputs[8] is not None)
-    call = backends.cpu.backward if plan.impl == "cpu" else lambda _, *args, want: chunked.backward(*args, want)
-    da, db = call(plan, a, b, *inputs, want=want)
+def _interference_backward(a: Tensor, b: Tensor, direction: Tensor | None, *rest: Any) -> tuple[Tensor, Tensor]:
+    *cotangents, mix, a2, b2, want_a, want_b, impl = rest
+    plan = backends.plan_call("interference", a, b, impl=impl, gram=mix is not None)
+    arguments = (a, b, direction, Cotangents(*cotangents), mix, a2, b2, (want_a, want_b))
+    da, db = backends.cpu.backward(plan, *arguments) if plan.impl == "cpu" else chunked.backward(*arguments)
     return a.new_empty(0) if da is None else da, b.new_empty(0) if db is None else db
 
 
-def _interference_backward_fake(a: Tensor, b: Tensor, *rest) -> tuple[Tensor, Tensor]:
+def _interference_backward_fake(a: Tensor, b: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     want_a, want_b = rest[-3:-1]
     return a.new_empty(a.shape if want_a else (0,)), b.new_empty(b.shape if want_b else (0,))
 
@@ -130,25 +140,19 @@ def _gram_fake(a: Tensor, b: Tensor, a2: Tensor | None, b2: Tensor | None, impl:
     return _empty(a, a.shape[0], a.shape[0] if a2 is None else a2.shape[0])
 
 
-def _gram_setup(ctx, inputs, output) -> None:
+def _gram_setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     *tensors, ctx.impl = inputs
     ctx.save_for_backward(*tensors)
 
 
-def _gram_grad(ctx, c: Tensor):
+def _gram_grad(ctx: Any, c: Tensor) -> Grads:
     a, b, a2, b2 = ctx.saved_tensors
-    none = (None,) * 8  # direction and the other cotangents
-
-    def side(wanted: tuple[bool, bool], x: Tensor, y: Tensor, mix: Tensor, x2: Tensor, y2: Tensor):
-        if not any(wanted):
-            return None, None
-        dx, dy = torch.ops.zsl.interference_backward(x, y, *none, mix, x2, y2, *wanted, ctx.impl)
-        return dx if wanted[0] else None, dy if wanted[1] else None
-
-    needs = ctx.needs_input_grad
+    needs, none = ctx.needs_input_grad, Cotangents()
     if a2 is None:
-        return *side(needs[:2], a, b, c + c.T, a, b), None, None, None
-    return *side(needs[:2], a, b, c, a2, b2), *side(needs[2:4], a2, b2, c.T, a, b), None
+        return *_input_gradients(needs[:2], a, b, None, none, c + c.T, a, b, ctx.impl), None, None, None
+    first = _input_gradients(needs[:2], a, b, None, none, c, a2, b2, ctx.impl)
+    second = _input_gradients(needs[2:4], a2, b2, None, none, c.T, a, b, ctx.impl)
+    return *first, *second, None
 
 
 _define("gram(Tensor a, Tensor b, Tensor? a2, Tensor? b2, str impl) -> Tensor", _gram, _gram_fake)
@@ -163,15 +167,14 @@ def _sq_norm(a: Tensor, b: Tensor, impl: str) -> Tensor:
     return backends.cpu.sq_norm(plan, a, b) if plan.impl == "cpu" else chunked.sq_norm(a, b)
 
 
-def _sq_norm_setup(ctx, inputs, output) -> None:
+def _sq_norm_setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     a, b, ctx.impl = inputs
     ctx.save_for_backward(a, b)
 
 
-def _sq_norm_grad(ctx, c: Tensor):
+def _sq_norm_grad(ctx: Any, c: Tensor) -> Grads:
     a, b = ctx.saved_tensors
-    none = (None,) * 4
-    return *_wanted_backward(ctx, a, b, *none, None, c, None, None, None, a, b), None
+    return *_input_gradients(ctx.needs_input_grad[:2], a, b, None, Cotangents(sq_norm=c), None, a, b, ctx.impl), None
 
 
 _define("sq_norm(Tensor a, Tensor b, str impl) -> Tensor", _sq_norm, lambda a, b, impl: _empty(a, a.shape[0]))
@@ -183,8 +186,7 @@ _autograd("sq_norm", _sq_norm_setup, _sq_norm_grad)
 
 def _scaled_product(c: Tensor, x: Tensor, matrix: Tensor) -> Tensor:
     """c_i x_i matrix, in x's dtype."""
-    product = x.to(matrix.dtype) @ matrix
-    return (product * c.to(matrix.dtype)[:, None, None]).to(x.dtype)
+    return ((x.to(matrix.dtype) @ matrix) * c.to(matrix.dtype)[:, None, None]).to(x.dtype)
 
 
 def _dot(a: Tensor, b: Tensor, direction: Tensor, impl: str) -> Tensor:
@@ -192,15 +194,15 @@ def _dot(a: Tensor, b: Tensor, direction: Tensor, impl: str) -> Tensor:
     return backends.cpu.dot(plan, a, b, direction) if plan.impl == "cpu" else chunked.dot(a, b, direction)
 
 
-def _dot_setup(ctx, inputs, output) -> None:
+def _dot_setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     a, b, direction, ctx.impl = inputs
     ctx.save_for_backward(a, b, direction)
 
 
-def _dot_grad(ctx, c: Tensor):
+def _dot_grad(ctx: Any, c: Tensor) -> Grads:
     a, b, u = ctx.saved_tensors
-    da = _scaled_product(c, b, u.to(c.dtype)).to(a.dtype) if ctx.needs_input_grad[0] else None
-    db = _scaled_product(c, a, u.to(c.dtype).T).to(b.dtype) if ctx.needs_input_grad[1] else None
+    da = _scaled_product(c, b, u.to(c.dtype)) if ctx.needs_input_grad[0] else None
+    db = _scaled_product(c, a, u.to(c.dtype).T) if ctx.needs_input_grad[1] else None
     du = torch.ops.zsl.weighted_grad(a, b, c, None, None, ctx.impl).to(u.dtype) if ctx.needs_input_grad[2] else None
     return da, db, du, None
 
@@ -218,19 +220,19 @@ def _weighted_grad(
     return chunked.weighted_grad(a, b, weights, abs_weights, direction)
 
 
-def _weighted_grad_setup(ctx, inputs, output) -> None:
+def _weighted_grad_setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     a, b, weights, abs_weights, _, ctx.impl = inputs
     # The signed term serves as a derivative alone and is not differentiated again.
     ctx.twice = abs_weights is not None
     ctx.save_for_backward(a, b, weights)
 
 
-def _weighted_grad_grad(ctx, c: Tensor):
+def _weighted_grad_grad(ctx: Any, c: Tensor) -> Grads:
     if ctx.twice:
         raise NotImplementedError("zsl_kernels: the derivative of abs_dot along direction cannot be differentiated again")
     a, b, w = ctx.saved_tensors
-    da = _scaled_product(w, b, c).to(a.dtype) if ctx.needs_input_grad[0] else None
-    db = _scaled_product(w, a, c.T).to(b.dtype) if ctx.needs_input_grad[1] else None
+    da = _scaled_product(w, b, c) if ctx.needs_input_grad[0] else None
+    db = _scaled_product(w, a, c.T) if ctx.needs_input_grad[1] else None
     dw = torch.ops.zsl.dot(a, b, c, ctx.impl).to(w.dtype) if ctx.needs_input_grad[2] else None
     return da, db, dw, None, None, None
 

@@ -24,22 +24,68 @@ STORED_BYTES = 16 << 20
 CHUNKED_BYTES = 32 << 20
 GHOST_SIDE = 96  # rows of a ghost block
 
-# Relative costs, from `make bench` on x86-64.
-_FOLD = 12.0  # folding one element of one g_i into the sums and scalars
-_FOLD_SCALAR = 4.0  # the same into one scalar
+# Relative costs, from benchmarks/costs.py on x86-64.
+_FOLD = {
+    "interference": 12.0,
+    "gram": 1.0,
+    "dot": 4.0,
+    "sq_norm": 4.0,
+    "weighted_grad": 4.0,
+}  # one element of one g_i, in registers
+_CHUNKED_FOLD = {"interference": 40.0, "gram": 1.0, "sq_norm": 12.0}  # the same from memory, a pass for each result
 _PAIR = 1.4  # one operation of the pairwise products of stored tiles
 _GHOST = 1.3  # one operation of the ghost form
 _MATMUL = 1.2  # one operation of a library matrix product
-_CHUNKED_FOLD = 40.0  # folding one element of one g_i from memory, one pass for each sum
+
+
+@dataclass(frozen=True)
+class Call:
+    """All that the choice depends on."""
+
+    op: str
+    N: int
+    T: int
+    K: int
+    O: int
+    M: int | None = None  # examples of the second set of `gram`; None for the Gram of one set with itself
+    gram: bool = False  # with "interference"
+    itemsize: int = 4  # of the sums
+    threads: int = 1
+
+    @property
+    def formed(self) -> int:
+        """Gradients that a form which computes gradients computes."""
+        return self.N + (self.M or 0)
+
+    @property
+    def product(self) -> float:
+        """Operations of forming them."""
+        return 2.0 * self.formed * self.T * self.O * self.K
+
+    @property
+    def elements(self) -> float:
+        """Entries of all of them."""
+        return float(self.formed) * self.O * self.K
+
+    @property
+    def pairs(self) -> float:
+        """Operations for each coordinate of the pairwise products: half of the N² by symmetry."""
+        if self.op == "gram":
+            return float(2 * self.N * self.M if self.M else self.N * self.N)
+        return float(self.N * self.N) if self.gram else 0.0
+
+    def __str__(self) -> str:
+        rest = (f", M={self.M}" if self.M is not None else "") + (", gram" if self.gram else "")
+        return f"{self.op}(N={self.N}, T={self.T}, K={self.K}, O={self.O}{rest})"
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """One way of computing an op."""
+    """One way of computing a call."""
 
     impl: str
     way: str  # "direct", "ghost", "rank-one", "chunked" or "matmul"
-    tile: tuple[int, int]  # output rows × columns handled at a time
+    tile: tuple[int, int]  # output rows × columns (ghost: rows × rows of positions) handled at a time
     work: float  # floating-point operations
     cost: float  # weighted work
     workspace: int  # bytes, for each thread (chunked: in all)
@@ -49,7 +95,7 @@ class Candidate:
 class Plan:
     """What a call does. ``print`` it to see the candidates; ``impl``, ``way`` and ``tile`` are the choice."""
 
-    call: str
+    call: Call
     candidates: tuple[Candidate, ...]  # cheapest first
 
     @property
@@ -71,9 +117,11 @@ class Plan:
     def __str__(self) -> str:
         lines = [f"{self.call}: {self.way} ({self.impl})"]
         for c in self.candidates:
+            mark = "->" if c is self.chosen else "  "
+            cost = c.cost / max(self.chosen.cost, 1.0)
             lines.append(
-                f"  {'->' if c is self.chosen else '  '} {c.way:<9}{c.impl:<9}{c.work / 1e9:>10.3f} GFLOP"
-                f"{c.cost / max(self.chosen.cost, 1.0):>8.2f} x cost   tile {c.tile[0]:>5} x {c.tile[1]:<5}{c.workspace / 2**20:>8.2f} MiB"
+                f"  {mark} {c.way:<9}{c.impl:<9}{c.work / 1e9:>10.3f} GFLOP{cost:>8.2f} x cost"
+                f"   tile {c.tile[0]:>5} x {c.tile[1]:<5}{c.workspace / 2**20:>8.2f} MiB"
             )
         return "\n".join(lines)
 
@@ -89,12 +137,13 @@ def _split(size: int, limit: int, unit: int) -> int:
     return -(-max(size, 1) // (parts * unit)) * unit
 
 
-def _direct_tile(O: int, K: int, stored: int, itemsize: int, threads: int) -> tuple[int, int]:
+def _direct_tile(call: Call, stored: int) -> tuple[int, int]:
     """Shrinks the tile while the stored tiles exceed their budget or a thread would have none."""
     limit_o, limit_k = TILE_O, TILE_K
     while True:
-        rows, cols = _split(O, limit_o, ROWS), _split(K, limit_k, COLS)
-        fits = stored * rows * cols * itemsize <= STORED_BYTES and -(-O // rows) * -(-K // cols) >= threads
+        rows, cols = _split(call.O, limit_o, ROWS), _split(call.K, limit_k, COLS)
+        tiles = -(-call.O // rows) * -(-call.K // cols)
+        fits = stored * rows * cols * call.itemsize <= STORED_BYTES and tiles >= call.threads
         if fits or (rows <= ROWS and cols <= COLS):
             return rows, cols
         if cols >= 2 * rows or rows <= ROWS:
@@ -103,40 +152,58 @@ def _direct_tile(O: int, K: int, stored: int, itemsize: int, threads: int) -> tu
             limit_o = max(ROWS, rows // 2)
 
 
-@lru_cache(maxsize=4096)
-def choose(
-    op: str, N: int, T: int, K: int, O: int, M: int | None, gram: bool, itemsize: int, threads: int, impls: tuple[str, ...]
-) -> Plan:
-    """The plan among ``impls``. ``M``: examples of the second set of ``gram``; None for the Gram of one set with itself."""
-    others = M or 0
-    formed = N + others if op == "gram" else N  # gradients that the direct and the chunked form compute
-    product = 2.0 * formed * T * O * K
-    pairs = {"interference": float(N * N) if gram else 0.0, "gram": float(2 * N * M if M else N * N)}.get(op, 0.0)
-    fold = {"interference": _FOLD, "sq_norm": _FOLD_SCALAR, "dot": _FOLD_SCALAR, "weighted_grad": _FOLD_SCALAR, "gram": 1.0}[op]
-    elements = float(formed) * O * K
-    found = []
+def _direct(call: Call) -> Candidate:
+    stored = call.formed if call.pairs else 0
+    tile = _direct_tile(call, stored)
+    pairs = call.pairs * call.O * call.K
+    cost = call.product + _PAIR * pairs + _FOLD[call.op] * call.elements
+    workspace = call.itemsize * (tile[0] * tile[1] * (4 + stored) + min(call.T, CHUNK) * sum(tile))
+    return Candidate("cpu", "direct", tile, call.product + pairs, cost, workspace)
 
-    if "cpu" in impls:
-        stored = formed if op == "gram" or gram else 0
-        tile = _direct_tile(O, K, stored, itemsize, threads)
-        work = product + pairs * O * K
-        workspace = itemsize * (tile[0] * tile[1] * (4 + stored) + min(T, CHUNK) * sum(tile))
-        found.append(Candidate("cpu", "direct", tile, work, product + _PAIR * pairs * O * K + fold * elements, workspace))
-        if op in ("gram", "sq_norm"):
-            # A norm meets only its own example, but a block is computed whole: short examples share one in vain.
-            meetings = float(N * T) * max(T, GHOST_SIDE) if op == "sq_norm" else pairs * T * T
-            work = 2.0 * meetings * (O + K) if op == "sq_norm" else meetings * (O + K)
-            found.append(Candidate("cpu", "ghost", (GHOST_SIDE,) * 2, work, _GHOST * work, itemsize * GHOST_SIDE * 2 * (CHUNK + GHOST_SIDE)))
-    if "chunked" in impls:
-        rows = chunk_rows(formed, O, K, itemsize)
-        if T == 1 and op in ("interference", "gram", "sq_norm"):
-            work = (6.0 * N * O * K if op == "interference" else 0.0) + pairs * (O + K) + 4.0 * formed * (O + K)
-            found.append(Candidate("chunked", "rank-one", (O, K), work, _MATMUL * work, itemsize * 2 * formed * (O + K)))
-        if op in ("dot", "weighted_grad"):
-            found.append(Candidate("chunked", "matmul", (O, K), product, _MATMUL * product, itemsize * N * T * O))
-        else:
-            work = product + 2.0 * pairs * O * K
-            cost = _MATMUL * work + (_CHUNKED_FOLD if op == "interference" else _FOLD) * elements
-            found.append(Candidate("chunked", "chunked", (rows, K), work, cost, 2 * itemsize * formed * rows * K))
-    shape = f"N={N}, T={T}, K={K}, O={O}" + (f", M={M}" if M else "") + (", gram" if gram else "")
-    return Plan(f"{op}({shape})", tuple(sorted(found, key=lambda c: c.cost)))
+
+def _ghost(call: Call) -> Candidate | None:
+    if call.op == "gram":
+        work = call.pairs * call.T**2 * (call.O + call.K)
+    elif call.op == "sq_norm":
+        # A norm meets only its own example, but a block is computed whole: short examples share one in vain.
+        work = 2.0 * call.N * call.T * max(call.T, GHOST_SIDE) * (call.O + call.K)
+    else:
+        return None
+    workspace = call.itemsize * 2 * GHOST_SIDE * (CHUNK + GHOST_SIDE)
+    return Candidate("cpu", "ghost", (GHOST_SIDE, GHOST_SIDE), work, _GHOST * work, workspace)
+
+
+def _rank_one(call: Call) -> Candidate | None:
+    if call.T != 1 or call.op not in ("interference", "gram", "sq_norm"):
+        return None
+    sums = 6.0 * call.elements if call.op == "interference" else 0.0
+    work = sums + call.pairs * (call.O + call.K) + 4.0 * call.formed * (call.O + call.K)
+    return Candidate(
+        "chunked", "rank-one", (call.O, call.K), work, _MATMUL * work, call.itemsize * 2 * call.formed * (call.O + call.K)
+    )
+
+
+def _matmul(call: Call) -> Candidate | None:
+    if call.op not in ("dot", "weighted_grad"):
+        return None
+    workspace = call.itemsize * call.N * call.T * min(call.O, call.K)
+    return Candidate("chunked", "matmul", (call.O, call.K), call.product, _MATMUL * call.product, workspace)
+
+
+def _chunked(call: Call) -> Candidate | None:
+    if call.op in ("dot", "weighted_grad"):
+        return None
+    rows = chunk_rows(call.formed, call.O, call.K, call.itemsize)
+    work = call.product + 2 * call.pairs * call.O * call.K
+    cost = _MATMUL * work + _CHUNKED_FOLD[call.op] * call.elements
+    return Candidate("chunked", "chunked", (rows, call.K), work, cost, 2 * call.itemsize * call.formed * rows * call.K)
+
+
+_WAYS = {"cpu": (_direct, _ghost), "chunked": (_rank_one, _matmul, _chunked)}
+
+
+@lru_cache(maxsize=4096)
+def choose(call: Call, impls: tuple[str, ...]) -> Plan:
+    """The plan of a call among the ways of ``impls``."""
+    found = [candidate for impl in impls for way in _WAYS[impl] if (candidate := way(call)) is not None]
+    return Plan(call, tuple(sorted(found, key=lambda c: c.cost)))

@@ -27,6 +27,24 @@ class InterferenceSums(NamedTuple):
     abs_dot: Tensor | None  # (N,)  Σ_j |g_ij u_j|
     gram: Tensor | None  # (N, N)  ⟨g_i, g_k⟩
 
+    def asked_for(self, direction: Tensor | None, gram: bool) -> InterferenceSums:
+        """None for what was not asked for: an op's schema has no optional results, and returns empty tensors there."""
+        if direction is None:
+            self = self._replace(dot=None, abs_dot=None)
+        return self if gram else self._replace(gram=None)
+
+
+class Cotangents(NamedTuple):
+    """Derivatives of a loss with respect to the fields of :class:`InterferenceSums`, but for the Gram; None where it has none."""
+
+    grad_sum: Tensor | None = None
+    abs_sum: Tensor | None = None
+    sq_sum: Tensor | None = None
+    l1: Tensor | None = None
+    sq_norm: Tensor | None = None
+    dot: Tensor | None = None
+    abs_dot: Tensor | None = None
+
 
 class CoordinateSums(NamedTuple):
     """Sums over coordinates j of G = grad_sum, A = abs_sum, Q = sq_sum and a direction u, as Python floats; 0/0 counts as 0.

@@ -1,5 +1,5 @@
-// The CPU kernels as private torch ops (zsl_cpu::*): checks, allocation, workers. The public ops, their schemas and the choice among
-// these are in Python (zsl_kernels/ops.py, cpu.py, plan.py).
+// The CPU kernels as private torch ops (zsl_cpu::*): checks, allocation, workers. The public ops, their schemas and the choice
+// among these are in Python (zsl_kernels/ops.py, cpu.py, plan.py).
 //
 // Work is split into as many contiguous ranges as there are threads, and partial scalars are added in the order of the ranges:
 // results are bitwise repeatable for the same inputs and thread count.
@@ -57,29 +57,38 @@ const Kernels*& active() {
 
 DType dtype_of(const Tensor& x) {
   switch (x.scalar_type()) {
-    case at::kFloat: return DType::f32;
-    case at::kBFloat16: return DType::bf16;
-    case at::kHalf: return DType::f16;
-    case at::kDouble: return DType::f64;
-    default: TORCH_CHECK(false, "expected float32, bfloat16, float16 or float64, got ", x.scalar_type());
+    case at::kFloat:
+      return DType::f32;
+    case at::kBFloat16:
+      return DType::bf16;
+    case at::kHalf:
+      return DType::f16;
+    case at::kDouble:
+      return DType::f64;
+    default:
+      TORCH_CHECK(false, "expected float32, bfloat16, float16 or float64, got ", x.scalar_type());
   }
 }
 
-Operand operand(const Tensor& x) {
-  return {x.const_data_ptr(), dtype_of(x), x.stride(0), x.stride(1), x.stride(2)};
-}
+Operand operand(const Tensor& x) { return {x.const_data_ptr(), dtype_of(x), x.stride(0), x.stride(1), x.stride(2)}; }
 
 Shape shape_of(const Tensor& a, const Tensor& b, int64_t tile_o, int64_t tile_k) {
-  TORCH_CHECK(a.dim() == 3 && b.dim() == 3 && a.size(0) == b.size(0) && a.size(1) == b.size(1), "expected a (N, T, K) and b (N, T, O), got ",
-              a.sizes(), " and ", b.sizes());
+  TORCH_CHECK(a.dim() == 3 && b.dim() == 3 && a.size(0) == b.size(0) && a.size(1) == b.size(1),
+              "expected a (N, T, K) and b (N, T, O), got ", a.sizes(), " and ", b.sizes());
   TORCH_CHECK(a.scalar_type() == b.scalar_type(), "expected a and b of one dtype, got ", a.scalar_type(), " and ", b.scalar_type());
   TORCH_CHECK(a.device().is_cpu() && b.device().is_cpu(), "expected CPU tensors");
   TORCH_CHECK(tile_o > 0 && tile_k > 0, "expected a positive tile, got ", tile_o, " x ", tile_k);
-  return {a.size(0), a.size(1), a.size(2), b.size(2), std::min(tile_o, std::max<int64_t>(b.size(2), 1)),
+  return {a.size(0),
+          a.size(1),
+          a.size(2),
+          b.size(2),
+          std::min(tile_o, std::max<int64_t>(b.size(2), 1)),
           std::min(tile_k, std::max<int64_t>(a.size(2), 1))};
 }
 
-at::TensorOptions sum_options(const Tensor& a) { return a.options().dtype(a.scalar_type() == at::kDouble ? at::kDouble : at::kFloat); }
+at::TensorOptions sum_options(const Tensor& a) {
+  return a.options().dtype(a.scalar_type() == at::kDouble ? at::kDouble : at::kFloat);
+}
 at::TensorOptions double_options(const Tensor& a) { return a.options().dtype(at::kDouble); }
 
 // Keeps what a raw pointer points to alive, in the dtype and layout that the kernels want.
@@ -110,30 +119,40 @@ Tensor reduce(const Tensor& partial, const Tensor& a) { return partial.sum(0).to
 
 Tensor mirror_upper(const Tensor& gram) { return gram.triu().add(gram.triu(1).transpose(0, 1)); }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> interference(
-    const Tensor& a, const Tensor& b, const OptionalTensor& direction, bool gram, int64_t tile_o, int64_t tile_k) {
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> interference(const Tensor& a, const Tensor& b,
+                                                                                        const OptionalTensor& direction, bool gram,
+                                                                                        int64_t tile_o, int64_t tile_k) {
   const Shape shape = shape_of(a, b, tile_o, tile_k);
   const auto options = sum_options(a);
   const Held u(direction, options);
   Tensor sums[3];
   for (Tensor& sum : sums) sum = at::empty({shape.O, shape.K}, options);
-  const InterferenceArgs args = {shape, operand(a), operand(b), u.data(), sums[0].mutable_data_ptr(), sums[1].mutable_data_ptr(),
-                                 sums[2].mutable_data_ptr(), gram};
+  const InterferenceArgs args = {
+      shape, operand(a), operand(b), u.data(), sums[0].mutable_data_ptr(), sums[1].mutable_data_ptr(), sums[2].mutable_data_ptr(),
+      gram};
   const int64_t workers = worker_count(shape.tiles());
   const Tensor scalars = at::zeros({workers, 4, shape.N}, double_options(a));
   const Tensor grams = at::zeros({gram ? workers : 0, shape.N, shape.N}, double_options(a));
   double *scalar = scalars.mutable_data_ptr<double>(), *pairs = grams.mutable_data_ptr<double>();
   const Kernels& k = *active();
-  run_workers(workers, shape.tiles(), k.interference_workspace(args), a, [&](int64_t w, int64_t begin, int64_t end, void* workspace) {
-    double* mine = scalar + w * 4 * shape.N;
-    k.interference_worker(args, begin, end, workspace,
-                          {mine, mine + shape.N, mine + 2 * shape.N, mine + 3 * shape.N, gram ? pairs + w * shape.N * shape.N : nullptr});
-  });
+  run_workers(workers, shape.tiles(), k.interference_workspace(args), a,
+              [&](int64_t w, int64_t begin, int64_t end, void* workspace) {
+                double* mine = scalar + w * 4 * shape.N;
+                k.interference_worker(
+                    args, begin, end, workspace,
+                    {mine, mine + shape.N, mine + 2 * shape.N, mine + 3 * shape.N, gram ? pairs + w * shape.N * shape.N : nullptr});
+              });
   const Tensor totals = reduce(scalars, a);
   const Tensor none = at::empty({0}, options);
   // Clones: an op's outputs may not share storage.
-  return {sums[0], sums[1], sums[2], totals[0].clone(), totals[1].clone(), direction ? totals[2].clone() : none,
-          direction ? totals[3].clone() : at::empty({0}, options), gram ? mirror_upper(reduce(grams, a)) : at::empty({0, 0}, options)};
+  return {sums[0],
+          sums[1],
+          sums[2],
+          totals[0].clone(),
+          totals[1].clone(),
+          direction ? totals[2].clone() : none,
+          direction ? totals[3].clone() : at::empty({0}, options),
+          gram ? mirror_upper(reduce(grams, a)) : at::empty({0, 0}, options)};
 }
 
 // sq_norm, dot and abs_dot alone: (3, N).
@@ -145,10 +164,11 @@ Tensor scalars_direct(const Tensor& a, const Tensor& b, const OptionalTensor& di
   const Tensor partial = at::zeros({workers, 3, shape.N}, double_options(a));
   double* out = partial.mutable_data_ptr<double>();
   const Kernels& k = *active();
-  run_workers(workers, shape.tiles(), k.interference_workspace(args), a, [&](int64_t w, int64_t begin, int64_t end, void* workspace) {
-    double* mine = out + w * 3 * shape.N;
-    k.interference_worker(args, begin, end, workspace, {nullptr, mine, mine + shape.N, mine + 2 * shape.N, nullptr});
-  });
+  run_workers(workers, shape.tiles(), k.interference_workspace(args), a,
+              [&](int64_t w, int64_t begin, int64_t end, void* workspace) {
+                double* mine = out + w * 3 * shape.N;
+                k.interference_worker(args, begin, end, workspace, {nullptr, mine, mine + shape.N, mine + 2 * shape.N, nullptr});
+              });
   return reduce(partial, a);
 }
 
@@ -160,14 +180,16 @@ Tensor dot_direct(const Tensor& a, const Tensor& b, const Tensor& direction, int
   return scalars_direct(a, b, direction, tile_o, tile_k)[1].clone();
 }
 
-GramArgs gram_args(const Tensor& a, const Tensor& b, const Tensor& a2, const Tensor& b2, bool self, int64_t tile_o, int64_t tile_k) {
+GramArgs gram_args(const Tensor& a, const Tensor& b, const Tensor& a2, const Tensor& b2, bool self, int64_t tile_o,
+                   int64_t tile_k) {
   TORCH_CHECK(a2.size(1) == a.size(1) && a2.size(2) == a.size(2) && b2.size(2) == b.size(2) && a2.size(0) == b2.size(0) &&
                   a2.scalar_type() == a.scalar_type() && b2.scalar_type() == a.scalar_type(),
               "expected a2 and b2 like a and b but for the number of examples, got ", a2.sizes(), " and ", b2.sizes());
   return {shape_of(a, b, tile_o, tile_k), a2.size(0), operand(a), operand(b), operand(a2), operand(b2), self};
 }
 
-Tensor gram_direct(const Tensor& a, const Tensor& b, const Tensor& a2, const Tensor& b2, bool self, int64_t tile_o, int64_t tile_k) {
+Tensor gram_direct(const Tensor& a, const Tensor& b, const Tensor& a2, const Tensor& b2, bool self, int64_t tile_o,
+                   int64_t tile_k) {
   const GramArgs args = gram_args(a, b, a2, b2, self, tile_o, tile_k);
   const int64_t workers = worker_count(args.shape.tiles()), size = args.shape.N * args.M;
   const Tensor partial = at::zeros({workers, args.shape.N, args.M}, double_options(a));
@@ -222,10 +244,23 @@ std::tuple<Tensor, Tensor> backward(const Tensor& a, const Tensor& b, const Opti
   const Held l1(c_l1, D), sqn(c_sqn, D), dot(c_dot, D), absdot(c_absdot, D), mixed(mix, D);
   const Tensor da = want_a ? at::zeros({shape.N, shape.T, shape.K}, S) : at::empty({0}, S);
   const Tensor db = want_b ? at::zeros({shape.N, shape.T, shape.O}, S) : at::empty({0}, S);
-  const BackwardArgs args = {shape,       operand(a),      operand(b),    u.data(),          grad.data(),
-                             abs.data(),  sq.data(),       l1.doubles(),  sqn.doubles(),     dot.doubles(),
-                             absdot.doubles(), mixed.doubles(), a2.size(0), operand(a2),     operand(b2),
-                             want_a ? da.mutable_data_ptr() : nullptr, want_b ? db.mutable_data_ptr() : nullptr};
+  const BackwardArgs args = {shape,
+                             operand(a),
+                             operand(b),
+                             u.data(),
+                             grad.data(),
+                             abs.data(),
+                             sq.data(),
+                             l1.doubles(),
+                             sqn.doubles(),
+                             dot.doubles(),
+                             absdot.doubles(),
+                             mixed.doubles(),
+                             a2.size(0),
+                             operand(a2),
+                             operand(b2),
+                             want_a ? da.mutable_data_ptr() : nullptr,
+                             want_b ? db.mutable_data_ptr() : nullptr};
   const Kernels& k = *active();
   const size_t workspace_bytes = k.backward_workspace(args);
   const Tensor shared = at::empty({static_cast<int64_t>(k.backward_shared(args))}, a.options().dtype(at::kByte));
@@ -271,17 +306,22 @@ std::vector<std::string> isas() {
 void use_isa(const std::string& name) { active() = find_isa(name); }
 
 TORCH_LIBRARY(zsl_cpu, m) {
-  m.def("interference(Tensor a, Tensor b, Tensor? direction, bool gram, int tile_o, int tile_k) -> "
-        "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)", &interference);
+  m.def(
+      "interference(Tensor a, Tensor b, Tensor? direction, bool gram, int tile_o, int tile_k) -> "
+      "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+      &interference);
   m.def("sq_norm_direct(Tensor a, Tensor b, int tile_o, int tile_k) -> Tensor", &sq_norm_direct);
   m.def("dot_direct(Tensor a, Tensor b, Tensor direction, int tile_o, int tile_k) -> Tensor", &dot_direct);
   m.def("gram_direct(Tensor a, Tensor b, Tensor a2, Tensor b2, bool self, int tile_o, int tile_k) -> Tensor", &gram_direct);
   m.def("ghost(Tensor a, Tensor b, Tensor a2, Tensor b2, bool self, bool diagonal) -> Tensor", &ghost);
-  m.def("weighted_grad(Tensor a, Tensor b, Tensor weights, Tensor? abs_weights, Tensor? direction, int tile_o, int tile_k) -> Tensor",
-        &weighted_grad);
-  m.def("backward(Tensor a, Tensor b, Tensor? direction, Tensor? c_grad, Tensor? c_abs, Tensor? c_sq, Tensor? c_l1, Tensor? c_sqn, "
-        "Tensor? c_dot, Tensor? c_absdot, Tensor? mix, Tensor a2, Tensor b2, bool want_a, bool want_b, int tile_o, int tile_k) -> "
-        "(Tensor, Tensor)", &backward);
+  m.def(
+      "weighted_grad(Tensor a, Tensor b, Tensor weights, Tensor? abs_weights, Tensor? direction, int tile_o, int tile_k) -> Tensor",
+      &weighted_grad);
+  m.def(
+      "backward(Tensor a, Tensor b, Tensor? direction, Tensor? c_grad, Tensor? c_abs, Tensor? c_sq, Tensor? c_l1, Tensor? c_sqn, "
+      "Tensor? c_dot, Tensor? c_absdot, Tensor? mix, Tensor a2, Tensor b2, bool want_a, bool want_b, int tile_o, int tile_k) -> "
+      "(Tensor, Tensor)",
+      &backward);
   m.def("coordinate_sums(Tensor grad_sum, Tensor abs_sum, Tensor sq_sum, Tensor? direction) -> Tensor", &coordinate_sums);
   m.def("isa() -> str", &isa);
   m.def("isas() -> str[]", &isas);

@@ -9,9 +9,9 @@ struct BackwardEpilogue {
   using R = RegisterTile<P>;
   using S = typename P::Sum;
 
-  S* s;                                  // the tile of s_i
-  const S *u, *c_grad, *c_abs, *c_sq;    // tiles; zeros where not given
-  S l1, sqn, dot, abs_dot;               // example i's coefficients
+  S* s;                                // the tile of s_i
+  const S *u, *c_grad, *c_abs, *c_sq;  // tiles; zeros where not given
+  S l1, sqn, dot, abs_dot;             // example i's coefficients
 
   ZSL_INLINE void operator()(const Step<P>& step, const typename R::Acc& acc) {
 #pragma GCC unroll 16
@@ -52,8 +52,8 @@ struct AddEpilogue {
 
 // c (T × F, row-major) += x_n[:, f0:f0+steps] · panels, where panels are packed columns that contract those features.
 template <class S>
-void multiply_rows(const Operand& x, int64_t n, int64_t T, int64_t f0, int64_t steps, const S* panels, int64_t cols, S* packed, S* c,
-                   int64_t ld) {
+void multiply_rows(const Operand& x, int64_t n, int64_t T, int64_t f0, int64_t steps, const S* panels, int64_t cols, S* packed,
+                   S* c, int64_t ld) {
   using P = Dense<S>;
   using R = RegisterTile<P>;
   Step<P> s;
@@ -137,8 +137,15 @@ size_t backward_as(const BackwardArgs& args, int64_t index, int64_t begin, int64
   const auto coefficient = [](const double* c, int64_t n) { return c ? static_cast<S>(c[n]) : S(0); };
 
   for (int64_t n = begin; n < end; ++n) {
-    BackwardEpilogue<P> epilogue = {s, u, c_grad, c_abs, c_sq, coefficient(args.c_l1, n), coefficient(args.c_sqn, n),
-                                    coefficient(args.c_dot, n), coefficient(args.c_absdot, n)};
+    BackwardEpilogue<P> epilogue = {s,
+                                    u,
+                                    c_grad,
+                                    c_abs,
+                                    c_sq,
+                                    coefficient(args.c_l1, n),
+                                    coefficient(args.c_sqn, n),
+                                    coefficient(args.c_dot, n),
+                                    coefficient(args.c_absdot, n)};
     if (needs_gradient)
       tile.run(args.a, args.b, n, n == begin, rect, epilogue);
     else
@@ -148,7 +155,8 @@ size_t backward_as(const BackwardArgs& args, int64_t index, int64_t begin, int64
         for (int64_t m = 0; m < args.M; ++m) {
           const S weight = static_cast<S>(args.mix[n * args.M + m]);
           const S* g2 = mixed.at(i, m);
-          for (int64_t p = 0; p < R::size; p += lanes<S>) store(s + i * R::size + p, load(s + i * R::size + p) + load(g2 + p) * weight);
+          for (int64_t p = 0; p < R::size; p += lanes<S>)
+            store(s + i * R::size + p, load(s + i * R::size + p) + load(g2 + p) * weight);
         }
     if (args.da)
       multiply_rows<S>(args.b, n, shape.T, rect.o0, rect.on, s, rect.kn, packed,

@@ -132,7 +132,9 @@ class TileGram {
   // Examples are stored side by side in blocks of `side`, the last one filled up with zero gradients.
   static int64_t padded(int64_t examples) { return ceil_div(examples, side) * side; }
 
-  TileGram(int64_t N, int64_t M, Arena& arena) : N_(N), M_(M), size_(padded(N) * padded(M) * lanes<S>) { lanes_ = arena.take<S>(size_); }
+  TileGram(int64_t N, int64_t M, Arena& arena) : N_(N), M_(M), size_(padded(N) * padded(M) * lanes<S>) {
+    lanes_ = arena.take<S>(size_);
+  }
 
   void run(const S* x, const S* y, int64_t count, bool self, double* gram) {
     std::memset(lanes_, 0, static_cast<size_t>(size_) * sizeof(S));

@@ -1,4 +1,5 @@
-// gram of one set of examples with itself or with another, direct: a tile of every g_i and every g2_m is formed, multiplied pairwise and discarded.
+// gram of one set of examples with itself or with another, direct: a tile of every g_i and every g2_m is formed, multiplied
+// pairwise and discarded.
 
 namespace zsl::ZSL_ISA {
 
@@ -17,7 +18,8 @@ size_t gram_as(const GramArgs& args, int64_t begin, int64_t end, void* workspace
   for (int64_t index = begin; index < end; ++index) {
     const Rect rect = tile_rect(shape, index);
     for (int64_t n = 0; n < shape.N; ++n) epilogue.example = n, tile.run(args.a, args.b, n, n == 0, rect, epilogue);
-    for (int64_t m = 0; !args.self && m < args.M; ++m) epilogue2.example = m, tile.run(args.a2, args.b2, m, m == 0, rect, epilogue2);
+    for (int64_t m = 0; !args.self && m < args.M; ++m)
+      epilogue2.example = m, tile.run(args.a2, args.b2, m, m == 0, rect, epilogue2);
     tile_gram.run(stored.data(), args.self ? stored.data() : stored2.data(), GradientTile<P>::count(rect), args.self, gram);
   }
   return arena.used();

@@ -46,7 +46,8 @@ struct InterferenceEpilogue {
 };
 
 template <class P, bool Sums, bool Direction, bool Gram>
-size_t interference_run(const InterferenceArgs& args, int64_t begin, int64_t end, void* workspace, const InterferencePartials* out) {
+size_t interference_run(const InterferenceArgs& args, int64_t begin, int64_t end, void* workspace,
+                        const InterferencePartials* out) {
   using S = typename P::Sum;
   using Tile = GradientTile<P>;
   const Shape& shape = args.shape;

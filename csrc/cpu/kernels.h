@@ -32,8 +32,8 @@ struct Shape {
 struct InterferenceArgs {
   Shape shape;
   Operand a, b;
-  const void* u;                        // ? (O, K) S, contiguous
-  void *grad_sum, *abs_sum, *sq_sum;    // (O, K) S, contiguous; none of them for sq_norm, dot and abs_dot alone
+  const void* u;                      // ? (O, K) S, contiguous
+  void *grad_sum, *abs_sum, *sq_sum;  // (O, K) S, contiguous; none of them for sq_norm, dot and abs_dot alone
   bool gram;
 };
 
@@ -47,7 +47,7 @@ struct GramArgs {
   Shape shape;  // N counts the examples of a, b
   int64_t M;    // examples of a2, b2, with as many positions
   Operand a, b, a2, b2;
-  bool self;    // a2, b2 are a, b: only blocks on and above the diagonal are computed
+  bool self;  // a2, b2 are a, b: only blocks on and above the diagonal are computed
 };
 
 // Σ_i w_i g_i + sign(u) Σ_i v_i |g_i|
@@ -65,13 +65,13 @@ struct WeightedArgs {
 struct BackwardArgs {
   Shape shape;
   Operand a, b;
-  const void* u;                                      // ? (O, K) S
-  const void *c_grad, *c_abs, *c_sq;                  // ? (O, K) S
-  const double *c_l1, *c_sqn, *c_dot, *c_absdot;      // ? (N,)
-  const double* mix;                                  // ? (N, M), with a2, b2
+  const void* u;                                  // ? (O, K) S
+  const void *c_grad, *c_abs, *c_sq;              // ? (O, K) S
+  const double *c_l1, *c_sqn, *c_dot, *c_absdot;  // ? (N,)
+  const double* mix;                              // ? (N, M), with a2, b2
   int64_t M;
   Operand a2, b2;
-  void *da, *db;                                      // ? (N, T, K), (N, T, O) S, contiguous, zeroed by the caller
+  void *da, *db;  // ? (N, T, K), (N, T, O) S, contiguous, zeroed by the caller
 };
 
 // Over coordinates j of contiguous S: 0 touched: Σ [A_j ≠ 0], 1 Σ |G_j|/A_j, 2 Σ √Q_j/A_j, 3 Σ G_j², 4 Σ Q_j, and with u
@@ -85,8 +85,8 @@ struct CoordinateArgs {
 // One instruction set's kernels. "worker" functions handle tiles [begin, end) with a workspace of their own.
 struct Kernels {
   const char* isa;
-  int64_t rows, cols;      // of the register tile, float
-  int64_t bf16_depth;      // positions that one bf16 instruction contracts; 1 if bf16 is widened to float
+  int64_t rows, cols;  // of the register tile, float
+  int64_t bf16_depth;  // positions that one bf16 instruction contracts; 1 if bf16 is widened to float
 
   size_t (*interference_workspace)(const InterferenceArgs&);
   void (*interference_worker)(const InterferenceArgs&, int64_t begin, int64_t end, void* workspace, const InterferencePartials&);
@@ -113,7 +113,7 @@ struct Kernels {
 };
 
 const Kernels* kernels_generic();
-const Kernels* kernels_avx2();         // null where the compiler does not target x86-64
+const Kernels* kernels_avx2();  // null where the compiler does not target x86-64
 const Kernels* kernels_avx512();
 const Kernels* kernels_avx512_bf16();
 

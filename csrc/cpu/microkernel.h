@@ -68,10 +68,10 @@ template <class P>
 struct Step {
   const typename P::Elem *row_panel, *col_panel;
   int64_t steps;
-  int64_t rows, cols;             // of the register tile that lie inside the output
-  typename P::Sum* carry;         // partial sums between chunks of the contraction, or null
-  bool first, last;               // chunk of the contraction
-  int64_t index;                  // of the register tile in its tile
+  int64_t rows, cols;      // of the register tile that lie inside the output
+  typename P::Sum* carry;  // partial sums between chunks of the contraction, or null
+  bool first, last;        // chunk of the contraction
+  int64_t index;           // of the register tile in its tile
 };
 
 template <class P, class Epilogue>

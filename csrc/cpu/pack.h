@@ -115,9 +115,12 @@ void pack(const Operand& x, int64_t n, int64_t t0, int64_t tn, int64_t f0, int64
     pack_as<double, P, W>(x, n, t0, tn, f0, fn, dst);
   } else {
     switch (x.dtype) {
-      case DType::f32: return pack_as<float, P, W>(x, n, t0, tn, f0, fn, dst);
-      case DType::bf16: return pack_as<bf16, P, W>(x, n, t0, tn, f0, fn, dst);
-      default: return pack_as<f16, P, W>(x, n, t0, tn, f0, fn, dst);
+      case DType::f32:
+        return pack_as<float, P, W>(x, n, t0, tn, f0, fn, dst);
+      case DType::bf16:
+        return pack_as<bf16, P, W>(x, n, t0, tn, f0, fn, dst);
+      default:
+        return pack_as<f16, P, W>(x, n, t0, tn, f0, fn, dst);
     }
   }
 }
@@ -145,9 +148,12 @@ void pack_transposed(const Operand& x, int64_t T, int64_t r0, int64_t rn, int64_
     pack_transposed_as<double, S, W>(x, T, r0, rn, f0, fn, dst);
   } else {
     switch (x.dtype) {
-      case DType::f32: return pack_transposed_as<float, S, W>(x, T, r0, rn, f0, fn, dst);
-      case DType::bf16: return pack_transposed_as<bf16, S, W>(x, T, r0, rn, f0, fn, dst);
-      default: return pack_transposed_as<f16, S, W>(x, T, r0, rn, f0, fn, dst);
+      case DType::f32:
+        return pack_transposed_as<float, S, W>(x, T, r0, rn, f0, fn, dst);
+      case DType::bf16:
+        return pack_transposed_as<bf16, S, W>(x, T, r0, rn, f0, fn, dst);
+      default:
+        return pack_transposed_as<f16, S, W>(x, T, r0, rn, f0, fn, dst);
     }
   }
 }

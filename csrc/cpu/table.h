@@ -2,7 +2,8 @@
 
 namespace zsl::ZSL_ISA {
 
-// Chooses how panels are held; a and b have one dtype. Only the forward products take bf16 as it is; what is differentiated is widened.
+// Chooses how panels are held; a and b have one dtype. Only the forward products take bf16 as it is; what is differentiated is
+// widened.
 template <class F>
 auto with_panels(const Operand& a, F body) {
   if (a.dtype == DType::f64) return body(Dense<double>{});
@@ -21,7 +22,8 @@ size_t interference_workspace(const InterferenceArgs& args) {
   return with_panels(args.a, [&](auto p) { return interference_as<decltype(p)>(args, 0, 0, nullptr, nullptr); });
 }
 
-void interference_worker(const InterferenceArgs& args, int64_t begin, int64_t end, void* workspace, const InterferencePartials& out) {
+void interference_worker(const InterferenceArgs& args, int64_t begin, int64_t end, void* workspace,
+                         const InterferencePartials& out) {
   with_panels(args.a, [&](auto p) { return interference_as<decltype(p)>(args, begin, end, workspace, &out); });
 }
 

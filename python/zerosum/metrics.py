@@ -17,6 +17,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
 from zsl_kernels import CoordinateSums
 
 SIGN_FLIP = math.sqrt(2 / math.pi)
@@ -63,12 +64,12 @@ def gradient_metrics(
 ) -> dict[str, Metric]:
     """Every gradient metric of a set of parameters, from its summed coordinates and the examples' (N,) scalars over the set.
 
-    ========================  ===================================================================================================
+    ========================  ==============================================================================================
     ``D_grad``                D over examples for each coordinate, then the plain mean over touched coordinates
     ``grad_norm``             ‖Σ_i g_i‖₂ / N, the norm of the mean gradient
     ``example_norm``          √(mean_i ‖g_i‖²)
     ``example_l1``            mean_i ‖g_i‖₁
-    ``noise_scale``           tr Σ / |G|², the simple gradient noise scale of McCandlish et al. (2018), both parts unbiased; in examples
+    ``noise_scale``           tr Σ / |G|², the simple noise scale of McCandlish et al. (2018), both parts unbiased; in examples
     ``mean_dot_ratio``        mean_{i≠k} ⟨g_i, g_k⟩ / mean_i ‖g_i‖²
     ``C_g``                   Σ_j |Σ_i p_ij| / Σ_j Σ_i |p_ij|, with p_ij = g_ij u_j along the direction u
     ``C_uG``                  |Σ_j Σ_i p_ij| / Σ_j |Σ_i p_ij|
@@ -76,7 +77,7 @@ def gradient_metrics(
     ``C``, ``D``, ``M``       of the examples' first-order changes Σ_j p_ij; exactly C = C_g · C_uG / C_ug
     ``mean_cosine``           mean over pairs i < k of ⟨g_i, g_k⟩ / (‖g_i‖ ‖g_k‖), from the Gram
     ``negative_pairs``        the share of pairs i < k with ⟨g_i, g_k⟩ < 0
-    ========================  ===================================================================================================
+    ========================  ==============================================================================================
     """
     n = l1.numel()
     mean_sq, mean_grad_sq = _ratio(sums.sq, n), _ratio(sums.grad_sq, n * n)

@@ -30,8 +30,8 @@ class Probe:
     Args:
         model: the module whose trainable parameters are to be covered.
         examples: "sequence": an example is one index of the first dimension, (N, T, ·) activations.
-        direction: a tensor of the parameter's shape for each parameter name, such as an update Δ; gives ``dot``, ``abs_dot`` and the
-            metrics C_g, C_uG and C_ug. Covered parameters without a direction are an error.
+        direction: a tensor of the parameter's shape for each parameter name, such as an update Δ; gives ``dot``, ``abs_dot`` and
+            the metrics C_g, C_uG and C_ug. Covered parameters without a direction are an error.
         gram: whether to compute the (N, N) inner products.
         loss_reduction: what is differentiated, "sum" or "mean" of the N examples' losses. g_i is the gradient of ℓ_i itself
             either way.
@@ -121,8 +121,8 @@ class Capture(TorchFunctionMode):
         pass (activation checkpointing) is not one."""
         if self.backward_began and torch._C._current_graph_task_id() == -1:
             raise RuntimeError(
-                "zerosum.Probe: expected one forward and one backward pass in a `with` block, got a forward pass after a backward pass; "
-                "open the probe anew for each batch"
+                "zerosum.Probe: expected one forward and one backward pass in a `with` block, got a forward pass after a backward "
+                "pass; open the probe anew for each batch"
             )
 
     def tracked(self, x: Any) -> Tracked | None:
@@ -146,11 +146,10 @@ class Capture(TorchFunctionMode):
         if rule is not None and (result := rule(self, args, kwargs)) is not None:
             return result
         result = func(*args, **kwargs)
-        if used := [t for t in map(self.tracked, _flatten((*args, *kwargs.values()))) if t is not None]:
-            if any(isinstance(x, Tensor) and x.requires_grad for x in _flatten((result,))):
-                for t in used:
-                    t.uses += 1
-                    t.refuse(f"used by {getattr(func, '__name__', func)}, which no rule covers")
+        used = [t for t in map(self.tracked, _flatten((*args, *kwargs.values()))) if t is not None]
+        if used and any(isinstance(x, Tensor) and x.requires_grad for x in _flatten((result,))):
+            for t in used:
+                t.refuse(f"used by {getattr(func, '__name__', func)}, which no rule covers")
         return result
 
 

@@ -9,10 +9,10 @@ from functools import cached_property
 
 import torch
 from torch import Tensor
-from zsl_kernels import CoordinateSums
 
 from zerosum.metrics import Metric, add_coordinates, gradient_metrics
 from zerosum.tracking import Results, Tracked
+from zsl_kernels import CoordinateSums
 
 
 class ParameterReport:

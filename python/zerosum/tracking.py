@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
-import zsl_kernels as zk
 from torch import Tensor, nn
+
+import zsl_kernels as zk
 from zsl_kernels import CoordinateSums
 
 
@@ -55,7 +55,7 @@ class Tracked:
     how: str = ""  # the rule that covers it
     problem: str = ""  # why it is not covered
     results: Results | None = None
-    _pending: list[Callable[[], tuple[Tensor, Tensor]]] = field(default_factory=list)
+    _pending: list[tuple[Tensor, Tensor]] = field(default_factory=list)
     _per_example: Tensor | None = None
 
     def refuse(self, problem: str) -> None:

@@ -20,15 +20,14 @@ def rule(capture: Capture, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Ten
     if tracked_weight is None and tracked_bias is None:
         return None
     capture.begin_use()
-    tracked = [t for t in (tracked_weight, tracked_bias) if t is not None]
+    tracked = [(t, how) for t, how in ((tracked_weight, "linear"), (tracked_bias, "linear bias")) if t is not None]
     if problem := capture.examples_problem(x.shape[:-1]):
-        for t in tracked:
+        for t, _ in tracked:
             t.refuse(f"used by linear on {problem}")
         return None
-    for t, how in ((tracked_weight, "linear"), (tracked_bias, "linear bias")):
-        if t is not None:
-            t.uses += 1
-            t.how = how
+    for t, how in tracked:
+        t.uses += 1
+        t.how = how
     return _Linear.apply(x, weight, bias, tracked_weight, tracked_bias, capture)
 
 

@@ -1,0 +1,41 @@
+# make test | demo | bench | lint. The first call makes .venv, installs pinned dependencies and builds; later calls start at once.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+NATIVE := $(shell find csrc -name '*.cpp' -o -name '*.h')
+PACKAGES := zsl_kernels python tests benchmarks setup.py
+
+.PHONY: all test demo bench lint format clean
+all: $(VENV)/.built
+
+$(VENV)/.installed: requirements.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	touch $@
+
+$(VENV)/.built: $(VENV)/.installed pyproject.toml setup.py $(NATIVE)
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-build-isolation --no-deps -e .
+	touch $@
+
+test: $(VENV)/.built
+	ZSL_REQUIRE_NATIVE=1 $(BIN)/python -m pytest tests $(PYTEST_ARGS)
+
+demo: $(VENV)/.built
+	$(BIN)/zerosum demo $(DEMO_ARGS)
+
+bench: $(VENV)/.built
+	$(BIN)/python -m pytest benchmarks $(BENCH_ARGS)
+
+lint: $(VENV)/.built
+	$(BIN)/ruff check $(PACKAGES)
+	$(BIN)/ruff format --check $(PACKAGES)
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run -Werror $$(find csrc tests -name '*.cpp' -o -name '*.h')
+
+format: $(VENV)/.built
+	$(BIN)/ruff check --fix $(PACKAGES)
+	$(BIN)/ruff format $(PACKAGES)
+	$(BIN)/clang-format -i $$(find csrc tests -name '*.cpp' -o -name '*.h')
+
+clean:
+	rm -rf $(VENV) build *.egg-info zsl_kernels/*.so
