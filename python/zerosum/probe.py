@@ -117,9 +117,8 @@ class Capture(TorchFunctionMode):
         self.backward_began = False
 
     def begin_use(self) -> None:
-        """Refuses a second batch, whose examples would be taken for further uses of the first's. Recomputation within the backward
-        pass (activation checkpointing) is not one."""
-        if self.backward_began and torch._C._current_graph_task_id() == -1:
+        """Refuses a second batch, whose examples would be taken for further uses of the first's."""
+        if self.backward_began:
             raise RuntimeError(
                 "zerosum.Probe: expected one forward and one backward pass in a `with` block, got a forward pass after a backward "
                 "pass; open the probe anew for each batch"
