@@ -16,6 +16,7 @@
 #include <vector>
 
 #include "../cpu/kernels.h"
+#include "matrix_unit.h"
 
 namespace zsl {
 namespace {
@@ -23,6 +24,7 @@ namespace {
 using at::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 
+// The instruction sets that this processor can run, the best first.
 std::vector<const Kernels*> supported() {
   std::vector<const Kernels*> found;
 #if defined(__x86_64__)
@@ -30,11 +32,19 @@ std::vector<const Kernels*> supported() {
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
-  if (avx512 && __builtin_cpu_supports("avx512bf16")) found.push_back(kernels_avx512_bf16());
+  const bool avx512_bf16 = avx512 && __builtin_cpu_supports("avx512bf16");
+  const bool amx = avx512_bf16 && __builtin_cpu_supports("amx-bf16");
+  matrix_unit = avx512_bf16 ? find_matrix_unit() : nullptr;
+  if (amx && matrix_unit) found.push_back(kernels_amx());
+  if (avx512_bf16) found.push_back(kernels_avx512_bf16());
   if (avx512) found.push_back(kernels_avx512());
   if (avx2) found.push_back(kernels_avx2());
 #endif
   found.push_back(kernels_generic());
+#if defined(__x86_64__)
+  // Without AMX the same code runs on AVX-512 BF16: not the fastest way there, but one that tests can take.
+  if (!amx && matrix_unit) found.push_back(kernels_amx());
+#endif
   return found;
 }
 
@@ -109,10 +119,16 @@ void run_workers(int64_t workers, int64_t count, size_t workspace_bytes, const T
   char* base = static_cast<char*>(workspace.mutable_data_ptr());
   at::parallel_for(0, workers, 1, [&](int64_t first, int64_t last) {
     for (int64_t w = first; w < last; ++w) body(w, count * w / workers, count * (w + 1) / workers, base + w * stride);
+    if (active() == kernels_amx()) matrix_unit->release();
   });
 }
 
 int64_t worker_count(int64_t items) { return std::max<int64_t>(1, std::min<int64_t>(items, at::get_num_threads())); }
+
+// Each worker adds to an (N, M) of its own; past a gigabyte of them, fewer workers.
+int64_t gram_worker_count(int64_t items, int64_t size) {
+  return std::max<int64_t>(1, std::min(worker_count(items), (int64_t{1} << 27) / std::max<int64_t>(size, 1)));
+}
 
 // (workers, …) partial sums in double → their sum in S.
 Tensor reduce(const Tensor& partial, const Tensor& a) { return partial.sum(0).to(sum_options(a).dtype()); }
@@ -130,7 +146,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> inter
   const InterferenceArgs args = {
       shape, operand(a), operand(b), u.data(), sums[0].mutable_data_ptr(), sums[1].mutable_data_ptr(), sums[2].mutable_data_ptr(),
       gram};
-  const int64_t workers = worker_count(shape.tiles());
+  const int64_t workers = gram ? gram_worker_count(shape.tiles(), shape.N * shape.N) : worker_count(shape.tiles());
   const Tensor scalars = at::zeros({workers, 4, shape.N}, double_options(a));
   const Tensor grams = at::zeros({gram ? workers : 0, shape.N, shape.N}, double_options(a));
   double *scalar = scalars.mutable_data_ptr<double>(), *pairs = grams.mutable_data_ptr<double>();
@@ -191,7 +207,7 @@ GramArgs gram_args(const Tensor& a, const Tensor& b, const Tensor& a2, const Ten
 Tensor gram_direct(const Tensor& a, const Tensor& b, const Tensor& a2, const Tensor& b2, bool self, int64_t tile_o,
                    int64_t tile_k) {
   const GramArgs args = gram_args(a, b, a2, b2, self, tile_o, tile_k);
-  const int64_t workers = worker_count(args.shape.tiles()), size = args.shape.N * args.M;
+  const int64_t size = args.shape.N * args.M, workers = gram_worker_count(args.shape.tiles(), size);
   const Tensor partial = at::zeros({workers, args.shape.N, args.M}, double_options(a));
   double* out = partial.mutable_data_ptr<double>();
   const Kernels& k = *active();
@@ -207,8 +223,8 @@ Tensor ghost(const Tensor& a, const Tensor& b, const Tensor& a2, const Tensor& b
   const Shape& shape = args.shape;
   const bool empty = shape.N * args.M * shape.T * shape.K * shape.O == 0;
   const Kernels& k = *active();
-  const int64_t blocks = empty ? 0 : k.ghost_blocks(args, diagonal), workers = worker_count(blocks);
-  const int64_t size = diagonal ? shape.N : shape.N * args.M;
+  const int64_t blocks = empty ? 0 : k.ghost_blocks(args, diagonal);
+  const int64_t size = diagonal ? shape.N : shape.N * args.M, workers = gram_worker_count(blocks, size);
   const Tensor partial =
       diagonal ? at::zeros({workers, shape.N}, double_options(a)) : at::zeros({workers, shape.N, args.M}, double_options(a));
   double* out = partial.mutable_data_ptr<double>();

@@ -48,7 +48,7 @@ class GradientTile {
     const int64_t steps = steps_of<P>(std::min(chunk, shape.T));
     rows_ = arena.take<Elem>(ceil_div(shape.tile_o, R::rows) * R::rows * steps * P::depth);
     cols_ = arena.take<Elem>(ceil_div(shape.tile_k, R::cols) * R::cols * steps * P::depth);
-    carry_ = shape.T > chunk ? arena.take<S>(size(shape)) : nullptr;
+    carry_ = shape.T > chunk || P::matrix_unit ? arena.take<S>(size(shape)) : nullptr;
   }
 
   // Values of a full tile, its padding included.
@@ -63,8 +63,14 @@ class GradientTile {
       const int64_t tn = std::min(chunk, shape_.T - t0);
       // Inputs shared by all examples are packed once for each tile.
       if (first || a.sn != 0 || tn != shape_.T) pack<P, R::cols>(a, n, t0, tn, rect.k0, rect.kn, cols_);
-      pack<P, R::rows>(b, n, t0, tn, rect.o0, rect.on, rows_);
-      run_chunk(t0, tn, rect, epilogue);
+      if constexpr (P::matrix_unit) {
+        pack_lines(b, n, t0, tn, rect.o0, rect.on, rows_, steps_of<P>(tn) * P::depth);
+        multiply_chunk(t0, tn, rect);
+        if (t0 + tn == shape_.T) finish(rect, epilogue);
+      } else {
+        pack<P, R::rows>(b, n, t0, tn, rect.o0, rect.on, rows_);
+        run_chunk(t0, tn, rect, epilogue);
+      }
       t0 += tn;
     } while (t0 < shape_.T);
   }
@@ -88,6 +94,31 @@ class GradientTile {
         run_register_tile<P>(s, epilogue);
       }
     }
+  }
+
+  // The matrix unit leaves a column panel's sums where register tiles would carry them, ...
+  void multiply_chunk(int64_t t0, int64_t tn, const Rect& rect) {
+    const int64_t depth = steps_of<P>(tn) * P::depth, rows = ceil_div(rect.on, R::rows) * R::rows;
+    for (int64_t kp = 0; kp < ceil_div(rect.kn, R::cols); ++kp) {
+      S* sums = carry_ + kp * rows * R::cols;
+      if (depth > 0)
+        matrix_unit->multiply(rect.on, R::cols, depth, depth, R::cols, R::cols, t0 > 0, rows_, cols_ + kp * depth * R::cols, sums);
+      else
+        std::memset(sums, 0, static_cast<size_t>(rows * R::cols) * sizeof(S));
+    }
+  }
+
+  // ... and they meet the epilogue as a carry to which nothing is added.
+  template <class Epilogue>
+  void finish(const Rect& rect, Epilogue& epilogue) {
+    Step<P> s = {};
+    s.last = true;
+    for (int64_t kp = 0; kp < ceil_div(rect.kn, R::cols); ++kp)
+      for (int64_t op = 0; op < ceil_div(rect.on, R::rows); ++op, ++s.index) {
+        s.rows = rect.on - op * R::rows, s.cols = rect.kn - kp * R::cols;
+        s.carry = carry_ + s.index * R::size;
+        run_register_tile<P>(s, epilogue);
+      }
   }
 
   Shape shape_;
@@ -132,28 +163,33 @@ class TileGram {
   // Examples are stored side by side in blocks of `side`, the last one filled up with zero gradients.
   static int64_t padded(int64_t examples) { return ceil_div(examples, side) * side; }
 
-  TileGram(int64_t N, int64_t M, Arena& arena) : N_(N), M_(M), size_(padded(N) * padded(M) * lanes<S>) {
-    lanes_ = arena.take<S>(size_);
+  TileGram(int64_t N, int64_t M, Arena& arena) : N_(N), M_(M) {
+    // Sums are kept in vectors for a band of rows at a time, so that their memory does not grow with N·M.
+    const int64_t row = padded(M) * lanes<S>, most = (int64_t{1} << 20) / std::max<int64_t>(row, 1) / side * side;
+    band_ = std::min(padded(N), std::max<int64_t>(side, most));
+    lanes_ = arena.take<S>(band_ * row);
   }
 
   void run(const S* x, const S* y, int64_t count, bool self, double* gram) {
-    std::memset(lanes_, 0, static_cast<size_t>(size_) * sizeof(S));
-    for (int64_t p = 0; p < count; ++p)
-      each_block(self, [&](int64_t i, int64_t j, S* sums) {
-        multiply(x + (p * padded(N_) + i) * R::size, y + (p * padded(M_) + j) * R::size, sums);
+    for (int64_t i0 = 0; i0 < N_; i0 += band_) {
+      std::memset(lanes_, 0, static_cast<size_t>(band_ * padded(M_) * lanes<S>) * sizeof(S));
+      for (int64_t p = 0; p < count; ++p)
+        each_block(i0, self, [&](int64_t i, int64_t j, S* sums) {
+          multiply(x + (p * padded(N_) + i) * R::size, y + (p * padded(M_) + j) * R::size, sums);
+        });
+      each_block(i0, self, [&](int64_t i, int64_t j, const S* sums) {
+        for (int64_t r = i; r < std::min(i + side, N_); ++r)
+          for (int64_t c = j; c < std::min(j + side, M_); ++c)
+            gram[r * M_ + c] += sum_lanes<S>(load(sums + ((r - i) * side + c - j) * lanes<S>));
       });
-    each_block(self, [&](int64_t i, int64_t j, const S* sums) {
-      for (int64_t r = i; r < std::min(i + side, N_); ++r)
-        for (int64_t c = j; c < std::min(j + side, M_); ++c)
-          gram[r * M_ + c] += sum_lanes<S>(load(sums + ((r - i) * side + c - j) * lanes<S>));
-    });
+    }
   }
 
  private:
   template <class Body>
-  void each_block(bool self, Body body) {
+  void each_block(int64_t i0, bool self, Body body) {
     S* sums = lanes_;
-    for (int64_t i = 0; i < N_; i += side)
+    for (int64_t i = i0; i < std::min(N_, i0 + band_); i += side)
       for (int64_t j = 0; j < M_; j += side, sums += side * side * lanes<S>)
         if (!self || j >= i) body(i, j, sums);
   }
@@ -181,7 +217,7 @@ class TileGram {
       for (int c = 0; c < side; ++c) store(sums + (r * side + c) * lanes<S>, acc[r][c]);
   }
 
-  int64_t N_, M_, size_;
+  int64_t N_, M_, band_;
   S* lanes_;
 };
 

@@ -112,9 +112,20 @@ struct Kernels {
   void (*coordinates_worker)(const CoordinateArgs&, int64_t begin, int64_t end, double* out);
 };
 
+// A bf16 product on the processor's matrix unit, with float sums: c (rows × cols) = [c +] a · b, where a (rows × depth) has its
+// rows at ld_a, b holds pairs of rows side by side (depth/2 × cols × 2, pair rows at ld_b), and depth is even.
+struct MatrixUnit {
+  void (*multiply)(int64_t rows, int64_t cols, int64_t depth, int64_t ld_a, int64_t ld_b, int64_t ld_c, bool add, const uint16_t* a,
+                   const uint16_t* b, float* c);
+  void (*release)();  // by each thread, when its products are done
+};
+
+extern const MatrixUnit* matrix_unit;  // set by the binding; null without one
+
 const Kernels* kernels_generic();
 const Kernels* kernels_avx2();  // null where the compiler does not target x86-64
 const Kernels* kernels_avx512();
 const Kernels* kernels_avx512_bf16();
+const Kernels* kernels_amx();  // needs matrix_unit
 
 }  // namespace zsl

@@ -7,7 +7,9 @@ namespace zsl::ZSL_ISA {
 template <class F>
 auto with_panels(const Operand& a, F body) {
   if (a.dtype == DType::f64) return body(Dense<double>{});
-#ifdef ZSL_NATIVE_BF16
+#if defined(ZSL_MATRIX_UNIT)
+  if (a.dtype == DType::bf16) return body(Bf16Lines{});
+#elif defined(ZSL_NATIVE_BF16)
   if (a.dtype == DType::bf16) return body(Bf16Pairs{});
 #endif
   return body(Dense<float>{});
