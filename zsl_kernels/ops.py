@@ -128,6 +128,13 @@ _define(
 )
 
 
+def _refuse_second_derivative(ctx: Any, *cotangents: Tensor | None) -> Grads:
+    raise NotImplementedError("zsl_kernels: these ops can be differentiated once; use impl='reference' for second derivatives")
+
+
+_autograd("interference_backward", lambda ctx, inputs, output: None, _refuse_second_derivative)
+
+
 # gram --------------------------------------------------------------------------------------------------------------------------
 
 
@@ -222,14 +229,13 @@ def _weighted_grad(
 
 def _weighted_grad_setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     a, b, weights, abs_weights, _, ctx.impl = inputs
-    # The signed term serves as a derivative alone and is not differentiated again.
-    ctx.twice = abs_weights is not None
+    ctx.signed = abs_weights is not None  # a derivative itself
     ctx.save_for_backward(a, b, weights)
 
 
 def _weighted_grad_grad(ctx: Any, c: Tensor) -> Grads:
-    if ctx.twice:
-        raise NotImplementedError("zsl_kernels: the derivative of abs_dot along direction cannot be differentiated again")
+    if ctx.signed:
+        return _refuse_second_derivative(ctx, c)
     a, b, w = ctx.saved_tensors
     da = _scaled_product(w, b, c) if ctx.needs_input_grad[0] else None
     db = _scaled_product(w, a, c.T) if ctx.needs_input_grad[1] else None
