@@ -50,10 +50,11 @@ struct AddEpilogue {
   }
 };
 
-// c (T × F, row-major) += x_n[:, f0:f0+steps] · panels, where panels are packed columns that contract those features.
+// c (T × F, row-major) += x_n[:, f0:f0+steps] · panels, where panels are packed columns of `length` rows, of which the first
+// `steps` contract those features.
 template <class S>
-void multiply_rows(const Operand& x, int64_t n, int64_t T, int64_t f0, int64_t steps, const S* panels, int64_t cols, S* packed,
-                   S* c, int64_t ld) {
+void multiply_rows(const Operand& x, int64_t n, int64_t T, int64_t f0, int64_t steps, const S* panels, int64_t length, int64_t cols,
+                   S* packed, S* c, int64_t ld) {
   using P = Dense<S>;
   using R = RegisterTile<P>;
   Step<P> s;
@@ -65,7 +66,7 @@ void multiply_rows(const Operand& x, int64_t n, int64_t T, int64_t f0, int64_t s
     for (int64_t k = 0; k < cols; k += R::cols)
       for (int64_t t = 0; t < tn; t += R::rows) {
         AddEpilogue<P> add = {c + (t0 + t) * ld + k, ld};
-        s.row_panel = packed + t * steps, s.col_panel = panels + k * steps;
+        s.row_panel = packed + t * steps, s.col_panel = panels + k * length;
         s.rows = tn - t, s.cols = cols - k;
         run_register_tile<P>(s, add);
       }
@@ -159,11 +160,11 @@ size_t backward_as(const BackwardArgs& args, int64_t index, int64_t begin, int64
             store(s + i * R::size + p, load(s + i * R::size + p) + load(g2 + p) * weight);
         }
     if (args.da)
-      multiply_rows<S>(args.b, n, shape.T, rect.o0, rect.on, s, rect.kn, packed,
+      multiply_rows<S>(args.b, n, shape.T, rect.o0, rect.on, s, ceil_div(rect.on, R::rows) * R::rows, rect.kn, packed,
                        static_cast<S*>(args.da) + n * shape.T * shape.K + rect.k0, shape.K);
     if (args.db) {
       transpose_tile<P>(s, rect, transposed);
-      multiply_rows<S>(args.a, n, shape.T, rect.k0, rect.kn, transposed, rect.on, packed,
+      multiply_rows<S>(args.a, n, shape.T, rect.k0, rect.kn, transposed, rect.kn, rect.on, packed,
                        static_cast<S*>(args.db) + n * shape.T * shape.O + rect.o0, shape.O);
     }
   }
