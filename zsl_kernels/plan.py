@@ -24,18 +24,14 @@ STORED_BYTES = 16 << 20
 CHUNKED_BYTES = 32 << 20
 GHOST_SIDE = 96  # rows of a ghost block
 
-# Relative costs, from benchmarks/costs.py on x86-64.
-_FOLD = {
-    "interference": 12.0,
-    "gram": 1.0,
-    "dot": 4.0,
-    "sq_norm": 4.0,
-    "weighted_grad": 4.0,
-}  # one element of one g_i, in registers
-_CHUNKED_FOLD = {"interference": 40.0, "gram": 1.0, "sq_norm": 12.0}  # the same from memory, a pass for each result
-_PAIR = 1.4  # one operation of the pairwise products of stored tiles
-_GHOST = 1.3  # one operation of the ghost form
-_MATMUL = 1.2  # one operation of a library matrix product
+# Costs relative to one operation of the direct kernel's products, as benchmarks/costs.py fits them on x86-64, halfway between AVX2
+# and AVX-512. First of folding one element of one g_i: in registers, and from memory with a pass for each result.
+_FOLD = {"interference": 35.0, "gram": 5.0, "dot": 16.0, "sq_norm": 5.5, "weighted_grad": 6.0}
+_CHUNKED_FOLD = {"interference": 220.0, "gram": 60.0, "sq_norm": 45.0}
+# Then of one operation: of the pairwise products of stored tiles, of the ghost form, of a library matrix product.
+_PAIR = 1.5
+_GHOST = 1.6
+_MATMUL = 1.5
 
 
 @dataclass(frozen=True)
@@ -165,12 +161,19 @@ def _ghost(call: Call) -> Candidate | None:
     if call.op == "gram":
         work = call.pairs * call.T**2 * (call.O + call.K)
     elif call.op == "sq_norm":
-        # A norm meets only its own example, but a block is computed whole: short examples share one in vain.
-        work = 2.0 * call.N * call.T * max(call.T, GHOST_SIDE) * (call.O + call.K)
+        work = 2.0 * call.N * call.T * _rows_met(call.T) * (call.O + call.K)
     else:
         return None
     workspace = call.itemsize * 2 * GHOST_SIDE * (CHUNK + GHOST_SIDE)
     return Candidate("cpu", "ghost", (GHOST_SIDE, GHOST_SIDE), work, _GHOST * work, workspace)
+
+
+def _rows_met(T: int) -> float:
+    """Rows with which the ghost form multiplies each row for the norms alone. Blocks are computed whole, on or above the diagonal:
+    an example within one block meets that block, one across two both, a long one half of itself and the blocks at its ends."""
+    if T > GHOST_SIDE:
+        return T / 2 + 1.5 * GHOST_SIDE
+    return GHOST_SIDE if T == 0 or GHOST_SIDE % T == 0 else 2.0 * GHOST_SIDE
 
 
 def _rank_one(call: Call) -> Candidate | None:
@@ -191,7 +194,7 @@ def _matmul(call: Call) -> Candidate | None:
 
 
 def _chunked(call: Call) -> Candidate | None:
-    if call.op in ("dot", "weighted_grad"):
+    if call.op in ("dot", "weighted_grad") or _rank_one(call) is not None:
         return None
     rows = chunk_rows(call.formed, call.O, call.K, call.itemsize)
     work = call.product + 2 * call.pairs * call.O * call.K

@@ -1,0 +1,1 @@
+"""Benchmarks: ``pytest benchmarks``; see README.md here."""

@@ -1,0 +1,63 @@
+"""What a result was measured on and with. No host names and no paths: results are kept in the repository."""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+import subprocess
+from datetime import datetime, timezone
+from pathlib import Path
+
+import zsl_kernels as zk
+
+
+def describe() -> dict[str, object]:
+    """Machine, software, commit and date, as plain values."""
+    build = zk.build_info()
+    return {
+        "date": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
+        "commit": _commit(),
+        "cpu": _cpu(),
+        "cores": os.cpu_count(),
+        "threads": build["threads"],
+        "isa": build["cpu_isa"],
+        "isas": build["cpu_isas"],
+        "torch": build["torch"],
+        "python": platform.python_version(),
+        "system": f"{platform.system()} {platform.machine()}",
+        "load at start": round(os.getloadavg()[0], 2),
+    }
+
+
+def line(machine: dict[str, object]) -> str:
+    """The description in one line."""
+    load = f"load at start {machine['load at start']}"
+    if machine["load at start"] > 0.5:
+        load += " (BUSY: threads wait for each other, and ratios mean little)"
+    return (
+        f"{machine['cpu']}, {machine['cores']} cores, {machine['threads']} threads, kernels for {machine['isa']}, "
+        f"torch {machine['torch']}, commit {machine['commit']}, {machine['date']}, {load}"
+    )
+
+
+def _cpu() -> str:
+    info = Path("/proc/cpuinfo")
+    found = re.search(r"^model name\s*:\s*(.+)$", info.read_text(), re.MULTILINE) if info.exists() else None
+    family = re.search(r"^cpu family\s*:\s*(.+)$", info.read_text(), re.MULTILINE) if found else None
+    name = found[1].strip() if found else platform.processor() or platform.machine()
+    return f"{name} (family {family[1].strip()})" if family else name
+
+
+def _commit() -> str:
+    """The commit's short id, with "+ changes" if tracked files other than the results differ from it."""
+    here = Path(__file__).parent
+
+    def git(*args: str) -> str:
+        return subprocess.run(("git", *args), cwd=here, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        changes = git("status", "--porcelain", "--untracked-files=no", "--", ":/", ":(exclude,top)benchmarks/results")
+        return git("rev-parse", "--short=12", "HEAD") + (" + changes" if changes else "")
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"

@@ -1,0 +1,76 @@
+"""Peak memory of one thing in a fresh process: ``python -m benchmarks.memory step "probe + Gram"`` prints bytes.
+
+The peak is the process's own high-water mark, VmHWM: getrusage's ru_maxrss also remembers the process that started this one. Where
+there is no /proc it must do. Bytes of ``op`` are counted from just before the call, those of ``step`` from zero.
+"""
+
+from __future__ import annotations
+
+import re
+import resource
+import subprocess
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+import zsl_kernels as zk
+from benchmarks.cases import Case
+from benchmarks.training_steps import STEPS, Workload
+from zsl_kernels import reference
+
+
+class Operands(NamedTuple):
+    a: Tensor
+    b: Tensor
+    direction: Tensor
+
+
+STATUS = Path("/proc/self/status")
+OPS = {
+    "interference": lambda x: zk.interference(x.a, x.b, direction=x.direction),
+    "interference + Gram": lambda x: zk.interference(x.a, x.b, direction=x.direction, gram=True),
+    "chunked": lambda x: zk.interference(x.a, x.b, direction=x.direction, impl="chunked"),
+    "materialized": lambda x: reference.interference(x.a, x.b, x.direction, False),
+}
+
+
+def peak() -> int:
+    if STATUS.exists():
+        return 1024 * int(re.search(r"VmHWM:\s*(\d+) kB", STATUS.read_text())[1])
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def step_peak(name: str, steps: int = 4) -> int:
+    work = Workload.make()
+    for _ in range(steps):
+        STEPS[name](work)
+    return peak()
+
+
+def op_peak(name: str, case: Case) -> int:
+    OPS[name](operands(Case(2, 4, 32, 32)))  # threads, libraries and their buffers
+    x = operands(case)
+    before = peak()
+    OPS[name](x)
+    return peak() - before
+
+
+def operands(case: Case) -> Operands:
+    """Made without temporaries, which would raise the mark."""
+    return Operands(torch.ones(case.N, case.T, case.K), torch.ones(case.N, case.T, case.O), torch.ones(case.O, case.K))
+
+
+def in_fresh_process(*arguments: object) -> int:
+    command = [sys.executable, "-m", "benchmarks.memory", *map(str, arguments)]
+    done = subprocess.run(command, cwd=Path(__file__).parent.parent, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return int(done.stdout)
+
+
+if __name__ == "__main__":
+    kind, variant, *sizes = sys.argv[1:]
+    torch.set_grad_enabled(kind == "step")
+    print(step_peak(variant) if kind == "step" else op_peak(variant, Case(*map(int, sizes))))
