@@ -12,10 +12,11 @@ from pathlib import Path
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullFormatter, NullLocator
 
 from zerosum.training.records import Curve, Record, curve, slopes, smooth
-from zerosum.training.summary import ratio
+from zerosum.training.summary import ratio, signed
 
 # Okabe and Ito's colours, which colour-blind readers can tell apart.
 BLUE, VERMILION, GREEN, BLACK = "#0072B2", "#D55E00", "#009E73", "#222222"
@@ -25,13 +26,22 @@ def loss(records: Sequence[Record]) -> Figure:
     """The training loss at every step, the held-out loss at every probe, and the two slopes that say whether it decelerated."""
     train, held_out = curve(records, "step", "train.loss"), curve(records, "probe", "held_out.loss")
     figure, (axes,) = _figure(1, width=7.4, height=4.8)
-    axes.plot(train.steps, train.values, color=BLUE, alpha=0.25, linewidth=0.8, label=f"training batch (N = {train.n} tokens)")
-    axes.plot(train.steps, smooth(train.values), color=BLUE, linewidth=1.8, label="training batch, log moving average")
-    axes.plot(held_out.steps, held_out.values, "o", color=VERMILION, markersize=4, label=f"held-out text (N = {held_out.n} tokens)")
+    axes.plot(
+        train.steps, _positive(train.values), color=BLUE, alpha=0.25, linewidth=0.8, label=f"training batch (N = {train.n} tokens)"
+    )
+    axes.plot(train.steps, _positive(smooth(train.values)), color=BLUE, linewidth=1.8, label="training batch, log moving average")
+    axes.plot(
+        held_out.steps,
+        _positive(held_out.values),
+        "o",
+        color=VERMILION,
+        markersize=4,
+        label=f"held-out text (N = {held_out.n} tokens)",
+    )
     for fit, where in zip(slopes(train) or (), ("steepest", "last"), strict=False):
         ends = np.array([fit.first, fit.last])
         style = {"steepest": "-", "last": ":"}[where]
-        label = f"{where} half decade: slope {fit.slope:.2f}"
+        label = f"{where} half decade: slope {signed(fit.slope)}"
         axes.plot(ends, fit.at(ends) * 0.93, style, color=BLACK, linewidth=1.6, label=label)
     axes.set_yscale("log")
     _plain_ticks(axes, np.concatenate((train.values, held_out.values)))
@@ -43,11 +53,11 @@ def loss(records: Sequence[Record]) -> Figure:
 
 def loss_interference(records: Sequence[Record]) -> Figure:
     """D and M of the tokens' loss changes over one optimizer step, on the step's own batch and on held-out text."""
-    figure, (left, right) = _figure(2, width=10.4, height=4.8)
+    figure, (left, right) = _figure(2, width=10.4, height=5.0)
     for name, where, color in (("train", "training batch", BLUE), ("held_out", "held-out text", VERMILION)):
         d, m = (curve(records, "probe", f"{name}.{key}") for key in ("D", "M"))
         _measured(left, d, color, f"{where} (N = {d.n} tokens)")
-        right.plot(m.steps, m.values, "o-", color=color, markersize=4)
+        right.plot(m.steps, _positive(m.values), "o-", color=color, markersize=4)
     left.set_ylim(-0.03, 1.05)
     left.set_ylabel("D = 1 − |Σ Δℓ| / Σ |Δℓ|")
     left.set_title("Destructive interference of loss changes")
@@ -55,26 +65,26 @@ def loss_interference(records: Sequence[Record]) -> Figure:
     _plain_ticks(right, np.concatenate([line.get_ydata() for line in right.lines]))
     right.set_ylabel("M = mean |Δℓ| (nats)")
     right.set_title("Magnitude of loss changes")
-    _legend(figure, left, columns=4)
+    _legend(figure, left, columns=2)
     return figure
 
 
 def decomposition(records: Sequence[Record]) -> Figure:
     """C_g and C_uG / C_ug along the step's update, whose product is C of the first-order loss changes, and D_grad."""
     c_g, c_uG, c_ug, d_grad = (curve(records, "probe", name) for name in ("C_g", "C_uG", "C_ug", "D_grad"))
-    figure, (left, middle, right) = _figure(3, width=12.6, height=4.6)
+    figure, (left, middle, right) = _figure(3, width=13.2, height=4.6)
     _measured(left, c_g, BLUE, f"training batch (N = {c_g.n} sequences)")
     _measured(middle, ratio(c_uG, c_ug), BLUE)
     _measured(right, d_grad, BLUE)
     left.set_ylim(0, 1.03)
-    left.set_ylabel("C_g")
-    left.set_title("Agreement of sequences, along the update")
+    left.set_ylabel("C_g along the update")
+    left.set_title("Agreement of sequences")
     middle.set_ylim(bottom=0)
-    middle.set_ylabel("C_uG / C_ug")
-    middle.set_title("Agreement of coordinates, along the update")
+    middle.set_ylabel("C_uG / C_ug along the update")
+    middle.set_title("Agreement of coordinates")
     right.set_ylim(0, 1.03)
     right.set_ylabel("D_grad")
-    right.set_title("Gradient interference")
+    right.set_title("Gradient interference, all coordinates")
     _legend(figure, left, columns=2)
     return figure
 
@@ -100,7 +110,7 @@ def write(records: Sequence[Record], folder: Path) -> list[Path]:
 
 def _figure(panels: int, width: float, height: float) -> tuple[Figure, list[Axes]]:
     """Panels side by side with log steps along x."""
-    figure = Figure(figsize=(width, height), layout="constrained")
+    figure = Figure(figsize=(width, height), layout=ConstrainedLayoutEngine(w_pad=0.12, wspace=0.03))
     row = list(figure.subplots(1, panels, squeeze=False)[0])
     for axes in row:
         axes.set_xscale("log")
@@ -114,7 +124,14 @@ def _figure(panels: int, width: float, height: float) -> tuple[Figure, list[Axes
 
 def _measured(axes: Axes, c: Curve, color: str, label: str | None = None) -> None:
     axes.plot(c.steps, c.values, "o-", color=color, markersize=4, label=label)
-    axes.plot(c.steps, c.nulls, "--", color=color, linewidth=1.2, alpha=0.8, label=label and f"{label.split(' (')[0]}, random signs")
+    axes.plot(
+        c.steps, c.nulls, "--", color=color, linewidth=1.2, alpha=0.8, label=label and f"{label.split(' (')[0]}, random signs"
+    )
+
+
+def _positive(values: np.ndarray) -> np.ndarray:
+    """What a log axis can show; the rest becomes a gap."""
+    return np.where(np.isfinite(values) & (values > 0), values, np.nan)
 
 
 def _legend(figure: Figure, axes: Axes, columns: int) -> None:
@@ -125,7 +142,7 @@ def _legend(figure: Figure, axes: Axes, columns: int) -> None:
 
 def _plain_ticks(axes: Axes, values: np.ndarray) -> None:
     """A log axis over a decade or less has no ticks worth reading: label 1, 1.5, 2, 3, 5 and 7 of each decade in sight."""
-    values = values[np.isfinite(values) & (values > 0)]
+    values = values[_positive(values) > 0]
     if not len(values):
         return
     low, high = values.min() / 1.15, values.max() * 1.1

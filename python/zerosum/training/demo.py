@@ -1,0 +1,163 @@
+"""The demo: trains a small GPT, measures on the way, and leaves a folder that tells what was seen.
+
+Needs matplotlib and tqdm, which ``pip install 'zsl_kernels[demo]'`` brings.
+"""
+
+from __future__ import annotations
+
+import math
+import signal
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from time import perf_counter
+from types import FrameType
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+import zsl_kernels
+from zerosum import plots
+from zerosum.training.data import Corpus, standard_library
+from zerosum.training.loop import Settings, Trainer, probe_steps
+from zerosum.training.records import record
+from zerosum.training.run import Refused, RunFolder, fingerprint
+from zerosum.training.summary import summarize
+
+DONE, DIVERGED, INTERRUPTED = 0, 1, 130
+
+
+def demo(settings: Settings, text: Sequence[Path] = (), out: Path | None = None) -> int:
+    """Runs, or goes on with, the run that the arguments describe; returns the process's exit code.
+
+    Args:
+        settings: what fixes the run, with the text and torch's number of threads.
+        text: files to train on; the standard library's sources where there are none.
+        out: the run's folder; one named after the configuration under ``runs`` if None.
+
+    Raises:
+        Refused: the text or the folder cannot be used; the message says why.
+    """
+    corpus = read(text, settings.positions)
+    config = configuration(settings, corpus)
+    folder = RunFolder(out or Path("runs") / f"demo-{fingerprint(config)}", config)
+    trainer = Trainer(settings, corpus)
+    if folder.state:
+        trainer.load_state_dict(folder.state)
+    introduce(trainer, " given" if text else " of the Python standard library")
+    print(f"Folder: {folder.path}")
+    try:
+        if any(entry["kind"] == "cost" for entry in folder.records):
+            print("This run is complete already; give another --out, --seed or --steps for a new one.")
+            ended = DONE
+        else:
+            if folder.step:
+                print(f"Resuming after step {folder.step}.")
+            ended = train(trainer, folder)
+        finish(folder, config)
+    finally:
+        folder.close()
+    return ended
+
+
+def introduce(trainer: Trainer, source: str) -> None:
+    settings, corpus = trainer.settings, trainer.corpus
+    parameters = sum(p.numel() for p in trainer.model.parameters())
+    files = f"{corpus.files} file{'' if corpus.files == 1 else 's'}{source}"
+    print(f"A GPT of {parameters / 1e6:.2f} M parameters learns to predict the bytes of {files}")
+    print(f"({len(corpus.train) / 1e6:.2f} MB, and {len(corpus.held_out) / 1e6:.2f} MB held out).")
+    print(f"{settings.steps} steps of {settings.sequences} sequences of {settings.positions} bytes, measured at log-spaced steps.")
+
+
+def read(text: Sequence[Path], positions: int) -> Corpus:
+    """The text, if it is long enough to draw sequences from."""
+    try:
+        corpus = Corpus.read(text or standard_library())
+    except OSError as error:
+        raise Refused(f"--text: cannot read {error.filename}: {error.strerror}") from error
+    for part, name in ((corpus.train, "train on"), (corpus.held_out, "hold out")):
+        if len(part) <= positions:
+            raise Refused(
+                f"--text: expected more than {positions} bytes (--positions) to {name}, got {len(part)}; "
+                "every tenth file is held out, or the last tenth of each of fewer than ten"
+            )
+    return corpus
+
+
+def configuration(settings: Settings, corpus: Corpus) -> dict[str, Any]:
+    """Everything that a run's numbers depend on, apart from the machine."""
+    versions = {"torch": torch.__version__, "zsl_kernels": zsl_kernels.__version__}
+    return {**asdict(settings), "text": corpus.digest, "threads": torch.get_num_threads(), **versions}
+
+
+def train(trainer: Trainer, folder: RunFolder) -> int:
+    """Trains from the folder's last step to the end, with a record for each step and each probe."""
+    steps, probed = trainer.settings.steps, set(probe_steps(trainer.settings.steps))
+    with tqdm(total=steps, initial=folder.step, unit="step", disable=None, dynamic_ncols=True) as bar, Interrupt() as interrupt:
+        shown: dict[str, str] = {}
+        for step in range(folder.step + 1, steps + 1):
+            loss = advance(trainer, folder, step, step in probed, shown)
+            bar.set_postfix(shown, refresh=False)
+            bar.update()
+            if not math.isfinite(loss):
+                bar.close()
+                print(f"Step {step}: the loss is not finite, training stopped. A lower --learning-rate may help.")
+                return DIVERGED
+            if step in probed or interrupt.asked:
+                folder.checkpoint(step, trainer.state_dict())
+            if interrupt.asked:
+                bar.close()
+                print(f"\nStopped after step {step} of {steps}. The same command goes on from there.")
+                return INTERRUPTED
+        plain, with_probe = trainer.probe_cost()
+        folder.append(record("cost", steps, {}, plain_seconds=plain, probed_seconds=with_probe))
+    return DONE
+
+
+def advance(trainer: Trainer, folder: RunFolder, step: int, probed: bool, shown: dict[str, str]) -> float:
+    """One step and its records; returns the loss before it, and puts what the progress bar shows into ``shown``."""
+    start = perf_counter()
+    probe = trainer.probed_step(step) if probed else None
+    trained = probe.trained if probe else trainer.step(step)
+    seconds = probe.step_seconds if probe else perf_counter() - start
+    folder.append(record("step", step, trained, seconds=round(seconds, 4)))
+    if probe:
+        about = {"covered": probe.coverage.share, "not_covered": list(probe.coverage.not_covered), "finite": probe.finite}
+        folder.append(record("probe", step, probe.measured, seconds=round(probe.around_seconds, 4), **about))
+        shown |= {
+            label: f"{probe.measured[name].value:.2f}" for label, name in (("D_grad", "D_grad"), ("D_held_out", "held_out.D"))
+        }
+    loss = trained["train.loss"].value
+    shown["loss"] = f"{loss:.3f}"
+    return loss
+
+
+def finish(folder: RunFolder, config: dict[str, Any]) -> None:
+    """Draws and writes what the records say, and prints it."""
+    summary = summarize(folder.records)
+    figures = plots.write(folder.records, folder.path) if summary.rows else []
+    settings = "\n".join(f"| {key} | {value} |" for key, value in config.items())
+    images = "\n\n".join(f"![{path.stem}]({path.name})" for path in figures)
+    parts = ["# Zero-sum learning in a small GPT", summary.markdown(), images, f"## Settings\n\n| | |\n| --- | --- |\n{settings}"]
+    folder.write("report.md", "\n\n".join(parts) + "\n")
+    names = ["report.md", *(path.name for path in figures), "metrics.jsonl"]
+    print(f"\n{summary.text()}\n\nIn {folder.path}: {', '.join(names)}")
+
+
+class Interrupt:
+    """While open, Ctrl-C only asks: ``asked`` becomes true, so that a step and its records end whole. A second one interrupts."""
+
+    def __init__(self) -> None:
+        self.asked = False
+
+    def __enter__(self) -> Interrupt:
+        self._before = signal.signal(signal.SIGINT, self._ask)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        signal.signal(signal.SIGINT, self._before)
+
+    def _ask(self, number: int, frame: FrameType | None) -> None:
+        self.asked = True
+        signal.signal(signal.SIGINT, signal.default_int_handler)

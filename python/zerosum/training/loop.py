@@ -1,0 +1,190 @@
+"""Training a GPT, and measuring zero-sum learning around one of its steps."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from statistics import median
+from time import perf_counter
+
+import torch
+from torch import Tensor
+
+from zerosum.metrics import Metric, number_interference
+from zerosum.probe import Probe
+from zerosum.report import Coverage
+from zerosum.training.data import VOCAB, Corpus, draw
+from zerosum.training.model import GPT, GPTConfig, token_losses
+
+HEAD_SIZE = 32
+HELD_OUT_SEQUENCES = 64
+CLIP = 1.0
+BETAS = (0.9, 0.95)
+WEIGHT_DECAY = 0.1
+WARMUP = 20
+PROBES_PER_DECADE = 8
+
+Batch = tuple[Tensor, Tensor]
+Metrics = dict[str, Metric]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What fixes a run, together with the text and the number of threads."""
+
+    steps: int = 1000
+    seed: int = 0
+    width: int = 128
+    layers: int = 4
+    sequences: int = 32
+    positions: int = 128
+    learning_rate: float = 3e-3
+
+    @property
+    def model(self) -> GPTConfig:
+        return GPTConfig(VOCAB, self.width, self.layers, self.width // HEAD_SIZE, self.positions)
+
+
+@dataclass(frozen=True)
+class ProbedStep:
+    """A training step with what was measured around it."""
+
+    trained: Metrics  # as an ordinary step returns
+    measured: Metrics
+    coverage: Coverage
+    finite: bool  # no gradient had a NaN or an infinity
+    step_seconds: float
+    around_seconds: float  # spent on measuring before and after the step
+
+
+def probe_steps(steps: int) -> list[int]:
+    """Equally spaced on a log axis, from the first step to the last."""
+    spaced = {round(10 ** (i / PROBES_PER_DECADE)) for i in range(PROBES_PER_DECADE * len(str(steps)))}
+    return sorted({step for step in spaced if step < steps} | {steps})
+
+
+class Trainer:
+    """A model, its optimizer and its data. Step k depends on the settings, the text and the steps before it only."""
+
+    def __init__(self, settings: Settings, corpus: Corpus) -> None:
+        self.settings = settings
+        self.corpus = corpus
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(settings.seed)
+            self.model = GPT(settings.model)
+        self.optimizer = torch.optim.AdamW(
+            self.model.parameters(), lr=settings.learning_rate, betas=BETAS, weight_decay=WEIGHT_DECAY, fused=True
+        )
+        self.held_out = draw(corpus.held_out, HELD_OUT_SEQUENCES, settings.positions, settings.seed, 0)
+
+    def batch(self, step: int) -> Batch:
+        return draw(self.corpus.train, self.settings.sequences, self.settings.positions, self.settings.seed, step)
+
+    def state_dict(self) -> dict[str, dict]:
+        return {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}
+
+    def load_state_dict(self, state: dict[str, dict]) -> None:
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+
+    def step(self, step: int) -> Metrics:
+        """One ordinary training step: the loss before it, and the gradient's norm before clipping."""
+        losses = self._backward(self.batch(step))
+        return self._update(step, losses)
+
+    def probed_step(self, step: int) -> ProbedStep:
+        """The same step, with measurements in and around it.
+
+        Gradient metrics are over the batch's sequences; ``train.*`` and ``held_out.*`` are over tokens, of losses before the step
+        and of their change by it; C_g, C_uG and C_ug go along the step's own update.
+        """
+        start = perf_counter()
+        batch = self.batch(step)
+        held_out_before = self._losses(self.held_out)
+        weights = [p.detach().clone() for p in self.model.parameters()]
+
+        step_start = perf_counter()
+        probe = Probe(self.model, gram=True, loss_reduction="mean")
+        with probe:
+            train_before = self._backward(batch)
+        report = probe.report()
+        trained = self._update(step, train_before)
+        step_seconds = perf_counter() - step_start
+
+        found = dict(report.metrics)
+        for name, before, after in (
+            ("train", train_before, self._losses(batch)),
+            ("held_out", held_out_before, self._losses(self.held_out)),
+        ):
+            found[f"{name}.loss"] = Metric(before.double().mean().item(), before.numel())
+            found |= {f"{name}.{key}": metric for key, metric in number_interference(after.double() - before.double()).items()}
+        found |= self._along_update(batch, weights)
+        around_seconds = perf_counter() - start - step_seconds
+        return ProbedStep(trained, found, report.coverage, report.finite, step_seconds, around_seconds)
+
+    def probe_cost(self, pairs: int = 7) -> tuple[float, float]:
+        """Median seconds of a forward and backward pass, plain and probed, timed in turns on one batch at the present weights."""
+        batch = self.batch(self.settings.steps)
+        plain, probed = [], []
+        for turn in range(pairs + 1):
+            start = perf_counter()
+            self._backward(batch)
+            middle = perf_counter()
+            with Probe(self.model, gram=True, loss_reduction="mean"):
+                self._backward(batch)
+            if turn:  # the first turn warms up
+                plain.append(middle - start)
+                probed.append(perf_counter() - middle)
+        return median(plain), median(probed)
+
+    def _backward(self, batch: Batch) -> Tensor:
+        """Leaves the gradient of the batch's mean loss in ``.grad``; returns the losses, (N, T)."""
+        self.optimizer.zero_grad()
+        losses = token_losses(self.model, *batch)
+        losses.mean(1).mean().backward()  # the mean of the sequences' losses, each the mean of its tokens'
+        return losses.detach()
+
+    def _update(self, step: int, losses: Tensor) -> Metrics:
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.settings.learning_rate * min(1.0, step / WARMUP)
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), CLIP)
+        self.optimizer.step()
+        return {
+            "train.loss": Metric(losses.double().mean().item(), losses.numel()),
+            "train.grad_norm": Metric(norm.item(), losses.shape[0]),
+        }
+
+    @torch.no_grad()
+    def _losses(self, batch: Batch) -> Tensor:
+        return token_losses(self.model, *batch)
+
+    def _along_update(self, batch: Batch, weights: list[Tensor]) -> Metrics:
+        """The decomposition of the first-order loss changes along the update just made, at the ``weights`` before it.
+
+        The update is known only after the step's gradient, hence this second pass.
+        """
+        update = {name: p.detach() - w for (name, p), w in zip(self.model.named_parameters(), weights, strict=True)}
+        probe = Probe(self.model, direction=update, loss_reduction="mean")
+        with self._at(weights), probe:
+            self._backward(batch)
+        found = probe.report().metrics
+        decomposition = {name: found[name] for name in ("C_g", "C_uG", "C_ug")}
+        return decomposition | {f"first_order.{name}": found[name] for name in ("C", "D", "M")}
+
+    @contextmanager
+    def _at(self, weights: list[Tensor]) -> Iterator[None]:
+        """The model at other weights for a while."""
+        parameters = list(self.model.parameters())
+        present = [p.detach().clone() for p in parameters]
+        try:
+            _copy(parameters, weights)
+            yield
+        finally:
+            _copy(parameters, present)
+
+
+@torch.no_grad()
+def _copy(parameters: list[torch.nn.Parameter], weights: list[Tensor]) -> None:
+    for p, w in zip(parameters, weights, strict=True):
+        p.copy_(w)

@@ -1,0 +1,137 @@
+"""A small decoder-only GPT in the conventions of Mircea et al. (2025): RoPE, RMSNorm without scale, SwiGLU, no biases, untied head.
+
+Every weight but the token embedding is a plain ``nn.Linear``, which is what a probe instruments.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class GPTConfig:
+    """Sizes of a model. ``positions`` is the longest sequence that it takes."""
+
+    vocab: int
+    width: int
+    layers: int
+    heads: int
+    positions: int
+
+    def __post_init__(self) -> None:
+        for name in ("vocab", "width", "layers", "heads", "positions"):
+            size = getattr(self, name)
+            if not isinstance(size, int) or size < 1:
+                raise ValueError(f"{name}: expected a whole number >= 1, got {size!r}")
+        if self.width % self.heads or (self.width // self.heads) % 2:
+            raise ValueError(f"width: expected an even multiple of heads ({self.heads}), got {self.width}")
+
+
+class Attention(nn.Module):
+    """Causal self-attention; queries and keys are rotated by their position."""
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.heads = config.heads
+        self.qkv = nn.Linear(config.width, 3 * config.width, bias=False)
+        self.out = nn.Linear(config.width, config.width, bias=False)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        N, T, width = x.shape
+        q, k, v = (
+            self.qkv(x).view(N, T, 3, self.heads, width // self.heads).permute(2, 0, 3, 1, 4)
+        )  # each (N, heads, T, width/heads)
+        y = F.scaled_dot_product_attention(rotate(q, cos, sin), rotate(k, cos, sin), v, is_causal=True)
+        return self.out(y.transpose(1, 2).reshape(N, T, width))
+
+
+class MLP(nn.Module):
+    """SwiGLU. Gate and value together are as wide as the model (the paper's ``mlp_ratio`` 1)."""
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.up = nn.Linear(config.width, config.width, bias=False)
+        self.down = nn.Linear(config.width // 2, config.width, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, value = self.up(x).chunk(2, dim=-1)
+        return self.down(F.silu(gate) * value)
+
+
+class Block(nn.Module):
+    """Attention, then the MLP, each on normalized inputs and added to the residual stream."""
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.attention = Attention(config)
+        self.mlp = MLP(config)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        x = x + self.attention(normalize(x), cos, sin)
+        return x + self.mlp(normalize(x))
+
+
+class GPT(nn.Module):
+    """``GPT(config)(tokens)``: (N, T) token ids to (N, T, vocab) logits of the next token."""
+
+    cos: Tensor
+    sin: Tensor
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.embedding = nn.Embedding(config.vocab, config.width)
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
+        self.head = nn.Linear(config.width, config.vocab, bias=False)
+        for name, table in zip(("cos", "sin"), rotations(config.positions, config.width // config.heads), strict=True):
+            self.register_buffer(name, table, persistent=False)
+        self.initialize()
+
+    @torch.no_grad()
+    def initialize(self) -> None:
+        """Draws the weights from torch's global generator. The residual stream keeps its scale whatever the depth."""
+        for name, weight in self.named_parameters():
+            std = 1.0 if name.startswith("embedding") else weight.shape[1] ** -0.5
+            if name.endswith(("out.weight", "down.weight")):
+                std /= math.sqrt(2 * self.config.layers)
+            elif name.startswith("head"):
+                std *= 0.1  # near-uniform predictions: the first loss is ln(vocab)
+            nn.init.normal_(weight, std=std)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        if tokens.ndim != 2 or tokens.shape[1] > self.config.positions:
+            raise ValueError(f"tokens: expected shape (N, T <= {self.config.positions}), got {tuple(tokens.shape)}")
+        T = tokens.shape[1]
+        x = self.embedding(tokens)
+        for block in self.blocks:
+            x = block(x, self.cos[:T], self.sin[:T])
+        return self.head(normalize(x))
+
+
+def token_losses(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    """The loss of each predicted token, (N, T): ``y`` (N, T) is ``x`` one position later."""
+    logits = model(x)
+    return F.cross_entropy(logits.flatten(0, 1), y.flatten(), reduction="none").view(y.shape)
+
+
+def normalize(x: Tensor) -> Tensor:
+    """RMSNorm without scale."""
+    return F.rms_norm(x, x.shape[-1:])
+
+
+def rotations(positions: int, size: int) -> tuple[Tensor, Tensor]:
+    """Cosines and sines of RoPE's angles, (positions, size/2) each: pair i turns by ``10000^(-2i/size)`` for each position."""
+    frequencies = 10000.0 ** (-torch.arange(0, size, 2, dtype=torch.float64) / size)
+    angles = torch.arange(positions, dtype=torch.float64)[:, None] * frequencies
+    return angles.cos().float(), angles.sin().float()
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turns each pair (x_i, x_{i + size/2}) of the last dimension by its position's angle."""
+    left, right = x.chunk(2, dim=-1)
+    return torch.cat((left * cos - right * sin, left * sin + right * cos), dim=-1)

@@ -1,0 +1,105 @@
+"""The records of a run: one JSON object on each line, and the curves read from them.
+
+A record has a ``kind``, a ``step`` and ``metrics``, each ``{"value", "n", "null"}``: the number, the examples that it is over, and
+what random signs would have given. JSON has no NaN: a value that is not finite is null.
+
+=========  =====================================================================================================================
+``step``   every training step: ``train.loss`` before it and ``train.grad_norm`` before clipping
+``probe``  what was measured around one: gradient metrics over sequences, ``train.*`` and ``held_out.*`` over tokens
+``cost``   at the run's end: the seconds of a forward and backward pass, plain and probed
+=========  =====================================================================================================================
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from zerosum.metrics import Metric
+
+Record = dict[str, Any]
+
+
+def record(kind: str, step: int, metrics: Mapping[str, Metric], **others: Any) -> Record:
+    return {"kind": kind, "step": step, **others, "metrics": {name: metric._asdict() for name, metric in metrics.items()}}
+
+
+def encode(entry: Record) -> str:
+    """One line of JSON."""
+    return json.dumps(_finite(entry), allow_nan=False, ensure_ascii=False) + "\n"
+
+
+def decode(lines: Iterable[str]) -> list[Record]:
+    """The records of whole lines; a last line that was cut off by a crash is left out."""
+    return [json.loads(line) for line in lines if line.endswith("\n")]
+
+
+def _finite(x: Any) -> Any:
+    if isinstance(x, dict):
+        return {key: _finite(value) for key, value in x.items()}
+    return None if isinstance(x, float) and not math.isfinite(x) else x
+
+
+@dataclass(frozen=True)
+class Curve:
+    """One metric over the steps; NaN where a value or a null is missing."""
+
+    steps: np.ndarray
+    values: np.ndarray
+    nulls: np.ndarray
+    n: int  # the examples that each value is over
+
+    def __len__(self) -> int:
+        return len(self.steps)
+
+
+def curve(records: Iterable[Record], kind: str, name: str) -> Curve:
+    """The curve of metric ``name`` in the records of one kind, in their order."""
+    found = [(entry["step"], entry["metrics"][name]) for entry in records if entry["kind"] == kind and name in entry["metrics"]]
+    columns = [[math.nan if m[key] is None else m[key] for _, m in found] for key in ("value", "null")]
+    values, nulls = (np.array(column, dtype=float) for column in columns)
+    return Curve(np.array([step for step, _ in found], dtype=int), values, nulls, found[-1][1]["n"] if found else 0)
+
+
+def smooth(values: np.ndarray) -> np.ndarray:
+    """A moving average whose window is constant on a log axis: row j is the mean of rows ⌊j/1.2⌋ to j, counted from 1."""
+    rows = np.arange(1, len(values) + 1)
+    first = np.maximum(np.floor(rows / 1.2).astype(int), 1)
+    sums = np.concatenate(([0.0], np.cumsum(values)))
+    return (sums[rows] - sums[first - 1]) / (rows - first + 1)
+
+
+class Slope(NamedTuple):
+    """The log-log slope between two steps, by least squares; ``level`` is the fit's value at ``first``."""
+
+    slope: float
+    first: int
+    last: int
+    level: float
+
+    def at(self, steps: np.ndarray) -> np.ndarray:
+        return self.level * (steps / self.first) ** self.slope
+
+
+def slopes(loss: Curve) -> tuple[Slope, Slope] | None:
+    """The steepest half decade of a loss per step, and the last one; None for a curve that is too short to have two."""
+    decade = math.sqrt(10)
+    if len(loss) < 10 or not np.isfinite(loss.values).all() or (loss.values <= 0).any():
+        return None
+    last = _slope(loss, loss.steps[-1] / decade)
+    starts = [step for step in loss.steps if step * decade <= loss.steps[-1]]
+    return min((*(_slope(loss, start) for start in starts), last), key=lambda fit: fit.slope), last
+
+
+def _slope(loss: Curve, first: float) -> Slope:
+    """Over half a decade from ``first``. The raw losses are fitted: an average over earlier steps would lag behind."""
+    chosen = (loss.steps >= first) & (loss.steps <= first * math.sqrt(10) * 1.001)
+    steps, values = loss.steps[chosen], loss.values[chosen]
+    x = np.log(steps / steps[0])
+    slope, level = np.polyfit(x, np.log(values), 1, w=1 / np.sqrt(steps))  # equal lengths of the log axis weigh the same
+    return Slope(float(slope), int(steps[0]), int(steps[-1]), float(np.exp(level)))

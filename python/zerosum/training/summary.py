@@ -1,0 +1,227 @@
+"""What a run's records say: a table, and sentences that follow from its numbers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from statistics import median
+from textwrap import fill
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from zerosum.training.records import Curve, Record, curve, slopes
+
+# D and C below count as unchanged, or as equal to their null, within this much.
+SAME = 0.02
+# |Σ ε_i x_i| of random signs is half-normal: 95% of it lies below 1.96 / √(2/π) times its mean, the null.
+CHANCE_95 = 1.96 / math.sqrt(2 / math.pi)
+COLUMNS = 4
+LINE = 110
+
+
+class Row(NamedTuple):
+    """A metric as it stood at a few probes, what random signs would have given at the last, and its examples."""
+
+    name: str
+    values: list[float]
+    null: float
+    n: str
+
+
+class Summary(NamedTuple):
+    """The steps and rows of the table, the findings, and how to read them."""
+
+    steps: list[int]
+    rows: list[Row]
+    findings: list[str]
+    notes: list[str]
+
+    def text(self) -> str:
+        """For the terminal."""
+        cells = self._cells()
+        widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+        lines = ["  ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])]) for line in cells]
+        lines.insert(1, "─" * len(lines[0]))
+        for title, items in self._lists():
+            lines += ["", title, *(fill(item, LINE, initial_indent="• ", subsequent_indent="  ") for item in items)]
+        return "\n".join(lines)
+
+    def markdown(self) -> str:
+        head, *body = self._cells()
+        rule = ["---", *["--:"] * (len(head) - 1)]
+        lines = ["| " + " | ".join(line) + " |" for line in [head, rule, *body]]
+        for title, items in self._lists():
+            lines += ["", f"## {title}", "", *(f"- {item}" for item in items)]
+        return "\n".join(lines)
+
+    def _cells(self) -> list[list[str]]:
+        head = ["", *(f"step {step}" for step in self.steps), "random signs", "examples"]
+        return [
+            head,
+            *([row.name, *map(_number, row.values), "" if math.isnan(row.null) else _number(row.null), row.n] for row in self.rows),
+        ]
+
+    def _lists(self) -> list[tuple[str, list[str]]]:
+        return [("What was seen", self.findings), ("How to read it", self.notes)]
+
+
+def summarize(records: Sequence[Record]) -> Summary:
+    """Of the records of one run, finished or not."""
+    probes = {name: curve(records, "probe", name) for name in _NAMES}
+    steps = probes["D_grad"].steps
+    if not len(steps):
+        return Summary([], [], ["No step was measured yet."], [])
+    probes["C_uG / C_ug"] = ratio(probes["C_uG"], probes["C_ug"])
+    wanted = np.geomspace(steps[0], steps[-1], COLUMNS)
+    chosen = sorted({int(np.abs(np.log(steps / step)).argmin()) for step in wanted})
+    rows = [
+        Row(label, [float(probes[name].values[i]) for i in chosen], float(probes[name].nulls[-1]), f"{probes[name].n} {examples}")
+        for label, name, examples in _ROWS
+    ]
+    findings = [_loss(records, probes), _gradients(probes), *_tokens(probes), _decomposition(probes), _cost(records)]
+    return Summary([int(steps[i]) for i in chosen], rows, [finding for finding in findings if finding], _notes(records, probes))
+
+
+def ratio(above: Curve, below: Curve) -> Curve:
+    """C_uG / C_ug. A sign for each example leaves C_ug as it is, so the null's denominator is the same."""
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return replace(above, values=above.values / below.values, nulls=above.nulls / below.values)
+
+
+_ROWS = (
+    ("loss before the step, training batch", "train.loss", "tokens"),
+    ("loss before the step, held-out text", "held_out.loss", "tokens"),
+    ("D_grad, gradient interference", "D_grad", "sequences"),
+    ("D of loss changes, training batch", "train.D", "tokens"),
+    ("D of loss changes, held-out text", "held_out.D", "tokens"),
+    ("M of loss changes, training batch", "train.M", "tokens"),
+    ("M of loss changes, held-out text", "held_out.M", "tokens"),
+    ("C_g along the update", "C_g", "sequences"),
+    ("C_uG / C_ug along the update", "C_uG / C_ug", "sequences"),
+)
+_NAMES = (
+    "D_grad",
+    "C_g",
+    "C_uG",
+    "C_ug",
+    *(f"{where}.{key}" for where in ("train", "held_out") for key in ("loss", "D", "M", "mean")),
+)
+
+
+def _number(x: float) -> str:
+    return f"{x:.3f}"
+
+
+def signed(x: float) -> str:
+    """With a minus sign that is as wide as the plus."""
+    return f"{x:.2f}".replace("-", "−")
+
+
+def _went(c: Curve, same: float = SAME) -> str:
+    """How a curve went from its first value to its last, with both numbers; a change up to ``same`` does not count."""
+    first, last = c.values[0], c.values[-1]
+    if len(c) == 1:
+        return f"was {first:.3f}"
+    if not np.isfinite([first, last]).all():
+        return f"went from {first:.3f} to {last:.3f}"
+    if abs(last - first) <= same:
+        return f"hardly changed, {first:.3f} to {last:.3f}"
+    return f"{'rose' if last > first else 'fell'} from {first:.3f} to {last:.3f}"
+
+
+def _loss(records: Sequence[Record], probes: dict[str, Curve]) -> str:
+    train, held_out = (_went(probes[f"{name}.loss"]) for name in ("train", "held_out"))
+    said = f"The loss {train} nats per byte on training batches; on held-out text it {held_out}."
+    found = slopes(curve(records, "step", "train.loss"))
+    if found is None:
+        return said
+    steepest, last = found
+    said += f" It fell fastest between steps {steepest.first} and {steepest.last} (log-log slope {signed(steepest.slope)})"
+    said += f" and went on with a slope of {signed(last.slope)} between steps {last.first} and {last.last}: "
+    if steepest.slope >= 0:
+        return said + "it did not fall at all."
+    share = last.slope / steepest.slope
+    if share <= 0:
+        return said + "it has stopped falling."
+    return said + (f"{1 / share:.1f} times flatter, it decelerated." if share < 0.8 else "it has not decelerated yet.")
+
+
+def _gradients(probes: dict[str, Curve]) -> str:
+    d = probes["D_grad"]
+    value, null = d.values[-1], d.nulls[-1]
+    if math.isnan(value):
+        against = "at the last probe it had no value"
+    elif abs(value - null) <= SAME:
+        against = "there the sequences agree no better than random signs"
+    elif value < null:
+        against = "the sequences' gradients still agree better than random signs"
+    else:
+        against = "the sequences' gradients oppose each other more than random signs"
+    return (
+        f"Between the gradients of a batch's {d.n} sequences, interference D_grad {_went(d)} (random signs: {null:.3f}): {against}."
+    )
+
+
+def _tokens(probes: dict[str, Curve]) -> list[str]:
+    findings = []
+    for name, where in (("train", "tokens of the step's own batch"), ("held_out", "held-out tokens")):
+        d, m, mean = (probes[f"{name}.{key}"] for key in ("D", "M", "mean"))
+        c, null = 1 - d.values[-1], 1 - d.nulls[-1]
+        better = f"they add up {c / null:.1f} times as well as random signs"
+        against = better if c > CHANCE_95 * null else "they cancel as fully as random signs, within the 95% that chance allows"
+        change = f"{'raised' if mean.values[-1] > 0 else 'lowered'} the mean loss by {abs(mean.values[-1]):.4f}"
+        if math.isnan(c):
+            against, change = "at the last probe it had no value", "left a loss that is not a number"
+        findings.append(
+            f"Between the loss changes of the {d.n} {where}, interference D {_went(d)} (random signs: {d.nulls[-1]:.3f}): "
+            f"{against}. Their mean size M {_went(m, 0)}; the last measured step {change}."
+        )
+    return findings
+
+
+def _decomposition(probes: dict[str, Curve]) -> str:
+    c_g, rest = probes["C_g"], probes["C_uG / C_ug"]
+    return (
+        f"Along the update, C_g {_went(c_g)} (random signs: {c_g.nulls[-1]:.3f}) and C_uG / C_ug {_went(rest)} (random signs: "
+        f"{rest.nulls[-1]:.3f}). Their product is C of the sequences' first-order loss changes."
+    )
+
+
+def _cost(records: Sequence[Record]) -> str:
+    cost = next((entry for entry in records if entry["kind"] == "cost"), None)
+    if cost is None:
+        return ""
+    plain, probed = cost["plain_seconds"], cost["probed_seconds"]
+    return (
+        f"Gradient sums and the Gram, fused into the backward pass, cost {probed / plain - 1:+.0%} of a forward and backward pass "
+        f"({probed * 1e3:.0f} against {plain * 1e3:.0f} ms, medians in turns at the end). All measuring took "
+        f"{measuring_share(records):.0%} of the run's time."
+    )
+
+
+def measuring_share(records: Sequence[Record]) -> float:
+    """The share of a run's time that would not have been spent without probes."""
+    around = {entry["step"]: entry["seconds"] for entry in records if entry["kind"] == "probe"}
+    steps = {entry["step"]: entry["seconds"] for entry in records if entry["kind"] == "step"}
+    plain = [seconds for step, seconds in steps.items() if step not in around]
+    if not plain:
+        return math.nan
+    within = sum(max(steps[step] - median(plain), 0.0) for step in around)
+    return (sum(around.values()) + within) / (sum(steps.values()) + sum(around.values()))
+
+
+def _notes(records: Sequence[Record], probes: dict[str, Curve]) -> list[str]:
+    last: dict[str, Any] = [entry for entry in records if entry["kind"] == "probe"][-1]
+    notes = [
+        "C = |Σ x_i| / Σ |x_i| says how well examples add up, D = 1 − C how far they cancel, M = mean |x_i| how large they are. "
+        "“Random signs” is what C or D would be if each example kept its size and got a random sign.",
+        f"D_grad, C_g, C_uG and C_ug: the examples are the {probes['D_grad'].n} sequences of the training batch, the numbers "
+        f"their gradients, {last['covered']:.1%} of the coordinates (not covered: {', '.join(last['not_covered']) or 'none'}).",
+        "D and M of loss changes: the examples are tokens, the numbers the change of each token's loss by one optimizer step, on "
+        f"the batch of that step ({probes['train.D'].n}) and on a fixed held-out batch ({probes['held_out.D'].n}).",
+    ]
+    if not all(entry["finite"] for entry in records if entry["kind"] == "probe"):
+        notes.append("Some gradients had a NaN or an infinity: what depends on them is shown as nan.")
+    return notes

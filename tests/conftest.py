@@ -1,0 +1,59 @@
+"""What all tests share: how hypothesis runs, and the fixture that goes through the implementations."""
+
+import os
+
+# Before torch starts its threads: those that wait sleep. Spinning they take the processor from each other when something else runs,
+# and many short calls then take ten times as long.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
+import pytest
+import torch
+from hypothesis import settings
+
+import zsl_kernels as zk
+from tests.inputs import implementations, running
+
+# Derandomized: a red test is red again on the next run, and print_blob says how to repeat one example.
+settings.register_profile("suite", max_examples=60, deadline=None, derandomize=True, print_blob=True)
+settings.load_profile("suite")
+
+
+def pytest_report_header() -> str:
+    info = zk.build_info()
+    return f"zsl_kernels: cpu {info['cpu']} ({', '.join(info['cpu_isas'])}), {info['threads']} threads, torch {info['torch']}"
+
+
+def require(implementation: str) -> None:
+    if implementation == "cpu" and (reason := zk.build_info()["cpu"]) != "live":
+        pytest.skip(f"the CPU kernels are not live: {reason}")
+
+
+@pytest.fixture(params=implementations())
+def impl(request):
+    """Every implementation but the reference, the CPU kernels with each instruction set; the value is what ``impl=`` takes."""
+    require(request.param)
+    with running(request.param) as name:
+        yield name
+
+
+@pytest.fixture(params=[name for name in implementations() if name != "chunked"])
+def cpu_isa(request):
+    """The CPU kernels alone, with each instruction set."""
+    require(request.param)
+    with running(request.param):
+        yield request.param
+
+
+@pytest.fixture
+def threads():
+    """Sets the number of threads; restores it afterwards."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def project_environment():
+    """Environment of a subprocess that imports what this process imported."""
+    root = os.path.dirname(os.path.dirname(zk.__file__))
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))}

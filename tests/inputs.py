@@ -1,0 +1,320 @@
+"""Inputs, calls and oracles of the ops, in one place for tests and benchmarks.
+
+A :class:`Problem` describes a call's operands and makes them from a seed; :data:`CALLS` has every public op as a function of them;
+:func:`expected` and :func:`expected_gradients` say what comes out, from the reference in float64. Letters as in the library.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+import zsl_kernels as zk
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+# Operands ----------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """``a`` (N, T, K), ``b`` (N, T, O), ``direction`` (O, K), ``weights`` (N,), and a second set of M examples."""
+
+    a: Tensor
+    b: Tensor
+    direction: Tensor
+    weights: Tensor
+    a2: Tensor
+    b2: Tensor
+
+    def replace(self, **tensors: Tensor) -> Inputs:
+        return dataclasses.replace(self, **tensors)
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+
+
+def _permuted(x: Tensor) -> Tensor:
+    """The same values with the last dimension outermost in memory."""
+    return x.movedim(-1, 0).contiguous().movedim(0, -1)
+
+
+def _sliced(x: Tensor) -> Tensor:
+    """The same values at odd strides and an odd offset; what lies between them is NaN, so that reading it shows."""
+    sizes = [(step + 2) * size + 1 for step, size in enumerate(x.shape)]
+    base = torch.full(sizes, math.nan, dtype=x.dtype)
+    view = base[tuple(slice(1, None, step + 2) for step in range(x.ndim))]
+    view.copy_(x)
+    return view
+
+
+# "shared" is "contiguous" but for ``a`` and ``a2``, which hold one example expanded over all (stride 0).
+LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "contiguous": torch.Tensor.contiguous,
+    "permuted": _permuted,
+    "sliced": _sliced,
+    "shared": torch.Tensor.contiguous,
+}
+
+# "integers" are so small that no order of summation rounds: results are exact. "wide" spreads magnitudes over five decades.
+VALUES: dict[str, Callable[[tuple[int, ...], torch.Generator], Tensor]] = {
+    "normal": lambda shape, g: torch.randn(shape, generator=g, dtype=torch.float64),
+    "wide": lambda shape, g: (
+        torch.randn(shape, generator=g, dtype=torch.float64)
+        * torch.exp2(torch.rand(shape, generator=g, dtype=torch.float64) * 16 - 8)
+    ),
+    "integers": lambda shape, g: torch.randint(-1, 2, shape, generator=g, dtype=torch.float64),
+}
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What to make. Equal problems make equal tensors."""
+
+    N: int
+    T: int
+    K: int
+    O: int
+    M: int = 3
+    dtype: torch.dtype = torch.float32
+    layout: str = "contiguous"
+    values: str = "normal"
+    seed: int = 0
+
+    def __str__(self) -> str:
+        return f"N{self.N}_T{self.T}_K{self.K}_O{self.O}-{str(self.dtype).removeprefix('torch.')}-{self.layout}-{self.values}"
+
+    def make(self) -> Inputs:
+        generator = torch.Generator().manual_seed(self.seed)
+        lay = LAYOUTS[self.layout]
+
+        def draw(*shape: int) -> Tensor:
+            return lay(VALUES[self.values](shape, generator).to(self.dtype))
+
+        def inputs(examples: int) -> Tensor:
+            return draw(1, self.T, self.K).expand(examples, -1, -1) if self.layout == "shared" else draw(examples, self.T, self.K)
+
+        return Inputs(
+            a=inputs(self.N),
+            b=draw(self.N, self.T, self.O),
+            direction=draw(self.O, self.K),
+            weights=draw(self.N),
+            a2=inputs(self.M),
+            b2=draw(self.M, self.T, self.O),
+        )
+
+
+# Sizes around every edge of the kernels: the register tiles (rows 6 and 12, columns 4 to 32), the output tile (192 × 384), the
+# chunk of positions (256), the Gram's blocks of 3 and 4 examples, the ghost's blocks of 96 rows.
+SIZES: dict[str, tuple[int, int, int, int]] = {
+    "one number": (1, 1, 1, 1),
+    "below a register tile": (2, 3, 7, 5),
+    "on the register tile": (4, 16, 64, 24),
+    "off the register tile": (3, 5, 33, 13),
+    "one example": (1, 9, 70, 50),
+    "one position": (7, 1, 40, 25),
+    "many short examples": (50, 2, 17, 9),
+    "many examples": (600, 1, 20, 12),
+    "long examples": (2, 100, 20, 30),
+    "one chunk": (2, 256, 33, 13),
+    "past one chunk": (2, 257, 33, 13),
+    "past two chunks": (3, 513, 19, 7),
+    "many features": (3, 2, 600, 5),
+    "past one tile": (3, 4, 391, 197),
+}
+EMPTY_SIZES: dict[str, tuple[int, int, int, int]] = {
+    "no examples": (0, 4, 5, 6),
+    "no positions": (3, 0, 5, 6),
+    "no inputs": (3, 4, 0, 6),
+    "no outputs": (3, 4, 5, 0),
+}
+
+
+def problems() -> list[Problem]:
+    """Every size; every dtype × layout off the tile; every dtype × wide values; every dtype where positions or outputs are many."""
+    found = [Problem(*size) for size in SIZES.values()]
+    for dtype in DTYPES:
+        found += [Problem(*SIZES["off the register tile"], dtype=dtype, layout=layout) for layout in LAYOUTS]
+        found += [Problem(*SIZES[name], dtype=dtype) for name in ("one position", "past one chunk", "past one tile")]
+        found += [Problem(*SIZES["past two chunks"], dtype=dtype, layout="shared")]
+        found += [Problem(5, 33, 45, 19, dtype=dtype, values="wide")]
+    return list(dict.fromkeys(found))
+
+
+def exact_problems() -> list[Problem]:
+    """Integers: a result must be equal, whatever the order of summation. Every dtype × layout, on both sides of a chunk."""
+    sizes = (SIZES["one position"], (9, 11, 45, 31), SIZES["past one chunk"])
+    return [
+        Problem(*size, dtype=dtype, layout=layout, values="integers") for size in sizes for dtype in DTYPES for layout in LAYOUTS
+    ]
+
+
+# Calls and implementations -------------------------------------------------------------------------------------------------------
+
+Results = dict[str, Tensor]
+
+
+def _fields(sums: zk.InterferenceSums) -> Results:
+    return {name: x for name, x in sums._asdict().items() if x is not None}
+
+
+CALLS: dict[str, Callable[[Inputs, str], Results]] = {
+    "interference": lambda x, impl: _fields(zk.interference(x.a, x.b, impl=impl)),
+    "interference, direction": lambda x, impl: _fields(zk.interference(x.a, x.b, direction=x.direction, impl=impl)),
+    "interference, gram": lambda x, impl: _fields(zk.interference(x.a, x.b, gram=True, impl=impl)),
+    "interference, all": lambda x, impl: _fields(zk.interference(x.a, x.b, direction=x.direction, gram=True, impl=impl)),
+    "gram": lambda x, impl: {"gram": zk.gram(x.a, x.b, impl=impl)},
+    "cross gram": lambda x, impl: {"gram": zk.gram(x.a, x.b, x.a2, x.b2, impl=impl)},
+    "dot": lambda x, impl: {"dot": zk.dot(x.a, x.b, x.direction, impl=impl)},
+    "sq_norm": lambda x, impl: {"sq_norm": zk.sq_norm(x.a, x.b, impl=impl)},
+    "weighted_grad": lambda x, impl: {"weighted_grad": zk.weighted_grad(x.a, x.b, x.weights, impl=impl)},
+}
+# The tensors each call reads.
+OPERANDS: dict[str, tuple[str, ...]] = {
+    "interference": ("a", "b"),
+    "interference, direction": ("a", "b", "direction"),
+    "interference, gram": ("a", "b"),
+    "interference, all": ("a", "b", "direction"),
+    "gram": ("a", "b"),
+    "cross gram": ("a", "b", "a2", "b2"),
+    "dot": ("a", "b", "direction"),
+    "sq_norm": ("a", "b"),
+    "weighted_grad": ("a", "b", "weights"),
+}
+# The others have no derivative of their own.
+DIFFERENTIATED = ("interference, all", "gram", "cross gram", "dot", "sq_norm", "weighted_grad")
+
+
+def cpu_isas() -> list[str]:
+    return list(zk.build_info()["cpu_isas"])
+
+
+def implementations() -> list[str]:
+    """ "chunked" and "cpu-<isa>" for every instruction set of this processor; "cpu" where the kernels are not built."""
+    return ["chunked", *([f"cpu-{isa}" for isa in cpu_isas()] or ["cpu"])]
+
+
+@contextmanager
+def running(implementation: str) -> Iterator[str]:
+    """Selects the instruction set; gives the name for ``impl=``."""
+    impl, _, isa = implementation.partition("-")
+    if not isa:
+        yield impl
+        return
+    cpu_isas()  # loads the library
+    before = torch.ops.zsl_cpu.isa()
+    torch.ops.zsl_cpu.use_isa(isa)
+    try:
+        yield impl
+    finally:
+        torch.ops.zsl_cpu.use_isa(before)
+
+
+# Oracles -------------------------------------------------------------------------------------------------------------------------
+
+
+# A result is a sum of terms, and each rounding on the way to it is at most half an eps of a partial sum. In units of eps × Σ|terms|
+# a chain of n additions thus errs by n/2 at worst. Rounding errors have random signs: where the partial sums grow evenly to
+# Σ|terms| the standard deviation is at most some √(n/12 · 1/3) = √n/6, and less where the terms' signs are random too. The band of
+# four units is the product's rounding, the result's, and three for a chain of some hundred. Longer chains must do as well as
+# PyTorch's.
+BAND = 4.0
+
+
+@dataclass(frozen=True)
+class Expected:
+    """One result: in float64, by plain PyTorch from the same inputs in their dtype, and the sum of its terms' magnitudes."""
+
+    truth: Tensor
+    plain: Tensor
+    scale: Tensor
+    budget: float  # in units of eps × scale
+
+
+# From named tensors to named results.
+Computation = Callable[[dict[str, Tensor]], dict[str, Tensor | None]]
+
+
+def error_units(x: Tensor, truth: Tensor, scale: Tensor) -> float:
+    """The largest error in units of eps × Σ|terms|."""
+    error, unit = (x.double() - truth).abs(), torch.finfo(x.dtype).eps * scale
+    return torch.where(error == 0, 0.0, error / unit).max().item() if error.numel() else 0.0
+
+
+def _expected(compute: Computation, tensors: dict[str, Tensor]) -> dict[str, Expected]:
+    """The budget is twice the error of plain PyTorch and the band. There is no wider truth for float64: plain PyTorch's error, in
+    units of eps, is then that of the same computation in float32, and allowed once more, for the truth's own."""
+
+    def run(change: Callable[[Tensor], Tensor] = lambda x: x) -> dict[str, Tensor | None]:
+        return compute({name: change(x) for name, x in tensors.items()})
+
+    plain, truth, scale = run(), run(Tensor.double), run(lambda x: x.double().abs())
+    double = tensors["a"].dtype == torch.float64
+    narrow, narrow_truth = (run(Tensor.float), run(lambda x: x.float().double())) if double else (plain, truth)
+    found = {}
+    for name, x in truth.items():
+        if x is not None:
+            error = error_units(narrow[name], narrow_truth[name], scale[name])
+            found[name] = Expected(x, plain[name], scale[name], (3 if double else 2) * error + BAND)
+    return found
+
+
+@lru_cache(maxsize=512)
+def expected(problem: Problem, call: str) -> dict[str, Expected]:
+    return _expected(lambda x: CALLS[call](Inputs(**x), "reference"), problem.make().tensors())
+
+
+def assert_within_budget(actual: Tensor, e: Expected, what: object = "", extra: float = 0.0) -> None:
+    """``extra``: units for a way of computing whose chains of additions are others than PyTorch's."""
+    assert actual.shape == e.plain.shape, what
+    assert actual.dtype == e.plain.dtype, what
+    error = error_units(actual, e.truth, e.scale)
+    assert error <= e.budget + extra, f"{what}: error {error:.3g} eps x scale, more than {e.budget + extra:.3g}"
+
+
+def assert_exact(actual: Tensor, e: Expected, what: object = "") -> None:
+    """Equal. The terms are integers whose magnitudes sum to what float32 represents, so no order of summation rounds."""
+    assert e.scale.numel() == 0 or e.scale.max() < 2**24, f"{what}: this problem rounds"
+    torch.testing.assert_close(actual, e.truth.to(e.plain.dtype), rtol=0, atol=0, msg=lambda m: f"{what}: {m}")
+
+
+# Gradients -----------------------------------------------------------------------------------------------------------------------
+
+
+def gradients(
+    call: str, inputs: Inputs, impl: str, cotangents: Results, wanted: tuple[str, ...] | None = None
+) -> dict[str, Tensor | None]:
+    """Of Σ cotangent · field over the fields named in ``cotangents``, for the operands in ``wanted`` (all that the call reads)."""
+    names = OPERANDS[call] if wanted is None else wanted
+    leaves = {name: getattr(inputs, name).detach().requires_grad_() for name in names}
+    results = CALLS[call](inputs.replace(**leaves), impl)
+    outputs = [results[name] for name in cotangents]
+    found = torch.autograd.grad(outputs, list(leaves.values()), list(cotangents.values()), allow_unused=True)
+    return dict(zip(leaves, found, strict=True))
+
+
+def cotangents(problem: Problem, call: str, fields: tuple[str, ...] | None = None) -> Results:
+    generator = torch.Generator().manual_seed(problem.seed + 1)
+    draw = VALUES["integers" if problem.values == "integers" else "normal"]
+    results = {name: draw(tuple(e.plain.shape), generator).to(e.plain.dtype) for name, e in expected(problem, call).items()}
+    return results if fields is None else {name: results[name] for name in fields}
+
+
+@lru_cache(maxsize=256)
+def expected_gradients(problem: Problem, call: str, fields: tuple[str, ...] | None = None) -> dict[str, Expected]:
+    operands, given = problem.make().tensors(), cotangents(problem, call, fields)
+
+    def compute(x: dict[str, Tensor]) -> dict[str, Tensor | None]:
+        return gradients(
+            call, Inputs(**{name: x[name] for name in operands}), "reference", {name: x[f"c.{name}"] for name in given}
+        )
+
+    return _expected(compute, {**operands, **{f"c.{name}": c for name, c in given.items()}})

@@ -1,0 +1,251 @@
+"""The command line, on runs of a few steps: what they leave behind, how they go on, and what they refuse."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import zsl_kernels as zk
+from zerosum import cli
+
+pytest.importorskip("matplotlib")
+pytest.importorskip("tqdm")
+
+from zerosum.training.loop import Trainer
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> Path:
+    path = tmp_path / "text.txt"
+    path.write_text("the quick brown fox jumps over the lazy dog. " * 60)
+    return path
+
+
+def demo(text: Path | str, out: Path, **options: object) -> int:
+    sizes = {"steps": 12, "width": 32, "layers": 1, "sequences": 4, "positions": 16, "threads": 1, **options}
+    extra = [word for name, value in sizes.items() for word in (f"--{name.replace('_', '-')}", str(value))]
+    return cli.main(["demo", "--text", str(text), "--out", str(out), *extra])
+
+
+@pytest.fixture(autouse=True)
+def _same_threads(threads: object) -> None:
+    """`--threads` sets torch's number of threads: the fixture restores it."""
+
+
+def records(out: Path) -> list[dict[str, Any]]:
+    """The records without their timings."""
+    found = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in entry.items() if "seconds" not in key} for entry in found]
+
+
+def test_a_run_leaves_its_files_and_says_what_it_saw(text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "run"
+    assert demo(text, out) == 0
+    names = {"config.json", "metrics.jsonl", "checkpoint.pt", "report.md", "loss.png", "interference.png", "decomposition.png"}
+    assert {path.name for path in out.iterdir()} == names
+    found = records(out)
+    assert [entry["step"] for entry in found if entry["kind"] == "step"] == list(range(1, 13))
+    assert [entry["step"] for entry in found if entry["kind"] == "probe"] == [1, 2, 3, 4, 6, 7, 10, 12]
+    assert found[-1]["kind"] == "cost"
+    assert all(set(metric) == {"value", "n", "null"} for entry in found for metric in entry["metrics"].values())
+    said = capsys.readouterr().out
+    for words in ("D_grad", "random signs", "4 sequences", "1024 tokens", "What was seen", "embedding.weight"):
+        assert words in said
+    report = (out / "report.md").read_text()
+    assert "![loss](loss.png)" in report
+    assert "| learning_rate | 0.003 |" in report
+
+
+def test_a_complete_run_is_said_to_be_complete(text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert demo(text, tmp_path / "run", steps=2) == 0
+    before = records(tmp_path / "run")
+    capsys.readouterr()
+    assert demo(text, tmp_path / "run", steps=2) == 0
+    said = capsys.readouterr().out
+    assert "complete already" in said
+    assert "D_grad" in said
+    assert records(tmp_path / "run") == before
+
+
+def test_an_interrupted_run_goes_on_as_if_it_had_not_been(
+    text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert demo(text, tmp_path / "whole") == 0
+    step = Trainer.step
+
+    def interrupting(self: Trainer, number: int) -> Any:
+        if number == 5:
+            os.kill(os.getpid(), signal.SIGINT)
+        return step(self, number)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "step", interrupting)
+        assert demo(text, tmp_path / "run") == 130
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    said = capsys.readouterr().out
+    assert "Stopped after step 5 of 12. The same command goes on from there." in said
+    assert records(tmp_path / "run")[-1]["step"] == 5
+    assert (tmp_path / "run" / "loss.png").exists()
+    assert demo(text, tmp_path / "run") == 0
+    assert "Resuming after step 5." in capsys.readouterr().out
+    assert records(tmp_path / "run") == records(tmp_path / "whole")
+
+
+def test_a_second_interrupt_stops_at_once_and_the_run_goes_on_from_its_checkpoint(
+    text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    step = Trainer.step
+
+    def interrupting(self: Trainer, number: int) -> Any:
+        if number == 9:
+            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), signal.SIGINT)
+        return step(self, number)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "step", interrupting)
+        assert demo(text, tmp_path / "run") == 130
+    assert "Interrupted." in capsys.readouterr().err
+    assert records(tmp_path / "run")[-1]["step"] == 8
+    assert demo(text, tmp_path / "run") == 0
+    assert "Resuming after step 7." in capsys.readouterr().out
+    assert [entry["step"] for entry in records(tmp_path / "run") if entry["kind"] == "step"] == list(range(1, 13))
+
+
+def test_the_seed_fixes_the_run(text: Path, tmp_path: Path) -> None:
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        assert demo(text, tmp_path / name, steps=3, seed=seed) == 0
+    assert records(tmp_path / "a") == records(tmp_path / "b")
+    assert records(tmp_path / "a") != records(tmp_path / "c")
+
+
+def test_another_run_in_the_folder_is_refused(text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert demo(text, tmp_path / "run", steps=2) == 0
+    assert demo(text, tmp_path / "run", steps=2, seed=5) == 2
+    assert "seed is 0 there and 5 here" in capsys.readouterr().err
+    text.write_text("another text, long enough to be learnt from. " * 60)
+    assert demo(text, tmp_path / "run", steps=2) == 2
+    assert "text is" in capsys.readouterr().err
+
+
+def test_a_run_that_diverges_stops_and_says_so(text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert demo(text, tmp_path / "run", learning_rate=1e38) == 1
+    said = capsys.readouterr().out
+    assert "the loss is not finite" in said
+    assert "--learning-rate" in said
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (None, "cannot read"),
+        (b"", "expected more than 16 bytes"),
+        (b"short", "expected more than 16 bytes"),
+        (b"x" * 150, "to hold out"),
+    ],
+)
+def test_bad_text_is_refused_in_one_line(
+    content: bytes | None, said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "bad.txt"
+    if content is not None:
+        path.write_bytes(content)
+    assert demo(path, tmp_path / "run") == 2
+    error = capsys.readouterr().err
+    assert error.startswith("zerosum demo: --text: ")
+    assert said in error
+    assert error.count("\n") == 1
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_folder_that_cannot_be_made_is_refused(text: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for out in (text, text / "below"):
+        assert demo(text, out) == 2
+        assert capsys.readouterr().err.startswith(f"zerosum demo: --out: cannot use {out}")
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "said"),
+    [
+        ("steps", "0", "expected a whole number >= 1, got '0'"),
+        ("steps", "many", "got 'many'"),
+        ("seed", "-1", "expected a whole number >= 0"),
+        ("threads", "100000", "expected a whole number from 1 to"),
+        ("width", "40", "expected a multiple of 32, got '40'"),
+        ("learning-rate", "-1", "expected a number > 0"),
+        ("learning-rate", "nan", "expected a number > 0"),
+        ("sequences", "1", "expected a whole number >= 2"),
+    ],
+)
+def test_a_bad_number_is_refused_by_its_option(option: str, value: str, said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as refusal:
+        cli.main(["demo", f"--{option}", value])
+    assert refusal.value.code == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith(f"zerosum demo: error: argument --{option}: ")
+    assert said in error
+
+
+def test_missing_packages_are_named_with_the_remedy(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert cli.main(["demo"]) == 2
+    assert "needs matplotlib and tqdm: pip install 'zsl_kernels[demo]'" in capsys.readouterr().err
+
+
+def test_ctrl_c_anywhere_else_leaves_no_traceback(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def interrupted() -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(zk, "build_info", interrupted)
+    assert cli.main(["doctor"]) == 130
+    assert "Interrupted." in capsys.readouterr().err
+
+
+def test_the_doctor_says_what_is_live(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["doctor"]) == 0
+    said = capsys.readouterr().out
+    assert f"torch {torch.__version__}" in said
+    assert str(zk.build_info()["cpu_isa"] or "not built") in said
+    assert "chunked    ok" in said
+    assert "All is well" in said
+
+
+@pytest.mark.parametrize(
+    ("reason", "code"),
+    [("it was not built: reinstall", 0), ("undefined symbol; if torch was changed, reinstall", 1)],
+)
+def test_the_doctor_tells_not_built_from_broken(reason: str, code: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    info = {**zk.build_info(), "cpu": reason, "cpu_isa": None, "cpu_isas": []}
+    monkeypatch.setattr(zk, "build_info", lambda: info)
+    assert cli.main(["doctor"]) == code
+
+
+def test_the_doctor_finds_wrong_numbers(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    right = zk.interference
+
+    def wrong(*args: Any, impl: str, **options: Any) -> zk.InterferenceSums:
+        found = right(*args, impl=impl, **options)
+        return found if impl == "reference" else found._replace(l1=found.l1 * 1.01)
+
+    monkeypatch.setattr(zk, "interference", wrong)
+    assert cli.main(["doctor"]) == 1
+    assert "chunked    WRONG, largest relative error 1.0e-02 (l1)" in capsys.readouterr().out
+
+
+def test_help_and_imports_need_neither_matplotlib_nor_tqdm(project_environment: dict[str, str]) -> None:
+    code = "import sys; sys.modules.update(matplotlib=None, tqdm=None); import zerosum, zerosum.cli"
+    subprocess.run([sys.executable, "-c", code], check=True, env=project_environment)
+    shown = subprocess.run(
+        [sys.executable, "-m", "zerosum", "--help"], check=True, env=project_environment, capture_output=True, text=True
+    )
+    assert "zerosum doctor" in shown.stdout
+    assert "zerosum demo" in shown.stdout

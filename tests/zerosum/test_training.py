@@ -1,0 +1,420 @@
+"""The demo's parts: model, text, the measured training step, records, the run's folder, and the words for its numbers."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from tests.zerosum.oracle import per_example_gradients
+from zerosum.metrics import Metric, number_interference
+from zerosum.training.data import Corpus, draw, standard_library
+from zerosum.training.loop import Settings, Trainer, probe_steps
+from zerosum.training.model import GPT, GPTConfig, normalize, rotate, rotations, token_losses
+from zerosum.training.records import Curve, Record, curve, decode, encode, record, slopes, smooth
+from zerosum.training.run import Refused, RunFolder, fingerprint
+from zerosum.training.summary import measuring_share, summarize
+
+SMALL = GPTConfig(vocab=17, width=32, layers=2, heads=2, positions=12)
+
+
+# The model.
+
+
+def test_a_prediction_depends_on_earlier_tokens_only() -> None:
+    torch.manual_seed(0)
+    model, tokens = GPT(SMALL), torch.randint(0, 17, (3, 12))
+    changed = tokens.clone()
+    changed[:, 7] = (changed[:, 7] + 1) % 17
+    before, after = model(tokens), model(changed)
+    assert before.shape == (3, 12, 17)
+    torch.testing.assert_close(before[:, :7], after[:, :7])
+    assert not torch.isclose(before[:, 7:], after[:, 7:]).all(-1).any()
+
+
+def test_the_first_loss_is_that_of_a_uniform_guess() -> None:
+    torch.manual_seed(0)
+    x, y = torch.randint(0, 17, (2, 8, 12)).unbind()
+    losses = token_losses(GPT(SMALL), x, y)
+    assert losses.shape == (8, 12)
+    assert losses.mean().item() == pytest.approx(math.log(17), abs=0.05)
+
+
+def test_every_weight_but_the_embedding_belongs_to_a_linear_without_bias() -> None:
+    model = GPT(SMALL)
+    linear = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    assert linear == {name for name, _ in model.named_parameters()} - {"embedding.weight"}
+    assert len(linear) == 4 * SMALL.layers + 1
+
+
+def test_rotated_products_depend_on_the_distance_of_positions_only() -> None:
+    torch.manual_seed(0)
+    q, k = torch.randn(2, 16)
+    cos, sin = rotations(20, 16)
+    products = rotate(q.expand(20, 16), cos, sin) @ rotate(k.expand(20, 16), cos, sin).T
+    for distance in (0, 3, 11):
+        along = products.diagonal(distance)
+        torch.testing.assert_close(along, along[0].expand_as(along), rtol=1e-5, atol=1e-5)
+
+
+def test_normalized_rows_have_mean_square_one() -> None:
+    torch.testing.assert_close(normalize(torch.randn(5, 64) * 40).square().mean(-1), torch.ones(5))
+
+
+@pytest.mark.parametrize(("size", "value"), [("vocab", 0), ("layers", 1.5), ("width", 30), ("heads", 5)])
+def test_a_bad_size_is_named(size: str, value: float) -> None:
+    with pytest.raises(ValueError, match=r"^(width|vocab|layers|heads): expected"):
+        GPTConfig(**{**SMALL.__dict__, size: value})
+
+
+def test_too_long_a_sequence_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"tokens: expected shape \(N, T <= 12\), got \(1, 13\)"):
+        GPT(SMALL)(torch.zeros(1, 13, dtype=torch.long))
+
+
+# The text.
+
+
+def write_files(folder: Path, count: int) -> list[Path]:
+    paths = [folder / f"{i:02}.txt" for i in range(count)]
+    for i, path in enumerate(paths):
+        path.write_bytes(bytes([i]) * 20)
+    return paths
+
+
+def test_every_tenth_file_is_held_out(tmp_path: Path) -> None:
+    corpus = Corpus.read(write_files(tmp_path, 23))
+    assert set(corpus.held_out.tolist()) == {9, 19}
+    assert set(corpus.train.tolist()) == set(range(23)) - {9, 19}
+    assert corpus.files == 23
+
+
+def test_of_few_files_the_last_tenth_of_each_is_held_out(tmp_path: Path) -> None:
+    corpus = Corpus.read(write_files(tmp_path, 3))
+    assert corpus.held_out.tolist() == [0, 0, 1, 1, 2, 2]
+    assert len(corpus.train) == 54
+
+
+def test_the_digest_tells_texts_and_their_borders_apart(tmp_path: Path) -> None:
+    paths = write_files(tmp_path, 2)
+    first = Corpus.read(paths).digest
+    assert Corpus.read(paths).digest == first
+    paths[0].write_bytes(bytes(21))
+    paths[1].write_bytes(bytes([1]) * 19)
+    assert Corpus.read(paths).digest != first
+
+
+def test_a_batch_is_windows_of_the_text_fixed_by_seed_and_number() -> None:
+    text = torch.arange(200, dtype=torch.uint8)
+    x, y = draw(text, 50, 9, seed=3, number=4)
+    assert x.shape == y.shape == (50, 9)
+    assert torch.equal(y, x + 1)  # the text counts, so the next byte is one more
+    assert torch.equal(draw(text, 50, 9, seed=3, number=4)[0], x)
+    assert not torch.equal(draw(text, 50, 9, seed=3, number=5)[0], x)
+    assert not torch.equal(draw(text, 50, 9, seed=4, number=4)[0], x)
+
+
+def test_the_shortest_text_has_one_window() -> None:
+    x, y = draw(torch.arange(10, dtype=torch.uint8), 4, 9, seed=0, number=0)
+    assert torch.equal(x, torch.arange(9).expand(4, 9))
+    assert y[0, -1] == 9
+
+
+def test_the_standard_library_is_found_without_its_tests() -> None:
+    paths = standard_library()
+    assert {"argparse.py", "textwrap.py"} <= {path.name for path in paths}
+    assert not {"site-packages", "test"} & {part for path in paths for part in path.parts[-3:]}
+    assert paths == sorted(paths)
+
+
+# The loop.
+
+
+def trainer(**settings: float) -> Trainer:
+    text = torch.from_numpy(np.random.default_rng(0).choice(np.frombuffer(b"abcde fgh", np.uint8), 3000))
+    return Trainer(
+        Settings(**{"steps": 8, "width": 32, "layers": 1, "sequences": 4, "positions": 10, **settings}),  # type: ignore[arg-type]
+        Corpus(train=text[:2500], held_out=text[2500:], files=1, digest=""),
+    )
+
+
+def weights(t: Trainer) -> torch.Tensor:
+    return torch.cat([p.detach().flatten() for p in t.model.parameters()])
+
+
+def test_probes_are_log_spaced_and_have_both_ends() -> None:
+    assert probe_steps(1) == [1]
+    assert probe_steps(12) == [1, 2, 3, 4, 6, 7, 10, 12]
+    steps = probe_steps(5000)
+    assert steps[-1] == 5000
+    assert sum(100 <= step < 1000 for step in steps) == 8
+
+
+def test_a_probed_step_trains_like_an_ordinary_one() -> None:
+    plain, probed = trainer(), trainer()
+    for step in (1, 2, 3):
+        trained = plain.step(step)
+        measured = probed.probed_step(step)
+        assert measured.trained["train.loss"].value == pytest.approx(trained["train.loss"].value, rel=1e-6)
+        assert measured.finite
+        torch.testing.assert_close(weights(probed), weights(plain), rtol=1e-4, atol=1e-6)
+
+
+def test_what_a_probed_step_measures() -> None:
+    t, same = trainer(), trainer()
+    for step in (1, 2):
+        t.step(step), same.step(step)
+    x, y = same.batch(3)
+    before = [token_losses(same.model, *batch).detach() for batch in ((x, y), same.held_out)]
+    names = [name for name, _ in same.model.named_parameters() if name != "embedding.weight"]
+    g = per_example_gradients(token_losses(same.model, x, y).mean(1), same.model, names)
+    same.step(3)
+    found = t.probed_step(3)
+    after = [token_losses(same.model, *batch).detach() for batch in ((x, y), same.held_out)]
+
+    assert list(found.coverage.not_covered) == ["embedding.weight"]
+    shares = torch.cat([(g[name].sum(0).abs() / g[name].abs().sum(0)).flatten() for name in names])
+    assert found.measured["D_grad"].value == pytest.approx(1 - shares.nanmean().item(), rel=1e-4)
+    assert found.measured["D_grad"].n == 4
+    for name, b, a in zip(("train", "held_out"), before, after, strict=True):
+        assert found.measured[f"{name}.loss"].value == pytest.approx(b.mean().item(), rel=1e-5)
+        for key, metric in number_interference(a - b).items():
+            assert found.measured[f"{name}.{key}"].n == b.numel()
+            assert found.measured[f"{name}.{key}"].value == pytest.approx(metric.value, rel=1e-2, abs=1e-4)
+
+
+def test_the_decomposition_multiplies_to_the_first_order_interference() -> None:
+    t = trainer()
+    for step in range(1, 6):
+        found = t.probed_step(step).measured
+        product = found["C_g"].value * found["C_uG"].value / found["C_ug"].value
+        assert product == pytest.approx(found["first_order.C"].value, rel=1e-6)
+
+
+def test_weights_come_back_after_an_exception(monkeypatch: pytest.MonkeyPatch) -> None:
+    t = trainer()
+    old = [p.detach().clone() for p in t.model.parameters()]
+    t.step(1)
+    new = weights(t)
+
+    def broken(batch: object) -> None:
+        raise RuntimeError("broken")
+
+    monkeypatch.setattr(t, "_backward", broken)
+    with pytest.raises(RuntimeError, match="broken"):
+        t._along_update(t.batch(1), old)
+    assert torch.equal(weights(t), new)
+
+
+def test_a_trainer_goes_on_from_its_state() -> None:
+    t, resumed = trainer(), trainer()
+    for step in (1, 2, 3):
+        t.step(step)
+    resumed.load_state_dict(copy.deepcopy(t.state_dict()))
+    assert resumed.step(4)["train.loss"].value == t.step(4)["train.loss"].value
+    assert torch.equal(weights(resumed), weights(t))
+
+
+def test_the_seed_leaves_the_global_generator_alone() -> None:
+    state = torch.get_rng_state()
+    assert not torch.equal(weights(trainer(seed=0)), weights(trainer(seed=1)))
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_the_cost_is_of_both_kinds_of_pass() -> None:
+    assert all(seconds > 0 for seconds in trainer().probe_cost(pairs=1))
+
+
+# Records.
+
+
+def test_a_record_is_a_line_of_valid_json_also_with_nan() -> None:
+    line = encode(record("probe", 3, {"D": Metric(math.nan, 5, 0.5), "M": Metric(math.inf, 5)}, seconds=0.1))
+    assert line.count("\n") == 1
+    metrics = json.loads(line)["metrics"]
+    assert metrics == {"D": {"value": None, "n": 5, "null": 0.5}, "M": {"value": None, "n": 5, "null": None}}
+    found = curve(decode([line]), "probe", "D")
+    assert np.isnan(found.values[0])
+    assert (found.steps[0], found.nulls[0], found.n) == (3, 0.5, 5)
+
+
+def test_a_last_line_that_was_cut_off_is_left_out() -> None:
+    line = encode(record("step", 1, {}))
+    assert len(decode([line, line[:7]])) == 1
+
+
+def test_the_moving_average_has_a_window_that_grows_with_the_step() -> None:
+    values = np.arange(1.0, 13.0)
+    expected = [values[max(int(j / 1.2), 1) - 1 : j].mean() for j in range(1, 13)]
+    np.testing.assert_allclose(smooth(values), expected)
+
+
+def test_slopes_of_a_curve_with_a_break() -> None:
+    steps = np.arange(1, 2001)
+    loss = np.where(steps < 100, steps**-0.5, 100**-0.5 * (steps / 100) ** -0.1)
+    found = slopes(Curve(steps, loss, loss, 1))
+    assert found is not None
+    steepest, last = found
+    assert steepest.slope == pytest.approx(-0.5, abs=0.02)
+    assert steepest.last <= 110
+    assert last.slope == pytest.approx(-0.1, abs=0.01)
+    assert (last.last, last.first) == (2000, 633)
+
+
+@pytest.mark.parametrize("loss", [np.ones(5), np.full(50, math.nan), np.zeros(50)])
+def test_no_slopes_where_there_are_none(loss: np.ndarray) -> None:
+    assert slopes(Curve(np.arange(1, len(loss) + 1), loss, loss, 1)) is None
+
+
+# The run's folder.
+
+CONFIG = {"steps": 8, "seed": 0}
+
+
+def test_a_run_goes_on_after_its_checkpoint_without_later_records(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path / "run", CONFIG)
+    assert (folder.step, folder.state, folder.records) == (0, None, [])
+    for step in (1, 2, 3):
+        folder.append(record("step", step, {"train.loss": Metric(1.0 / step, 4)}))
+        if step == 2:
+            folder.checkpoint(step, {"x": {"w": torch.ones(2)}})
+    folder.close()
+    with folder.metrics.open("a") as file:
+        file.write('{"kind": "st')  # cut off by a crash
+
+    again = RunFolder(tmp_path / "run", CONFIG)
+    again.append(record("step", 3, {}))
+    again.close()
+    assert again.step == 2
+    assert again.state is not None
+    assert torch.equal(again.state["x"]["w"], torch.ones(2))
+    assert [entry["step"] for entry in decode(folder.metrics.read_text().splitlines(keepends=True))] == [1, 2, 3]
+    assert not list(folder.path.glob("*.new"))
+
+
+def test_without_a_checkpoint_a_run_starts_anew(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path, CONFIG)
+    folder.append(record("step", 1, {}))
+    folder.close()
+    again = RunFolder(tmp_path, CONFIG)
+    again.close()
+    assert (again.step, again.records) == (0, [])
+
+
+def test_another_run_is_refused_by_the_names_of_what_differs(tmp_path: Path) -> None:
+    RunFolder(tmp_path, CONFIG).close()
+    with pytest.raises(Refused, match=r"cannot resume: seed is 0 there and 7 here$"):
+        RunFolder(tmp_path, {**CONFIG, "seed": 7})
+
+
+@pytest.mark.parametrize("name", ["notes.txt", "metrics.jsonl"])
+def test_a_folder_of_something_else_is_left_alone(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_text("mine")
+    with pytest.raises(Refused, match="files in it that are not of a run"):
+        RunFolder(tmp_path, CONFIG)
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [("config.json", "[1]"), ("config.json", "{"), ("metrics.jsonl", "what\n"), ("checkpoint.pt", "what"), ("checkpoint.pt", "")],
+)
+def test_a_damaged_folder_is_refused(tmp_path: Path, name: str, content: str) -> None:
+    RunFolder(tmp_path, CONFIG).close()
+    (tmp_path / name).write_text(content)
+    with pytest.raises(Refused, match=name):
+        RunFolder(tmp_path, CONFIG)
+
+
+def test_a_fingerprint_depends_on_the_values_not_on_their_order() -> None:
+    assert fingerprint({"a": 1, "b": 2}) == fingerprint({"b": 2, "a": 1}) != fingerprint({"a": 1, "b": 3})
+
+
+# The words.
+
+
+def run_records(d_grad: tuple[float, float], d_tokens: tuple[float, float], late_slope: float = -0.1) -> list[Record]:
+    """Records of a made-up run of 1000 steps whose metrics go from one value to another."""
+    found = []
+    for step in range(1, 1001):
+        loss = 5 * (step**-0.4 if step < 50 else 50**-0.4 * (step / 50) ** late_slope)
+        found.append(record("step", step, {"train.loss": Metric(loss, 64)}, seconds=0.1))
+        if step not in probe_steps(1000):
+            continue
+        at = math.log10(step) / 3
+        grad, tokens = (first + at * (last - first) for first, last in (d_grad, d_tokens))
+        metrics = {
+            "D_grad": Metric(grad, 4, 0.7),
+            "C_g": Metric(1 - grad, 4, 0.3),
+            "C_uG": Metric(0.5, 4, 0.2),
+            "C_ug": Metric(0.25, 4),
+        }
+        for name in ("train", "held_out"):
+            values = {"loss": loss, "M": 0.1, "mean": -0.01}
+            metrics |= {f"{name}.{key}": Metric(value, 64) for key, value in values.items()}
+            metrics[f"{name}.D"] = Metric(tokens, 64, 0.9)
+        found.append(record("probe", step, metrics, seconds=0.4, covered=0.9, not_covered=["embedding.weight"], finite=True))
+    return decode(map(encode, found))
+
+
+@pytest.mark.parametrize(
+    ("d_grad", "said"),
+    [
+        ((0.2, 0.6), r"rose from 0.200 to 0.600 \(random signs: 0.700\): .* agree better than"),
+        ((0.9, 0.71), "fell from 0.900 to 0.710 .* agree no better than"),
+        ((0.8, 0.81), "hardly changed, 0.800 to 0.810 .* oppose each other more than"),
+        ((0.8, math.nan), "at the last probe it had no value"),
+    ],
+)
+def test_words_follow_the_gradients(d_grad: tuple[float, float], said: str) -> None:
+    assert re.search(said, summarize(run_records(d_grad, (0.1, 0.5))).findings[1])
+
+
+@pytest.mark.parametrize(("last", "said"), [(0.5, "5.0 times as well"), (0.8, "cancel as fully as"), (0.95, "cancel as fully as")])
+def test_words_follow_the_tokens(last: float, said: str) -> None:
+    train, held_out = summarize(run_records((0.2, 0.6), (0.1, last))).findings[2:4]
+    assert said in train
+    assert said in held_out
+    assert "lowered the mean loss by 0.0100" in train
+
+
+@pytest.mark.parametrize(
+    ("slope", "said"), [(-0.1, "4.0 times flatter, it decelerated"), (-0.4, "not decelerated"), (0.1, "stopped falling")]
+)
+def test_words_follow_the_loss(slope: float, said: str) -> None:
+    assert said in summarize(run_records((0.2, 0.6), (0.1, 0.5), slope)).findings[0]
+
+
+def test_the_table_has_values_nulls_and_examples() -> None:
+    summary = summarize(run_records((0.2, 0.6), (0.1, 0.5)))
+    assert summary.steps == [1, 10, 100, 1000]
+    rows = {row.name: row for row in summary.rows}
+    assert rows["D_grad, gradient interference"].values == pytest.approx([0.2, 1 / 3, 7 / 15, 0.6])
+    assert rows["D_grad, gradient interference"].null == 0.7
+    assert rows["D_grad, gradient interference"].n == "4 sequences"
+    assert rows["C_uG / C_ug along the update"].values == [2.0] * 4
+    assert rows["C_uG / C_ug along the update"].null == pytest.approx(0.8)
+    text = summary.text()
+    assert "90.0% of the coordinates (not covered: embedding.weight)" in " ".join(text.split())
+    assert len({len(line) for line in text.splitlines()[:2]}) == 1
+    assert max(map(len, text.splitlines())) <= 112
+    assert summary.markdown().splitlines()[1].startswith("| --- | --: |")
+
+
+def test_a_run_without_a_probe_says_so() -> None:
+    assert "No step was measured yet." in summarize([record("step", 1, {})]).text()
+
+
+def test_the_share_of_measuring() -> None:
+    records = [
+        *(record("step", step, {}, seconds=seconds) for step, seconds in ((1, 1.0), (2, 1.0), (3, 1.5))),
+        record("probe", 3, {}, seconds=1.5),
+    ]
+    assert measuring_share(records) == pytest.approx(2.0 / 5.0)

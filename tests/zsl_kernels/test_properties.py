@@ -1,0 +1,156 @@
+"""What holds for every input: hypothesis draws sizes, dtypes, layouts and values."""
+
+import dataclasses
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import zsl_kernels as zk
+from tests.inputs import (
+    CALLS,
+    DIFFERENTIATED,
+    DTYPES,
+    LAYOUTS,
+    Inputs,
+    Problem,
+    assert_exact,
+    assert_within_budget,
+    cotangents,
+    expected,
+    expected_gradients,
+    gradients,
+    implementations,
+    running,
+)
+
+live = [name for name in implementations() if name != "cpu"]
+# Small sizes, and those next to the edges of register tiles and chunks.
+features = st.one_of(st.integers(1, 40), st.sampled_from([63, 64, 65, 96, 97]))
+positions = st.one_of(st.integers(1, 12), st.sampled_from([255, 256, 257, 300]))
+
+
+def drawn(values=("normal", "wide", "integers"), dtypes=DTYPES, fewest=1):
+    return st.builds(
+        Problem,
+        N=st.integers(fewest, 9),
+        T=positions,
+        K=features,
+        O=features,
+        M=st.integers(1, 6),
+        dtype=st.sampled_from(dtypes),
+        layout=st.sampled_from(list(LAYOUTS)),
+        values=st.sampled_from(values),
+        seed=st.integers(0, 2**31),
+    )
+
+
+# Sums of integers are exact: what these properties say must hold to the last bit.
+exactly = drawn(values=("integers",))
+everywhere = st.sampled_from(live)
+
+
+@given(drawn(), st.sampled_from(list(CALLS)), everywhere)
+def test_results_stay_in_the_error_budget(problem, call, implementation):
+    with running(implementation) as impl:
+        for name, result in CALLS[call](problem.make(), impl).items():
+            assert_within_budget(
+                result, expected(problem, call)[name], name, extra=11.0 if "norm" in call or "gram" in call else 0.0
+            )
+
+
+@given(drawn(values=("integers",)), st.sampled_from(DIFFERENTIATED), everywhere)
+def test_gradients_of_integers_are_exact_where_nothing_rounds(problem, call, implementation):
+    want = expected_gradients(problem, call)
+    with running(implementation) as impl:
+        got = gradients(call, problem.make(), impl, cotangents(problem, call))
+    for name, e in want.items():
+        if e.scale.max() < 2**24:
+            assert_exact(got[name], e, name)
+        else:
+            assert_within_budget(got[name], e, name, extra=4.0)
+
+
+def everything(x: Inputs, implementation: str) -> zk.InterferenceSums:
+    with running(implementation) as impl:
+        return zk.interference(x.a, x.b, direction=x.direction, gram=True, impl=impl)
+
+
+@given(exactly, everywhere, st.randoms(use_true_random=False))
+def test_permuting_the_examples_permutes_scalars_and_leaves_sums(problem, implementation, random):
+    x = problem.make()
+    order = list(range(problem.N))
+    random.shuffle(order)
+    sums, moved = everything(x, implementation), everything(x.replace(a=x.a[order], b=x.b[order]), implementation)
+    for name in ("grad_sum", "abs_sum", "sq_sum"):
+        assert torch.equal(getattr(moved, name), getattr(sums, name)), name
+    for name in ("l1", "sq_norm", "dot", "abs_dot"):
+        assert torch.equal(getattr(moved, name), getattr(sums, name)[order]), name
+    assert torch.equal(moved.gram, sums.gram[order][:, order])
+
+
+@given(drawn(values=("integers",), fewest=2), everywhere, st.data())
+def test_splitting_the_batch_splits_scalars_and_adds_sums(problem, implementation, data):
+    x = problem.make()
+    at = data.draw(st.integers(0, problem.N))
+    sums = everything(x, implementation)
+    parts = [everything(x.replace(a=x.a[part], b=x.b[part]), implementation) for part in (slice(0, at), slice(at, None))]
+    for name in ("grad_sum", "abs_sum", "sq_sum"):
+        assert torch.equal(sum(getattr(part, name) for part in parts), getattr(sums, name)), name
+    for name in ("l1", "sq_norm", "dot", "abs_dot"):
+        assert torch.equal(torch.cat([getattr(part, name) for part in parts]), getattr(sums, name)), name
+    assert torch.equal(parts[0].gram, sums.gram[:at, :at])
+
+
+@given(exactly, everywhere, st.sampled_from([-2.0, -1.0, 0.0, 0.5, 4.0]))
+def test_scaling_b_scales_each_field_by_its_power(problem, implementation, c):
+    """Powers of two, so that scaling rounds nothing."""
+    x = problem.make()
+    sums, scaled = everything(x, implementation), everything(x.replace(b=x.b * c), implementation)
+    power = {"grad_sum": c, "dot": c, "sq_sum": c * c, "sq_norm": c * c, "gram": c * c}
+    for name, field in scaled._asdict().items():
+        assert torch.equal(field, getattr(sums, name) * power.get(name, abs(c))), name
+
+
+@given(exactly, everywhere)
+def test_shuffling_features_moves_columns_only(problem, implementation):
+    x = problem.make()
+    sums = everything(x, implementation)
+    moved = everything(x.replace(a=x.a.flip(2), b=x.b.flip(2), direction=x.direction.flip(0, 1)), implementation)
+    for name, field in moved._asdict().items():
+        want = getattr(sums, name)
+        assert torch.equal(field, want.flip(0, 1) if name in ("grad_sum", "abs_sum", "sq_sum") else want), name
+
+
+@given(drawn(), everywhere)
+def test_fields_agree_with_each_other(problem, implementation):
+    sums = everything(problem.make(), implementation)
+    eps, N = torch.finfo(sums.grad_sum.dtype).eps, problem.N
+    slack = 1 + 4 * N * eps  # of sums of N terms, each a rounding away
+    assert (sums.abs_sum * slack >= sums.grad_sum.abs()).all()
+    assert (sums.sq_sum * slack * N >= sums.grad_sum.square() / slack).all()  # Cauchy and Schwarz
+    assert (sums.sq_norm >= 0).all()
+    assert (sums.abs_dot * (1 + 1e-4) >= sums.dot.abs()).all()
+    scale = expected(problem, "sq_norm")["sq_norm"].scale
+    assert ((sums.gram.diagonal() - sums.sq_norm).abs() <= 64 * eps * scale).all()
+    assert torch.allclose(sums.l1.sum().double(), sums.abs_sum.double().sum(), rtol=1e-4)
+    assert torch.allclose(sums.sq_norm.sum().double(), sums.sq_sum.double().sum(), rtol=1e-4)
+
+
+@given(drawn(values=("integers",), dtypes=(torch.float32, torch.float64)), everywhere)
+def test_weighted_grad_and_dot_are_each_others_adjoints(problem, implementation):
+    """Σ_i w_i ⟨g_i, u⟩ = ⟨Σ_i w_i g_i, u⟩."""
+    x = problem.make()
+    with running(implementation) as impl:
+        left = (zk.dot(x.a, x.b, x.direction, impl=impl) * x.weights).sum()
+        right = (zk.weighted_grad(x.a, x.b, x.weights, impl=impl) * x.direction).sum()
+    assert left == right
+
+
+@pytest.mark.parametrize("values", ["normal", "wide", "integers"])
+def test_equal_problems_make_equal_inputs(values):
+    problem = Problem(3, 5, 7, 9, values=values)
+    for name, x in problem.make().tensors().items():
+        assert torch.equal(x, dataclasses.replace(problem).make().tensors()[name])
+        assert not torch.equal(x, dataclasses.replace(problem, seed=1).make().tensors()[name])

@@ -1,0 +1,77 @@
+"""The C++ kernels outside torch, under AddressSanitizer, UndefinedBehaviorSanitizer and ThreadSanitizer (tests/native)."""
+
+import os
+import shutil
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+COMPILER = shutil.which(os.environ.get("CXX", "c++"))
+# The standard that torch's extension builder takes.
+FLAGS = ["-std=c++20", "-O1", "-g1", "-fno-omit-frame-pointer"]
+SANITIZERS = {
+    "address": ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"],
+    "thread": ["-fsanitize=thread"],
+}
+
+pytestmark = pytest.mark.skipif(COMPILER is None or sys.platform != "linux", reason="needs a C++ compiler on Linux")
+
+
+def run(command, **options):
+    return subprocess.run([str(part) for part in command], capture_output=True, text=True, timeout=300, **options)
+
+
+def build(kind, folder):
+    """The driver with every kernel, on two processes; skips where the compiler has no such sanitizer or it cannot start."""
+    flags = [*FLAGS, *SANITIZERS[kind]]
+    (folder / "probe.cpp").write_text("int main() {}")
+    probe = run([COMPILER, *flags, folder / "probe.cpp", "-o", folder / "probe"])
+    if probe.returncode != 0 or run([folder / "probe"]).returncode != 0:
+        pytest.skip(f"no working {kind} sanitizer: {probe.stderr[-300:]}")
+    sources = [*(ROOT / "csrc" / "cpu").glob("*.cpp"), ROOT / "tests" / "native" / "driver.cpp"]
+
+    def compile_one(source):
+        target = folder / f"{source.stem}.o"
+        done = run([COMPILER, *flags, "-c", source, "-o", target])
+        assert done.returncode == 0, done.stderr[-3000:]
+        return target
+
+    with ThreadPoolExecutor(2) as pool:
+        # The largest first.
+        objects = list(pool.map(compile_one, sorted(sources, key=lambda path: path.stem != "driver")))
+    linked = run([COMPILER, *flags, *objects, "-o", folder / "driver", "-pthread"])
+    assert linked.returncode == 0, linked.stderr[-3000:]
+    return folder / "driver"
+
+
+@pytest.fixture(scope="module")
+def with_address_sanitizer(tmp_path_factory):
+    return build("address", tmp_path_factory.mktemp("address"))
+
+
+@pytest.fixture(scope="module")
+def with_thread_sanitizer(tmp_path_factory):
+    return build("thread", tmp_path_factory.mktemp("thread"))
+
+
+def test_every_kernel_stays_in_its_memory_and_is_exact(with_address_sanitizer):
+    done = run([with_address_sanitizer])
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "generic ok" in done.stdout
+
+
+@pytest.mark.parametrize("missing", [1, 64, 4096])
+def test_a_workspace_too_short_is_noticed(with_address_sanitizer, missing):
+    """The sanitizer sees what the test above relies on."""
+    done = run([with_address_sanitizer, "--isa", "generic", "--short", missing])
+    assert done.returncode != 0
+    assert "AddressSanitizer: heap-buffer-overflow" in done.stderr
+
+
+def test_workers_do_not_race(with_thread_sanitizer):
+    done = run([with_thread_sanitizer, "--isa", "generic", "--dtype", "f32"])
+    assert done.returncode == 0, done.stderr[-3000:]
