@@ -144,8 +144,10 @@ def problems() -> list[Problem]:
     for dtype in DTYPES:
         found += [Problem(*SIZES["off the register tile"], dtype=dtype, layout=layout) for layout in LAYOUTS]
         found += [Problem(*SIZES[name], dtype=dtype) for name in ("one position", "past one chunk", "past one tile")]
-        found += [Problem(*SIZES["past two chunks"], dtype=dtype, layout="shared")]
+        # Shared inputs are packed once for each tile and chunk: several of either.
+        found += [Problem(*size, dtype=dtype, layout="shared") for size in (SIZES["past two chunks"], (3, 5, 150, 50))]
         found += [Problem(5, 33, 45, 19, dtype=dtype, values="wide")]
+    found += [Problem(*SIZES["past one tile"], dtype=dtype, layout="shared") for dtype in (torch.float32, torch.bfloat16)]
     return list(dict.fromkeys(found))
 
 

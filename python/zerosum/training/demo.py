@@ -110,7 +110,7 @@ def train(trainer: Trainer, folder: RunFolder) -> int:
                 bar.close()
                 print(f"\nStopped after step {step} of {steps}. The same command goes on from there.")
                 return INTERRUPTED
-        plain, with_probe = trainer.probe_cost()
+        plain, with_probe = ([round(seconds, 6) for seconds in times] for times in trainer.probe_cost())
         folder.append(record("cost", steps, {}, plain_seconds=plain, probed_seconds=with_probe))
     return DONE
 

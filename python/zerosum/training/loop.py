@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from statistics import median
 from time import perf_counter
 
 import torch
@@ -123,10 +122,11 @@ class Trainer:
         around_seconds = perf_counter() - start - step_seconds
         return ProbedStep(trained, found, report.coverage, report.finite, step_seconds, around_seconds)
 
-    def probe_cost(self, pairs: int = 7) -> tuple[float, float]:
-        """Median seconds of a forward and backward pass, plain and probed, timed in turns on one batch at the present weights."""
+    def probe_cost(self, pairs: int = 11) -> tuple[list[float], list[float]]:
+        """Seconds of forward and backward passes, plain and probed, timed in turns on one batch at the present weights."""
         batch = self.batch(self.settings.steps)
-        plain, probed = [], []
+        plain: list[float] = []
+        probed: list[float] = []
         for turn in range(pairs + 1):
             start = perf_counter()
             self._backward(batch)
@@ -136,7 +136,7 @@ class Trainer:
             if turn:  # the first turn warms up
                 plain.append(middle - start)
                 probed.append(perf_counter() - middle)
-        return median(plain), median(probed)
+        return plain, probed
 
     def _backward(self, batch: Batch) -> Tensor:
         """Leaves the gradient of the batch's mean loss in ``.grad``; returns the losses, (N, T)."""

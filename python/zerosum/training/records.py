@@ -6,7 +6,7 @@ what random signs would have given. JSON has no NaN: a value that is not finite 
 =========  =====================================================================================================================
 ``step``   every training step: ``train.loss`` before it and ``train.grad_norm`` before clipping
 ``probe``  what was measured around one: gradient metrics over sequences, ``train.*`` and ``held_out.*`` over tokens
-``cost``   at the run's end: the seconds of a forward and backward pass, plain and probed
+``cost``   at the run's end: the seconds of forward and backward passes, plain and probed in turns
 =========  =====================================================================================================================
 """
 
