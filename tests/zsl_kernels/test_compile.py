@@ -6,7 +6,7 @@ from torch.library import opcheck
 
 from tests.inputs import CALLS, OPERANDS, Problem, running
 
-PROBLEM = Problem(3, 5, 33, 13, dtype=torch.float64)
+PROBLEM = Problem(3, 5, 33, 13, M=2, dtype=torch.float64)
 
 
 def op_samples():

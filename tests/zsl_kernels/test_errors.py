@@ -118,7 +118,7 @@ def test_cpu_kernels_refuse_tensors_elsewhere():
 @pytest.mark.parametrize("call", CALLS)
 def test_tensors_without_data_give_shapes(call):
     """The meta device runs the fakes: the same fields, shapes and dtypes as the results have."""
-    x = Problem(N, T, K, O, dtype=torch.bfloat16).make()
+    x = Problem(N, T, K, O, M, dtype=torch.bfloat16).make()
     elsewhere = type(x)(**{name: tensor.to("meta") for name, tensor in x.tensors().items()})
     want = CALLS[call](x, "auto")
     for name, field in CALLS[call](elsewhere, "auto").items():

@@ -114,6 +114,16 @@ def test_work_of_every_thread_where_there_are_tiles_enough():
 
 
 @pytest.mark.skipif(not cpu_isas(), reason="the CPU kernels are not live")
+def test_a_call_of_one_tile_is_cut_for_the_threads_that_there_are(threads):
+    tiles = []
+    for count in (1, 2):
+        threads(count)
+        tiles.append(zk.plan("interference", N=8, T=64, K=model.TILE_K, O=model.TILE_O, impl="cpu").tile)
+    assert tiles[0] == (model.TILE_O, model.TILE_K)
+    assert tiles[1][0] * tiles[1][1] <= tiles[0][0] * tiles[0][1] // 2
+
+
+@pytest.mark.skipif(not cpu_isas(), reason="the CPU kernels are not live")
 @pytest.mark.parametrize(("call", "direct"), [("gram", "gram_direct"), ("sq_norm", "sq_norm_direct")])
 @pytest.mark.parametrize("size", [(20, 1, 500, 500), (2, 300, 20, 20)])
 def test_calls_go_the_way_that_the_plan_prints(size, call, direct):
