@@ -152,6 +152,8 @@ def coordinate_sums(
             raise ValueError(f"{name}: expected shape {tuple(grad_sum.shape)} as grad_sum, got {tuple(x.shape)}")
         if name != "direction" and x.dtype not in (torch.float32, torch.float64):
             raise TypeError(f"{name}: expected float32 or float64, got {x.dtype}")
+        if x.device != grad_sum.device or x.device.type == "meta":
+            raise ValueError(f"{name}: expected a tensor with data on {grad_sum.device} as grad_sum, got one on {x.device}")
     if impl == "reference":
         raise ValueError("impl: coordinate_sums has no reference of its own; expected 'auto', 'chunked' or 'cpu'")
     with torch.no_grad():

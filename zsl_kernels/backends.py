@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from functools import cache
-
 import torch
 from torch import Tensor
 
@@ -14,13 +12,16 @@ from zsl_kernels.types import INPUT_DTYPES, sum_dtype
 IMPLS = ("auto", "reference", "chunked", "cpu", "triton", "cuda")
 
 
-@cache
+# Loaded once, on import: a cache on a function would be traced by torch.compile, which warns of it.
+_CPU_MISSING = cpu.load()
+
+
 def why_not(impl: str) -> str | None:
     """Why ``impl`` is not available on this machine, or None if it is."""
     if impl in ("auto", "reference", "chunked"):
         return None
     if impl == "cpu":
-        return cpu.load()
+        return _CPU_MISSING
     return "this version has no GPU kernels yet"
 
 

@@ -233,7 +233,11 @@ Tensor ghost(const Tensor& a, const Tensor& b, const Tensor& a2, const Tensor& b
       k.ghost_worker(args, diagonal, begin, end, workspace, out + w * size);
     });
   const Tensor total = reduce(partial, a);
-  return self && !diagonal ? mirror_upper(total) : total;
+  // Products of dot products round below zero where a norm nearly vanishes; a NaN stays one.
+  if (diagonal) return total.clamp_min(0);
+  if (!self) return total;
+  total.diagonal().clamp_min_(0);
+  return mirror_upper(total);
 }
 
 Tensor weighted_grad(const Tensor& a, const Tensor& b, const Tensor& weights, const OptionalTensor& abs_weights,

@@ -12,6 +12,7 @@ struct BackwardEpilogue {
   S* s;                                // the tile of s_i
   const S *u, *c_grad, *c_abs, *c_sq;  // tiles; zeros where not given
   S l1, sqn, dot, abs_dot;             // example i's coefficients
+  bool signs, sizes, squares, along;   // which terms there are: an absent one must not make NaN of Inf
 
   ZSL_INLINE void operator()(const Step<P>& step, const typename R::Acc& acc) {
 #pragma GCC unroll 16
@@ -19,9 +20,13 @@ struct BackwardEpilogue {
 #pragma GCC unroll 8
       for (int v = 0; v < R::vecs; ++v) {
         const int64_t p = step.index * R::size + r * R::cols + v * lanes<S>;
-        const Vec<S> g = acc[r][v], up = load(u + p);
-        const Vec<S> along_sign = load(c_abs + p) + l1 + ZSL_ISA::abs<S>(up) * abs_dot;
-        store(s + p, load(c_grad + p) + times_sign<S>(g, along_sign) + 2 * g * (load(c_sq + p) + sqn) + up * dot);
+        const Vec<S> g = acc[r][v];
+        Vec<S> sum = load(c_grad + p);
+        if (signs) sum += times_sign<S>(g, load(c_abs + p) + l1);
+        if (sizes) sum += times_sign<S>(g, ZSL_ISA::abs<S>(load(u + p)) * abs_dot);
+        if (squares) sum += 2 * g * (load(c_sq + p) + sqn);
+        if (along) sum += load(u + p) * dot;
+        store(s + p, sum);
       }
   }
 };
@@ -146,11 +151,16 @@ size_t backward_as(const BackwardArgs& args, int64_t index, int64_t begin, int64
                                     coefficient(args.c_l1, n),
                                     coefficient(args.c_sqn, n),
                                     coefficient(args.c_dot, n),
-                                    coefficient(args.c_absdot, n)};
+                                    coefficient(args.c_absdot, n),
+                                    args.c_abs || args.c_l1,
+                                    args.c_absdot != nullptr,
+                                    args.c_sq || args.c_sqn,
+                                    args.c_dot != nullptr};
     if (needs_gradient)
       tile.run(args.a, args.b, n, n == begin, rect, epilogue);
     else
-      for (int64_t p = 0; p < used; p += lanes<S>) store(s + p, load(c_grad + p) + load(u + p) * epilogue.dot);
+      for (int64_t p = 0; p < used; p += lanes<S>)
+        store(s + p, epilogue.along ? load(c_grad + p) + load(u + p) * epilogue.dot : load(c_grad + p));
     if (args.mix)
       for (int64_t i = 0; i < used / R::size; ++i)
         for (int64_t m = 0; m < args.M; ++m) {
