@@ -159,6 +159,90 @@ def exact_problems() -> list[Problem]:
     ]
 
 
+# Ragged rows, and the embedding's part of a tied weight ---------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Irregular:
+    """Ragged rows, ``lengths`` of them for each example, in a shuffled order; if not ``ragged``, (N, T, ·) of one length. With S an
+    embedding's part too: S rows for each example, shuffled, among them duplicates and negative ids."""
+
+    lengths: tuple[int, ...]
+    K: int
+    O: int
+    S: int = 0
+    ragged: bool = True
+    dtype: torch.dtype = torch.float32
+    e_dtype: torch.dtype | None = None
+    layout: str = "contiguous"
+    values: str = "normal"
+    seed: int = 0
+
+    def __str__(self) -> str:
+        form = "ragged" if self.ragged else "regular"
+        sizes = f"{form}{len(self.lengths)}x{max(self.lengths, default=0)}_K{self.K}_O{self.O}_S{self.S}"
+        return f"{sizes}-{str(self.dtype).removeprefix('torch.')}-{self.layout}-{self.values}"
+
+    def make(self) -> dict[str, Tensor]:
+        generator = torch.Generator().manual_seed(self.seed)
+        N, R = len(self.lengths), sum(self.lengths)
+
+        def draw(*shape: int) -> Tensor:
+            return LAYOUTS[self.layout](VALUES[self.values](shape, generator).to(self.dtype))
+
+        def shuffled(repeats: Tensor) -> Tensor:
+            ids = torch.arange(N).repeat_interleave(repeats)
+            return ids[torch.randperm(len(ids), generator=generator)]
+
+        rows = (R,) if self.ragged else (N, max(self.lengths, default=0))
+        x = {"a": draw(*rows, self.K), "b": draw(*rows, self.O), "direction": draw(self.O, self.K), "weights": draw(N)}
+        if self.ragged:
+            x["example_ids"] = shuffled(torch.tensor(self.lengths, dtype=torch.int64))
+        if self.S:
+            tied = (N * self.S,) if self.ragged else (N, self.S)
+            # Every other id is one of the first three: an example has duplicates.
+            ids = torch.randint(-1, self.O, tied, generator=generator)
+            few = torch.randint(0, min(3, self.O), tied, generator=generator)
+            x["ids"] = torch.where(torch.rand(tied, generator=generator) < 0.5, few, ids)
+            x["e"] = draw(*tied, self.K).to(self.e_dtype or self.dtype)
+            if self.ragged:
+                x["e_examples"] = shuffled(torch.full((N,), self.S))
+        return x
+
+
+def irregular_options(x: dict[str, Tensor]) -> dict[str, object]:
+    """The keyword arguments of :func:`zk.interference` for such operands; the other ops take those but for ``embedding``."""
+    options: dict[str, object] = {}
+    if "example_ids" in x:
+        options |= {"example_ids": x["example_ids"], "num_examples": len(x["weights"])}
+    if "e" in x:
+        options["embedding"] = tuple(x[name] for name in ("ids", "e", "e_examples") if name in x)
+    return options
+
+
+IRREGULAR_CALLS: dict[str, Callable[[dict[str, Tensor], str], dict[str, Tensor]]] = {
+    "interference": lambda x, impl: _fields(zk.interference(x["a"], x["b"], impl=impl, **irregular_options(x))),
+    "interference, all": lambda x, impl: _fields(
+        zk.interference(x["a"], x["b"], direction=x["direction"], gram=True, impl=impl, **irregular_options(x))
+    ),
+    "interference, direction": lambda x, impl: _fields(
+        zk.interference(x["a"], x["b"], direction=x["direction"], impl=impl, **irregular_options(x))
+    ),
+    "gram": lambda x, impl: {"gram": zk.gram(x["a"], x["b"], impl=impl, **irregular_options(x))},
+    "dot": lambda x, impl: {"dot": zk.dot(x["a"], x["b"], x["direction"], impl=impl, **irregular_options(x))},
+    "sq_norm": lambda x, impl: {"sq_norm": zk.sq_norm(x["a"], x["b"], impl=impl, **irregular_options(x))},
+    "weighted_grad": lambda x, impl: {
+        "weighted_grad": zk.weighted_grad(x["a"], x["b"], x["weights"], impl=impl, **irregular_options(x))
+    },
+}
+# The operands that results depend on, where there are others than a and b.
+IRREGULAR_OPERANDS = {
+    "interference, all": ("a", "b", "direction"),
+    "dot": ("a", "b", "direction"),
+    "weighted_grad": ("a", "b", "weights"),
+}
+
+
 # Calls and implementations -------------------------------------------------------------------------------------------------------
 
 Results = dict[str, Tensor]
@@ -241,6 +325,23 @@ class Expected:
     budget: float  # in units of eps × scale
 
 
+def sums_of(g: Tensor, direction: Tensor | None) -> Results:
+    """Every field of the sums of gradients (N, *shape) that are held, by its definition."""
+    flat = g.reshape(g.shape[0], math.prod(g.shape[1:]))
+    found = {
+        "grad_sum": g.sum(0),
+        "abs_sum": g.abs().sum(0),
+        "sq_sum": g.square().sum(0),
+        "l1": flat.abs().sum(1),
+        "sq_norm": flat.square().sum(1),
+        "gram": flat @ flat.T,
+    }
+    if direction is not None:
+        p = flat * direction.to(g.dtype).reshape(-1)
+        found |= {"dot": p.sum(1), "abs_dot": p.abs().sum(1)}
+    return found
+
+
 # From named tensors to named results.
 Computation = Callable[[dict[str, Tensor]], dict[str, Tensor | None]]
 
@@ -251,15 +352,15 @@ def error_units(x: Tensor, truth: Tensor, scale: Tensor) -> float:
     return torch.where(error == 0, 0.0, error / unit).max().item() if error.numel() else 0.0
 
 
-def _expected(compute: Computation, tensors: dict[str, Tensor]) -> dict[str, Expected]:
+def expectations(compute: Computation, tensors: dict[str, Tensor]) -> dict[str, Expected]:
     """The budget is twice the error of plain PyTorch and the band. There is no wider truth for float64: plain PyTorch's error, in
     units of eps, is then that of the same computation in float32, and allowed once more, for the truth's own."""
 
     def run(change: Callable[[Tensor], Tensor] = lambda x: x) -> dict[str, Tensor | None]:
-        return compute({name: change(x) for name, x in tensors.items()})
+        return compute({name: change(x) if x.is_floating_point() else x for name, x in tensors.items()})
 
     plain, truth, scale = run(), run(Tensor.double), run(lambda x: x.double().abs())
-    double = tensors["a"].dtype == torch.float64
+    double = any(x.dtype == torch.float64 for x in tensors.values())
     narrow, narrow_truth = (run(Tensor.float), run(lambda x: x.float().double())) if double else (plain, truth)
     found = {}
     for name, x in truth.items():
@@ -270,8 +371,13 @@ def _expected(compute: Computation, tensors: dict[str, Tensor]) -> dict[str, Exp
 
 
 @lru_cache(maxsize=512)
+def expected_irregular(problem: Irregular, call: str) -> dict[str, Expected]:
+    return expectations(lambda x: IRREGULAR_CALLS[call](x, "reference"), problem.make())
+
+
+@lru_cache(maxsize=512)
 def expected(problem: Problem, call: str) -> dict[str, Expected]:
-    return _expected(lambda x: CALLS[call](Inputs(**x), "reference"), problem.make().tensors())
+    return expectations(lambda x: CALLS[call](Inputs(**x), "reference"), problem.make().tensors())
 
 
 def assert_within_budget(actual: Tensor, e: Expected, what: object = "", extra: float = 0.0) -> None:
@@ -303,6 +409,14 @@ def gradients(
     return dict(zip(leaves, found, strict=True))
 
 
+def irregular_gradients(call: str, x: dict[str, Tensor], impl: str, wanted: tuple[str, ...], given: Results) -> Results:
+    """Of Σ given · field, for the operands in ``wanted``."""
+    leaves = {name: x[name].detach().clone().requires_grad_() for name in wanted}
+    results = IRREGULAR_CALLS[call]({**x, **leaves}, impl)
+    found = torch.autograd.grad([results[name] for name in given], list(leaves.values()), list(given.values()))
+    return dict(zip(leaves, found, strict=True))
+
+
 def cotangents(problem: Problem, call: str, fields: tuple[str, ...] | None = None) -> Results:
     generator = torch.Generator().manual_seed(problem.seed + 1)
     draw = VALUES["integers" if problem.values == "integers" else "normal"]
@@ -319,4 +433,4 @@ def expected_gradients(problem: Problem, call: str, fields: tuple[str, ...] | No
             call, Inputs(**{name: x[name] for name in operands}), "reference", {name: x[f"c.{name}"] for name in given}
         )
 
-    return _expected(compute, {**operands, **{f"c.{name}": c for name, c in given.items()}})
+    return expectations(compute, {**operands, **{f"c.{name}": c for name, c in given.items()}})

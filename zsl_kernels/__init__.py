@@ -5,8 +5,12 @@ Letters, the same everywhere: N examples, T positions, K input features, O outpu
 
 All functions take float32, bfloat16, float16 or float64 inputs of any strides (an ``a`` expanded over the examples is read once),
 accumulate in float32 or better, and return float32 (float64 for float64 inputs). They are differentiable once in every tensor
-argument, and trace under ``torch.compile(fullgraph=True)``. ``impl`` names an implementation ("reference", "chunked",
-"cpu"); "auto" follows :func:`plan`. A named one never falls back.
+argument, and trace under ``torch.compile(fullgraph=True)``, but for :func:`linear_cross_entropy`. ``impl`` names an implementation
+("reference", "chunked", "cpu"); "auto" follows :func:`plan`. A named one never falls back.
+
+Where the rows of a batch are not (N, T, ·), like those that reach one expert of a mixture, each names its example: with
+``example_ids`` (R,), integers in any order, and ``num_examples`` N, ``a`` is (R, K), ``b`` (R, O) and
+g_i = Σ_{r: example_ids[r] = i} b_r a_rᵀ, zero for an example without rows.
 """
 
 from __future__ import annotations
@@ -16,17 +20,28 @@ from torch import Tensor
 
 from zsl_kernels import ops, reference
 from zsl_kernels.backends import build_info, impls_for, plan
-from zsl_kernels.types import INPUT_DTYPES, CoordinateSums, InterferenceSums
+from zsl_kernels.checks import check_tensor
+from zsl_kernels.linear_cross_entropy import linear_cross_entropy
+from zsl_kernels.rows import Embedding
+from zsl_kernels.small import bias_grad, dense_interference, embedding_interference, scale_bias_grad, scale_grad
+from zsl_kernels.types import CoordinateSums, EmbeddingSums, InterferenceSums
 
 __all__ = [
     "CoordinateSums",
+    "EmbeddingSums",
     "InterferenceSums",
+    "bias_grad",
     "build_info",
     "coordinate_sums",
+    "dense_interference",
     "dot",
+    "embedding_interference",
     "gram",
     "interference",
+    "linear_cross_entropy",
     "plan",
+    "scale_bias_grad",
+    "scale_grad",
     "sq_norm",
     "weighted_grad",
 ]
@@ -34,7 +49,15 @@ __version__ = "0.1.0"
 
 
 def interference(
-    a: Tensor, b: Tensor, *, direction: Tensor | None = None, gram: bool = False, impl: str = "auto"
+    a: Tensor,
+    b: Tensor,
+    *,
+    direction: Tensor | None = None,
+    gram: bool = False,
+    example_ids: Tensor | None = None,
+    num_examples: int | None = None,
+    embedding: tuple[Tensor, ...] | None = None,
+    impl: str = "auto",
 ) -> InterferenceSums:
     """All sums and scalars of the per-example gradients in one pass. With ``g = torch.einsum("nto,ntk->nok", b, a)``::
 
@@ -51,39 +74,57 @@ def interference(
     tile for each thread, whatever N and T are (with ``gram``, one tile of each example, bounded).
 
     Args:
-        a: (N, T, K) inputs.
-        b: (N, T, O) output gradients, of the dtype and device of ``a``.
+        a: (N, T, K) inputs; (R, K) with ``example_ids``.
+        b: (N, T, O) output gradients, of the dtype and device of ``a``; (R, O) with ``example_ids``.
         direction: (O, K), any floating dtype, for example a parameter's update.
         gram: whether to compute the pairwise inner products.
+        example_ids: (R,) integers in [0, num_examples), the example of each row, in any order.
+        num_examples: N, with ``example_ids``.
+        embedding: (ids, e) of a weight that is an embedding's table too: ids (N, S), integers below O, and the gradients of what
+            was looked up, e (N, S, K) of any floating dtype; then g_i = b_iᵀ a_i + Σ_s onehot(ids_is) e_isᵀ. Negative ids are
+            skipped. With ``example_ids``: ids (Q,), e (Q, K) and the example of each, (Q,).
         impl: see the module's documentation.
 
     Raises:
         TypeError: an argument is not a tensor or has another dtype.
-        ValueError: an argument has another shape or device, or ``impl`` is unknown.
+        ValueError: an argument has another shape or device, an id is out of range (on the CPU), or ``impl`` is unknown.
         RuntimeError: the named ``impl`` is not available on this machine; the message says why.
+        NotImplementedError: in backward, for the derivative along ``direction`` with ``embedding``.
     """
-    _check_pair("a", a, "b", b, impl)
+    N = _check_pair("a", a, "b", b, impl, example_ids, num_examples)
     if direction is not None:
         _check_direction(direction, a, b)
+    tied = None if embedding is None else _check_embedding(embedding, a, b, N, example_ids is not None)
     if impl == "reference":
-        return reference.interference(a, b, direction, gram)
-    return ops.interference(a, b, direction, bool(gram), impl)
+        return reference.interference(a, b, direction, gram, example_ids, N, tied)
+    return ops.interference(a, b, direction, bool(gram), impl, example_ids, N, tied)
 
 
-def gram(a: Tensor, b: Tensor, a2: Tensor | None = None, b2: Tensor | None = None, *, impl: str = "auto") -> Tensor:
+def gram(
+    a: Tensor,
+    b: Tensor,
+    a2: Tensor | None = None,
+    b2: Tensor | None = None,
+    *,
+    example_ids: Tensor | None = None,
+    num_examples: int | None = None,
+    impl: str = "auto",
+) -> Tensor:
     """``torch.einsum("iok,jok->ij", g, g2)``: inner products of gradients, (N, N) of one set with itself or (N, M) with a second.
 
     The direct way forms each gradient tile once; the ghost way, Σ_ts (a_it·a2_js)(b_it·b2_js), forms none and wins for short
     sequences in wide layers. :func:`plan` says which.
 
     Args:
-        a, b: (N, T, K) and (N, T, O).
-        a2, b2: (M, T, K) and (M, T, O), both or neither.
-        impl: see the module's documentation.
+        a, b: (N, T, K) and (N, T, O), or (R, K) and (R, O) with ``example_ids``.
+        a2, b2: (M, T, K) and (M, T, O), both or neither; not with ``example_ids``.
+        example_ids, num_examples, impl: as :func:`interference`.
 
     Raises: as :func:`interference`.
     """
-    _check_pair("a", a, "b", b, impl)
+    N = _check_pair("a", a, "b", b, impl, example_ids, num_examples)
+    if example_ids is not None and (a2 is not None or b2 is not None):
+        raise ValueError("a2, b2: expected none with example_ids, the gram of one set with itself, got a second set")
     if (a2 is None) != (b2 is None):
         raise ValueError(f"a2, b2: expected both or neither, got {'b2' if a2 is None else 'a2'} alone")
     if a2 is not None and b2 is not None:
@@ -94,47 +135,65 @@ def gram(a: Tensor, b: Tensor, a2: Tensor | None = None, b2: Tensor | None = Non
             if x.shape[1:] != like.shape[1:]:
                 raise ValueError(f"{name}: expected (M, {like.shape[1]}, {like.shape[2]}) to go with a and b, got {tuple(x.shape)}")
     if impl == "reference":
-        return reference.gram(a, b, a if a2 is None else a2, b if b2 is None else b2)
-    return torch.ops.zsl.gram(a, b, a2, b2, impl)
+        return reference.gram(a, b, a2, b2, example_ids, N)
+    return torch.ops.zsl.gram(a, b, a2, b2, impl, example_ids, N)
 
 
-def dot(a: Tensor, b: Tensor, direction: Tensor, *, impl: str = "auto") -> Tensor:
+def dot(
+    a: Tensor,
+    b: Tensor,
+    direction: Tensor,
+    *,
+    example_ids: Tensor | None = None,
+    num_examples: int | None = None,
+    impl: str = "auto",
+) -> Tensor:
     """``(g * direction).sum((1, 2))``: each example's gradient along ``direction`` (O, K); (N,).
 
     Arguments and errors as :func:`interference`.
     """
-    _check_pair("a", a, "b", b, impl)
+    N = _check_pair("a", a, "b", b, impl, example_ids, num_examples)
     _check_direction(direction, a, b)
     if impl == "reference":
-        return reference.dot(a, b, direction)
-    return torch.ops.zsl.dot(a, b, direction, impl)
+        return reference.dot(a, b, direction, example_ids, N)
+    return torch.ops.zsl.dot(a, b, direction, impl, example_ids, N)
 
 
-def sq_norm(a: Tensor, b: Tensor, *, impl: str = "auto") -> Tensor:
+def sq_norm(
+    a: Tensor, b: Tensor, *, example_ids: Tensor | None = None, num_examples: int | None = None, impl: str = "auto"
+) -> Tensor:
     """``g.square().sum((1, 2))``: each example's squared gradient norm; (N,).
 
     Arguments and errors as :func:`interference`.
     """
-    _check_pair("a", a, "b", b, impl)
+    N = _check_pair("a", a, "b", b, impl, example_ids, num_examples)
     if impl == "reference":
-        return reference.sq_norm(a, b)
-    return torch.ops.zsl.sq_norm(a, b, impl)
+        return reference.sq_norm(a, b, example_ids, N)
+    return torch.ops.zsl.sq_norm(a, b, impl, example_ids, N)
 
 
-def weighted_grad(a: Tensor, b: Tensor, weights: Tensor, *, impl: str = "auto") -> Tensor:
+def weighted_grad(
+    a: Tensor,
+    b: Tensor,
+    weights: Tensor,
+    *,
+    example_ids: Tensor | None = None,
+    num_examples: int | None = None,
+    impl: str = "auto",
+) -> Tensor:
     """``torch.einsum("n,nok->ok", weights, g)``: the weighted sum of the examples' gradients, (O, K); ``weights`` is (N,).
 
     Per-example clipping and reweighting need no other gradient. Arguments and errors as :func:`interference`.
     """
-    _check_pair("a", a, "b", b, impl)
-    _check_tensor("weights", weights)
-    if weights.shape != a.shape[:1]:
-        raise ValueError(f"weights: expected shape ({a.shape[0]},), one for each example, got {tuple(weights.shape)}")
+    N = _check_pair("a", a, "b", b, impl, example_ids, num_examples)
+    check_tensor("weights", weights)
+    if weights.shape != (N,):
+        raise ValueError(f"weights: expected shape ({N},), one for each example, got {tuple(weights.shape)}")
     if weights.device != a.device:
         raise ValueError(f"weights: expected a tensor on {a.device} as a, got one on {weights.device}")
     if impl == "reference":
-        return reference.weighted_grad(a, b, weights)
-    return torch.ops.zsl.weighted_grad(a, b, weights, None, None, impl)
+        return reference.weighted_grad(a, b, weights, example_ids, N)
+    return torch.ops.zsl.weighted_grad(a, b, weights, None, None, impl, example_ids, N)
 
 
 def coordinate_sums(
@@ -147,7 +206,7 @@ def coordinate_sums(
     """
     tensors = {"grad_sum": grad_sum, "abs_sum": abs_sum, "sq_sum": sq_sum}
     for name, x in (tensors if direction is None else {**tensors, "direction": direction}).items():
-        _check_tensor(name, x)
+        check_tensor(name, x)
         if x.shape != grad_sum.shape:
             raise ValueError(f"{name}: expected shape {tuple(grad_sum.shape)} as grad_sum, got {tuple(x.shape)}")
         if name != "direction" and x.dtype not in (torch.float32, torch.float64):
@@ -160,33 +219,82 @@ def coordinate_sums(
         return CoordinateSums(*torch.ops.zsl.coordinate_sums(grad_sum, abs_sum, sq_sum, direction, impl).tolist())
 
 
-def _check_tensor(name: str, x: object) -> None:
-    if not isinstance(x, Tensor):
-        raise TypeError(f"{name}: expected a torch.Tensor, got {type(x).__name__}")
-    if x.dtype not in INPUT_DTYPES:
-        raise TypeError(f"{name}: expected float32, bfloat16, float16 or float64, got {x.dtype}")
-
-
-def _check_pair(a_name: str, a: Tensor, b_name: str, b: Tensor, impl: str) -> None:
-    for name, x, letters in ((a_name, a, "N, T, K"), (b_name, b, "N, T, O")):
-        _check_tensor(name, x)
-        if x.ndim != 3:
-            hint = "; for one position for each example, unsqueeze(1)" if x.ndim == 2 else ""
-            raise ValueError(f"{name}: expected a 3-D tensor ({letters}), got shape {tuple(x.shape)}{hint}")
+def _check_pair(
+    a_name: str,
+    a: Tensor,
+    b_name: str,
+    b: Tensor,
+    impl: str,
+    example_ids: Tensor | None = None,
+    num_examples: int | None = None,
+) -> int:
+    """Also gives N."""
+    ragged = example_ids is not None
+    for name, x, last in ((a_name, a, "K"), (b_name, b, "O")):
+        check_tensor(name, x)
+        if x.ndim != (2 if ragged else 3):
+            hint = "; for one position for each example, unsqueeze(1); for rows of any example, example_ids" if x.ndim == 2 else ""
+            expected = f"a 2-D tensor (R, {last}) with example_ids" if ragged else f"a 3-D tensor (N, T, {last})"
+            raise ValueError(f"{name}: expected {expected}, got shape {tuple(x.shape)}{hint}")
     if b.dtype != a.dtype:
         raise TypeError(f"{b_name}: expected {a.dtype} as {a_name}, got {b.dtype}")
     if b.device != a.device:
         raise ValueError(f"{b_name}: expected a tensor on {a.device} as {a_name}, got one on {b.device}")
-    if b.shape[:2] != a.shape[:2]:
-        raise ValueError(f"{b_name}: expected shape ({a.shape[0]}, {a.shape[1]}, O) to go with {a_name}, got {tuple(b.shape)}")
+    if b.shape[:-1] != a.shape[:-1]:
+        sizes = ", ".join(map(str, a.shape[:-1]))
+        raise ValueError(f"{b_name}: expected shape ({sizes}, O) to go with {a_name}, got {tuple(b.shape)}")
     impls_for(a.device, impl)
+    if example_ids is None:
+        if num_examples is not None:
+            raise ValueError(f"num_examples: expected none without example_ids, got {num_examples}")
+        return a.shape[0]
+    if num_examples is None:
+        raise ValueError("num_examples: expected the number of examples with example_ids, got None")
+    if not isinstance(num_examples, int | torch.SymInt) or isinstance(num_examples, bool):
+        raise TypeError(f"num_examples: expected an int, got {type(num_examples).__name__}")
+    if num_examples < 0:
+        raise ValueError(f"num_examples: expected a number >= 0, got {num_examples}")
+    _check_ids("example_ids", example_ids, a.shape[:1], a)
+    return num_examples
+
+
+def _check_ids(name: str, ids: object, shape: tuple[int, ...], a: Tensor) -> None:
+    if not isinstance(ids, Tensor):
+        raise TypeError(f"{name}: expected a torch.Tensor, got {type(ids).__name__}")
+    if ids.dtype == torch.bool or ids.is_floating_point() or ids.is_complex():
+        raise TypeError(f"{name}: expected integers, got {ids.dtype}")
+    if ids.shape != shape:
+        raise ValueError(f"{name}: expected shape {tuple(shape)}, got {tuple(ids.shape)}")
+    if ids.device != a.device:
+        raise ValueError(f"{name}: expected a tensor on {a.device} as a, got one on {ids.device}")
+
+
+def _check_embedding(embedding: tuple[Tensor, ...], a: Tensor, b: Tensor, N: int, ragged: bool) -> Embedding:
+    """In the form that the ops take: one row after another, each with its example."""
+    names = "ids (Q,), e (Q, K), example ids (Q,)" if ragged else "ids (N, S), e (N, S, K)"
+    if not isinstance(embedding, tuple | list) or len(embedding) != (3 if ragged else 2):
+        got = f"{len(embedding)} items" if isinstance(embedding, tuple | list) else type(embedding).__name__
+        raise TypeError(f"embedding: expected a tuple ({names}), got {got}")
+    ids, e = embedding[:2]
+    check_tensor("embedding: e", e)
+    K = a.shape[-1]
+    if e.ndim != (2 if ragged else 3) or e.shape[-1] != K or (not ragged and e.shape[0] != N):
+        raise ValueError(f"embedding: e: expected shape {f'(Q, {K})' if ragged else f'({N}, S, {K})'}, got {tuple(e.shape)}")
+    if e.device != a.device:
+        raise ValueError(f"embedding: e: expected a tensor on {a.device} as a, got one on {e.device}")
+    _check_ids("embedding: ids", ids, e.shape[:-1], a)
+    if ragged:
+        _check_ids("embedding: example ids", embedding[2], e.shape[:1], a)
+        return Embedding(ids, e, embedding[2])
+    examples = torch.arange(N, device=a.device).unsqueeze(1).expand(N, e.shape[1])
+    return Embedding(ids.flatten(), e.flatten(0, 1), examples.flatten())
 
 
 def _check_direction(direction: Tensor, a: Tensor, b: Tensor) -> None:
-    _check_tensor("direction", direction)
-    if direction.shape != (b.shape[2], a.shape[2]):
+    check_tensor("direction", direction)
+    if direction.shape != (b.shape[-1], a.shape[-1]):
         raise ValueError(
-            f"direction: expected shape ({b.shape[2]}, {a.shape[2]}), that of the weight, got {tuple(direction.shape)}"
+            f"direction: expected shape ({b.shape[-1]}, {a.shape[-1]}), that of the weight, got {tuple(direction.shape)}"
         )
     if direction.device != a.device:
         raise ValueError(f"direction: expected a tensor on {a.device} as a, got one on {direction.device}")

@@ -38,15 +38,27 @@ def impls_for(device: torch.device, impl: str) -> tuple[str, ...]:
     return (impl,)
 
 
-def _call(op: str, N: int, T: int, K: int, O: int, M: int | None, gram: bool, dtype: torch.dtype) -> Call:
-    return Call(op, N, T, K, O, M, gram, sum_dtype(dtype).itemsize, torch.get_num_threads())
+def _call(op: str, N: int, T: int, K: int, O: int, M: int | None, gram: bool, dtype: torch.dtype, irregular: bool) -> Call:
+    return Call(op, N, T, K, O, M, gram, sum_dtype(dtype).itemsize, torch.get_num_threads(), irregular)
 
 
-def plan_call(op: str, a: Tensor, b: Tensor, *, impl: str, gram: bool = False, a2: Tensor | None = None) -> Plan:
-    """The plan for these operands."""
+def plan_call(
+    op: str,
+    a: Tensor,
+    b: Tensor,
+    *,
+    impl: str,
+    gram: bool = False,
+    a2: Tensor | None = None,
+    num_examples: int = 0,
+    added: bool = False,
+) -> Plan:
+    """The plan for these operands; ragged ones, (R, K) and (R, O), have ``num_examples``."""
     M = None if a2 is None else a2.shape[0]
-    N, T, K = a.shape
-    return choose(_call(op, N, T, K, b.shape[2], M, gram, a.dtype), impls_for(a.device, impl))
+    ragged = a.ndim == 2
+    N, T = (num_examples, -(-a.shape[0] // max(num_examples, 1))) if ragged else a.shape[:2]
+    call = _call(op, N, T, a.shape[-1], b.shape[-1], M, gram, a.dtype, ragged or added)
+    return choose(call, impls_for(a.device, impl))
 
 
 def plan(
@@ -58,6 +70,7 @@ def plan(
     O: int,
     M: int | None = None,
     gram: bool = False,
+    irregular: bool = False,
     dtype: torch.dtype = torch.float32,
     device: str | torch.device = "cpu",
     impl: str = "auto",
@@ -69,6 +82,7 @@ def plan(
         N, T, K, O: examples, positions, input features and output features, as everywhere.
         M: examples of the second set of a cross ``gram``.
         gram: with "interference", whether the Gram is asked for too.
+        irregular: whether the rows are ragged, T being the mean of an example's, rounded up, or ``embedding`` is given.
         dtype, device, impl: as the call will have them.
     """
     if op not in OPS:
@@ -80,7 +94,7 @@ def plan(
         raise TypeError(f"dtype: expected one of {', '.join(map(str, INPUT_DTYPES))}, got {dtype}")
     if impl == "reference":
         raise ValueError("impl: the reference has no plan; it materializes every gradient")
-    return choose(_call(op, N, T, K, O, M, gram, dtype), impls_for(torch.device(device), impl))
+    return choose(_call(op, N, T, K, O, M, gram, dtype, irregular), impls_for(torch.device(device), impl))
 
 
 def build_info() -> dict[str, object]:

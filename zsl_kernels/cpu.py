@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from zsl_kernels.plan import Plan
+from zsl_kernels.rows import AddedRows
 from zsl_kernels.types import Cotangents, InterferenceSums
 
 
@@ -24,32 +25,56 @@ def load() -> str | None:
     return None
 
 
-def interference(plan: Plan, a: Tensor, b: Tensor, direction: Tensor | None, gram: bool) -> InterferenceSums:
-    return InterferenceSums(*torch.ops.zsl_cpu.interference(a, b, direction, gram, *plan.tile)).asked_for(direction, gram)
+def interference(
+    plan: Plan,
+    a: Tensor,
+    b: Tensor,
+    direction: Tensor | None,
+    gram: bool,
+    begin: Tensor | None = None,
+    added: AddedRows | None = None,
+) -> InterferenceSums:
+    sums = torch.ops.zsl_cpu.interference(a, b, direction, gram, *plan.tile, begin, *_pointers(added))
+    return InterferenceSums(*sums).asked_for(direction, gram)
 
 
-def gram(plan: Plan, a: Tensor, b: Tensor, a2: Tensor | None, b2: Tensor | None) -> Tensor:
+def _pointers(added: AddedRows | None) -> tuple[Tensor | None, ...]:
+    return (None, None, None) if added is None else (added.begin, added.feature, added.values)
+
+
+def gram(plan: Plan, a: Tensor, b: Tensor, a2: Tensor | None, b2: Tensor | None, begin: Tensor | None = None) -> Tensor:
     itself = a2 is None
     a2, b2 = (a, b) if itself else (a2, b2)
     if plan.way == "ghost":
         return torch.ops.zsl_cpu.ghost(a, b, a2, b2, itself, False)
-    return torch.ops.zsl_cpu.gram_direct(a, b, a2, b2, itself, *plan.tile)
+    return torch.ops.zsl_cpu.gram_direct(a, b, a2, b2, itself, *plan.tile, begin)
 
 
-def dot(plan: Plan, a: Tensor, b: Tensor, direction: Tensor) -> Tensor:
-    return torch.ops.zsl_cpu.dot_direct(a, b, direction, *plan.tile)
+def dot(plan: Plan, a: Tensor, b: Tensor, direction: Tensor, begin: Tensor | None = None) -> Tensor:
+    return torch.ops.zsl_cpu.dot_direct(a, b, direction, *plan.tile, begin)
 
 
-def sq_norm(plan: Plan, a: Tensor, b: Tensor) -> Tensor:
+def sq_norm(plan: Plan, a: Tensor, b: Tensor, begin: Tensor | None = None) -> Tensor:
     if plan.way == "ghost":
         return torch.ops.zsl_cpu.ghost(a, b, a, b, True, True)
-    return torch.ops.zsl_cpu.sq_norm_direct(a, b, *plan.tile)
+    return torch.ops.zsl_cpu.sq_norm_direct(a, b, *plan.tile, begin)
 
 
 def weighted_grad(
-    plan: Plan, a: Tensor, b: Tensor, weights: Tensor, abs_weights: Tensor | None, direction: Tensor | None
+    plan: Plan,
+    a: Tensor,
+    b: Tensor,
+    weights: Tensor,
+    abs_weights: Tensor | None,
+    direction: Tensor | None,
+    begin: Tensor | None = None,
 ) -> Tensor:
-    return torch.ops.zsl_cpu.weighted_grad(a, b, weights, abs_weights, direction, *plan.tile)
+    return torch.ops.zsl_cpu.weighted_grad(a, b, weights, abs_weights, direction, *plan.tile, begin)
+
+
+def product(plan: Plan, x: Tensor, y: Tensor, out: Tensor) -> None:
+    """out = x @ y in the sum dtype."""
+    torch.ops.zsl_cpu.product(x, y, out, *plan.tile)
 
 
 def backward(
@@ -61,11 +86,42 @@ def backward(
     mix: Tensor | None,
     a2: Tensor,
     b2: Tensor,
-    want: tuple[bool, bool],
-) -> tuple[Tensor | None, Tensor | None]:
-    da, db = torch.ops.zsl_cpu.backward(a, b, direction, *c, mix, a2, b2, *want, *plan.tile)
-    return (da if want[0] else None), (db if want[1] else None)
+    want: tuple[bool, bool, bool],
+    begin: Tensor | None = None,
+    added: AddedRows | None = None,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    found = torch.ops.zsl_cpu.backward(a, b, direction, *c, mix, a2, b2, *want, *plan.tile, begin, *_pointers(added))
+    da, db, d_added = (x if wanted else None for x, wanted in zip(found, want, strict=True))
+    return da, db, d_added
 
 
 def coordinate_sums(grad_sum: Tensor, abs_sum: Tensor, sq_sum: Tensor, direction: Tensor | None) -> Tensor:
     return torch.ops.zsl_cpu.coordinate_sums(grad_sum, abs_sum, sq_sum, direction)
+
+
+def dense_interference(g: Tensor, direction: Tensor | None, gram: bool) -> tuple[Tensor, ...]:
+    return torch.ops.zsl_cpu.dense_interference(g, direction, gram)
+
+
+def embedding_interference(
+    ids: Tensor,
+    b: Tensor,
+    example_ids: Tensor | None,
+    num_examples: int,
+    padding_idx: int,
+    direction: Tensor | None,
+    gram: bool,
+) -> tuple[Tensor, ...]:
+    return torch.ops.zsl_cpu.embedding_interference(ids, b, example_ids, num_examples, padding_idx, direction, gram)
+
+
+def scale_bias_grad(
+    x: Tensor | None,
+    b: Tensor,
+    mean: Tensor | None,
+    rstd: Tensor | None,
+    example_ids: Tensor | None,
+    num_examples: int,
+    bias: bool,
+) -> tuple[Tensor, Tensor]:
+    return torch.ops.zsl_cpu.scale_bias_grad(x, b, mean, rstd, example_ids, num_examples, bias)

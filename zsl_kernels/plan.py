@@ -18,6 +18,7 @@ OPS = ("interference", "gram", "dot", "sq_norm", "weighted_grad")
 TILE_O, TILE_K = 192, 384
 ROWS, COLS = 12, 32
 CHUNK = 256  # positions packed at a time
+SUM_RUN = 64  # examples whose gradients are added before their sum joins the others'
 # The Gram keeps a tile of every example; past this many bytes for each worker the tile shrinks.
 STORED_BYTES = 16 << 20
 # The chunked form's workspace: the gradients of all examples for a slab of output rows.
@@ -47,6 +48,8 @@ class Call:
     gram: bool = False  # with "interference"
     itemsize: int = 4  # of the sums
     threads: int = 1
+    # Ragged rows (T is their mean), or rows added to the gradients: of the ways to know each gradient only those that form it.
+    irregular: bool = False
 
     @property
     def formed(self) -> int:
@@ -72,6 +75,7 @@ class Call:
 
     def __str__(self) -> str:
         rest = (f", M={self.M}" if self.M is not None else "") + (", gram" if self.gram else "")
+        rest += ", irregular" if self.irregular else ""
         return f"{self.op}(N={self.N}, T={self.T}, K={self.K}, O={self.O}{rest})"
 
 
@@ -153,11 +157,14 @@ def _direct(call: Call) -> Candidate:
     tile = _direct_tile(call, stored)
     pairs = call.pairs * call.O * call.K
     cost = call.product + _PAIR * pairs + _FOLD[call.op] * call.elements
-    workspace = call.itemsize * (tile[0] * tile[1] * (4 + stored) + min(call.T, CHUNK) * sum(tile))
+    sums = 7 if call.N > SUM_RUN else 4  # with the direction's tile
+    workspace = call.itemsize * (tile[0] * tile[1] * (sums + stored) + min(call.T, CHUNK) * sum(tile))
     return Candidate("cpu", "direct", tile, call.product + pairs, cost, workspace)
 
 
 def _ghost(call: Call) -> Candidate | None:
+    if call.irregular:
+        return None
     if call.op == "gram":
         work = call.pairs * call.T**2 * (call.O + call.K)
     elif call.op == "sq_norm":
@@ -177,7 +184,7 @@ def _rows_met(T: int) -> float:
 
 
 def _rank_one(call: Call) -> Candidate | None:
-    if call.T != 1 or call.op not in ("interference", "gram", "sq_norm"):
+    if call.T != 1 or call.irregular or call.op not in ("interference", "gram", "sq_norm"):
         return None
     sums = 6.0 * call.elements if call.op == "interference" else 0.0
     work = sums + call.pairs * (call.O + call.K) + 4.0 * call.formed * (call.O + call.K)

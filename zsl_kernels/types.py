@@ -34,6 +34,23 @@ class InterferenceSums(NamedTuple):
         return self if gram else self._replace(gram=None)
 
 
+class EmbeddingSums(NamedTuple):
+    """The same of an embedding's gradients, of which all rows but ``rows`` are zero for every example.
+
+    ``grad_sum`` and its kin hold the touched rows alone: ``weight.new_zeros(V, K).index_copy(0, rows, grad_sum)`` is dense.
+    """
+
+    rows: Tensor  # (U,) int64, ascending: the rows that some example touches
+    grad_sum: Tensor  # (U, K)  Σ_i g_i
+    abs_sum: Tensor  # (U, K)  Σ_i |g_i|
+    sq_sum: Tensor  # (U, K)  Σ_i g_i²
+    l1: Tensor  # (N,)  Σ_j |g_ij|
+    sq_norm: Tensor  # (N,)  Σ_j g_ij²
+    dot: Tensor | None  # (N,)  Σ_j g_ij u_j
+    abs_dot: Tensor | None  # (N,)  Σ_j |g_ij u_j|
+    gram: Tensor | None  # (N, N)  ⟨g_i, g_k⟩
+
+
 class Cotangents(NamedTuple):
     """Derivatives of a loss with respect to the fields of :class:`InterferenceSums`, but for the Gram; None where it has none."""
 

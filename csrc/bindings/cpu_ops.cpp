@@ -3,9 +3,6 @@
 //
 // Work is split into as many contiguous ranges as there are threads, and partial scalars are added in the order of the ranges:
 // results are bitwise repeatable for the same inputs and thread count.
-#include <ATen/Parallel.h>
-#include <ATen/core/Tensor.h>
-#include <ATen/ops/empty.h>
 #include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
@@ -15,14 +12,11 @@
 #include <tuple>
 #include <vector>
 
-#include "../cpu/kernels.h"
 #include "matrix_unit.h"
+#include "workers.h"
 
 namespace zsl {
 namespace {
-
-using at::Tensor;
-using OptionalTensor = std::optional<Tensor>;
 
 // The instruction sets that this processor can run, the best first.
 std::vector<const Kernels*> supported() {
@@ -57,6 +51,8 @@ const Kernels* find_isa(const std::string& isa) {
   TORCH_CHECK(false, "ZSL_CPU_ISA: expected one of ", names, " on this processor, got '", isa, "'");
 }
 
+}  // namespace
+
 const Kernels*& active() {
   static const Kernels* kernels = [] {
     const char* wanted = std::getenv("ZSL_CPU_ISA");
@@ -65,69 +61,54 @@ const Kernels*& active() {
   return kernels;
 }
 
-DType dtype_of(const Tensor& x) {
-  switch (x.scalar_type()) {
-    case at::kFloat:
-      return DType::f32;
-    case at::kBFloat16:
-      return DType::bf16;
-    case at::kHalf:
-      return DType::f16;
-    case at::kDouble:
-      return DType::f64;
-    default:
-      TORCH_CHECK(false, "expected float32, bfloat16, float16 or float64, got ", x.scalar_type());
-  }
+namespace {
+
+// The examples' offsets into `rows` rows, checked: the kernels read wherever they point.
+const int64_t* offsets_of(const Tensor& begin, int64_t rows) {
+  TORCH_CHECK(
+      begin.dim() == 1 && begin.size(0) > 0 && begin.scalar_type() == at::kLong && begin.is_contiguous() && begin.device().is_cpu(),
+      "expected offsets as contiguous (N + 1,) int64 on the CPU, got ", begin.scalar_type(), " ", begin.sizes());
+  const int64_t *first = begin.const_data_ptr<int64_t>(), *end = first + begin.size(0);
+  TORCH_CHECK(*first == 0 && end[-1] == rows && std::is_sorted(first, end), "expected offsets from 0 up to ", rows);
+  return first;
 }
 
-Operand operand(const Tensor& x) { return {x.const_data_ptr(), dtype_of(x), x.stride(0), x.stride(1), x.stride(2)}; }
-
-Shape shape_of(const Tensor& a, const Tensor& b, int64_t tile_o, int64_t tile_k) {
-  TORCH_CHECK(a.dim() == 3 && b.dim() == 3 && a.size(0) == b.size(0) && a.size(1) == b.size(1),
-              "expected a (N, T, K) and b (N, T, O), got ", a.sizes(), " and ", b.sizes());
+Shape shape_of(const Tensor& a, const Tensor& b, const OptionalTensor& begin, int64_t tile_o, int64_t tile_k) {
+  const int64_t dims = begin ? 2 : 3;
+  TORCH_CHECK(a.dim() == dims && b.dim() == dims && a.sizes().slice(0, dims - 1) == b.sizes().slice(0, dims - 1),
+              begin ? "expected a (R, K) and b (R, O), got " : "expected a (N, T, K) and b (N, T, O), got ", a.sizes(), " and ",
+              b.sizes());
   TORCH_CHECK(a.scalar_type() == b.scalar_type(), "expected a and b of one dtype, got ", a.scalar_type(), " and ", b.scalar_type());
   TORCH_CHECK(a.device().is_cpu() && b.device().is_cpu(), "expected CPU tensors");
   TORCH_CHECK(tile_o > 0 && tile_k > 0, "expected a positive tile, got ", tile_o, " x ", tile_k);
-  return {a.size(0),
-          a.size(1),
-          a.size(2),
-          b.size(2),
-          std::min(tile_o, std::max<int64_t>(b.size(2), 1)),
-          std::min(tile_k, std::max<int64_t>(a.size(2), 1))};
-}
-
-at::TensorOptions sum_options(const Tensor& a) {
-  return a.options().dtype(a.scalar_type() == at::kDouble ? at::kDouble : at::kFloat);
-}
-at::TensorOptions double_options(const Tensor& a) { return a.options().dtype(at::kDouble); }
-
-// Keeps what a raw pointer points to alive, in the dtype and layout that the kernels want.
-struct Held {
-  Tensor tensor;
-  Held(const OptionalTensor& x, const at::TensorOptions& options) {
-    if (x.has_value()) tensor = x->to(options).contiguous();
+  Shape shape = {a.size(0),
+                 a.size(1),
+                 a.size(-1),
+                 b.size(-1),
+                 std::min(tile_o, std::max<int64_t>(b.size(-1), 1)),
+                 std::min(tile_k, std::max<int64_t>(a.size(-1), 1))};
+  if (begin) {
+    shape.begin = offsets_of(*begin, a.size(0));
+    shape.N = begin->size(0) - 1, shape.T = 0;
+    for (int64_t n = 0; n < shape.N; ++n) shape.T = std::max(shape.T, shape.length(n));
   }
-  const void* data() const { return tensor.defined() ? tensor.const_data_ptr() : nullptr; }
-  const double* doubles() const { return static_cast<const double*>(data()); }
-};
-
-// Calls body(worker, begin, end, workspace) for contiguous ranges of [0, count), one for each worker.
-template <class Body>
-void run_workers(int64_t workers, int64_t count, size_t workspace_bytes, const Tensor& like, Body body) {
-  const int64_t stride = (static_cast<int64_t>(workspace_bytes) + 4095) / 4096 * 4096 + 64;
-  const Tensor workspace = at::empty({workers * stride}, like.options().dtype(at::kByte));
-  char* base = static_cast<char*>(workspace.mutable_data_ptr());
-  at::parallel_for(0, workers, 1, [&](int64_t first, int64_t last) {
-    for (int64_t w = first; w < last; ++w) body(w, count * w / workers, count * (w + 1) / workers, base + w * stride);
-    if (active() == kernels_amx()) matrix_unit->release();
-  });
+  return shape;
 }
 
-int64_t worker_count(int64_t items) { return std::max<int64_t>(1, std::min<int64_t>(items, at::get_num_threads())); }
-
-// Each worker adds to an (N, M) of its own; past a gigabyte of them, fewer workers.
-int64_t gram_worker_count(int64_t items, int64_t size) {
-  return std::max<int64_t>(1, std::min(worker_count(items), (int64_t{1} << 27) / std::max<int64_t>(size, 1)));
+AddedRows added_rows(const OptionalTensor& begin, const OptionalTensor& index, const OptionalTensor& values, const Shape& shape,
+                     const at::TensorOptions& options) {
+  if (!begin) return {};
+  TORCH_CHECK(index && values && values->dim() == 2 && values->size(1) == shape.K && values->is_contiguous() &&
+                  values->scalar_type() == options.dtype().toScalarType() && index->dim() == 1 &&
+                  index->size(0) == values->size(0) && index->scalar_type() == at::kLong && index->is_contiguous() &&
+                  begin->size(0) == shape.N + 1,
+              "expected added rows as offsets (N + 1,), int64 features (P,) and contiguous values (P, K) in the sums' dtype");
+  const AddedRows added = {offsets_of(*begin, index->size(0)), index->const_data_ptr<int64_t>(), values->const_data_ptr()};
+  for (int64_t n = 0; n < shape.N; ++n)
+    for (int64_t p = added.begin[n]; p < added.begin[n + 1]; ++p)
+      TORCH_CHECK(added.index[p] >= 0 && added.index[p] < shape.O && (p == added.begin[n] || added.index[p - 1] < added.index[p]),
+                  "expected an example's added rows at ascending features below ", shape.O, ", got ", added.index[p]);
+  return added;
 }
 
 // (workers, …) partial sums in double → their sum in S.
@@ -135,17 +116,24 @@ Tensor reduce(const Tensor& partial, const Tensor& a) { return partial.sum(0).to
 
 Tensor mirror_upper(const Tensor& gram) { return gram.triu().add(gram.triu(1).transpose(0, 1)); }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> interference(const Tensor& a, const Tensor& b,
-                                                                                        const OptionalTensor& direction, bool gram,
-                                                                                        int64_t tile_o, int64_t tile_k) {
-  const Shape shape = shape_of(a, b, tile_o, tile_k);
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> interference(
+    const Tensor& a, const Tensor& b, const OptionalTensor& direction, bool gram, int64_t tile_o, int64_t tile_k,
+    const OptionalTensor& begin, const OptionalTensor& added_begin, const OptionalTensor& added_index,
+    const OptionalTensor& added_values) {
+  const Shape shape = shape_of(a, b, begin, tile_o, tile_k);
   const auto options = sum_options(a);
   const Held u(direction, options);
   Tensor sums[3];
   for (Tensor& sum : sums) sum = at::empty({shape.O, shape.K}, options);
-  const InterferenceArgs args = {
-      shape, operand(a), operand(b), u.data(), sums[0].mutable_data_ptr(), sums[1].mutable_data_ptr(), sums[2].mutable_data_ptr(),
-      gram};
+  const InterferenceArgs args = {shape,
+                                 operand(a),
+                                 operand(b),
+                                 u.data(),
+                                 sums[0].mutable_data_ptr(),
+                                 sums[1].mutable_data_ptr(),
+                                 sums[2].mutable_data_ptr(),
+                                 gram,
+                                 added_rows(added_begin, added_index, added_values, shape, options)};
   const int64_t workers = gram ? gram_worker_count(shape.tiles(), shape.N * shape.N) : worker_count(shape.tiles());
   const Tensor scalars = at::zeros({workers, 4, shape.N}, double_options(a));
   const Tensor grams = at::zeros({gram ? workers : 0, shape.N, shape.N}, double_options(a));
@@ -172,8 +160,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> inter
 }
 
 // sq_norm, dot and abs_dot alone: (3, N).
-Tensor scalars_direct(const Tensor& a, const Tensor& b, const OptionalTensor& direction, int64_t tile_o, int64_t tile_k) {
-  const Shape shape = shape_of(a, b, tile_o, tile_k);
+Tensor scalars_direct(const Tensor& a, const Tensor& b, const OptionalTensor& direction, int64_t tile_o, int64_t tile_k,
+                      const OptionalTensor& begin) {
+  const Shape shape = shape_of(a, b, begin, tile_o, tile_k);
   const Held u(direction, sum_options(a));
   const InterferenceArgs args = {shape, operand(a), operand(b), u.data(), nullptr, nullptr, nullptr, false};
   const int64_t workers = worker_count(shape.tiles());
@@ -188,25 +177,29 @@ Tensor scalars_direct(const Tensor& a, const Tensor& b, const OptionalTensor& di
   return reduce(partial, a);
 }
 
-Tensor sq_norm_direct(const Tensor& a, const Tensor& b, int64_t tile_o, int64_t tile_k) {
-  return scalars_direct(a, b, std::nullopt, tile_o, tile_k)[0].clone();
+Tensor sq_norm_direct(const Tensor& a, const Tensor& b, int64_t tile_o, int64_t tile_k, const OptionalTensor& begin) {
+  return scalars_direct(a, b, std::nullopt, tile_o, tile_k, begin)[0].clone();
 }
 
-Tensor dot_direct(const Tensor& a, const Tensor& b, const Tensor& direction, int64_t tile_o, int64_t tile_k) {
-  return scalars_direct(a, b, direction, tile_o, tile_k)[1].clone();
+Tensor dot_direct(const Tensor& a, const Tensor& b, const Tensor& direction, int64_t tile_o, int64_t tile_k,
+                  const OptionalTensor& begin) {
+  return scalars_direct(a, b, direction, tile_o, tile_k, begin)[1].clone();
 }
 
-GramArgs gram_args(const Tensor& a, const Tensor& b, const Tensor& a2, const Tensor& b2, bool self, int64_t tile_o,
-                   int64_t tile_k) {
+GramArgs gram_args(const Tensor& a, const Tensor& b, const Tensor& a2, const Tensor& b2, bool self, int64_t tile_o, int64_t tile_k,
+                   const OptionalTensor& begin) {
+  const Shape shape = shape_of(a, b, begin, tile_o, tile_k);
+  if (self) return {shape, shape.N, operand(a), operand(b), operand(a), operand(b), self};
+  TORCH_CHECK(!begin, "expected one set of ragged rows, got two");
   TORCH_CHECK(a2.size(1) == a.size(1) && a2.size(2) == a.size(2) && b2.size(2) == b.size(2) && a2.size(0) == b2.size(0) &&
                   a2.scalar_type() == a.scalar_type() && b2.scalar_type() == a.scalar_type(),
               "expected a2 and b2 like a and b but for the number of examples, got ", a2.sizes(), " and ", b2.sizes());
-  return {shape_of(a, b, tile_o, tile_k), a2.size(0), operand(a), operand(b), operand(a2), operand(b2), self};
+  return {shape, a2.size(0), operand(a), operand(b), operand(a2), operand(b2), self};
 }
 
-Tensor gram_direct(const Tensor& a, const Tensor& b, const Tensor& a2, const Tensor& b2, bool self, int64_t tile_o,
-                   int64_t tile_k) {
-  const GramArgs args = gram_args(a, b, a2, b2, self, tile_o, tile_k);
+Tensor gram_direct(const Tensor& a, const Tensor& b, const Tensor& a2, const Tensor& b2, bool self, int64_t tile_o, int64_t tile_k,
+                   const OptionalTensor& begin) {
+  const GramArgs args = gram_args(a, b, a2, b2, self, tile_o, tile_k, begin);
   const int64_t size = args.shape.N * args.M, workers = gram_worker_count(args.shape.tiles(), size);
   const Tensor partial = at::zeros({workers, args.shape.N, args.M}, double_options(a));
   double* out = partial.mutable_data_ptr<double>();
@@ -219,7 +212,7 @@ Tensor gram_direct(const Tensor& a, const Tensor& b, const Tensor& a2, const Ten
 
 // (N, M), or (N,) with `diagonal`.
 Tensor ghost(const Tensor& a, const Tensor& b, const Tensor& a2, const Tensor& b2, bool self, bool diagonal) {
-  const GramArgs args = gram_args(a, b, a2, b2, self, 1, 1);
+  const GramArgs args = gram_args(a, b, a2, b2, self, 1, 1, std::nullopt);
   const Shape& shape = args.shape;
   const bool empty = shape.N * args.M * shape.T * shape.K * shape.O == 0;
   const Kernels& k = *active();
@@ -240,30 +233,51 @@ Tensor ghost(const Tensor& a, const Tensor& b, const Tensor& a2, const Tensor& b
   return mirror_upper(total);
 }
 
+void weighted_grad_into(const WeightedArgs& args, const Tensor& a) {
+  const Kernels& k = *active();
+  run_workers(worker_count(args.shape.tiles()), args.shape.tiles(), k.weighted_workspace(args), a,
+              [&](int64_t, int64_t begin, int64_t end, void* workspace) { k.weighted_worker(args, begin, end, workspace); });
+}
+
 Tensor weighted_grad(const Tensor& a, const Tensor& b, const Tensor& weights, const OptionalTensor& abs_weights,
-                     const OptionalTensor& direction, int64_t tile_o, int64_t tile_k) {
-  const Shape shape = shape_of(a, b, tile_o, tile_k);
+                     const OptionalTensor& direction, int64_t tile_o, int64_t tile_k, const OptionalTensor& begin) {
+  const Shape shape = shape_of(a, b, begin, tile_o, tile_k);
   const Held w(weights, double_options(a)), v(abs_weights, double_options(a)), u(direction, sum_options(a));
   const Tensor out = at::empty({shape.O, shape.K}, sum_options(a));
-  const WeightedArgs args = {shape, operand(a), operand(b), w.doubles(), v.doubles(), u.data(), out.mutable_data_ptr()};
-  const Kernels& k = *active();
-  run_workers(worker_count(shape.tiles()), shape.tiles(), k.weighted_workspace(args), a,
-              [&](int64_t, int64_t begin, int64_t end, void* workspace) { k.weighted_worker(args, begin, end, workspace); });
+  weighted_grad_into({shape, operand(a), operand(b), w.doubles(), v.doubles(), u.data(), out.mutable_data_ptr()}, a);
   return out;
 }
 
+// out = x y: the gradient of one example, whose positions are the inner dimension. For what torch has no product of: float sums
+// of bf16 or f16 operands.
+void product(const Tensor& x, const Tensor& y, const Tensor& out, int64_t tile_o, int64_t tile_k) {
+  const Tensor a = y.unsqueeze(0), b = x.t().unsqueeze(0);
+  const Shape shape = shape_of(a, b, std::nullopt, tile_o, tile_k);
+  TORCH_CHECK(out.dim() == 2 && out.size(0) == shape.O && out.size(1) == shape.K && out.is_contiguous() &&
+                  out.scalar_type() == sum_options(a).dtype() && out.device().is_cpu(),
+              "out: expected a contiguous (", shape.O, ", ", shape.K, ") of the sums' dtype, got ", out.sizes(), " of ",
+              out.scalar_type());
+  const double one = 1;
+  weighted_grad_into({shape, operand(a), operand(b), &one, nullptr, nullptr, out.mutable_data_ptr()}, a);
+}
+
 // c: the cotangents of grad_sum, abs_sum, sq_sum (O, K), l1, sq_norm, dot, abs_dot (N,); mix (N, M) weighs the gradients of a2, b2.
-std::tuple<Tensor, Tensor> backward(const Tensor& a, const Tensor& b, const OptionalTensor& direction, const OptionalTensor& c_grad,
-                                    const OptionalTensor& c_abs, const OptionalTensor& c_sq, const OptionalTensor& c_l1,
-                                    const OptionalTensor& c_sqn, const OptionalTensor& c_dot, const OptionalTensor& c_absdot,
-                                    const OptionalTensor& mix, const Tensor& a2, const Tensor& b2, bool want_a, bool want_b,
-                                    int64_t tile_o, int64_t tile_k) {
-  const Shape shape = shape_of(a, b, tile_o, tile_k);
+std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& a, const Tensor& b, const OptionalTensor& direction,
+                                            const OptionalTensor& c_grad, const OptionalTensor& c_abs, const OptionalTensor& c_sq,
+                                            const OptionalTensor& c_l1, const OptionalTensor& c_sqn, const OptionalTensor& c_dot,
+                                            const OptionalTensor& c_absdot, const OptionalTensor& mix, const Tensor& a2,
+                                            const Tensor& b2, bool want_a, bool want_b, bool want_added, int64_t tile_o,
+                                            int64_t tile_k, const OptionalTensor& begin, const OptionalTensor& added_begin,
+                                            const OptionalTensor& added_index, const OptionalTensor& added_values) {
+  const Shape shape = shape_of(a, b, begin, tile_o, tile_k);
+  TORCH_CHECK(!begin || !mix || (a2.sizes() == a.sizes() && b2.sizes() == b.sizes()), "expected one set of ragged rows, got two");
   const auto S = sum_options(a), D = double_options(a);
   const Held u(direction, S), grad(c_grad, S), abs(c_abs, S), sq(c_sq, S);
   const Held l1(c_l1, D), sqn(c_sqn, D), dot(c_dot, D), absdot(c_absdot, D), mixed(mix, D);
-  const Tensor da = want_a ? at::zeros({shape.N, shape.T, shape.K}, S) : at::empty({0}, S);
-  const Tensor db = want_b ? at::zeros({shape.N, shape.T, shape.O}, S) : at::empty({0}, S);
+  const Tensor da = want_a ? at::zeros(a.sizes(), S) : at::empty({0}, S);
+  const Tensor db = want_b ? at::zeros(b.sizes(), S) : at::empty({0}, S);
+  const AddedRows added = added_rows(added_begin, added_index, added_values, shape, S);
+  const Tensor d_added = want_added && added_values ? at::empty(added_values->sizes(), S) : at::empty({0}, S);
   const BackwardArgs args = {shape,
                              operand(a),
                              operand(b),
@@ -276,9 +290,11 @@ std::tuple<Tensor, Tensor> backward(const Tensor& a, const Tensor& b, const Opti
                              dot.doubles(),
                              absdot.doubles(),
                              mixed.doubles(),
-                             a2.size(0),
+                             begin ? shape.N : a2.size(0),
                              operand(a2),
                              operand(b2),
+                             added,
+                             want_added && added.begin ? d_added.mutable_data_ptr() : nullptr,
                              want_a ? da.mutable_data_ptr() : nullptr,
                              want_b ? db.mutable_data_ptr() : nullptr};
   const Kernels& k = *active();
@@ -294,7 +310,7 @@ std::tuple<Tensor, Tensor> backward(const Tensor& a, const Tensor& b, const Opti
       k.backward_worker(args, tile, begin, end, workspace, g2);
     });
   }
-  return {da.to(a.scalar_type()), db.to(b.scalar_type())};
+  return {da.to(a.scalar_type()), db.to(b.scalar_type()), d_added};
 }
 
 // The eight sums of CoordinateArgs, (8,) double.
@@ -327,20 +343,25 @@ void use_isa(const std::string& name) { active() = find_isa(name); }
 
 TORCH_LIBRARY(zsl_cpu, m) {
   m.def(
-      "interference(Tensor a, Tensor b, Tensor? direction, bool gram, int tile_o, int tile_k) -> "
+      "interference(Tensor a, Tensor b, Tensor? direction, bool gram, int tile_o, int tile_k, Tensor? begin=None, "
+      "Tensor? added_begin=None, Tensor? added_index=None, Tensor? added_values=None) -> "
       "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
       &interference);
-  m.def("sq_norm_direct(Tensor a, Tensor b, int tile_o, int tile_k) -> Tensor", &sq_norm_direct);
-  m.def("dot_direct(Tensor a, Tensor b, Tensor direction, int tile_o, int tile_k) -> Tensor", &dot_direct);
-  m.def("gram_direct(Tensor a, Tensor b, Tensor a2, Tensor b2, bool self, int tile_o, int tile_k) -> Tensor", &gram_direct);
+  m.def("sq_norm_direct(Tensor a, Tensor b, int tile_o, int tile_k, Tensor? begin=None) -> Tensor", &sq_norm_direct);
+  m.def("dot_direct(Tensor a, Tensor b, Tensor direction, int tile_o, int tile_k, Tensor? begin=None) -> Tensor", &dot_direct);
+  m.def("gram_direct(Tensor a, Tensor b, Tensor a2, Tensor b2, bool self, int tile_o, int tile_k, Tensor? begin=None) -> Tensor",
+        &gram_direct);
   m.def("ghost(Tensor a, Tensor b, Tensor a2, Tensor b2, bool self, bool diagonal) -> Tensor", &ghost);
   m.def(
-      "weighted_grad(Tensor a, Tensor b, Tensor weights, Tensor? abs_weights, Tensor? direction, int tile_o, int tile_k) -> Tensor",
+      "weighted_grad(Tensor a, Tensor b, Tensor weights, Tensor? abs_weights, Tensor? direction, int tile_o, int tile_k, "
+      "Tensor? begin=None) -> Tensor",
       &weighted_grad);
+  m.def("product(Tensor x, Tensor y, Tensor(a!) out, int tile_o, int tile_k) -> ()", &product);
   m.def(
       "backward(Tensor a, Tensor b, Tensor? direction, Tensor? c_grad, Tensor? c_abs, Tensor? c_sq, Tensor? c_l1, Tensor? c_sqn, "
-      "Tensor? c_dot, Tensor? c_absdot, Tensor? mix, Tensor a2, Tensor b2, bool want_a, bool want_b, int tile_o, int tile_k) -> "
-      "(Tensor, Tensor)",
+      "Tensor? c_dot, Tensor? c_absdot, Tensor? mix, Tensor a2, Tensor b2, bool want_a, bool want_b, bool want_added, "
+      "int tile_o, int tile_k, Tensor? begin=None, Tensor? added_begin=None, Tensor? added_index=None, "
+      "Tensor? added_values=None) -> (Tensor, Tensor, Tensor)",
       &backward);
   m.def("coordinate_sums(Tensor grad_sum, Tensor abs_sum, Tensor sq_sum, Tensor? direction) -> Tensor", &coordinate_sums);
   m.def("isa() -> str", &isa);

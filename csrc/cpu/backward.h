@@ -55,22 +55,25 @@ struct AddEpilogue {
   }
 };
 
-// c (T × F, row-major) += x_n[:, f0:f0+steps] · panels, where panels are packed columns of `length` rows, of which the first
-// `steps` contract those features.
+// c (row-major) += x_n[:, f0:f0+steps] · panels for example n's rows, where panels are packed columns of `length` rows, of which
+// the first `steps` contract those features. c is the first column of a whole da or db.
 template <class S>
-void multiply_rows(const Operand& x, int64_t n, int64_t T, int64_t f0, int64_t steps, const S* panels, int64_t length, int64_t cols,
-                   S* packed, S* c, int64_t ld) {
+void multiply_rows(const Operand& x, const Shape& shape, int64_t n, int64_t f0, int64_t steps, const S* panels, int64_t length,
+                   int64_t cols, S* packed, S* c, int64_t ld) {
   using P = Dense<S>;
   using R = RegisterTile<P>;
   Step<P> s;
   s.steps = steps, s.first = s.last = true, s.carry = nullptr, s.index = 0;
   constexpr int64_t block = chunk / R::rows * R::rows;
-  for (int64_t t0 = 0; t0 < T; t0 += block) {
-    const int64_t tn = std::min(block, T - t0);
-    pack_transposed<S, R::rows>(x, T, n * T + t0, tn, f0, steps, packed);
+  // Ragged rows are those of one long example.
+  const int64_t T = shape.begin ? shape.begin[shape.N] : shape.T, row0 = shape.begin ? shape.begin[n] : n * T;
+  const int64_t rows = shape.length(n);
+  for (int64_t t0 = 0; t0 < rows; t0 += block) {
+    const int64_t tn = std::min(block, rows - t0);
+    pack_transposed<S, R::rows>(x, T, row0 + t0, tn, f0, steps, packed);
     for (int64_t k = 0; k < cols; k += R::cols)
       for (int64_t t = 0; t < tn; t += R::rows) {
-        AddEpilogue<P> add = {c + (t0 + t) * ld + k, ld};
+        AddEpilogue<P> add = {c + (row0 + t0 + t) * ld + k, ld};
         s.row_panel = packed + t * steps, s.col_panel = panels + k * length;
         s.rows = tn - t, s.cols = cols - k;
         run_register_tile<P>(s, add);
@@ -82,7 +85,7 @@ template <class S>
 size_t backward_mix_as(const BackwardArgs& args, int64_t index, int64_t begin, int64_t end, void* workspace, void* shared) {
   using P = Dense<S>;
   Arena arena(workspace), shared_arena(shared);
-  GradientTile<P> tile(args.shape, arena);
+  GradientTile<P> tile(args.shape, arena, args.added);
   StoredTiles<P> stored(args.shape, args.M, shared_arena);
   if (!workspace) return arena.used();
 
@@ -119,7 +122,7 @@ size_t backward_as(const BackwardArgs& args, int64_t index, int64_t begin, int64
   const Shape& shape = args.shape;
   const int64_t size = Tile::size(shape);
   Arena arena(workspace), shared_arena(const_cast<void*>(shared));
-  Tile tile(shape, arena);
+  Tile tile(shape, arena, args.added);
   S* s = arena.take<S>(size);
   S* u = arena.take<S>(size);
   S* c_grad = arena.take<S>(size);
@@ -143,6 +146,7 @@ size_t backward_as(const BackwardArgs& args, int64_t index, int64_t begin, int64
   const auto coefficient = [](const double* c, int64_t n) { return c ? static_cast<S>(c[n]) : S(0); };
 
   for (int64_t n = begin; n < end; ++n) {
+    if (shape.length(n) == 0 && !args.added.any(n)) continue;
     BackwardEpilogue<P> epilogue = {s,
                                     u,
                                     c_grad,
@@ -169,13 +173,17 @@ size_t backward_as(const BackwardArgs& args, int64_t index, int64_t begin, int64
           for (int64_t p = 0; p < R::size; p += lanes<S>)
             store(s + i * R::size + p, load(s + i * R::size + p) + load(g2 + p) * weight);
         }
+    if (args.d_added)
+      tile.each_added(n, rect, [&](int64_t p, int64_t k, int64_t at, int64_t count) {
+        std::memcpy(static_cast<S*>(args.d_added) + p * shape.K + k, s + at, static_cast<size_t>(count) * sizeof(S));
+      });
     if (args.da)
-      multiply_rows<S>(args.b, n, shape.T, rect.o0, rect.on, s, ceil_div(rect.on, R::rows) * R::rows, rect.kn, packed,
-                       static_cast<S*>(args.da) + n * shape.T * shape.K + rect.k0, shape.K);
+      multiply_rows<S>(args.b, shape, n, rect.o0, rect.on, s, ceil_div(rect.on, R::rows) * R::rows, rect.kn, packed,
+                       static_cast<S*>(args.da) + rect.k0, shape.K);
     if (args.db) {
       transpose_tile<P>(s, rect, transposed);
-      multiply_rows<S>(args.a, n, shape.T, rect.k0, rect.kn, transposed, rect.kn, rect.on, packed,
-                       static_cast<S*>(args.db) + n * shape.T * shape.O + rect.o0, shape.O);
+      multiply_rows<S>(args.a, shape, n, rect.k0, rect.kn, transposed, rect.kn, rect.on, packed, static_cast<S*>(args.db) + rect.o0,
+                       shape.O);
     }
   }
   return arena.used();

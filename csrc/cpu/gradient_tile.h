@@ -44,11 +44,11 @@ class GradientTile {
   using S = typename P::Sum;
   using Elem = typename P::Elem;
 
-  GradientTile(const Shape& shape, Arena& arena) : shape_(shape) {
+  GradientTile(const Shape& shape, Arena& arena, const AddedRows& added = {}) : shape_(shape), added_(added) {
     const int64_t steps = steps_of<P>(std::min(chunk, shape.T));
     rows_ = arena.take<Elem>(ceil_div(shape.tile_o, R::rows) * R::rows * steps * P::depth);
     cols_ = arena.take<Elem>(ceil_div(shape.tile_k, R::cols) * R::cols * steps * P::depth);
-    carry_ = shape.T > chunk || P::matrix_unit ? arena.take<S>(size(shape)) : nullptr;
+    carry_ = shape.T > chunk || P::matrix_unit || added.begin ? arena.take<S>(size(shape)) : nullptr;
   }
 
   // Values of a full tile, its padding included.
@@ -58,38 +58,87 @@ class GradientTile {
   // `first` says that this is the worker's first example of this tile.
   template <class Epilogue>
   void run(const Operand& a, const Operand& b, int64_t n, bool first, const Rect& rect, Epilogue& epilogue) {
+    const int64_t at = shape_.first(n), length = shape_.length(n);
+    const bool shared = a.sn == 0 && !shape_.begin;
+    find_added(n, rect);
+    if constexpr (!P::matrix_unit) start_carry(rect);
     int64_t t0 = 0;
-    do {  // once even for T == 0: the gradient is then zero
-      const int64_t tn = std::min(chunk, shape_.T - t0);
+    do {  // once even without positions: the gradient is then zero, or the added rows alone
+      const int64_t tn = std::min(chunk, length - t0);
       // Inputs shared by all examples are packed once for each tile.
-      if (first || a.sn != 0 || tn != shape_.T) pack<P, R::cols>(a, n, t0, tn, rect.k0, rect.kn, cols_);
+      if (first || !shared || tn != length) pack<P, R::cols>(a, n, at + t0, tn, rect.k0, rect.kn, cols_);
       if constexpr (P::matrix_unit) {
-        pack_lines(b, n, t0, tn, rect.o0, rect.on, rows_, steps_of<P>(tn) * P::depth);
+        pack_lines(b, n, at + t0, tn, rect.o0, rect.on, rows_, steps_of<P>(tn) * P::depth);
         multiply_chunk(t0, tn, rect);
-        if (t0 + tn == shape_.T) finish(rect, epilogue);
+        if (t0 + tn == length) add_rows(rect), finish(rect, epilogue);
       } else {
-        pack<P, R::rows>(b, n, t0, tn, rect.o0, rect.on, rows_);
-        run_chunk(t0, tn, rect, epilogue);
+        pack<P, R::rows>(b, n, at + t0, tn, rect.o0, rect.on, rows_);
+        run_chunk(t0, tn, t0 + tn == length, rect, epilogue);
       }
       t0 += tn;
-    } while (t0 < shape_.T);
+    } while (t0 < length);
+  }
+
+  // Calls body(p, k, at, count) for the pieces of example n's added rows in the tile: columns [k, k + count) of row p, which in
+  // register-tile order are at `at`.
+  template <class Body>
+  void each_added(int64_t n, const Rect& rect, Body body) {
+    find_added(n, rect);
+    each_piece(rect, body);
   }
 
  private:
+  // Which of example n's added rows lie in the tile: [added_first_, added_end_).
+  void find_added(int64_t n, const Rect& rect) {
+    if (!added_.begin) return;
+    const int64_t *first = added_.index + added_.begin[n], *end = added_.index + added_.begin[n + 1];
+    added_first_ = std::lower_bound(first, end, rect.o0) - added_.index;
+    added_end_ = std::lower_bound(first, end, rect.o0 + rect.on) - added_.index;
+  }
+
+  // The carry += added rows.
+  void add_rows(const Rect& rect) {
+    each_piece(rect, [&](int64_t p, int64_t k, int64_t at, int64_t count) {
+      const S* from = static_cast<const S*>(added_.values) + p * shape_.K + k;
+      for (int64_t c = 0; c < count; ++c) carry_[at + c] += from[c];
+    });
+  }
+
+  // In a column panel output feature o's row is the o-th, whatever register tile it is in.
+  template <class Body>
+  void each_piece(const Rect& rect, Body body) {
+    const int64_t rows = ceil_div(rect.on, R::rows) * R::rows;
+    for (int64_t p = added_first_; p < added_end_; ++p)
+      for (int64_t k = 0; k < rect.kn; k += R::cols)
+        body(p, rect.k0 + k, k * rows + (added_.index[p] - rect.o0) * R::cols, std::min<int64_t>(R::cols, rect.kn - k));
+  }
+
+  // The register tiles that added rows touch start from these, carried like the sums of a chunk before the first.
+  void start_carry(const Rect& rect) {
+    const int64_t row_panels = ceil_div(rect.on, R::rows);
+    for (int64_t p = added_first_; p < added_end_; ++p)
+      for (int64_t kp = 0; kp < ceil_div(rect.kn, R::cols); ++kp) {
+        S* touched = carry_ + (kp * row_panels + (added_.index[p] - rect.o0) / R::rows) * R::size;
+        std::memset(touched, 0, R::size * sizeof(S));
+      }
+    add_rows(rect);
+  }
+
   template <class Epilogue>
-  void run_chunk(int64_t t0, int64_t tn, const Rect& rect, Epilogue& epilogue) {
+  void run_chunk(int64_t t0, int64_t tn, bool last, const Rect& rect, Epilogue& epilogue) {
     const int64_t steps = steps_of<P>(tn), row_panels = ceil_div(rect.on, R::rows), col_panels = ceil_div(rect.kn, R::cols);
     Step<P> s;
     s.steps = steps;
-    s.first = t0 == 0;
-    s.last = t0 + tn == shape_.T;
+    s.last = last;
     s.index = 0;
     for (int64_t kp = 0; kp < col_panels; ++kp) {
       s.col_panel = cols_ + kp * steps * R::cols * P::depth;
       s.cols = rect.kn - kp * R::cols;
-      for (int64_t op = 0; op < row_panels; ++op, ++s.index) {
+      for (int64_t op = 0, p = added_first_; op < row_panels; ++op, ++s.index) {
         s.row_panel = rows_ + op * steps * R::rows * P::depth;
         s.rows = rect.on - op * R::rows;
+        s.first = t0 == 0;
+        for (; p < added_end_ && added_.index[p] < rect.o0 + (op + 1) * R::rows; ++p) s.first = false;
         s.carry = carry_ + s.index * R::size;
         run_register_tile<P>(s, epilogue);
       }
@@ -122,6 +171,8 @@ class GradientTile {
   }
 
   Shape shape_;
+  AddedRows added_;
+  int64_t added_first_ = 0, added_end_ = 0;
   Elem *rows_, *cols_;
   S* carry_;
 };
@@ -160,7 +211,8 @@ class TileGram {
   // side² sums and their operands fill the registers.
   static constexpr int side = ZSL_ROWS * ZSL_COL_VECS >= 24 ? 4 : 3;
 
-  // Examples are stored side by side in blocks of `side`, the last one filled up with zero gradients.
+  // Examples are stored side by side in blocks of `side`. What fills up the last one, whatever it is, reaches only sums that no one
+  // reads.
   static int64_t padded(int64_t examples) { return ceil_div(examples, side) * side; }
 
   TileGram(int64_t N, int64_t M, Arena& arena) : N_(N), M_(M) {
@@ -221,6 +273,25 @@ class TileGram {
   S* lanes_;
 };
 
+// Sums over examples are sums of sums over so many: one chain of N float additions would err by √N.
+inline constexpr int64_t sum_run = 64;
+
+// Before example n of N: moves the sums on into the totals (`count` of each, apart), where there are any, once a run is over.
+template <class S>
+ZSL_INLINE void move_sums(int64_t n, S* sums, S* totals, int64_t count) {
+  if (!totals || n == 0 || n % sum_run != 0) return;
+  for (int64_t p = 0; p < count; p += lanes<S>) {
+    store(totals + p, n == sum_run ? load(sums + p) : load(totals + p) + load(sums + p));
+    store(sums + p, Vec<S>{});
+  }
+}
+
+// After the last example: the totals' share, back into the sums.
+template <class S>
+void add_totals(S* sums, const S* totals, int64_t count) {
+  for (int64_t p = 0; totals && p < count; p += lanes<S>) store(sums + p, load(totals + p) + load(sums + p));
+}
+
 // Keeps a tile of every example's gradient: stored[index][example][ROWS·COLS], the examples padded as TileGram wants them.
 template <class P>
 class StoredTiles {
@@ -229,20 +300,13 @@ class StoredTiles {
   using S = typename P::Sum;
 
   StoredTiles(const Shape& shape, int64_t examples, Arena& arena)
-      : examples_(TileGram<P>::padded(examples)), count_(GradientTile<P>::size(shape) / R::size), filler_(examples_ - examples) {
-    data_ = arena.take<S>(count_ * examples_ * R::size);
-  }
-
-  void clear_filler() {
-    for (int64_t index = 0; filler_ && index < count_; ++index)
-      std::memset(at(index, examples_ - filler_), 0, static_cast<size_t>(filler_ * R::size) * sizeof(S));
-  }
+      : examples_(TileGram<P>::padded(examples)), data_(arena.take<S>(GradientTile<P>::size(shape) * examples_)) {}
 
   S* at(int64_t index, int64_t example) const { return data_ + (index * examples_ + example) * R::size; }
   S* data() const { return data_; }
 
  private:
-  int64_t examples_, count_, filler_;
+  int64_t examples_;
   S* data_;
 };
 

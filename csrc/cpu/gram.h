@@ -12,8 +12,6 @@ size_t gram_as(const GramArgs& args, int64_t begin, int64_t end, void* workspace
   StoredTiles<P> stored(shape, shape.N, arena), stored2(shape, args.self ? 0 : args.M, arena);
   if (!workspace) return arena.used();
 
-  stored.clear_filler();
-  stored2.clear_filler();
   StoreEpilogue<P> epilogue = {&stored, 0}, epilogue2 = {&stored2, 0};
   for (int64_t index = begin; index < end; ++index) {
     const Rect rect = tile_rect(shape, index);

@@ -45,6 +45,14 @@ struct InterferenceEpilogue {
   }
 };
 
+// What a zero gradient adds to a dot: NaN where the direction is not finite.
+template <class S>
+double sum_zero_times(const S* u, int64_t count) {
+  Vec<S> sum = {};
+  for (int64_t p = 0; p < count; p += lanes<S>) sum += load(u + p) * S(0);
+  return sum_lanes<S>(sum);
+}
+
 template <class P, bool Sums, bool Direction, bool Gram>
 size_t interference_run(const InterferenceArgs& args, int64_t begin, int64_t end, void* workspace,
                         const InterferencePartials* out) {
@@ -53,9 +61,10 @@ size_t interference_run(const InterferenceArgs& args, int64_t begin, int64_t end
   const Shape& shape = args.shape;
   const int64_t size = Tile::size(shape);
   Arena arena(workspace);
-  Tile tile(shape, arena);
+  Tile tile(shape, arena, args.added);
   InterferenceEpilogue<P, Sums, Direction, Gram> epilogue = {};
   S* sums = Sums ? arena.take<S>(3 * size) : nullptr;
+  S* totals = Sums && shape.N > sum_run ? arena.take<S>(3 * size) : nullptr;
   S* u = Direction ? arena.take<S>(size) : nullptr;
   StoredTiles<P> stored(shape, Gram ? shape.N : 0, arena);
   TileGram<P> tile_gram(Gram ? shape.N : 0, Gram ? shape.N : 0, arena);
@@ -63,12 +72,18 @@ size_t interference_run(const InterferenceArgs& args, int64_t begin, int64_t end
 
   epilogue.grad = sums, epilogue.abs = sums + size, epilogue.sq = sums + 2 * size;
   epilogue.u = u, epilogue.stored = &stored;
-  stored.clear_filler();
   for (int64_t index = begin; index < end; ++index) {
     const Rect rect = tile_rect(shape, index);
     if constexpr (Sums) std::memset(sums, 0, static_cast<size_t>(3 * size) * sizeof(S));
     if constexpr (Direction) gather_tile<P>(static_cast<const S*>(args.u), shape.K, rect, u);
+    const double nothing = Direction && shape.begin ? sum_zero_times(u, Tile::count(rect) * Tile::R::size) : 0;
     for (int64_t n = 0; n < shape.N; ++n) {
+      if constexpr (Sums) move_sums(n, sums, totals, 3 * size);
+      // An example without rows costs nothing, but for the Gram, which reads its zeros.
+      if (!Gram && shape.begin && shape.length(n) == 0 && !args.added.any(n)) {
+        if constexpr (Direction) out->dot[n] += nothing, out->abs_dot[n] += nothing;
+        continue;
+      }
       epilogue.example = n;
       epilogue.l1 = epilogue.sq_norm = epilogue.dot = epilogue.abs_dot = 0;
       tile.run(args.a, args.b, n, n == 0, rect, epilogue);
@@ -78,6 +93,7 @@ size_t interference_run(const InterferenceArgs& args, int64_t begin, int64_t end
     }
     if constexpr (Gram) tile_gram.run(stored.data(), stored.data(), Tile::count(rect), true, out->gram);
     if constexpr (Sums) {
+      add_totals(sums, totals, 3 * size);
       scatter_tile<P>(epilogue.grad, static_cast<S*>(args.grad_sum), shape.K, rect);
       scatter_tile<P>(epilogue.abs, static_cast<S*>(args.abs_sum), shape.K, rect);
       scatter_tile<P>(epilogue.sq, static_cast<S*>(args.sq_sum), shape.K, rect);

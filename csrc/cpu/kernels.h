@@ -11,7 +11,8 @@ namespace zsl {
 
 enum class DType : int { f32, bf16, f16, f64 };
 
-// An (N, T, F) tensor of any strides, counted in elements. sn == 0 is an operand shared by all examples.
+// An (N, T, F) tensor of any strides, counted in elements. sn == 0 is an operand shared by all examples. Or (R, F) rows of which
+// each example has a range (Shape::begin); sn is 0 then too.
 struct Operand {
   const void* data;
   DType dtype;
@@ -22,10 +23,24 @@ struct Operand {
 struct Shape {
   int64_t N, T, K, O;
   int64_t tile_o, tile_k;
+  // ? (N + 1,): ragged; example n has rows [begin[n], begin[n + 1]) of every operand, and T is the most that one has.
+  const int64_t* begin = nullptr;
 
+  int64_t first(int64_t n) const { return begin ? begin[n] : 0; }                  // example n's first position in its operands ...
+  int64_t length(int64_t n) const { return begin ? begin[n + 1] - begin[n] : T; }  // ... and how many it has
   int64_t tiles_o() const { return (O + tile_o - 1) / tile_o; }
   int64_t tiles_k() const { return (K + tile_k - 1) / tile_k; }
   int64_t tiles() const { return tiles_o() * tiles_k(); }
+};
+
+// Rows that are added to the gradients: the embedding's part of a tied weight. Example n's are [begin[n], begin[n + 1]); row p goes
+// to output feature index[p]. An example's features ascend and are distinct.
+struct AddedRows {
+  const int64_t* begin = nullptr;  // ? (N + 1,)
+  const int64_t* index = nullptr;  // (P,)
+  const void* values = nullptr;    // (P, K) S, contiguous
+
+  bool any(int64_t n) const { return begin && begin[n] < begin[n + 1]; }
 };
 
 // Sums and scalars are float, or double when the inputs are double ("S" below). A tensor that may be null is marked "?".
@@ -35,6 +50,7 @@ struct InterferenceArgs {
   const void* u;                      // ? (O, K) S, contiguous
   void *grad_sum, *abs_sum, *sq_sum;  // (O, K) S, contiguous; none of them for sq_norm, dot and abs_dot alone
   bool gram;
+  AddedRows added = {};
 };
 
 // One worker's share of the scalars; the binding adds the workers' in order.
@@ -45,7 +61,7 @@ struct InterferencePartials {
 
 struct GramArgs {
   Shape shape;  // N counts the examples of a, b
-  int64_t M;    // examples of a2, b2, with as many positions
+  int64_t M;    // examples of a2, b2, with as many positions; ragged rows have no second set
   Operand a, b, a2, b2;
   bool self;  // a2, b2 are a, b: only blocks on and above the diagonal are computed
 };
@@ -71,7 +87,9 @@ struct BackwardArgs {
   const double* mix;                              // ? (N, M), with a2, b2
   int64_t M;
   Operand a2, b2;
-  void *da, *db;  // ? (N, T, K), (N, T, O) S, contiguous, zeroed by the caller
+  AddedRows added;  // with them a2, b2 are a, b
+  void* d_added;    // ? (P, K) S, the derivative of their values
+  void *da, *db;    // ? of a's and b's shapes, S, contiguous, zeroed by the caller
 };
 
 // Over coordinates j of contiguous S: 0 touched: Σ [A_j ≠ 0], 1 Σ |G_j|/A_j, 2 Σ √Q_j/A_j, 3 Σ G_j², 4 Σ Q_j, and with u
@@ -80,6 +98,32 @@ struct CoordinateArgs {
   DType dtype;
   const void *grad_sum, *abs_sum, *sq_sum;
   const void* u;  // ?
+};
+
+// Groups of positions: group r has those at order[starts[r]] … order[starts[r+1] - 1], flattened positions of (N, T, K) operands.
+// Σ_p b_p (x_p − mean_p) rstd_p and Σ_p b_p over the positions p of each group.
+struct PositionArgs {
+  DType sums;  // S: f32 or f64
+  int64_t T, K;
+  int64_t block;            // features handled at a time
+  const int64_t* starts;    // (groups + 1,)
+  const int64_t* order;     // ? without it positions are in order
+  Operand x, b;             // x only for scale; they may differ in dtype
+  const void *mean, *rstd;  // ? (N·T,) S
+  void *scale, *bias;       // ? (groups, K) S
+
+  int64_t blocks() const { return (K + block - 1) / block; }
+};
+
+// Gradients that are few rows: row r of example i is the sum of b at those positions of group r that are i's; they lie side by
+// side, examples ascending. A small dense gradient is one row, with one position for each example.
+struct RowArgs {
+  PositionArgs rows;                  // without x, mean, rstd, scale, bias; no group is empty, but for the one row of no examples
+  const int64_t* examples;            // ? (N·T,) the example of each position; without it that of its place
+  int64_t N, most_examples;           // of any row
+  const void* u;                      // ? (rows, K) S
+  void *grad_sum, *abs_sum, *sq_sum;  // (rows, K) S
+  bool gram;
 };
 
 // One instruction set's kernels. "worker" functions handle tiles [begin, end) with a workspace of their own.
@@ -110,6 +154,12 @@ struct Kernels {
   void (*ghost_worker)(const GramArgs&, bool diagonal, int64_t begin, int64_t end, void* workspace, double* out);
 
   void (*coordinates_worker)(const CoordinateArgs&, int64_t begin, int64_t end, double* out);
+
+  // These handle items [begin, end): (group or row, block of features), the blocks of one group side by side.
+  size_t (*scale_bias_workspace)(const PositionArgs&);
+  void (*scale_bias_worker)(const PositionArgs&, int64_t begin, int64_t end, void* workspace);
+  size_t (*row_interference_workspace)(const RowArgs&);
+  void (*row_interference_worker)(const RowArgs&, int64_t begin, int64_t end, void* workspace, const InterferencePartials&);
 };
 
 // A bf16 product on the processor's matrix unit, with float sums: c (rows × cols) = [c +] a · b, where a (rows × depth) has its

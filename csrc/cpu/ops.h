@@ -9,4 +9,6 @@
 #include "ghost.h"
 #include "backward.h"
 #include "coordinates.h"
+#include "scale_bias.h"
+#include "row_interference.h"
 #include "table.h"

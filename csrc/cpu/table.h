@@ -76,6 +76,24 @@ void coordinates_worker(const CoordinateArgs& args, int64_t begin, int64_t end, 
     args.u ? coordinates_as<float, true>(args, begin, end, out) : coordinates_as<float, false>(args, begin, end, out);
 }
 
+size_t scale_bias_workspace(const PositionArgs& args) {
+  return args.sums == DType::f64 ? scale_bias_as<double>(args, 0, 0, nullptr) : scale_bias_as<float>(args, 0, 0, nullptr);
+}
+
+void scale_bias_worker(const PositionArgs& args, int64_t begin, int64_t end, void* workspace) {
+  args.sums == DType::f64 ? scale_bias_as<double>(args, begin, end, workspace) : scale_bias_as<float>(args, begin, end, workspace);
+}
+
+size_t row_interference_workspace(const RowArgs& args) {
+  return args.rows.sums == DType::f64 ? row_interference_as<double>(args, 0, 0, nullptr, nullptr)
+                                      : row_interference_as<float>(args, 0, 0, nullptr, nullptr);
+}
+
+void row_interference_worker(const RowArgs& args, int64_t begin, int64_t end, void* workspace, const InterferencePartials& out) {
+  args.rows.sums == DType::f64 ? row_interference_as<double>(args, begin, end, workspace, &out)
+                               : row_interference_as<float>(args, begin, end, workspace, &out);
+}
+
 const Kernels table = {
 #define ZSL_STRING_(x) #x
 #define ZSL_STRING(x) ZSL_STRING_(x)
@@ -101,6 +119,10 @@ const Kernels table = {
     ghost_blocks,
     ghost_worker,
     coordinates_worker,
+    scale_bias_workspace,
+    scale_bias_worker,
+    row_interference_workspace,
+    row_interference_worker,
 };
 
 }  // namespace zsl::ZSL_ISA

@@ -31,19 +31,24 @@ size_t weighted_run(const WeightedArgs& args, int64_t begin, int64_t end, void* 
   const int64_t size = Tile::size(shape);
   Arena arena(workspace);
   Tile tile(shape, arena);
-  S* sums = arena.take<S>((Abs ? 2 : 1) * size);
+  const int64_t count = (Abs ? 2 : 1) * size;
+  S* sums = arena.take<S>(count);
+  S* totals = shape.N > sum_run ? arena.take<S>(count) : nullptr;
   S* u = Abs ? arena.take<S>(size) : nullptr;
   if (!workspace) return arena.used();
 
   WeightedEpilogue<P, Abs> epilogue = {sums, sums + size, 0, 0};
   for (int64_t index = begin; index < end; ++index) {
     const Rect rect = tile_rect(shape, index);
-    std::memset(sums, 0, static_cast<size_t>((Abs ? 2 : 1) * size) * sizeof(S));
+    std::memset(sums, 0, static_cast<size_t>(count) * sizeof(S));
     for (int64_t n = 0; n < shape.N; ++n) {
+      move_sums(n, sums, totals, count);
+      if (shape.begin && shape.length(n) == 0) continue;
       epilogue.w = static_cast<S>(args.w[n]);
       if constexpr (Abs) epilogue.v = static_cast<S>(args.v[n]);
       tile.run(args.a, args.b, n, n == 0, rect, epilogue);
     }
+    add_totals(sums, totals, count);
     if constexpr (Abs) {
       gather_tile<P>(static_cast<const S*>(args.u), shape.K, rect, u);
       for (int64_t p = 0; p < Tile::count(rect) * Tile::R::size; p += lanes<S>)

@@ -1,0 +1,103 @@
+"""Rows that name their example by an id instead of their place: checks, order, and the sums of those that belong together.
+
+``a`` (R, K) and ``b`` (R, O) with ``example_ids`` (R,) stand for g_i = Σ_{r: example_ids[r] = i} b_r a_rᵀ. Backends want an
+example's rows side by side. The rows (Q, K) of an embedding's gradients with the (O, K) weight's row that each belongs to are added
+to the gradients of a tied weight; backends want one row for each example and row of the weight.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from zsl_kernels.types import sum_dtype
+
+
+def _check_range(name: str, ids: Tensor, size: int, negative: bool = False) -> None:
+    """Raises where an id is not below ``size`` or, but for ``negative``, is negative. On the CPU alone: elsewhere it would wait."""
+    if ids.device.type != "cpu" or ids.numel() == 0:
+        return
+    least, most = (int(x) for x in torch.aminmax(ids.long()))
+    if most >= size or (least < 0 and not negative):
+        raise ValueError(f"{name}: expected values in [0, {size}), got {most if most >= size else least}")
+
+
+class Groups(NamedTuple):
+    """Where each example's rows are."""
+
+    begin: Tensor  # (N + 1,) int64: example i has rows [begin[i], begin[i + 1]) in this order of rows
+    order: Tensor | None  # (R,) the caller's row of each, None if the caller has them in this order
+
+    def gather(self, x: Tensor) -> Tensor:
+        """The caller's rows, example by example."""
+        return x if self.order is None else x.index_select(0, self.order)
+
+    def scatter(self, x: Tensor) -> Tensor:
+        """Rows example by example, in the caller's order."""
+        return x if self.order is None else torch.empty_like(x).index_copy_(0, self.order, x)
+
+
+def check_examples(example_ids: Tensor, num_examples: int) -> None:
+    _check_range("example_ids", example_ids, num_examples)
+
+
+def group(example_ids: Tensor, num_examples: int) -> Groups:
+    """Groups rows by example; an example's rows keep their order."""
+    check_examples(example_ids, num_examples)
+    ids, order = example_ids.long().contiguous(), None
+    if ids.device.type != "cpu" or bool((ids[1:] < ids[:-1]).any()):
+        ids, order = ids.sort(stable=True)
+    return Groups(torch.searchsorted(ids, torch.arange(num_examples + 1, device=ids.device)), order)
+
+
+class AddedRows(NamedTuple):
+    """Rows added to the gradients, at most one for each example and row of the weight: the sums of an embedding's."""
+
+    begin: Tensor  # (N + 1,) int64: example i has [begin[i], begin[i + 1])
+    feature: Tensor  # (P,) int64: the weight's row of each, ascending for each example
+    values: Tensor  # (P, K)
+    member: Tensor  # (Q,) int64: which of the P each row of the embedding is part of, P if it is skipped
+
+    def each_row(self, x: Tensor) -> Tensor:
+        """From (P, K) to (Q, K), zero for those skipped: the derivative of the sums."""
+        return F.pad(x, (0, 0, 0, 1))[self.member]
+
+    def inside(self, slab: slice) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        """Which of the P lie in a slab of the weight's rows, and their places in gradients (N, rows, K) of it."""
+        found = ((self.feature >= slab.start) & (self.feature < slab.stop)).nonzero().squeeze(1)
+        examples = torch.searchsorted(self.begin, found, right=True) - 1
+        return found, (examples, self.feature[found] - slab.start)
+
+    def add_to(self, g: Tensor, slab: slice) -> None:
+        """To gradients (N, rows, K) of a slab of the weight's rows."""
+        found, places = self.inside(slab)
+        g[places] += self.values[found]
+
+
+class Embedding(NamedTuple):
+    """An embedding's part of a tied weight's gradients, as the ops take it; negative ids are skipped."""
+
+    ids: Tensor  # (Q,) the weight's row
+    grads: Tensor  # (Q, K)
+    example_ids: Tensor  # (Q,)
+
+    def check(self, num_examples: int, num_rows: int) -> None:
+        _check_range("embedding: ids", self.ids, num_rows, negative=True)
+        _check_range("embedding: example ids", self.example_ids, num_examples)
+
+    def added(self, num_examples: int, num_rows: int, dtype: torch.dtype) -> AddedRows:
+        """Summed in the sum dtype of ``dtype``."""
+        self.check(num_examples, num_rows)
+        used = (self.ids >= 0).nonzero().squeeze(1)
+        keys, order = (self.example_ids[used].long() * num_rows + self.ids[used].long()).sort(stable=True)
+        used = used[order]
+        keys, group, counts = torch.unique_consecutive(keys, return_inverse=True, return_counts=True)
+        values = self.grads.to(sum_dtype(dtype))
+        if keys.numel() and values.shape[1]:
+            values = F.embedding_bag(used, values, counts.cumsum(0) - counts, mode="sum")
+        begin = torch.searchsorted(keys, torch.arange(num_examples + 1, device=keys.device) * num_rows)
+        member = torch.full_like(self.ids, keys.numel(), dtype=torch.int64).index_copy_(0, used, group)
+        return AddedRows(begin, keys % max(num_rows, 1), values[: keys.numel()].contiguous(), member)

@@ -1,0 +1,224 @@
+"""The portable forms of zsl_kernels/small.py, in plain PyTorch, for any device.
+
+Sums over groups of rows are ``embedding_bag``: it reads the rows where they are, in order, and adds without atomics.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from zsl_kernels.plan import CHUNKED_BYTES
+from zsl_kernels.types import Cotangents, EmbeddingSums, InterferenceSums, sum_dtype
+
+
+def _sum_groups(x: Tensor, order: Tensor | None, counts: Tensor) -> Tensor:
+    """x (P, C), of which the first counts[0] rows (in that order) are added to the first result, and so on: (groups, C)."""
+    if not counts.shape[0] * x.shape[1]:  # embedding_bag refuses them
+        return x.new_empty(counts.shape[0], x.shape[1])
+    if order is None:
+        order = torch.arange(x.shape[0], device=x.device)
+    return torch.nn.functional.embedding_bag(order, x, counts.cumsum(0) - counts, mode="sum")
+
+
+def _sum_by(x: Tensor, example: Tensor, num_examples: int) -> Tensor:
+    """Rows of x (P, C) added up by their example: (N, C)."""
+    return _sum_groups(x, example.argsort(stable=True), torch.bincount(example, minlength=num_examples))
+
+
+# Dense ---------------------------------------------------------------------------------------------------------------------------
+
+
+def dense_interference(g: Tensor, direction: Tensor | None, gram: bool) -> InterferenceSums:
+    """Some coordinates of all examples at a time: the temporaries are of bounded size."""
+    N, shape, dtype = g.shape[0], g.shape[1:], sum_dtype(g.dtype)
+    flat = g.reshape(N, math.prod(shape))
+    u = None if direction is None else direction.reshape(-1).to(dtype)
+    sums = [flat.new_zeros(flat.shape[1], dtype=dtype) for _ in range(3)]
+    scalars = [flat.new_zeros(N, dtype=torch.float64) for _ in range(4)]
+    pairs = flat.new_zeros((N, N) if gram else (0, 0), dtype=torch.float64)
+    columns = max(1, CHUNKED_BYTES // (dtype.itemsize * max(N, 1)))
+    for start in range(0, flat.shape[1], columns):
+        block = slice(start, start + columns)
+        v = flat[:, block].to(dtype)
+        size, square = v.abs(), v.square()
+        terms = [size, square]
+        if u is not None:
+            p = v * u[block]
+            terms += [p, p.abs()]
+        for total, part in zip(sums, (v, size, square), strict=True):
+            total[block] = part.sum(0)
+        for scalar, term in zip(scalars, terms, strict=False):
+            scalar += term.sum(1, dtype=torch.float64)
+        if gram:
+            pairs += v @ v.T
+    results = (x.to(dtype) for x in (*scalars, pairs))
+    return InterferenceSums(*(x.view(shape) for x in sums), *results).asked_for(direction, gram)
+
+
+# Embeddings ----------------------------------------------------------------------------------------------------------------------
+
+
+class _Pairs(NamedTuple):
+    """The nonzero rows of all gradients: pair q is row rows[row[q]] of example[q]. Sorted by row, then by example."""
+
+    rows: Tensor  # (U,)
+    row: Tensor  # (Q,)
+    row_counts: Tensor  # (U,) pairs of each row
+    example: Tensor  # (Q,)
+    place: Tensor  # (P',) positions that are not skipped, sorted by their pair
+    of_place: Tensor  # (P',) their pairs
+    g: Tensor  # (Q, K)
+
+
+def _pairs(ids: Tensor, b: Tensor, example_ids: Tensor | None, num_examples: int, padding_idx: int) -> _Pairs:
+    N = max(num_examples, 1)
+    ids = ids.reshape(-1)
+    place = ((ids >= 0) & (ids != padding_idx)).nonzero().squeeze(1)
+    example = place // max(b.shape[1], 1) if example_ids is None else example_ids[place]
+    key, order = (ids[place] * N + example).sort(stable=True)
+    place = place[order]
+    pair, of_place, counts = torch.unique_consecutive(key, return_inverse=True, return_counts=True)
+    rows, row, row_counts = torch.unique_consecutive(pair // N, return_inverse=True, return_counts=True)
+    flat = b.reshape(b.shape[0] * b.shape[1], b.shape[2]).to(sum_dtype(b.dtype))
+    return _Pairs(rows, row, row_counts, pair % N, place, of_place, _sum_groups(flat, place, counts))
+
+
+def _each_slab(pairs: _Pairs, num_examples: int) -> list[tuple[slice, int, int]]:
+    """Pairs of some rows at a time, with the first row and the number of rows: (N, rows, K) is of bounded size."""
+    rows = max(1, CHUNKED_BYTES // max(1, num_examples * pairs.g.shape[1] * pairs.g.element_size()))
+    first_rows = range(0, pairs.rows.shape[0], rows)
+    starts = [*(pairs.row_counts.cumsum(0) - pairs.row_counts)[::rows].tolist(), pairs.row.shape[0]]
+    return [(slice(a, b), r, min(rows, pairs.rows.shape[0] - r)) for a, b, r in zip(starts, starts[1:], first_rows, strict=False)]
+
+
+def _spread(pairs: _Pairs, slab: slice, first: int, rows: int, num_examples: int) -> Tensor:
+    """The slab's rows of every example, zeros included: (N, rows · K)."""
+    g = pairs.g.new_zeros(num_examples, rows, pairs.g.shape[1])
+    g[pairs.example[slab], pairs.row[slab] - first] = pairs.g[slab]
+    return g.flatten(1)
+
+
+def embedding_interference(
+    ids: Tensor,
+    b: Tensor,
+    example_ids: Tensor | None,
+    num_examples: int,
+    padding_idx: int,
+    direction: Tensor | None,
+    gram: bool,
+) -> EmbeddingSums:
+    pairs = _pairs(ids, b, example_ids, num_examples, padding_idx)
+    g, dtype = pairs.g, pairs.g.dtype
+    size, square = g.abs(), g.square()
+    terms = [size, square]
+    if direction is not None:
+        p = g * direction.index_select(0, pairs.rows).to(dtype)[pairs.row]
+        terms += [p, p.abs()]
+    scalars = torch.stack([term.sum(1, dtype=torch.float64) for term in terms], 1)
+    # Clones: an op's outputs may not share storage.
+    l1, sq_norm, *along = (x.clone() for x in _sum_by(scalars, pairs.example, num_examples).to(dtype).unbind(1))
+    dot, abs_dot = along or (None, None)
+    total = None
+    if gram:
+        total = g.new_zeros(num_examples, num_examples, dtype=torch.float64)
+        for slab in _each_slab(pairs, num_examples):
+            spread = _spread(pairs, *slab, num_examples)
+            total += spread @ spread.T
+        total = total.to(dtype)
+    grad_sum, abs_sum, sq_sum = (_sum_groups(x, None, pairs.row_counts) for x in (g, size, square))
+    return EmbeddingSums(pairs.rows, grad_sum, abs_sum, sq_sum, l1, sq_norm, dot, abs_dot, total)
+
+
+def embedding_backward(
+    ids: Tensor,
+    b: Tensor,
+    example_ids: Tensor | None,
+    num_examples: int,
+    padding_idx: int,
+    direction: Tensor | None,
+    c: Cotangents,
+    mix: Tensor | None,
+    want: tuple[bool, bool],
+) -> tuple[Tensor | None, Tensor | None]:
+    """db at a position is its pair's derivative s = c_grad + sign(g)(c_abs + c_l1_i) + 2 g (c_sq + c_sqn_i) + u c_dot_i
+    + |u| sign(g) c_absdot_i + Σ_m mix_im g_m; the direction's row gets Σ_i c_dot_i g_i + sign(u) Σ_i c_absdot_i |g_i|."""
+    pairs = _pairs(ids, b, example_ids, num_examples, padding_idx)
+    g, dtype = pairs.g, pairs.g.dtype
+    u = None if direction is None else direction.index_select(0, pairs.rows).to(dtype)
+
+    def each(x: Tensor) -> Tensor:
+        return x.to(dtype)[pairs.example, None]
+
+    db = du = None
+    if want[0]:
+        s, sign = torch.zeros_like(g), g.sign()
+        if c.grad_sum is not None:
+            s += c.grad_sum[pairs.row]
+        if c.abs_sum is not None:
+            s += sign * c.abs_sum[pairs.row]
+        if c.sq_sum is not None:
+            s += 2 * g * c.sq_sum[pairs.row]
+        if c.l1 is not None:
+            s += sign * each(c.l1)
+        if c.sq_norm is not None:
+            s += 2 * g * each(c.sq_norm)
+        if c.dot is not None and u is not None:
+            s += each(c.dot) * u[pairs.row]
+        if c.abs_dot is not None and u is not None:
+            s += each(c.abs_dot) * sign * u.abs()[pairs.row]
+        if mix is not None:
+            for slab, first, rows in _each_slab(pairs, num_examples):
+                mixed = (mix.to(dtype) @ _spread(pairs, slab, first, rows, num_examples)).view(num_examples, rows, g.shape[1])
+                s[slab] += mixed[pairs.example[slab], pairs.row[slab] - first]
+        flat = b.new_zeros(b.shape[0] * b.shape[1], b.shape[2])
+        flat[pairs.place] = s.to(b.dtype)[pairs.of_place]
+        db = flat.view(b.shape)
+    if want[1] and direction is not None and u is not None:
+        total = torch.zeros_like(u)
+        if c.dot is not None:
+            total += _sum_groups(each(c.dot) * g, None, pairs.row_counts)
+        if c.abs_dot is not None:
+            total += u.sign() * _sum_groups(each(c.abs_dot) * g.abs(), None, pairs.row_counts)
+        du = torch.zeros(direction.shape, dtype=direction.dtype, device=direction.device)
+        du[pairs.rows] = total.to(direction.dtype)
+    return db, du
+
+
+# Scales and biases ---------------------------------------------------------------------------------------------------------------
+
+
+def scale_bias_grad(
+    x: Tensor | None,
+    b: Tensor,
+    mean: Tensor | None,
+    rstd: Tensor | None,
+    example_ids: Tensor | None,
+    num_examples: int,
+    bias: bool,
+) -> tuple[Tensor | None, Tensor | None]:
+    """Some examples at a time; with example_ids the positions' products are held."""
+    dtype = sum_dtype(b.dtype) if x is None else sum_dtype(torch.promote_types(x.dtype, b.dtype))
+
+    def per_example(g: Tensor) -> Tensor:
+        if example_ids is None:
+            return g.sum(1, dtype=dtype)
+        return _sum_by(g.reshape(g.shape[1:]).to(dtype), example_ids, num_examples)
+
+    scale = None
+    if x is not None:
+        step = max(1, CHUNKED_BYTES // (dtype.itemsize * max(1, math.prod(x.shape[1:]))))
+        parts = []
+        for start in range(0, max(x.shape[0], 1), step):
+            n = slice(start, start + step)
+            normed = x[n].to(dtype)
+            if mean is not None:
+                normed = normed - mean[n, :, None].to(dtype)
+            if rstd is not None:
+                normed = normed * rstd[n, :, None].to(dtype)
+            parts.append(per_example(b[n].to(dtype) * normed))
+        scale = torch.cat(parts)
+    return scale, per_example(b) if bias else None
