@@ -12,7 +12,7 @@ for any x, the bounds of Khintchine's inequality).
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -60,9 +60,16 @@ def add_coordinates(parts: Iterable[CoordinateSums]) -> CoordinateSums:
 
 
 def gradient_metrics(
-    sums: CoordinateSums, l1: Tensor, sq_norm: Tensor, dot: Tensor | None = None, gram: Tensor | None = None
+    sums: CoordinateSums,
+    l1: Tensor,
+    sq_norm: Tensor,
+    dot: Tensor | None = None,
+    gram: Tensor | None = None,
+    batches: Sequence[int] | None = None,
 ) -> dict[str, Metric]:
     """Every gradient metric of a set of parameters, from its summed coordinates and the examples' (N,) scalars over the set.
+
+    ``batches`` says how many examples each micro-batch has: the Gram's entries are known within one.
 
     ========================  ==============================================================================================
     ``D_grad``                D over examples for each coordinate, then the plain mean over touched coordinates
@@ -100,7 +107,9 @@ def gradient_metrics(
         found |= {key: metric for key, metric in number_interference(dot).items() if key != "mean"}
     if gram is not None:
         norms = gram.double().diagonal().clamp(min=0).sqrt()
-        above = torch.ones_like(gram, dtype=torch.bool).triu(1)
+        sizes = torch.tensor([len(gram)] if batches is None else batches)
+        batch = torch.arange(len(sizes)).repeat_interleave(sizes).to(gram.device)
+        above = (batch[:, None] == batch[None, :]).triu(1)
         cosines = (gram.double() / (norms[:, None] * norms[None, :]))[above]
         pairs = cosines.numel()
         found["mean_cosine"] = Metric(cosines.mean().item() if pairs else math.nan, n, 0.0)

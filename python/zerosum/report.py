@@ -22,65 +22,72 @@ class ParameterReport:
     to (by gradient clipping, say): read it before, or keep a clone.
     """
 
-    def __init__(self, name: str, how: str, results: Results, scale: float) -> None:
+    def __init__(self, name: str, how: str, results: Results, shape: torch.Size, batches: list[int]) -> None:
         self.name = name
         self.how = how
         self._results = results
-        self._scale = scale  # g_i = scale · the gradient of what was differentiated
+        self._sums = results.sums
+        self._shape = shape
+        self._batches = batches
 
     @property
     def grad_sum(self) -> Tensor:
-        if self._results.grad_sum._version != self._results.version:
-            raise RuntimeError(
-                f"grad_sum of {self.name!r} shares memory with the parameter's .grad, which was modified in place after the probe "
-                "(gradient clipping, zero_grad(set_to_none=False), …): read it before that"
-            )
-        return self._scaled(self._results.grad_sum, 1)
+        self._results.check_version(self.name)
+        return self._weight_shaped(self._results.grad_sum, 1)
 
     @property
     def abs_sum(self) -> Tensor:
-        return self._scaled(self._results.abs_sum, 1)
+        return self._weight_shaped(self._sums.abs_sum, 1)
 
     @property
     def sq_sum(self) -> Tensor:
-        return self._scaled(self._results.sq_sum, 2)
+        return self._weight_shaped(self._sums.sq_sum, 2)
 
     @cached_property
     def l1(self) -> Tensor:
-        return self._scaled(self._results.l1, 1)
+        return self._scaled(self._sums.l1, 1)
 
     @cached_property
     def sq_norm(self) -> Tensor:
-        return self._scaled(self._results.sq_norm, 2)
+        return self._scaled(self._sums.sq_norm, 2)
 
     @cached_property
     def dot(self) -> Tensor | None:
-        return None if self._results.dot is None else self._scaled(self._results.dot, 1)
+        return None if self._sums.dot is None else self._scaled(self._sums.dot, 1)
 
     @cached_property
     def abs_dot(self) -> Tensor | None:
-        return None if self._results.abs_dot is None else self._scaled(self._results.abs_dot, 1)
+        return None if self._sums.abs_dot is None else self._scaled(self._sums.abs_dot, 1)
 
     @cached_property
     def gram(self) -> Tensor | None:
-        return None if self._results.gram is None else self._scaled(self._results.gram, 2)
+        """(N, N); NaN for two examples of different micro-batches."""
+        return None if self._sums.gram is None else self._scaled(self._sums.gram, 2)
 
     @cached_property
     def coordinates(self) -> CoordinateSums:
-        c, s = self._results.coordinates, self._scale
+        c, s = self._results.coordinates, self._results.scale
+        assert c is not None  # a finished one has them
         return c._replace(grad_sq=c.grad_sq * s * s, sq=c.sq * s * s, p_sum=c.p_sum * s, p_abs=c.p_abs * s, p_root=c.p_root * s)
 
     @cached_property
     def metrics(self) -> dict[str, Metric]:
         """The parameter's own metrics; see :func:`zerosum.metrics.gradient_metrics`."""
-        return gradient_metrics(self.coordinates, self.l1, self.sq_norm, self.dot, self.gram)
+        return gradient_metrics(self.coordinates, self.l1, self.sq_norm, self.dot, self.gram, self._batches)
 
     @property
     def finite(self) -> bool:
         return bool(self.sq_norm.isfinite().all())
 
+    def _weight_shaped(self, x: Tensor, power: int) -> Tensor:
+        """Of an embedding only the rows that some example touched are kept: the others are zero."""
+        if self._sums.rows is not None:
+            x = x.new_zeros(self._shape).index_copy_(0, self._sums.rows, x)
+        return self._scaled(x.view(self._shape), power)
+
     def _scaled(self, x: Tensor, power: int) -> Tensor:
-        return x if self._scale == 1 else x * self._scale**power
+        scale = self._results.scale
+        return x if scale == 1 else x * scale**power
 
     def __repr__(self) -> str:
         return f"ParameterReport({self.name!r}, how={self.how!r}, D_grad={self.metrics['D_grad'].value:.4f})"
@@ -109,13 +116,17 @@ class Coverage:
 class Report:
     """The results of one probed step. ``report[name]`` is one parameter's; iteration goes over the covered names."""
 
-    def __init__(self, tracked: list[Tracked], num_examples: int, loss_reduction: str, names: dict[str, str]) -> None:
-        self.num_examples = num_examples
-        scale = float(num_examples) if loss_reduction == "mean" else 1.0
-        self._names = names
-        self._parameters = {t.name: ParameterReport(t.name, t.how, t.results, scale) for t in tracked if t.results is not None}
+    def __init__(self, tracked: list[Tracked], batches: list[int]) -> None:
+        self.num_examples = sum(batches)
+        self._batches = batches
+        self._names = {name: t.name for t in tracked for name in t.names}
+        self._parameters = {
+            t.name: ParameterReport(t.name, " + ".join(t.how), t.results, t.parameter.shape, batches)
+            for t in tracked
+            if t.results is not None
+        }
         self.coverage = Coverage(
-            covered={t.name: t.how for t in tracked if t.results is not None},
+            covered={name: p.how for name, p in self._parameters.items()},
             not_covered={t.name: t.problem for t in tracked if t.results is None},
             sizes={t.name: t.parameter.numel() for t in tracked},
         )
@@ -173,7 +184,7 @@ class Report:
         if self.l1 is None or self.sq_norm is None:
             return {}
         sums = add_coordinates(p.coordinates for p in self._parameters.values())
-        return gradient_metrics(sums, self.l1, self.sq_norm, self.dot, self.gram)
+        return gradient_metrics(sums, self.l1, self.sq_norm, self.dot, self.gram, self._batches)
 
     @cached_property
     def not_finite(self) -> list[str]:

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 import zerosum
+import zsl_kernels as zk
 from tests.zerosum.models import COVERED, Flattened, Frozen, Tied, TwoLayers, TwoNames, UsedTwice
-from tests.zerosum.oracle import expected_fields, per_example_gradients
+from tests.zerosum.oracle import assert_truth, direction_for, expected_fields, per_example_gradients
 
 N, T = 4, 6
 
@@ -40,8 +43,8 @@ def test_every_field_of_every_covered_parameter_is_the_per_example_truth(kind: t
         getattr(losses_of(model, tokens), reduction)().backward()
     report = probe.report()
     truth = per_example_gradients(losses_of(model, tokens), model, report)
-    linear = {n for n, p in model.named_parameters() if p.requires_grad and not n.startswith("embedding")}
-    assert set(report) == linear
+    trainable = {n for n, p in model.named_parameters() if p.requires_grad}
+    assert set(report) == trainable
     totals = dict.fromkeys(("l1", "sq_norm", "dot", "abs_dot", "gram"), 0.0)
     for name in report:
         for field, value in expected_fields(truth[name], direction[name]).items():
@@ -101,7 +104,7 @@ def test_nothing_of_the_model_changes_not_even_after_an_exception() -> None:
         probe.report()
     with probe:  # and it can be used again
         losses_of(model, tokens).sum().backward()
-    assert len(probe.report()) == 3
+    assert len(probe.report()) == 4
 
 
 def test_backward_after_the_block_gives_plain_gradients_and_no_results() -> None:
@@ -116,27 +119,89 @@ def test_backward_after_the_block_gives_plain_gradients_and_no_results() -> None
     assert model.head.weight.grad is not None
 
 
-@pytest.mark.parametrize(
-    ("kind", "name", "reason"),
-    [
-        (TwoLayers, "embedding.weight", "used by embedding, which no rule covers"),
-        (Tied, "embedding.weight", "used by embedding, which no rule covers"),
-        (Flattened, "head.weight", "used by linear on rows (24,), which do not start with N = 4 examples"),
-    ],
-)
-def test_what_is_not_covered_is_named_with_its_reason(kind: type[nn.Module], name: str, reason: str) -> None:
-    model, tokens = setup(kind)
+def decayed(model: TwoLayers, tokens: Tensor) -> Tensor:
+    """A loss that is not a sum over examples: its last part is the weight's own."""
+    return losses_of(model, tokens).sum() + 0.1 * model.head.weight.square().sum()
+
+
+def test_what_is_not_covered_is_named_with_its_reason() -> None:
+    losses, reason = decayed, "used by add on rows whose examples are not known: they were summed over the examples"
+    model, tokens = setup(TwoLayers)
+    losses(model, tokens).sum().backward()
+    plain = gradients(model)
+    model.zero_grad()
     probe = zerosum.Probe(model)
     with probe:
-        losses_of(model, tokens).sum().backward()
+        losses(model, tokens).sum().backward()
+    torch.testing.assert_close(gradients(model), plain, rtol=1e-11, atol=1e-14)
     report = probe.report()
-    assert report.coverage.not_covered[name] == reason
-    assert name not in report
-    assert f"not covered: {name} ({reason})" in str(report)
-    with pytest.raises(KeyError, match=name):
-        report[name]
+    assert report.coverage.not_covered["head.weight"].startswith(reason)
+    assert "head.weight" not in report
+    assert f"not covered: head.weight ({reason}" in str(report)
+    with pytest.raises(KeyError, match=r"head\.weight"):
+        report["head.weight"]
     missing = sum(model.get_parameter(n).numel() for n in report.coverage.not_covered)
     assert report.coverage.share == pytest.approx(1 - missing / sum(p.numel() for p in model.parameters()))
+    with pytest.raises(NotImplementedError, match=r"head\.weight"), zerosum.Probe(model, strict=True):
+        losses(model, tokens).sum().backward()
+
+
+@pytest.mark.parametrize(
+    "mix",
+    [
+        lambda x: x - x.mean(0),
+        lambda x: x.flatten(0, 1).roll(1, 0).view_as(x),
+        lambda x: x + x.flip(0),
+        lambda x: x.softmax(0),
+        lambda x: torch.einsum("nm,mtk->ntk", torch.ones(N, N, dtype=x.dtype), x),
+        lambda x: 0.7 * x + 0.3 * x[[1, 2, 3, 0]],
+        lambda x: F.batch_norm(x.mT, None, None, training=True).mT,
+        lambda x: x.cumsum(0),
+        lambda x: (torch.ones(N, N, dtype=x.dtype) @ x.flatten(1)).view_as(x),
+        # Values do not show it, gradients do.
+        lambda x: x + torch.einsum("nm,mtk->ntk", torch.ones(N, N, dtype=x.dtype), 0 * x),
+        lambda x: torch.fft.fft(x, dim=0).real,
+    ],
+)
+def test_coupled_examples_are_not_reported(mix: Callable[[Tensor], Tensor]) -> None:
+    """None of them has a gradient of its own, not even of the layers before."""
+    model, tokens = setup(TwoLayers)
+
+    def losses() -> Tensor:
+        return model.head(mix(torch.tanh(model.first(model.embedding(tokens))))).square().flatten(1).mean(1)
+
+    losses().sum().backward()
+    plain = gradients(model)
+    model.zero_grad()
+    probe = zerosum.Probe(model)
+    with pytest.warns(UserWarning, match="coupled before the loss"), probe:
+        losses().sum().backward()
+    torch.testing.assert_close(gradients(model), plain, rtol=1e-11, atol=1e-14)
+    assert not set(probe.report())
+    reasons = probe.report().coverage.not_covered
+    assert "coupled before the loss" in reasons["first.weight"]
+    assert "coupled before the loss" in reasons["embedding.weight"]
+
+
+def test_a_weight_that_overlaps_itself_is_measured_as_it_is() -> None:
+    torch.manual_seed(0)
+
+    class Toeplitz(TwoLayers):
+        def __init__(self) -> None:
+            super().__init__()
+            self.band = nn.Parameter(torch.randn(23))
+
+        def forward(self, tokens: Tensor) -> Tensor:
+            x = torch.tanh(self.first(self.embedding(tokens)))
+            return self.head(F.linear(x, self.band.unfold(0, 12, 1)))
+
+    model, tokens = Toeplitz().double(), torch.randint(0, 11, (N, T))
+    truth = per_example_gradients(losses_of(model, tokens), model, [name for name, _ in model.named_parameters()])
+    probe = zerosum.Probe(model, gram=True)
+    with probe:
+        losses_of(model, tokens).sum().backward()
+    torch.testing.assert_close(model.band.grad, truth["band"].sum(0), rtol=1e-10, atol=1e-13)
+    assert_truth(probe.report(), truth)
 
 
 def test_coverage_accounts_for_every_trainable_parameter_and_for_no_other() -> None:
@@ -173,14 +238,6 @@ def test_evaluation_without_gradients_does_not_count_as_use() -> None:
             model(tokens[:1])
     truth = per_example_gradients(losses_of(model, tokens), model, probe.report())
     torch.testing.assert_close(probe.report()["head.weight"].abs_sum, truth["head.weight"].abs().sum(0), rtol=1e-10, atol=0)
-
-
-def test_a_second_batch_in_one_block_is_refused() -> None:
-    model, tokens = setup(TwoLayers)
-    with zerosum.Probe(model):
-        losses_of(model, tokens).sum().backward()
-        with pytest.raises(RuntimeError, match="one forward and one backward pass"):
-            losses_of(model, tokens)
 
 
 def test_a_second_backward_through_the_same_graph_is_not_reported_as_one() -> None:
@@ -241,7 +298,7 @@ def test_nan_comes_through_and_is_flagged_by_name() -> None:
         losses_of(model, tokens).sum().backward()
     report = probe.report()
     assert not report.finite
-    assert set(report.not_finite) == {"first.weight", "first.bias", "head.weight"}
+    assert set(report.not_finite) == {"embedding.weight", "first.weight", "first.bias", "head.weight"}
     assert report.metrics["D_grad"].value != report.metrics["D_grad"].value
     assert "NOT FINITE" in str(report)
 
@@ -250,9 +307,9 @@ def test_arguments_are_checked_and_named() -> None:
     model, tokens = setup(TwoLayers)
     with pytest.raises(TypeError, match=r"model: expected a torch\.nn\.Module, got list"):
         zerosum.Probe([])
-    with pytest.raises(ValueError, match="examples: expected 'sequence', got 'word'"):
+    with pytest.raises(ValueError, match="examples: expected 'sequence' or 'position', got 'word'"):
         zerosum.Probe(model, examples="word")
-    with pytest.raises(ValueError, match="loss_reduction: expected 'sum' or 'mean', got 'max'"):
+    with pytest.raises(ValueError, match=r"loss_reduction: expected 'sum', 'mean', or positive denominators .* got 'max'"):
         zerosum.Probe(model, loss_reduction="max")
     with pytest.raises(ValueError, match="num_examples: expected a positive integer, got 0"):
         zerosum.Probe(model, num_examples=0)
@@ -262,22 +319,106 @@ def test_arguments_are_checked_and_named() -> None:
         zerosum.Probe(model, direction={"nose": torch.zeros(3)})
     with pytest.raises(ValueError, match=r"direction\['head.weight'\]: expected a tensor of shape \(5, 12\), got \(3,\)"):
         zerosum.Probe(model, direction={"head.weight": torch.zeros(3)})
+    with pytest.raises(ValueError, match=r"loss_reduction: expected .* got 'a tensor of shape \(2,\), not all of it positive"):
+        zerosum.Probe(model, loss_reduction=torch.tensor([1.0, 0.0]))
+    with pytest.raises(TypeError, match=r"grad_scaler: expected a torch\.amp\.GradScaler, got float"):
+        zerosum.Probe(model, grad_scaler=2.0)
     probe = zerosum.Probe(model, direction={"head.weight": torch.zeros(5, 12, dtype=torch.float64)})
-    with pytest.raises(ValueError, match="direction: expected one for every covered parameter, got none for first"), probe:
+    with pytest.raises(ValueError, match="direction: expected one for every covered parameter, got none for embedding"), probe:
         losses_of(model, tokens).sum().backward()
     with pytest.raises(RuntimeError, match="open already"), zerosum.Probe(model), zerosum.Probe(model):
         pass
 
 
-def test_num_examples_settles_what_the_first_layer_does_not_tell() -> None:
+def test_num_examples_settles_what_the_first_tensor_does_not_tell() -> None:
+    """Rows that were flattened before they meet the model say nothing of N, and nothing of whose they are."""
     model, tokens = setup(TwoLayers)
 
     def flat_first(tokens: Tensor) -> Tensor:
-        x = torch.tanh(model.first(model.embedding(tokens).flatten(0, 1))).unflatten(0, tokens.shape)
-        return model.head(x).square().flatten(1).mean(1)
+        x = model.embedding(tokens.flatten()).unflatten(0, tokens.shape)
+        return model.head(torch.tanh(model.first(x))).square().flatten(1).mean(1)
 
+    truth = per_example_gradients(flat_first(tokens), model, ["head.weight", "first.weight"])
     probe = zerosum.Probe(model, num_examples=N)
     with probe:
         flat_first(tokens).sum().backward()
-    assert set(probe.report()) == {"head.weight"}
     assert probe.report().num_examples == N
+    for name, g in truth.items():
+        torch.testing.assert_close(probe.report()[name].abs_sum, g.abs().sum(0), rtol=1e-10, atol=1e-14)
+
+
+def test_packed_sequences_are_told_apart_by_example_ids() -> None:
+    model, _ = setup(TwoLayers)
+    lengths = torch.tensor([3, 5, 1, 4])
+    ids, tokens = torch.arange(4).repeat_interleave(lengths), torch.randint(0, 11, (13,))
+
+    def losses() -> Tensor:
+        per_row = model(zerosum.example_ids(tokens, ids)).square().sum(1)
+        return per_row.new_zeros(4).index_add(0, ids, per_row)
+
+    truth = per_example_gradients(losses(), model, [n for n, _ in model.named_parameters()])
+    direction = direction_for(model)
+    probe = zerosum.Probe(model, direction=direction, gram=True, num_examples=4)
+    with probe:
+        losses().sum().backward()
+    assert_truth(probe.report(), truth, direction)
+    with zerosum.Probe(model, num_examples=4), pytest.raises(ValueError, match=r"ids: expected values in \[0, 4\), got 0 to 4"):
+        zerosum.example_ids(tokens, ids + (ids == 3))
+    with (
+        zerosum.Probe(model, num_examples=4),
+        pytest.raises(ValueError, match=r"ids: expected 13 integers, .* got torch.int64 \(4,\)"),
+    ):
+        zerosum.example_ids(tokens, lengths)
+    with zerosum.Probe(model), pytest.raises(RuntimeError, match="example_ids: expected a probe with num_examples"):
+        zerosum.example_ids(tokens, ids)
+
+
+class Headed(TwoLayers):
+    """Ends in zk.linear_cross_entropy, whose weight may be the embedding's."""
+
+    tied = False
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding, self.first = nn.Embedding(211, 8), nn.Linear(8, 8)
+        self.head = nn.Linear(8, 211, bias=False)
+        if self.tied:
+            self.head.weight = self.embedding.weight
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        targets = tokens.roll(1, 1).masked_fill(tokens % 5 == 0, -100)
+        x = torch.tanh(self.first(self.embedding(tokens)))
+        return zk.linear_cross_entropy(x, self.head.weight, targets, vocabulary_chunk=64)
+
+
+class HeadedTied(Headed):
+    tied = True
+
+
+@pytest.mark.parametrize("kind", [Headed, HeadedTied])
+@pytest.mark.parametrize("examples", ["sequence", "position"])
+def test_a_head_without_logits_is_the_head_with_them(kind: type[Headed], examples: str) -> None:
+    torch.manual_seed(0)
+    model, tokens = kind().double(), torch.randint(0, 211, (N, T))
+    direction = direction_for(model)
+
+    def logits(tokens: Tensor) -> Tensor:
+        targets = tokens.roll(1, 1).masked_fill(tokens % 5 == 0, -100)
+        x = model.head(torch.tanh(model.first(model.embedding(tokens))))
+        return F.cross_entropy(x.movedim(-1, 1), targets, reduction="none")
+
+    reports = []
+    for losses in (model, logits):
+        model.zero_grad()
+        probe = zerosum.Probe(model, examples=examples, direction=direction, gram=True)
+        with probe:
+            losses(tokens).sum().backward()
+        reports.append((probe.report(), gradients(model)))
+    (report, grads), (plain, plain_grads) = reports
+    assert "linear_cross_entropy" in report.coverage.covered["embedding.weight" if kind.tied else "head.weight"]
+    assert set(report) == set(plain)
+    torch.testing.assert_close(grads, plain_grads, rtol=1e-10, atol=1e-13)
+    for name in report:
+        for field in ("grad_sum", "abs_sum", "sq_sum", "l1", "sq_norm", "dot", "abs_dot", "gram"):
+            found, expected = getattr(report[name], field), getattr(plain[name], field)
+            torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12, msg=f"{name}.{field}")

@@ -1,4 +1,4 @@
-"""``F.linear(x, weight, bias)``, with and without bias, on rows (N, K), (N, T, K), (N, H, W, K), …"""
+"""``F.linear(x, weight, bias)``, ``x @ weight`` and ``addmm(bias, x, weight)``, on rows (N, K), (N, T, K), (N·T, K), …"""
 
 from __future__ import annotations
 
@@ -8,79 +8,109 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from zerosum.layers.broadcast import bias_gradients
+from zerosum.provenance import Layout, Uncovered
+from zerosum.tracking import Ref
+from zerosum.uses import Dense, Product
+
 if TYPE_CHECKING:
-    from zerosum.probe import Capture
-    from zerosum.tracking import Tracked
+    from zerosum.capture import Capture
 
 
-def rule(capture: Capture, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
-    """The instrumented call, or None to leave the call as it is."""
-    x, weight, bias = _arguments(*args, **kwargs)
-    tracked_weight, tracked_bias = capture.tracked(weight), capture.tracked(bias)
-    if tracked_weight is None and tracked_bias is None:
-        return None
-    capture.begin_use()
-    tracked = [(t, how) for t, how in ((tracked_weight, "linear"), (tracked_bias, "linear bias")) if t is not None]
-    if problem := capture.examples_problem(x.shape[:-1]):
-        for t, _ in tracked:
-            t.refuse(f"used by linear on {problem}")
-        return None
-    for t, how in tracked:
-        t.uses += 1
-        t.how = how
-    return _Linear.apply(x, weight, bias, tracked_weight, tracked_bias, capture)
+def rule(capture: Capture, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    return _apply(capture, *_linear_arguments(*args, **kwargs), "linear")
 
 
-def _arguments(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor | None]:
+def matmul_rule(capture: Capture, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    x, weight = _matmul_arguments(*args, **kwargs)
+    if capture.ref(x) is not None or weight.ndim != 2 or x.ndim < 2:
+        raise Uncovered("operands other than rows and a matrix")
+    return _apply(capture, x, weight.mT, None, "matmul")
+
+
+def addmm_rule(capture: Capture, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    bias, x, weight, scaled = _addmm_arguments(*args, **kwargs)
+    if capture.ref(x) is not None or bias.ndim != 1 or scaled:
+        raise Uncovered("operands other than a bias, rows and a matrix")
+    return _apply(capture, x, weight.mT, bias, "addmm")
+
+
+def _apply(capture: Capture, x: Tensor, weight: Tensor, bias: Tensor | None, how: str) -> Tensor:
+    if capture.ref(x) is not None and capture.ref(weight) is not None:
+        raise Uncovered("an input that is a weight")
+    if weight.ndim != 2:
+        raise Uncovered(f"a weight of {weight.ndim} dimensions")
+    if (ref := capture.ref(weight)) is not None and ref.piece.repeats:
+        raise Uncovered("a weight that repeats its entries")
+    layout = capture.provenance.layout(x, 1)
+    refs = [capture.ref(weight), None if bias is None else capture.ref(bias)]
+    for ref, covers in zip(refs, (how, f"{how} bias"), strict=True):
+        for t in ref.source.parameters if ref is not None else ():
+            t.covered_by(covers)
+    tensors = [tensor if ref is None else ref.tensor() for ref, tensor in zip(refs, (weight, bias), strict=True)]
+    if torch.is_autocast_enabled(x.device.type):
+        # Outside of the function: what is kept for the backward pass is then of the lower precision, as it is without a probe.
+        dtype = torch.get_autocast_dtype(x.device.type)
+        x = x if x.dtype == torch.float64 else x.to(dtype)
+        tensors = [y if y is None or y.dtype == torch.float64 else y.to(dtype) for y in tensors]
+    return _Linear.apply(x, *tensors, refs[0], refs[1], layout, capture, capture.pass_number)
+
+
+def _linear_arguments(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor | None]:
     """Binds F.linear's positional and keyword arguments."""
     return input, weight, bias
 
 
-def _examples(x: Tensor) -> Tensor:
-    """(N, …, F) as (N, T, F); one position for each example where there is no dimension in between."""
-    return x.unsqueeze(1) if x.ndim == 2 else x.flatten(1, -2)
+def _matmul_arguments(input: Tensor, other: Tensor | None = None, mat2: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    return input, other if other is not None else mat2  # type: ignore[return-value]
+
+
+def _addmm_arguments(
+    input: Tensor, mat1: Tensor, mat2: Tensor, *, beta: float = 1, alpha: float = 1
+) -> tuple[Tensor, Tensor, Tensor, bool]:
+    return input, mat1, mat2, beta != 1 or alpha != 1
 
 
 class _Linear(torch.autograd.Function):
-    """F.linear whose backward takes the statistics in the same pass as the weight's gradient."""
+    """F.linear whose backward leaves the weight's and the bias's parts of the gradient with them."""
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, tw: Tracked | None, tb: Tracked | None, capture: Capture
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        weight_ref: Ref | None,
+        bias_ref: Ref | None,
+        layout: Layout,
+        capture: Capture,
+        pass_number: int,
     ) -> Tensor:
+        ctx.refs, ctx.layout, ctx.capture, ctx.pass_number = (weight_ref, bias_ref), layout, capture, pass_number
         ctx.save_for_backward(x, weight)
-        ctx.tracked, ctx.capture, ctx.ran = (tw, tb), capture, False
-        return F.linear(x, weight, bias)
+        y = F.linear(x, weight, bias)
+        # A view cannot be modified in place after a custom function, and the product of more than two dimensions is one.
+        return torch.ops.aten._unsafe_view(y, y.shape) if y._is_view() else y
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        # (With torch functions on: a checkpoint computes the saved tensors again here, and the mode must see it.)
         x, weight = ctx.saved_tensors
-        tw, tb = (t if ctx.capture.open else None for t in ctx.tracked)
-        for t in (tw, tb):
-            if t is not None and ctx.ran:
-                t.refuse("the backward pass went through it twice")
-        ctx.ran = ctx.capture.backward_began = True
-        needs_x, needs_weight, needs_bias = ctx.needs_input_grad[:3]
-        # Under autocast the product ran in a lower precision than the saved tensors have.
-        grad_x = (grad @ weight.to(grad.dtype)).to(x.dtype) if needs_x else None
-        grad_weight = _weight_gradient(x.to(grad.dtype), grad, weight, tw) if needs_weight else None
-        grad_bias = grad.flatten(0, -2).sum(0) if needs_bias else None
-        if tb is not None and needs_bias:
-            b = _examples(grad.detach())
-            tb.add_per_example(b.sum(1, dtype=torch.float64 if b.dtype == torch.float64 else torch.float32))
-        return grad_x, grad_weight, grad_bias, None, None, None
-
-
-def _weight_gradient(x: Tensor, grad: Tensor, weight: Tensor, tracked: Tracked | None) -> Tensor:
-    """The weight's gradient, in one pass with the statistics where it can be."""
-    a, b = _examples(x.detach()), _examples(grad.detach())
-    # With create_graph the gradient itself must stay differentiable: then the plain product, and the statistics beside it.
-    plain = torch.is_grad_enabled()
-    if tracked is not None and tracked.fused:
-        with torch.no_grad():
-            fused = tracked.weight_gradient(a, b)
-        if not plain:
-            return fused.to(weight.dtype)
-    elif tracked is not None:
-        tracked.add_use(a, b)
-    return (grad.flatten(0, -2).mT @ x.flatten(0, -2)).to(weight.dtype)
+        with torch._C.DisableTorchFunction():
+            weight_ref, bias_ref = ctx.refs if ctx.capture.open else (None, None)
+            needs_x, needs_weight, needs_bias = ctx.needs_input_grad[:3]
+            grad_x = (grad @ weight.to(grad.dtype)).to(x.dtype) if needs_x else None
+            grad_weight = grad_bias = None
+            rows = ctx.layout.rows
+            if needs_weight:
+                if weight_ref is not None:
+                    a, b = rows(x.detach().to(grad.dtype)), rows(grad.detach())
+                    weight_ref.leave(ctx.pass_number, Product(b, a, ctx.layout.row_ids(x)))
+                if weight_ref is None or torch.is_grad_enabled():
+                    grad_weight = (grad.reshape(-1, grad.shape[-1]).mT @ x.to(grad.dtype).reshape(-1, x.shape[-1])).to(weight.dtype)
+            if needs_bias:
+                if bias_ref is not None:
+                    bias_ref.leave(ctx.pass_number, Dense(bias_gradients(ctx.layout, grad.detach())))
+                if bias_ref is None or torch.is_grad_enabled():
+                    grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0)
+            return grad_x, grad_weight, grad_bias, *[None] * 5

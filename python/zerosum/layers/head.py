@@ -1,0 +1,101 @@
+"""``zk.linear_cross_entropy(h, weight, targets)``: a head that never holds logits."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from zerosum.provenance import Layout, Uncovered
+from zerosum.tracking import Ref
+from zerosum.uses import Head, Sums
+from zsl_kernels.linear_cross_entropy import HeadSums, add_product, default_chunk, forward
+from zsl_kernels.types import sum_dtype
+
+if TYPE_CHECKING:
+    from zerosum.capture import Capture
+
+
+def rule(capture: Capture, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    h, weight, targets, ignore_index, statistics, chunk = _arguments(*args, **kwargs)
+    ref = capture.ref(weight)
+    if ref is None or capture.ref(h) is not None or statistics is not None:
+        raise Uncovered("operands other than activations and a weight, or with statistics of its own")
+    layout = capture.provenance.layout(h, 1)
+    if layout.ids is not None or h.ndim != 3:
+        raise Uncovered("rows that are not (N, T, ·)")
+    for t in ref.source.parameters:
+        t.covered_by("linear_cross_entropy")
+    device = h.device.type
+    if torch.is_autocast_enabled(device):
+        h = h.to(torch.get_autocast_dtype(device))
+    chunk = chunk or default_chunk(h.shape[0] * h.shape[1], weight.shape[0], h.dtype)
+    return _Head.apply(h, ref.tensor(), targets, ignore_index, chunk, ref, layout, capture, capture.pass_number)
+
+
+def _arguments(
+    h: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    ignore_index: int = -100,
+    *,
+    statistics: Any = None,
+    vocabulary_chunk: int | None = None,
+    **rest: Any,
+) -> tuple[Tensor, Tensor, Tensor, int, Any, int | None]:
+    """Binds the call's positional and keyword arguments."""
+    return h, weight, targets, ignore_index, statistics, vocabulary_chunk
+
+
+class _Head(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        h: Tensor,
+        weight: Tensor,
+        targets: Tensor,
+        ignore_index: int,
+        chunk: int,
+        ref: Ref,
+        layout: Layout,
+        capture: Capture,
+        pass_number: int,
+    ) -> Tensor:
+        ctx.ref, ctx.layout, ctx.capture, ctx.pass_number = ref, layout, capture, pass_number
+        ctx.ignore_index, ctx.chunk = ignore_index, chunk
+        with torch.autocast(h.device.type, enabled=False):
+            losses, lse = forward(h, weight, targets, ignore_index, chunk)
+        ctx.save_for_backward(h, weight, targets, lse)
+        return losses
+
+    @staticmethod
+    def backward(ctx: Any, c: Tensor) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():
+            raise NotImplementedError("linear_cross_entropy: it can be differentiated once; expected create_graph=False")
+        h, weight, targets, lse = ctx.saved_tensors
+        with torch._C.DisableTorchFunction():
+            rows = ctx.layout.rows
+            # One example for each row of (E, T, ·): positions are examples of one row.
+            a, target, scale = rows(h), *(rows(x.unsqueeze(-1)).squeeze(-1) for x in (targets, c))
+            use = Head(a, weight, target, rows(lse.unsqueeze(-1)).squeeze(-1), scale, ctx.ignore_index, ctx.chunk)
+            grad_h = a.new_zeros(a.flatten(0, 1).shape, dtype=sum_dtype(h.dtype)) if ctx.needs_input_grad[0] else None
+            asked = ctx.ref.source.sole(ctx.pass_number, ctx.ref.piece) if ctx.capture.open else None
+            sums = None if asked is None else HeadSums(a, weight.shape[0], asked.direction, asked.gram)
+            total = (
+                a.new_zeros(weight.shape, dtype=sum_dtype(h.dtype)) if not ctx.capture.open and ctx.needs_input_grad[1] else None
+            )
+            if grad_h is not None or sums is not None or total is not None:
+                for lo, hi, b in use.chunks():
+                    if grad_h is not None:
+                        add_product(b.flatten(0, 1), weight[lo:hi].to(h.dtype), grad_h)
+                    if sums is not None:
+                        sums.add(lo, hi, b)
+                    elif total is not None:
+                        total[lo:hi] = b.flatten(0, 1).mT @ a.flatten(0, 1)
+            if sums is not None:
+                use.sums = Sums(*sums.result())
+            if ctx.capture.open:
+                ctx.ref.leave(ctx.pass_number, use)
+            grad_weight = None if total is None else total.to(weight.dtype)
+            return None if grad_h is None else grad_h.view(h.shape).to(h.dtype), grad_weight, *[None] * 7

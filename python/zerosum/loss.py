@@ -1,0 +1,63 @@
+"""What was differentiated, and what it has to do with the examples' own losses."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Loss:
+    """Σ_i ℓ_i / d_i times ``factor``, where ``reduction`` says what the d_i are."""
+
+    reduction: str | float | Tensor
+    factor: float = 1.0
+
+    @property
+    def _uneven(self) -> Tensor | None:
+        """The denominators, where they are not one number."""
+        d = self.reduction
+        return d if isinstance(d, Tensor) and d.numel() > 1 and bool((d != d[0]).any()) else None
+
+    def scale(self, examples: int) -> float:
+        """g_i = scale · the gradient of what was differentiated, but for :meth:`scales`."""
+        d = self.reduction
+        if isinstance(d, str):
+            return (examples if d == "mean" else 1) / self.factor
+        if isinstance(d, Tensor):
+            d = 1.0 if self._uneven is not None else float(d.flatten()[0])
+        return d / self.factor
+
+    def scales(self, first: int, examples: int) -> Tensor | None:
+        """The denominators of these examples, where they are not one number."""
+        d = self._uneven
+        if d is not None and first + examples > len(d):
+            self.check(first + examples)
+        return None if d is None else d[first : first + examples]
+
+    def check(self, examples: int) -> None:
+        """That there is a denominator for each example."""
+        d = self.reduction
+        if isinstance(d, Tensor) and d.ndim and len(d) != examples:
+            raise ValueError(f"loss_reduction: expected a denominator for each of {examples} examples, got shape {tuple(d.shape)}")
+
+    def couples(self, ignored: bool) -> bool:
+        """Whether a mean over all tokens, some of them ignored, is not what ``reduction`` says."""
+        return self.reduction == "sum" or (self.reduction == "mean" and ignored) if isinstance(self.reduction, str) else False
+
+
+def check_loss_reduction(d: Any) -> None:
+    """Raises where ``d`` is not a reduction that :class:`Loss` knows."""
+    if isinstance(d, str):
+        if d in ("sum", "mean"):
+            return
+    elif isinstance(d, Tensor):
+        if d.ndim <= 1 and d.numel() and not d.is_complex() and d.dtype != torch.bool and bool((d > 0).all()):
+            return
+        d = f"a tensor of shape {tuple(d.shape)}" + (", not all of it positive" if d.ndim <= 1 else "")
+    elif isinstance(d, (int, float)) and not isinstance(d, bool) and d > 0:
+        return
+    raise ValueError(f"loss_reduction: expected 'sum', 'mean', or positive denominators as a number or a tensor (N,), got {d!r}")
