@@ -69,7 +69,7 @@ class Compare:
     pytest-benchmark times the subject; its ``setup`` runs and times the baseline just before.
     """
 
-    SLOW = 0.7  # seconds for a round from which fewer rounds must do
+    SLOW, VERY_SLOW = 0.7, 2.0  # seconds for a round from which fewer rounds must do
 
     def __init__(self, benchmark, budget: float, rounds: int) -> None:
         self._benchmark, self._budget, self._rounds = benchmark, budget, rounds
@@ -85,8 +85,9 @@ class Compare:
         against: str = "dW",
         target: float | None = None,
         flops: float | None = None,
+        microseconds: bool = False,
     ) -> None:
-        """With ``flops``, the rates of both are columns too."""
+        """With ``flops``, the rates of both are columns too; with ``microseconds``, both times are, in place of milliseconds."""
         both = self._interleave(subject, baseline)
         if both is None:  # --benchmark-disable: it ran, and that is all
             return
@@ -95,7 +96,11 @@ class Compare:
         ms, baseline_ms = (Quartiles.of([1e3 * x for x in values]) for values in both)
         details = {"ratio": ratio, "ms": ms, "baseline": against, "baseline_ms": baseline_ms, "rounds": len(times)}
         self._benchmark.extra_info.update({"table": table.title, "row": row, "column": column, "target": target, **details})
-        table.add(row, f"{against} ms", Cell(baseline_ms.median, "ms"))
+        if microseconds:
+            table.add(row, f"{against} µs", Cell(1e3 * baseline_ms.median, "µs"))
+            table.add(row, f"{column} µs", Cell(1e3 * ms.median, "µs"))
+        else:
+            table.add(row, f"{against} ms", Cell(baseline_ms.median, "ms"))
         if flops is not None:
             table.add(row, f"{against} GFLOP/s", Cell(flops / baseline_ms.median / 1e6, "GFLOP/s"))
             table.add(row, f"{column} GFLOP/s", Cell(flops / ms.median / 1e6, "GFLOP/s"))
@@ -105,7 +110,7 @@ class Compare:
         for warm_up in (baseline, subject):
             warm_up()
         once = _seconds(baseline) + _seconds(subject)
-        least = self._rounds if once < self.SLOW else min(self._rounds, 5)
+        least = min(self._rounds, 9 if once < self.SLOW else 5 if once < self.VERY_SLOW else 3)
         baseline_times: list[float] = []
 
         def run() -> None:

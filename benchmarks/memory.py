@@ -1,11 +1,13 @@
 """Peak memory of one thing in a fresh process: ``python -m benchmarks.memory step "probe + Gram"`` prints bytes.
 
 The peak is the process's own high-water mark, VmHWM: getrusage's ru_maxrss also remembers the process that started this one. Where
-there is no /proc it must do. Bytes of ``op`` are counted from just before the call, those of ``step`` from zero.
+there is no /proc it must do. Bytes of ``op`` and ``head`` are counted from just before the call, those of ``step`` from zero. A
+``step`` is the project's GPT's, or with a family and sizes (``GPT-2 256 4 4096 64 64``) that of a model of transformers.
 """
 
 from __future__ import annotations
 
+import os
 import re
 import resource
 import subprocess
@@ -18,7 +20,9 @@ from torch import Tensor
 
 import zsl_kernels as zk
 from benchmarks.cases import Case
+from benchmarks.heads import HEADS, Head, HeadCase
 from benchmarks.training_steps import STEPS, Workload
+from benchmarks.transformer_steps import ModelCase, TransformerWorkload
 from zsl_kernels import reference
 
 
@@ -29,6 +33,9 @@ class Operands(NamedTuple):
 
 
 STATUS = Path("/proc/self/status")
+# glibc keeps freed blocks below a threshold, which grows to 32 MB with what is freed, and a peak then has the gaps between them in
+# it, which come out differently each time. With a fixed threshold they go back: the peak is what was held, to a megabyte or two.
+RETURNING = {"MALLOC_MMAP_THRESHOLD_": str(2**17)}
 OPS = {
     "interference": lambda x: zk.interference(x.a, x.b, direction=x.direction),
     "interference + Gram": lambda x: zk.interference(x.a, x.b, direction=x.direction, gram=True),
@@ -43,8 +50,7 @@ def peak() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-def step_peak(name: str, steps: int = 4) -> int:
-    work = Workload.make()
+def step_peak(name: str, work: Workload, steps: int = 4) -> int:
     for _ in range(steps):
         STEPS[name](work)
     return peak()
@@ -58,14 +64,24 @@ def op_peak(name: str, case: Case) -> int:
     return peak() - before
 
 
+def head_peak(name: str, case: HeadCase) -> int:
+    HEADS[name](Head.make(HeadCase(2, 4, 32, 500, case.dtype)))
+    x = Head.make(case)
+    before = peak()
+    HEADS[name](x)
+    return peak() - before
+
+
 def operands(case: Case) -> Operands:
     """Made without temporaries, which would raise the mark."""
     return Operands(torch.ones(case.N, case.T, case.K), torch.ones(case.N, case.T, case.O), torch.ones(case.O, case.K))
 
 
-def in_fresh_process(*arguments: object) -> int:
+def in_fresh_process(*arguments: object, returning: bool = True) -> int:
+    """With ``returning``, freed memory is not kept for reuse."""
     command = [sys.executable, "-m", "benchmarks.memory", *map(str, arguments)]
-    done = subprocess.run(command, cwd=Path(__file__).parent.parent, capture_output=True, text=True, check=False)
+    environment = {**os.environ, **(RETURNING if returning else {})}
+    done = subprocess.run(command, cwd=Path(__file__).parent.parent, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return int(done.stdout)
 
@@ -73,4 +89,11 @@ def in_fresh_process(*arguments: object) -> int:
 if __name__ == "__main__":
     kind, variant, *sizes = sys.argv[1:]
     torch.set_grad_enabled(kind == "step")
-    print(step_peak(variant) if kind == "step" else op_peak(variant, Case(*map(int, sizes))))
+    if kind == "head":
+        *sizes, dtype = sizes
+        print(head_peak(variant, HeadCase(*map(int, sizes), dtype)))
+    elif kind == "step":
+        family, *numbers = sizes or [None]
+        print(step_peak(variant, TransformerWorkload.of(ModelCase(family, *map(int, numbers))) if family else Workload.make()))
+    else:
+        print(op_peak(variant, Case(*map(int, sizes))))

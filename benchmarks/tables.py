@@ -30,7 +30,7 @@ class Cell:
     """One number of a table: a median, perhaps with a target that it should not exceed."""
 
     value: float
-    unit: str  # "×" a ratio of times, "ms", "GFLOP/s" or "MB"
+    unit: str  # "×" a ratio of times, "ms", "µs", "GFLOP/s" or "MB"
     target: float | None = None
     details: dict[str, object] = field(default_factory=dict)  # for the JSON: quartiles, rounds, what was compared
 

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
-
 import pytest
 import torch
 from torch import Tensor
 
 import zsl_kernels as zk
 from benchmarks.cases import Case, inputs, weight_gradient
-from tests.inputs import cpu_isas, running
+from benchmarks.parametrize import kernels_of, over
 from zsl_kernels import reference
 
 QUICK = [Case(8, 256, 256, 256), Case(8, 64, 256, 256)]
@@ -47,20 +45,13 @@ BACKWARD = (
 )
 
 
-def over(cases: list[Case]):
-    """Parametrizes a test; cases that are not for --quick are marked."""
-    names = {case: str(case).replace(" ", "-").replace("=", "") for case in cases}
-    params = [pytest.param(case, id=name, marks=() if case in QUICK else pytest.mark.full) for case, name in names.items()]
-    return pytest.mark.parametrize("case", params)
-
-
-@over(CASES)
+@over(CASES, QUICK)
 @pytest.mark.parametrize("column", ["sums", "+ direction", "sums, AVX2"])
 def test_interference(compare, table, case, column):
     _test_interference(compare, table, case, column)
 
 
-@over([case for case in CASES if case.N <= 32])  # the pairs' work grows with N
+@over([case for case in CASES if case.N <= 32], QUICK)  # the pairs' work grows with N
 @pytest.mark.parametrize("column", ["+ Gram", "+ Gram, AVX2"])
 def test_interference_gram(compare, table, case, column):
     _test_interference(compare, table, case, column)
@@ -68,11 +59,9 @@ def test_interference_gram(compare, table, case, column):
 
 def _test_interference(compare, table, case, column):
     gram, avx2 = "Gram" in column, "AVX2" in column
-    if avx2 and "avx2" not in cpu_isas():
-        pytest.skip("this machine has no AVX2 kernels")
     x = inputs(case)
     u = x.direction if "direction" in column else None
-    with running("cpu-avx2") if avx2 else nullcontext():
+    with kernels_of(column):
         compare(
             table(*INTERFERENCE),
             str(case),
@@ -90,7 +79,7 @@ def _target(case: Case, gram: bool) -> float | None:
     return 1.25 if case.T >= 256 else 1.5
 
 
-@over(SMALL)
+@over(SMALL, QUICK)
 @pytest.mark.parametrize("column", ["chunked", "chunked + Gram", "materialized"])
 def test_other_ways(compare, table, case, column):
     x = inputs(case)
@@ -102,7 +91,7 @@ def test_other_ways(compare, table, case, column):
     compare(table(*OTHER_WAYS), str(case), column, subject, lambda: weight_gradient(x.a, x.b))
 
 
-@over(CASES)
+@over(CASES, QUICK)
 @pytest.mark.parametrize("column", ["to fp32", "to bf16 dW"])
 def test_bf16(compare, table, case, column):
     x, wide = inputs(case, torch.bfloat16), inputs(case)
@@ -113,7 +102,7 @@ def test_bf16(compare, table, case, column):
     compare(table(*BF16), str(case), column, lambda: zk.interference(x.a, x.b), baseline, against=against, target=target)
 
 
-@over(SMALL)
+@over(SMALL, QUICK)
 @pytest.mark.parametrize("column", ["gram", "ghost by torch", "sq_norm", "dot", "weighted_grad"])
 def test_other_ops(compare, table, case, column):
     x = inputs(case)
@@ -137,7 +126,7 @@ def ghost_gram(a: Tensor, b: Tensor) -> Tensor:
     return gram
 
 
-@over(SMALL)
+@over(SMALL, QUICK)
 def test_backward(compare, table, case):
     x = inputs(case)
     a, b = (operand.clone().requires_grad_() for operand in (x.a, x.b))

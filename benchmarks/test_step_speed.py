@@ -2,19 +2,34 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import pytest
 import torch
 
+from benchmarks.parametrize import kernels_of, over
 from benchmarks.training_steps import CONFIG, STEPS, N, T, Workload, plain
-from tests.inputs import cpu_isas, running
+from benchmarks.transformer_steps import ModelCase, TransformerWorkload
 
 STEP = (
     "training step",
     f"GPT of width {CONFIG.width}, {CONFIG.layers} layers, vocabulary {CONFIG.vocab}, N={N}, T={T}, fp32: forward and backward "
-    "with every statistic of every linear weight, as a ratio to the plain step. vmap materializes the gradients; loop takes one "
-    "example at a time. AVX2: kernels without AVX-512.",
+    "with every statistic of every parameter, as a ratio to the plain step. vmap materializes the gradients, loop takes one "
+    "example at a time; both leave out the embedding. AVX2: kernels without AVX-512.",
 )
 TARGETS = {"probe": 1.15}
+MODELS = [
+    ModelCase("GPT-2", width=256, layers=4, vocab=4096, N=8, T=256),
+    ModelCase("GPT-2", width=256, layers=4, vocab=4096, N=32, T=64),
+    ModelCase("GPT-2", width=768, layers=2, vocab=50257, N=4, T=128),
+    ModelCase("Llama", width=256, layers=4, vocab=4096, N=8, T=256),
+]
+MODEL_STEP = (
+    "training step of transformers models",
+    "Models of transformers (width d, L layers, vocabulary V), fp32: forward and backward with every statistic of every parameter, "
+    "as a ratio to the plain step. GPT-2's head is tied to its embedding, Llama's is not. AVX2: kernels without AVX-512.",
+)
+MODEL_TARGETS = {"probe": 1.25, "probe + Gram": 1.25}
 
 
 @pytest.fixture(scope="module")
@@ -36,12 +51,10 @@ def test_step(compare, table, work, column):
     )
 
 
-@pytest.mark.skipif("avx2" not in cpu_isas(), reason="this machine has no AVX2 kernels")
 def test_step_avx2(compare, table, work):
-    with running("cpu-avx2"):
-        compare(
-            table(*STEP), "forward + backward", "probe, AVX2", lambda: STEPS["probe"](work), lambda: plain(work), against="plain"
-        )
+    column = "probe, AVX2"
+    with kernels_of(column):
+        compare(table(*STEP), "forward + backward", column, lambda: STEPS["probe"](work), lambda: plain(work), against="plain")
 
 
 def test_step_with_optimizer(compare, table, work):
@@ -60,3 +73,25 @@ def test_step_with_optimizer(compare, table, work):
         against="plain",
         target=TARGETS["probe"],
     )
+
+
+@lru_cache(maxsize=1)
+def workload(case: ModelCase) -> TransformerWorkload:
+    return TransformerWorkload.of(case)
+
+
+@pytest.mark.parametrize("column", ["probe", "probe + Gram", "probe, AVX2"])
+@over(MODELS, MODELS[:1])
+def test_model_step(compare, table, case, column):
+    pytest.importorskip("transformers")
+    work, step = workload(case), STEPS[column.removesuffix(", AVX2")]
+    with kernels_of(column):
+        compare(
+            table(*MODEL_STEP),
+            str(case),
+            column,
+            lambda: step(work),
+            lambda: plain(work),
+            against="plain",
+            target=MODEL_TARGETS.get(column),
+        )

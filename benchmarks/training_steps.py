@@ -1,7 +1,7 @@
 """Ways to take a training step of a small GPT with statistics of its per-example gradients, for speed and memory benchmarks.
 
-``STEPS[name](workload)`` is one forward and backward pass. "vmap" and "loop" compute the same sums and norms of every linear
-weight as the probe; in their favour, they leave out the embedding's gradient.
+``STEPS[name](workload)`` is one forward and backward pass. The probe covers every parameter. "vmap" and "loop" compute the same
+sums and norms of the linear weights; in their favour, they leave out the embedding's gradient.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -25,7 +25,7 @@ CONFIG = GPTConfig(vocab=4096, width=256, layers=4, heads=4, positions=T)
 class Workload:
     """A model and a batch."""
 
-    model: GPT
+    model: nn.Module
     x: Tensor  # (N, T)
     y: Tensor  # (N, T)
 
@@ -35,7 +35,7 @@ class Workload:
         return cls(GPT(CONFIG), *torch.randint(CONFIG.vocab, (2, N, T)))
 
     @property
-    def linear_weights(self) -> dict[str, torch.nn.Parameter]:
+    def linear_weights(self) -> dict[str, nn.Parameter]:
         return {name: p for name, p in self.model.named_parameters() if not name.startswith("embedding")}
 
     def losses(self) -> Tensor:
@@ -46,7 +46,7 @@ class Workload:
 class Sums:
     """Σg, Σ|g|, Σg² of each weight and each example's norms, fed from per-example gradients."""
 
-    def __init__(self, weights: dict[str, torch.nn.Parameter]) -> None:
+    def __init__(self, weights: dict[str, nn.Parameter]) -> None:
         self._sums = {name: torch.zeros(3, *p.shape) for name, p in weights.items()}
         self.scalars: list[tuple[Tensor, Tensor]] = []
 
@@ -69,14 +69,16 @@ def probed(work: Workload, *, gram: bool = False) -> None:
     probe = Probe(work.model, gram=gram)
     with probe:
         work.losses().sum().backward()
-    assert probe.report().metrics
+    report = probe.report()
+    assert report.metrics
+    assert not report.coverage.not_covered, report.coverage
 
 
 def materialized(work: Workload) -> None:
     """All per-example gradients at once by torch.func."""
 
     def loss(weights: dict[str, Tensor], x: Tensor, y: Tensor) -> Tensor:
-        return torch.nn.functional.cross_entropy(functional_call(work.model, weights, (x[None],))[0], y)
+        return nn.functional.cross_entropy(functional_call(work.model, weights, (x[None],))[0], y)
 
     weights = {name: p.detach() for name, p in work.linear_weights.items()}
     with sdpa_kernel(SDPBackend.MATH):  # the fused attention has no batching rule on the CPU and would be eight times slower
