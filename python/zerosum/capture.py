@@ -320,6 +320,8 @@ class Capture(TorchFunctionMode):
         return self.modules.after_module(module, args, kwargs, result) if self._watching else None
 
     def _check_coupling(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if not isinstance(self._loss.reduction, str):
+            return  # the denominators say it
         targets = args[1] if len(args) > 1 else kwargs["target"]
         N = self.provenance.lead[0] if self.provenance.lead is not None else 0
         tokens = targets.numel() if targets.dtype == torch.long else 0
@@ -440,7 +442,7 @@ def _pull_function(
                 leaf = leaves[x.source]
                 if x.piece == x.source.base:
                     return leaf
-                return leaf.as_strided(x.piece.size, x.piece.stride, x.piece.offset - x.source.base.offset)
+                return leaf.as_strided(x.piece.size, x.piece.stride, leaf.storage_offset() + x.piece.offset - x.source.base.offset)
 
             again_args, again_kwargs = fallback.map_leaves(weight, parts)
             again = func(*again_args, **again_kwargs)

@@ -133,6 +133,8 @@ _KIND = {kind: frozenset(names.split()) for kind, names in _NAMES.items()}
 _FACTORIES, _BLANKS, _RESHAPES, _MOVES = (_KIND[kind] for kind in ("factories", "blanks", "reshapes", "moves"))
 _LOSSES, _LINEAR, _STANDARD = (_KIND[kind] for kind in ("losses", "linear", "standard"))
 _ROWWISE = _KIND["rowwise"] | _LOSSES
+# Operands that may come by keyword, in the order in which every function has them.
+_KEYWORDS = ("input", "mat1", "batch1", "other", "mat2", "batch2", "weight", "dim", "index", "mask", "source", "src")
 # Accessors have no names of their own.
 ACCESSORS = {getattr(Tensor, name).__get__: name for name in ("T", "mT", "H", "mH", "real", "imag")}
 _INDEXES = {"__getitem__", "index_select"}
@@ -167,11 +169,12 @@ class Provenance:
         self._given = num_examples
         self._notes = WeakIdKeyDictionary()
         self.lead: tuple[int, ...] | None = None
-        self.mixed = False  # whether examples met in this pass
+        self.mixed = False  # whether examples seem to have met in this pass, ...
+        self.proven = False  # ... and whether a gradient said so
 
     def begin_pass(self) -> None:
         self.lead = None
-        self.mixed = False
+        self.mixed = self.proven = False
 
     @property
     def examples(self) -> int:
@@ -268,6 +271,7 @@ class Provenance:
         Returns whether the function is not known, and where the examples are in its results has to be found out.
         """
         name = ACCESSORS.get(func) or str(getattr(func, "__name__", ""))
+        given, args = args, (*args, *(kwargs[key] for key in _KEYWORDS if key in kwargs))
         if not tensors:
             if name in _FACTORIES and isinstance(result, Tensor):
                 self._notes[result] = CONSTANT
@@ -287,7 +291,7 @@ class Provenance:
             for r in results:
                 self._notes[r] = CONSTANT
             return False
-        if writes(name) and isinstance(result, Tensor) and args and result is args[0]:
+        if writes(name) and isinstance(result, Tensor) and given and result is given[0]:
             self._written(name, args, data, result)
             return False
         if self.lead is None:
@@ -295,7 +299,7 @@ class Provenance:
         unknown = False
         for r in results:
             # What carries no gradient and is not an index of rows cannot mislead.
-            note = self._note_of(func, name, args, kwargs, data, r, result)
+            note = self._note_of(func, name, given, args, kwargs, data, r, result)
             self.mixed = self.mixed or (isinstance(note, Nobodys) and note.mixed and r.requires_grad)
             if note is _UNKNOWN:
                 unknown = unknown or r.requires_grad
@@ -371,6 +375,7 @@ class Provenance:
         self,
         func: Callable[..., Any],
         name: str,
+        given: tuple[Any, ...],
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
         data: Data,
@@ -411,7 +416,7 @@ class Provenance:
         if name in ("__getitem__", "index_select"):
             return self._indexed(first, note, args[1] if name == "__getitem__" else self._index_select(args, kwargs), r)
         if name in _MOVES:
-            return self._moved(func, args, kwargs, first, note, r)
+            return self._moved(func, given, kwargs, first, note, r)
         if name in ("repeat_interleave", "repeat", "tile"):
             return self._repeated(name, args, kwargs, first, note, r)
         if name in ("cat", "concat", "stack") and _along_first(name, args, kwargs, first):
@@ -633,6 +638,7 @@ class Provenance:
         if not isinstance(note, Moved) and not self._standard(x, note):
             return note
         # Where the dimension went: its size says so in a tensor of different sizes.
+        kwargs = {key: value for key, value in kwargs.items() if key != "input"}
         out = func(torch.empty(tuple(range(2, x.ndim + 2)), device="meta"), *args[1:], **kwargs)
         at = list(out.shape)
         if not self.positions or x.ndim < 2:
