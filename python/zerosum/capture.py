@@ -170,7 +170,9 @@ class Capture(TorchFunctionMode):
         result = self._use(func, args, kwargs, refs) if refs else func(*args, **kwargs)
         written = args[0] if result is None and args and writes(getattr(func, "__name__", "")) else result
         if written is not None:
-            unknown = self.provenance.follow(func, args, kwargs, [x for x in tensors if self.ref(x) is None], written)
+            # Weights, this model's and others', are everybody's.
+            data = [x for x in tensors if self.ref(x) is None and not isinstance(x, nn.Parameter)]
+            unknown = self.provenance.follow(func, args, kwargs, data, written)
             if unknown and not self._in_backward:
                 fallback.verify(self, func, args, kwargs, result)
         return result
@@ -432,6 +434,8 @@ def _pull_function(
 
     def pullback(pass_number: int, uses: Uses) -> Tensor:
         E = capture.examples_of(pass_number)
+        if not E:
+            return torch.zeros_like(value)
         g = uses.materialize(E, value)
         with torch.enable_grad(), fallback.unhooked():
             leaves = {source: source.tensor.detach().requires_grad_() for source in sources}

@@ -204,6 +204,30 @@ def test_a_weight_that_overlaps_itself_is_measured_as_it_is() -> None:
     assert_truth(probe.report(), truth)
 
 
+@pytest.mark.parametrize("trainable", [True, False])
+def test_another_network_in_the_loss_is_everybodys(trainable: bool) -> None:
+    """A judge with weights of its own, of any size, keeps the examples apart."""
+    model, tokens = setup(TwoLayers)
+    judge = nn.ModuleList([nn.Conv1d(5, N, 1), nn.Linear(N, N)]).double().requires_grad_(trainable)
+
+    def losses() -> Tensor:
+        return judge[1](judge[0](model(tokens).mT).mT).square().flatten(1).mean(1)
+
+    truth = per_example_gradients(losses(), model, [name for name, _ in model.named_parameters()])
+    probe = zerosum.Probe(model, gram=True)
+    with probe:
+        losses().sum().backward()
+    assert_truth(probe.report(), truth)
+
+
+def test_an_empty_batch_is_a_step_like_any_other() -> None:
+    model = TwoLayers()
+    nn.utils.parametrizations.weight_norm(model.first)
+    with zerosum.Probe(model):
+        losses_of(model, torch.zeros(0, T, dtype=torch.long)).sum().backward()
+    assert not model.head.weight.grad.any()
+
+
 def test_coverage_accounts_for_every_trainable_parameter_and_for_no_other() -> None:
     model, tokens = setup(Frozen)
     model.unused = nn.Linear(2, 2)

@@ -330,7 +330,7 @@ def _check_apart(capture: Capture, call: Callable[[Part], Any], axes: list[int])
     leaves: list[tuple[Tensor, int, int]] = []  # with the examples' dimension and their number of parts in it
 
     def leaf(x: Any) -> Any:
-        if not isinstance(x, Tensor) or not x.is_floating_point() or capture.ref(x) or capture.provenance.is_constant(x):
+        if not isinstance(x, Tensor) or not x.is_floating_point() or capture.ref(x) or _one(capture, 0, x) is x:
             return x
         layout = capture.provenance.layout(x, 0)
         y = x.detach().requires_grad_()
@@ -393,9 +393,14 @@ def verify(capture: Capture, func: Any, args: tuple[Any, ...], kwargs: dict[str,
 
 def _one(capture: Capture, i: int, x: Any) -> Any:
     """Example i's part of an operand."""
-    if not isinstance(x, Tensor) or capture.provenance.is_constant(x):
+    if not isinstance(x, Tensor) or isinstance(x, nn.Parameter) or capture.provenance.is_constant(x):
         return x
-    layout = capture.provenance.layout(x, 0)
+    try:
+        layout = capture.provenance.layout(x, 0)
+    except Uncovered:
+        if x.is_leaf and not x.requires_grad and capture.provenance.note(x) is None:
+            return x  # of another size, and not computed: everybody's
+        raise
     if layout.ids is not None:
         raise Uncovered("rows that are not in the order of the examples")
     if layout.per is not None:
