@@ -20,7 +20,7 @@ from torch import Tensor
 
 from zsl_kernels import ops, reference
 from zsl_kernels.backends import build_info, impls_for, plan
-from zsl_kernels.checks import check_tensor
+from zsl_kernels.checks import check_device, check_examples, check_integers, check_tensor
 from zsl_kernels.linear_cross_entropy import linear_cross_entropy
 from zsl_kernels.rows import Embedding
 from zsl_kernels.small import bias_grad, dense_interference, embedding_interference, scale_bias_grad, scale_grad
@@ -87,7 +87,8 @@ def interference(
 
     Raises:
         TypeError: an argument is not a tensor or has another dtype.
-        ValueError: an argument has another shape or device, an id is out of range (on the CPU), or ``impl`` is unknown.
+        ValueError: an argument has another shape or device, or ``impl`` is unknown.
+        IndexError: an id is out of range (on the CPU; elsewhere looking would wait).
         RuntimeError: the named ``impl`` is not available on this machine; the message says why.
         NotImplementedError: in backward, for the derivative along ``direction`` with ``embedding``.
     """
@@ -189,8 +190,7 @@ def weighted_grad(
     check_tensor("weights", weights)
     if weights.shape != (N,):
         raise ValueError(f"weights: expected shape ({N},), one for each example, got {tuple(weights.shape)}")
-    if weights.device != a.device:
-        raise ValueError(f"weights: expected a tensor on {a.device} as a, got one on {weights.device}")
+    check_device("weights", weights, "a", a)
     if impl == "reference":
         return reference.weighted_grad(a, b, weights, example_ids, N)
     return torch.ops.zsl.weighted_grad(a, b, weights, None, None, impl, example_ids, N)
@@ -238,35 +238,12 @@ def _check_pair(
             raise ValueError(f"{name}: expected {expected}, got shape {tuple(x.shape)}{hint}")
     if b.dtype != a.dtype:
         raise TypeError(f"{b_name}: expected {a.dtype} as {a_name}, got {b.dtype}")
-    if b.device != a.device:
-        raise ValueError(f"{b_name}: expected a tensor on {a.device} as {a_name}, got one on {b.device}")
+    check_device(b_name, b, a_name, a)
     if b.shape[:-1] != a.shape[:-1]:
         sizes = ", ".join(map(str, a.shape[:-1]))
         raise ValueError(f"{b_name}: expected shape ({sizes}, O) to go with {a_name}, got {tuple(b.shape)}")
     impls_for(a.device, impl)
-    if example_ids is None:
-        if num_examples is not None:
-            raise ValueError(f"num_examples: expected none without example_ids, got {num_examples}")
-        return a.shape[0]
-    if num_examples is None:
-        raise ValueError("num_examples: expected the number of examples with example_ids, got None")
-    if not isinstance(num_examples, int | torch.SymInt) or isinstance(num_examples, bool):
-        raise TypeError(f"num_examples: expected an int, got {type(num_examples).__name__}")
-    if num_examples < 0:
-        raise ValueError(f"num_examples: expected a number >= 0, got {num_examples}")
-    _check_ids("example_ids", example_ids, a.shape[:1], a)
-    return num_examples
-
-
-def _check_ids(name: str, ids: object, shape: tuple[int, ...], a: Tensor) -> None:
-    if not isinstance(ids, Tensor):
-        raise TypeError(f"{name}: expected a torch.Tensor, got {type(ids).__name__}")
-    if ids.dtype == torch.bool or ids.is_floating_point() or ids.is_complex():
-        raise TypeError(f"{name}: expected integers, got {ids.dtype}")
-    if ids.shape != shape:
-        raise ValueError(f"{name}: expected shape {tuple(shape)}, got {tuple(ids.shape)}")
-    if ids.device != a.device:
-        raise ValueError(f"{name}: expected a tensor on {a.device} as a, got one on {ids.device}")
+    return check_examples(a, a_name, example_ids, num_examples)
 
 
 def _check_embedding(embedding: tuple[Tensor, ...], a: Tensor, b: Tensor, N: int, ragged: bool) -> Embedding:
@@ -280,11 +257,14 @@ def _check_embedding(embedding: tuple[Tensor, ...], a: Tensor, b: Tensor, N: int
     K = a.shape[-1]
     if e.ndim != (2 if ragged else 3) or e.shape[-1] != K or (not ragged and e.shape[0] != N):
         raise ValueError(f"embedding: e: expected shape {f'(Q, {K})' if ragged else f'({N}, S, {K})'}, got {tuple(e.shape)}")
-    if e.device != a.device:
-        raise ValueError(f"embedding: e: expected a tensor on {a.device} as a, got one on {e.device}")
-    _check_ids("embedding: ids", ids, e.shape[:-1], a)
+    check_device("embedding: e", e, "a", a)
+    named = {"ids": (ids, e.shape[:-1])} | ({"example ids": (embedding[2], e.shape[:1])} if ragged else {})
+    for name, (x, shape) in named.items():
+        check_integers(f"embedding: {name}", x)
+        if x.shape != shape:
+            raise ValueError(f"embedding: {name}: expected shape {tuple(shape)}, got {tuple(x.shape)}")
+        check_device(f"embedding: {name}", x, "a", a)
     if ragged:
-        _check_ids("embedding: example ids", embedding[2], e.shape[:1], a)
         return Embedding(ids, e, embedding[2])
     examples = torch.arange(N, device=a.device).unsqueeze(1).expand(N, e.shape[1])
     return Embedding(ids.flatten(), e.flatten(0, 1), examples.flatten())
@@ -296,5 +276,4 @@ def _check_direction(direction: Tensor, a: Tensor, b: Tensor) -> None:
         raise ValueError(
             f"direction: expected shape ({b.shape[-1]}, {a.shape[-1]}), that of the weight, got {tuple(direction.shape)}"
         )
-    if direction.device != a.device:
-        raise ValueError(f"direction: expected a tensor on {a.device} as a, got one on {direction.device}")
+    check_device("direction", direction, "a", a)

@@ -9,6 +9,7 @@ for each doubling of the number of rows, filled up with rows of zeros.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from operator import itemgetter
 from typing import NamedTuple
 
 import torch
@@ -220,7 +221,8 @@ def backward(
     dbs = [torch.empty(x.b.shape, dtype=b.dtype, device=b.device) for x in parts] if want[1] else []
     d_added = torch.empty_like(added.values) if added is not None and want[2] else None
     for slab in _slabs(a, b, 2 * N + M):
-        s = _derivative(_new_gradients(a, parts, slab, N, added), None if u is None else u[slab], c, slab)
+        g = _new_gradients(a, parts, slab, N, added)
+        s = c.at(itemgetter(slab)).derivative(g, None if u is None else u[slab], lambda x: x[:, None, None])
         if mix is not None:
             s += (mix @ _new_gradients(a, parts2, slab, M, added).flatten(1)).view_as(s)
         for part, piece in zip(parts, das, strict=False):
@@ -243,30 +245,6 @@ def _whole(x: Tensor, parts: list[_Part], pieces: list[Tensor]) -> Tensor:
     for part, piece in zip(parts, pieces, strict=True):
         whole[part.rows] = piece
     return whole[:-1]
-
-
-def _derivative(g: Tensor, u: Tensor | None, c: Cotangents, slab: slice) -> Tensor:
-    """s_i for the slab, without the mixed gradients: (N, rows, K)."""
-
-    def each(x: Tensor) -> Tensor:
-        return x[:, None, None]
-
-    s = torch.zeros_like(g)
-    if c.grad_sum is not None:
-        s += c.grad_sum[slab]
-    if c.abs_sum is not None:
-        s += g.sign() * c.abs_sum[slab]
-    if c.l1 is not None:
-        s += g.sign() * each(c.l1)
-    if c.sq_sum is not None:
-        s += 2 * g * c.sq_sum[slab]
-    if c.sq_norm is not None:
-        s += 2 * g * each(c.sq_norm)
-    if c.dot is not None and u is not None:
-        s += each(c.dot) * u
-    if c.abs_dot is not None and u is not None:
-        s += each(c.abs_dot) * g.sign() * u.abs()
-    return s
 
 
 # Coordinates handled at a time: the temporaries stay in cache.

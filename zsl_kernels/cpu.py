@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -99,29 +100,16 @@ def coordinate_sums(grad_sum: Tensor, abs_sum: Tensor, sq_sum: Tensor, direction
     return torch.ops.zsl_cpu.coordinate_sums(grad_sum, abs_sum, sq_sum, direction)
 
 
+# The small ops need no plan: their kernels take what the ops have.
+
+
 def dense_interference(g: Tensor, direction: Tensor | None, gram: bool) -> tuple[Tensor, ...]:
     return torch.ops.zsl_cpu.dense_interference(g, direction, gram)
 
 
-def embedding_interference(
-    ids: Tensor,
-    b: Tensor,
-    example_ids: Tensor | None,
-    num_examples: int,
-    padding_idx: int,
-    direction: Tensor | None,
-    gram: bool,
-) -> tuple[Tensor, ...]:
-    return torch.ops.zsl_cpu.embedding_interference(ids, b, example_ids, num_examples, padding_idx, direction, gram)
+def embedding_interference(*arguments: Any) -> tuple[Tensor, ...]:
+    return torch.ops.zsl_cpu.embedding_interference(*arguments)
 
 
-def scale_bias_grad(
-    x: Tensor | None,
-    b: Tensor,
-    mean: Tensor | None,
-    rstd: Tensor | None,
-    example_ids: Tensor | None,
-    num_examples: int,
-    bias: bool,
-) -> tuple[Tensor, Tensor]:
-    return torch.ops.zsl_cpu.scale_bias_grad(x, b, mean, rstd, example_ids, num_examples, bias)
+def scale_bias_grad(*arguments: Any) -> tuple[Tensor, Tensor]:
+    return torch.ops.zsl_cpu.scale_bias_grad(*arguments)

@@ -206,6 +206,34 @@ def _product(x: Tensor, y: Tensor, out: Tensor) -> Tensor:
     return out
 
 
+def backward(
+    h: Tensor,
+    weight: Tensor,
+    chunks: Iterator[tuple[int, int, Tensor]],
+    wants_h: bool,
+    wants_weight: bool,
+    sums: HeadSums | None,
+) -> tuple[Tensor | None, Tensor | None]:
+    """``b @ weight`` and ``b.T @ h`` in the dtypes of ``h`` and ``weight``, from the chunks of :func:`output_gradients`.
+
+    Where ``sums`` gather the statistics, the weight's gradient is among them and not computed here.
+    """
+    rows, dtype = h.flatten(0, 1), sum_dtype(h.dtype)
+    grad_h = h.new_zeros(rows.shape, dtype=dtype) if wants_h else None
+    grad_weight = h.new_empty(weight.shape, dtype=dtype) if wants_weight and sums is None else None
+    if wants_h or wants_weight or sums is not None:
+        with torch.autocast(h.device.type, enabled=False) if _autocasts(h.device) else nullcontext():
+            for lo, hi, b in chunks:
+                if grad_h is not None:
+                    _add_product(b.flatten(0, 1), weight[lo:hi].to(h.dtype), grad_h)
+                if sums is not None:
+                    sums.add(lo, hi, b)
+                elif grad_weight is not None:
+                    _product(b.flatten(0, 1).T, rows, grad_weight[lo:hi])
+    dh = None if grad_h is None else grad_h.view(h.shape).to(h.dtype)
+    return dh, None if grad_weight is None else grad_weight.to(weight.dtype)
+
+
 class HeadSums:
     """The statistics, a chunk of the weight's rows at a time."""
 
@@ -258,31 +286,15 @@ class _LinearCrossEntropy(torch.autograd.Function):
         if torch.is_grad_enabled():
             raise NotImplementedError("linear_cross_entropy: it can be differentiated once; expected create_graph=False")
         h, weight, targets, lse, direction = ctx.saved_tensors
-        rows, V = h.flatten(0, 1), weight.shape[0]
         wants_h, wants_weight = ctx.needs_input_grad[:2]
-        grad_h = h.new_zeros(rows.shape, dtype=sum_dtype(h.dtype)) if wants_h else None
-        sums = grad_weight = None
-        if ctx.statistics is not None:
-            sums = HeadSums(h, V, direction, ctx.gram, ctx.impl)
-        elif wants_weight:
-            grad_weight = h.new_empty(weight.shape, dtype=sum_dtype(h.dtype))
-        with torch.autocast(h.device.type, enabled=False) if _autocasts(h.device) else nullcontext():
-            for lo, hi, b in output_gradients(h, weight, targets, lse, c, ctx.ignore_index, ctx.chunk):
-                if grad_h is not None:
-                    add_product(b.flatten(0, 1), weight[lo:hi].to(h.dtype), grad_h)
-                if sums is not None:
-                    sums.add(lo, hi, b)
-                elif grad_weight is not None:
-                    _product(b.flatten(0, 1).T, rows, grad_weight[lo:hi])
+        sums = None if ctx.statistics is None else HeadSums(h, weight.shape[0], direction, ctx.gram, ctx.impl)
+        chunks = output_gradients(h, weight, targets, lse, c, ctx.ignore_index, ctx.chunk)
+        grad_h, grad_weight = backward(h, weight, chunks, wants_h, wants_weight, sums)
         if sums is not None:
             found = sums.result()
             ctx.statistics(found)
-            grad_weight = found.grad_sum if wants_weight else None
-        grads = (
-            None if grad_h is None else grad_h.view(h.shape).to(h.dtype),
-            None if grad_weight is None else grad_weight.to(weight.dtype),
-        )
-        return *grads, None, None, None, None, None, None, None
+            grad_weight = found.grad_sum.to(weight.dtype) if wants_weight else None
+        return grad_h, grad_weight, None, None, None, None, None, None, None
 
 
 @torch._disable_dynamo  # it would unroll the chunks and keep what is to be recomputed; torch.compiler.disable imports it
@@ -290,7 +302,7 @@ def _apply(*arguments: Any) -> Tensor:
     return _LinearCrossEntropy.apply(*arguments)
 
 
-def add_product(x: Tensor, y: Tensor, total: Tensor) -> None:
+def _add_product(x: Tensor, y: Tensor, total: Tensor) -> None:
     """``total += x @ y``, accumulated in the dtype of ``total``."""
     if x.dtype == total.dtype:
         total.addmm_(x, y)

@@ -15,8 +15,8 @@ import math
 import torch
 from torch import Tensor
 
-from zsl_kernels.checks import check_ids
-from zsl_kernels.rows import Embedding, check_examples
+from zsl_kernels.checks import check_range
+from zsl_kernels.rows import Embedding
 from zsl_kernels.types import EmbeddingSums, InterferenceSums, sum_dtype
 
 
@@ -29,7 +29,7 @@ def per_example_grad(
     if example_ids is None:
         g = torch.einsum("nto,ntk->nok", b, a)
     else:
-        check_examples(example_ids, num_examples)
+        check_range("example_ids", example_ids, num_examples)
         each = torch.einsum("ro,rk->rok", b, a)
         g = each.new_zeros(num_examples, *each.shape[1:]).index_add(0, example_ids.long(), each)
     if embedding is None:
@@ -100,7 +100,8 @@ def embedding_interference(
     gram: bool,
 ) -> EmbeddingSums:
     """ids (N, T) and b (N, T, K); with example_ids (T,), (1, T) and (1, T, K)."""
-    check_ids(ids, example_ids, num_examples, num_embeddings)
+    check_range("ids", ids, num_embeddings, negative=True)
+    check_range("example_ids", example_ids, num_examples)
     flat_ids, flat_b = ids.reshape(-1).long(), b.to(sum_dtype(b.dtype)).reshape(ids.numel(), b.shape[2])
     example = torch.arange(num_examples, device=ids.device).repeat_interleave(ids.shape[1]) if example_ids is None else example_ids
     used = (flat_ids >= 0) & (flat_ids != padding_idx)
@@ -120,7 +121,7 @@ def scale_bias_grad(
     num_examples: int,
 ) -> tuple[Tensor | None, Tensor]:
     """x and b (N, T, K), mean and rstd (N, T); with example_ids (T,), (1, T, K) and (1, T)."""
-    check_ids(None, example_ids, num_examples, 0)
+    check_range("example_ids", example_ids, num_examples)
     dtype = sum_dtype(b.dtype) if x is None else sum_dtype(torch.promote_types(x.dtype, b.dtype))
     b = b.to(dtype)
 

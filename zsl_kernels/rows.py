@@ -13,16 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from zsl_kernels.checks import check_range
 from zsl_kernels.types import sum_dtype
-
-
-def _check_range(name: str, ids: Tensor, size: int, negative: bool = False) -> None:
-    """Raises where an id is not below ``size`` or, but for ``negative``, is negative. On the CPU alone: elsewhere it would wait."""
-    if ids.device.type != "cpu" or ids.numel() == 0:
-        return
-    least, most = (int(x) for x in torch.aminmax(ids.long()))
-    if most >= size or (least < 0 and not negative):
-        raise ValueError(f"{name}: expected values in [0, {size}), got {most if most >= size else least}")
 
 
 class Groups(NamedTuple):
@@ -40,13 +32,9 @@ class Groups(NamedTuple):
         return x if self.order is None else torch.empty_like(x).index_copy_(0, self.order, x)
 
 
-def check_examples(example_ids: Tensor, num_examples: int) -> None:
-    _check_range("example_ids", example_ids, num_examples)
-
-
 def group(example_ids: Tensor, num_examples: int) -> Groups:
     """Groups rows by example; an example's rows keep their order."""
-    check_examples(example_ids, num_examples)
+    check_range("example_ids", example_ids, num_examples)
     ids, order = example_ids.long().contiguous(), None
     if ids.device.type != "cpu" or bool((ids[1:] < ids[:-1]).any()):
         ids, order = ids.sort(stable=True)
@@ -85,8 +73,8 @@ class Embedding(NamedTuple):
     example_ids: Tensor  # (Q,)
 
     def check(self, num_examples: int, num_rows: int) -> None:
-        _check_range("embedding: ids", self.ids, num_rows, negative=True)
-        _check_range("embedding: example ids", self.example_ids, num_examples)
+        check_range("embedding: ids", self.ids, num_rows, negative=True)
+        check_range("embedding: example ids", self.example_ids, num_examples)
 
     def added(self, num_examples: int, num_rows: int, dtype: torch.dtype) -> AddedRows:
         """Summed in the sum dtype of ``dtype``."""

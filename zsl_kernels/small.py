@@ -15,7 +15,7 @@ from torch import Tensor
 
 from zsl_kernels import reference, small_ops
 from zsl_kernels.backends import impls_for
-from zsl_kernels.checks import check_tensor
+from zsl_kernels.checks import check_device, check_examples, check_integers, check_size, check_tensor
 from zsl_kernels.types import EmbeddingSums, InterferenceSums
 
 
@@ -55,18 +55,18 @@ def embedding_interference(
     Raises:
         TypeError: an argument is not a tensor or number, or has another dtype.
         ValueError: an argument has another shape or device, or ``impl`` is unknown.
-        IndexError: an id is not below ``num_embeddings``, or an example id is not in range.
+        IndexError: an id is not below ``num_embeddings``, or an example id is not in range (on the CPU).
         RuntimeError: the named ``impl`` is not available on this machine.
     """
     check_tensor("b", b)
-    _check_integers("ids", ids)
-    V = _check_size("num_embeddings", num_embeddings)
+    check_integers("ids", ids)
+    V = check_size("num_embeddings", num_embeddings)
     if ids.ndim == 0 or (example_ids is not None and ids.ndim != 1):
         wanted = "(N, ...)" if example_ids is None else "(R,), as example_ids are given"
         raise ValueError(f"ids: expected shape {wanted}, got {tuple(ids.shape)}")
     if b.shape[:-1] != ids.shape or b.ndim == 1:
         raise ValueError(f"b: expected {tuple(ids.shape)}, the shape of ids, and a K behind, got {tuple(b.shape)}")
-    _check_device("ids", ids, "b", b)
+    check_device("ids", ids, "b", b)
     if b.device.type == "meta":
         raise ValueError("b: expected a tensor with data, for the touched rows depend on it; got one on meta")
     if padding_idx is not None and not -V <= padding_idx < V:
@@ -75,8 +75,8 @@ def embedding_interference(
         check_tensor("direction", direction)
         if direction.shape != (V, b.shape[-1]):
             raise ValueError(f"direction: expected shape ({V}, {b.shape[-1]}), that of the weight, got {tuple(direction.shape)}")
-        _check_device("direction", direction, "b", b)
-    N = _examples(ids, "ids", example_ids, num_examples)
+        check_device("direction", direction, "b", b)
+    N = check_examples(ids, "ids", example_ids, num_examples)
     impls_for(b.device, impl)
     lead = (N, math.prod(ids.shape[1:])) if example_ids is None else (1, ids.shape[0])
     arguments = (
@@ -176,7 +176,7 @@ def dense_interference(g: Tensor, *, direction: Tensor | None = None, gram: bool
         check_tensor("direction", direction)
         if direction.shape != g.shape[1:]:
             raise ValueError(f"direction: expected shape {tuple(g.shape[1:])}, that of one gradient, got {tuple(direction.shape)}")
-        _check_device("direction", direction, "g", g)
+        check_device("direction", direction, "g", g)
     impls_for(g.device, impl)
     if impl == "reference":
         return reference.interference_of(g.to(reference.sum_dtype(g.dtype)), direction, gram)
@@ -202,48 +202,13 @@ def _scale_bias(
     return torch.ops.zsl.scale_bias_grad(x, b, mean, rstd, example_ids, N, bias, impl)
 
 
-def _check_integers(name: str, x: object) -> None:
-    if not isinstance(x, Tensor):
-        raise TypeError(f"{name}: expected a torch.Tensor, got {type(x).__name__}")
-    if x.is_floating_point() or x.is_complex() or x.dtype == torch.bool:
-        raise TypeError(f"{name}: expected integers, got {x.dtype}")
-
-
-def _check_size(name: str, size: int) -> int:
-    if not isinstance(size, int | torch.SymInt) or isinstance(size, bool):
-        raise TypeError(f"{name}: expected an integer, got {type(size).__name__}")
-    if size < 0:
-        raise ValueError(f"{name}: expected a size >= 0, got {size}")
-    return size
-
-
-def _check_device(name: str, x: Tensor, like_name: str, like: Tensor) -> None:
-    if x.device != like.device:
-        raise ValueError(f"{name}: expected a tensor on {like.device} as {like_name}, got one on {x.device}")
-
-
-def _examples(x: Tensor, name: str, example_ids: Tensor | None, num_examples: int | None) -> int:
-    """N; x is (N, ...), or (R, ...) with example_ids."""
-    if example_ids is None:
-        if num_examples is not None:
-            raise ValueError(f"num_examples: expected with example_ids only, {name}'s first dimension says it; got {num_examples}")
-        return x.shape[0]
-    _check_integers("example_ids", example_ids)
-    if example_ids.shape != x.shape[:1]:
-        raise ValueError(f"example_ids: expected shape ({x.shape[0]},), one for each row of {name}, got {tuple(example_ids.shape)}")
-    _check_device("example_ids", example_ids, name, x)
-    if num_examples is None:
-        raise ValueError("num_examples: expected the number of examples, as example_ids are given; got None")
-    return _check_size("num_examples", num_examples)
-
-
 def _check_positions(name: str, x: Tensor, example_ids: Tensor | None, num_examples: int | None, impl: str) -> int:
     check_tensor(name, x)
     if x.ndim != (3 if example_ids is None else 2):
         wanted = "a 3-D tensor (N, T, K)" if example_ids is None else "a 2-D tensor (R, K), as example_ids are given"
         raise ValueError(f"{name}: expected {wanted}, got shape {tuple(x.shape)}")
     impls_for(x.device, impl)
-    return _examples(x, name, example_ids, num_examples)
+    return check_examples(x, name, example_ids, num_examples)
 
 
 def _check_scale(
@@ -259,12 +224,12 @@ def _check_scale(
     check_tensor("b", b)
     if b.shape != x.shape:
         raise ValueError(f"b: expected shape {tuple(x.shape)} as x, got {tuple(b.shape)}")
-    _check_device("b", b, "x", x)
+    check_device("b", b, "x", x)
     for name, y in (("mean", mean), ("rstd", rstd)):
         if y is None:
             continue
         check_tensor(name, y)
         if y.shape not in (x.shape[:-1], (*x.shape[:-1], 1)):
             raise ValueError(f"{name}: expected shape {tuple(x.shape[:-1])} or with a 1 behind, got {tuple(y.shape)}")
-        _check_device(name, y, "x", x)
+        check_device(name, y, "x", x)
     return N

@@ -144,8 +144,8 @@ def embedding_backward(
     mix: Tensor | None,
     want: tuple[bool, bool],
 ) -> tuple[Tensor | None, Tensor | None]:
-    """db at a position is its pair's derivative s = c_grad + sign(g)(c_abs + c_l1_i) + 2 g (c_sq + c_sqn_i) + u c_dot_i
-    + |u| sign(g) c_absdot_i + Σ_m mix_im g_m; the direction's row gets Σ_i c_dot_i g_i + sign(u) Σ_i c_absdot_i |g_i|."""
+    """db at a position is its pair's derivative plus Σ_m mix_im g_m; the direction's row gets
+    Σ_i c_dot_i g_i + sign(u) Σ_i c_absdot_i |g_i|."""
     pairs = _pairs(ids, b, example_ids, num_examples, padding_idx)
     g, dtype = pairs.g, pairs.g.dtype
     u = None if direction is None else direction.index_select(0, pairs.rows).to(dtype)
@@ -155,21 +155,7 @@ def embedding_backward(
 
     db = du = None
     if want[0]:
-        s, sign = torch.zeros_like(g), g.sign()
-        if c.grad_sum is not None:
-            s += c.grad_sum[pairs.row]
-        if c.abs_sum is not None:
-            s += sign * c.abs_sum[pairs.row]
-        if c.sq_sum is not None:
-            s += 2 * g * c.sq_sum[pairs.row]
-        if c.l1 is not None:
-            s += sign * each(c.l1)
-        if c.sq_norm is not None:
-            s += 2 * g * each(c.sq_norm)
-        if c.dot is not None and u is not None:
-            s += each(c.dot) * u[pairs.row]
-        if c.abs_dot is not None and u is not None:
-            s += each(c.abs_dot) * sign * u.abs()[pairs.row]
+        s = c.at(lambda x: x[pairs.row]).derivative(g, None if u is None else u[pairs.row], each)
         if mix is not None:
             for slab, first, rows in _each_slab(pairs, num_examples):
                 mixed = (mix.to(dtype) @ _spread(pairs, slab, first, rows, num_examples)).view(num_examples, rows, g.shape[1])

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from zsl_kernels import backends, small_chunked
-from zsl_kernels.checks import check_ids
+from zsl_kernels.checks import check_range
 from zsl_kernels.ops import Grads, _autograd, _define, _empty, _refuse_second_derivative
 from zsl_kernels.types import Cotangents, EmbeddingSums, InterferenceSums, sum_dtype
 
@@ -53,32 +53,17 @@ def _dense_grad(ctx: Any, *cotangents: Tensor | None) -> Grads:
     c = Cotangents(*c_sums)
     dtype = sum_dtype(g.dtype)
     wide, wide_u = g.to(dtype), None if u is None else u.to(dtype)
-    sign = wide.sign()
 
     def each(x: Tensor) -> Tensor:
         return x.reshape(x.shape + (1,) * (g.ndim - 1))
 
     dg = du = None
     if ctx.needs_input_grad[0]:
-        terms = []
-        if c.grad_sum is not None:
-            terms.append(c.grad_sum.expand(g.shape))
-        if c.abs_sum is not None:
-            terms.append(sign * c.abs_sum)
-        if c.sq_sum is not None:
-            terms.append(2 * wide * c.sq_sum)
-        if c.l1 is not None:
-            terms.append(sign * each(c.l1))
-        if c.sq_norm is not None:
-            terms.append(2 * wide * each(c.sq_norm))
-        if wide_u is not None and c.dot is not None:
-            terms.append(each(c.dot) * wide_u)
-        if wide_u is not None and c.abs_dot is not None:
-            terms.append(each(c.abs_dot) * sign * wide_u.abs())
+        s = c.derivative(wide, wide_u, each)
         if ctx.gram and c_gram is not None:
             flat = wide.reshape(g.shape[0], math.prod(g.shape[1:]))
-            terms.append(((c_gram + c_gram.T) @ flat).view(g.shape))
-        dg = sum(terms[1:], terms[0]).to(g.dtype) if terms else None
+            s = s + ((c_gram + c_gram.T) @ flat).view(g.shape)
+        dg = s.to(g.dtype)
     if ctx.needs_input_grad[1] and wide_u is not None:
         terms = []
         if c.dot is not None:
@@ -112,7 +97,8 @@ def _embedding(
     gram: bool,
     impl: str,
 ) -> tuple[Tensor, ...]:
-    check_ids(ids, example_ids, num_examples, num_embeddings)
+    check_range("ids", ids, num_embeddings, negative=True)
+    check_range("example_ids", example_ids, num_examples)
     form = _form(b.device, impl)
     sums = form.embedding_interference(ids, b, example_ids, num_examples, padding_idx, direction, gram)
     rows, *sums = sums
@@ -120,38 +106,18 @@ def _embedding(
     return *(_empty(b, 0) if x is None else x for x in sums), rows
 
 
-def _embedding_fake(
-    ids: Tensor,
-    b: Tensor,
-    example_ids: Tensor | None,
-    num_examples: int,
-    num_embeddings: int,
-    padding_idx: int,
-    direction: Tensor | None,
-    gram: bool,
-    impl: str,
-) -> tuple[Tensor, ...]:
+def _embedding_fake(ids: Tensor, b: Tensor, example_ids: Tensor | None, num_examples: int, *rest: Any) -> tuple[Tensor, ...]:
+    *_, direction, gram, _ = rest
     U, N = torch.library.get_ctx().new_dynamic_size(), num_examples
     along = (0,) if direction is None else (N,)
     shapes = [(U, b.shape[2])] * 3 + [(N,)] * 2 + [along] * 2 + [(N, N) if gram else (0,)]
     return *(_empty(b, *shape) for shape in shapes), ids.new_empty(U)
 
 
-def embedding_interference(
-    ids: Tensor,
-    b: Tensor,
-    example_ids: Tensor | None,
-    num_examples: int,
-    num_embeddings: int,
-    padding_idx: int,
-    direction: Tensor | None,
-    gram: bool,
-    impl: str,
-) -> EmbeddingSums:
-    """The op with None for what was not asked for."""
-    *sums, rows = torch.ops.zsl.embedding_interference(
-        ids, b, example_ids, num_examples, num_embeddings, padding_idx, direction, gram, impl
-    )
+def embedding_interference(*arguments: Any) -> EmbeddingSums:
+    """The op, of its schema's arguments, with None for what was not asked for."""
+    *_, direction, gram, _ = arguments
+    *sums, rows = torch.ops.zsl.embedding_interference(*arguments)
     return EmbeddingSums(rows, *InterferenceSums(*sums).asked_for(direction, gram))
 
 
@@ -219,31 +185,17 @@ def _sum_like(x: Tensor | None, b: Tensor) -> Tensor:
 
 
 def _scale_bias(
-    x: Tensor | None,
-    b: Tensor,
-    mean: Tensor | None,
-    rstd: Tensor | None,
-    example_ids: Tensor | None,
-    num_examples: int,
-    bias: bool,
-    impl: str,
+    x: Tensor | None, b: Tensor, mean: Tensor | None, rstd: Tensor | None, example_ids: Tensor | None, num_examples: int, *rest: Any
 ) -> tuple[Tensor, Tensor]:
-    check_ids(None, example_ids, num_examples, 0)
+    bias, impl = rest
+    check_range("example_ids", example_ids, num_examples)
     scale, total = _form(b.device, impl).scale_bias_grad(x, b, mean, rstd, example_ids, num_examples, bias)
     like = _sum_like(x, b)
     return _empty(like, 0, 0) if scale is None else scale, _empty(like, 0, 0) if total is None else total
 
 
-def _scale_bias_fake(
-    x: Tensor | None,
-    b: Tensor,
-    mean: Tensor | None,
-    rstd: Tensor | None,
-    example_ids: Tensor | None,
-    num_examples: int,
-    bias: bool,
-    impl: str,
-) -> tuple[Tensor, Tensor]:
+def _scale_bias_fake(x: Tensor | None, b: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    *_, num_examples, bias, _ = rest
     like, size = _sum_like(x, b), (num_examples, b.shape[2])
     return _empty(like, *(size if x is not None else (0, 0))), _empty(like, *(size if bias else (0, 0)))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -61,6 +62,32 @@ class Cotangents(NamedTuple):
     sq_norm: Tensor | None = None
     dot: Tensor | None = None
     abs_dot: Tensor | None = None
+
+    def at(self, select: Callable[[Tensor], Tensor]) -> Cotangents:
+        """With those of the weight-shaped sums for some coordinates alone."""
+        grad_sum, abs_sum, sq_sum = (None if x is None else select(x) for x in self[:3])
+        return self._replace(grad_sum=grad_sum, abs_sum=abs_sum, sq_sum=sq_sum)
+
+    def derivative(self, g: Tensor, u: Tensor | None, each: Callable[[Tensor], Tensor]) -> Tensor:
+        """∂loss/∂g, of the shape of ``g``: c_grad + sign(g) (c_abs + c_l1_i) + 2 g (c_sq + c_sqn_i) + u c_dot_i
+        + |u| sign(g) c_absdot_i. The weight-shaped ones and the direction ``u`` broadcast against ``g``, and so does what ``each``
+        makes of an (N,)."""
+        s = torch.zeros_like(g)
+        if self.grad_sum is not None:
+            s += self.grad_sum
+        if self.abs_sum is not None:
+            s += g.sign() * self.abs_sum
+        if self.l1 is not None:
+            s += g.sign() * each(self.l1)
+        if self.sq_sum is not None:
+            s += 2 * g * self.sq_sum
+        if self.sq_norm is not None:
+            s += 2 * g * each(self.sq_norm)
+        if self.dot is not None and u is not None:
+            s += each(self.dot) * u
+        if self.abs_dot is not None and u is not None:
+            s += each(self.abs_dot) * g.sign() * u.abs()
+        return s
 
 
 class CoordinateSums(NamedTuple):

@@ -304,7 +304,7 @@ RAGGED = {
         (RAGGED, {"example_ids": torch.zeros(7, dtype=torch.int64)}, ValueError, ["example_ids:", "(6,)", "(7,)"]),
         (RAGGED, {"example_ids": torch.zeros(6)}, TypeError, ["example_ids:", "integers", "float32"]),
         (RAGGED, {"example_ids": [0] * 6}, TypeError, ["example_ids:", "Tensor", "list"]),
-        (RAGGED, {"example_ids": torch.full((6,), 3)}, IndexError, ["example_ids:", "num_examples - 1 (2)", "3"]),
+        (RAGGED, {"example_ids": torch.full((6,), 3)}, IndexError, ["example_ids:", "[0, 3)", "3"]),
         (RAGGED, {"example_ids": torch.full((6,), -1)}, IndexError, ["example_ids:", "-1"]),
     ],
     ids=lambda x: "-".join(x) if isinstance(x, list) else "",

@@ -234,14 +234,14 @@ ERRORS = [
     ((IDS.tolist(), E), TypeError, ["embedding: ids:", "Tensor", "list"]),
     ((IDS.float(), E), TypeError, ["embedding: ids:", "integers", "float32"]),
     ((IDS[:, :2], E), ValueError, ["embedding: ids:", "(2, 3)", "(2, 2)"]),
-    ((IDS + 6, E), ValueError, ["embedding: ids:", "[0, 6)", "6"]),
+    ((IDS + 6, E), IndexError, ["embedding: ids:", "[0, 6)", "6"]),
 ]
 RAGGED_ERRORS = [
     ((IDS[0], E[0]), TypeError, ["embedding:", "example ids (Q,)", "2 items"]),
     ((IDS, E, IDS), ValueError, ["embedding: e:", "(Q, 5)", "(2, 3, 5)"]),
     ((IDS[0], E[0], IDS), ValueError, ["embedding: example ids:", "(3,)", "(2, 3)"]),
-    ((IDS[0], E[0], IDS[0] + 2), ValueError, ["embedding: example ids:", "[0, 2)", "2"]),
-    ((IDS[0], E[0], IDS[0] - 1), ValueError, ["embedding: example ids:", "[0, 2)", "-1"]),
+    ((IDS[0], E[0], IDS[0] + 2), IndexError, ["embedding: example ids:", "[0, 2)", "2"]),
+    ((IDS[0], E[0], IDS[0] - 1), IndexError, ["embedding: example ids:", "[0, 2)", "-1"]),
     ((IDS[0], E[0], E[0, :, 0]), TypeError, ["embedding: example ids:", "integers", "float32"]),
 ]
 

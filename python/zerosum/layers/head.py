@@ -10,8 +10,7 @@ from torch import Tensor
 from zerosum.provenance import Layout, Uncovered
 from zerosum.tracking import Ref
 from zerosum.uses import Head, Sums
-from zsl_kernels.linear_cross_entropy import HeadSums, add_product, default_chunk, forward
-from zsl_kernels.types import sum_dtype
+from zsl_kernels.linear_cross_entropy import HeadSums, backward, check_operands, default_chunk, forward
 
 if TYPE_CHECKING:
     from zerosum.capture import Capture
@@ -19,6 +18,7 @@ if TYPE_CHECKING:
 
 def rule(capture: Capture, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
     h, weight, targets, ignore_index, statistics, chunk = _arguments(*args, **kwargs)
+    check_operands(h, weight, targets, ignore_index)
     ref = capture.ref(weight)
     if ref is None or capture.ref(h) is not None or statistics is not None:
         raise Uncovered("operands other than activations and a weight, or with statistics of its own")
@@ -79,23 +79,12 @@ class _Head(torch.autograd.Function):
             # One example for each row of (E, T, ·): positions are examples of one row.
             a, target, scale = rows(h), *(rows(x.unsqueeze(-1)).squeeze(-1) for x in (targets, c))
             use = Head(a, weight, target, rows(lse.unsqueeze(-1)).squeeze(-1), scale, ctx.ignore_index, ctx.chunk)
-            grad_h = a.new_zeros(a.flatten(0, 1).shape, dtype=sum_dtype(h.dtype)) if ctx.needs_input_grad[0] else None
             asked = ctx.ref.source.sole(ctx.pass_number, ctx.ref.piece) if ctx.capture.open else None
             sums = None if asked is None else HeadSums(a, weight.shape[0], asked.direction, asked.gram)
-            total = (
-                a.new_zeros(weight.shape, dtype=sum_dtype(h.dtype)) if not ctx.capture.open and ctx.needs_input_grad[1] else None
-            )
-            if grad_h is not None or sums is not None or total is not None:
-                for lo, hi, b in use.chunks():
-                    if grad_h is not None:
-                        add_product(b.flatten(0, 1), weight[lo:hi].to(h.dtype), grad_h)
-                    if sums is not None:
-                        sums.add(lo, hi, b)
-                    elif total is not None:
-                        total[lo:hi] = b.flatten(0, 1).mT @ a.flatten(0, 1)
+            plain = not ctx.capture.open and ctx.needs_input_grad[1]
+            grad_h, grad_weight = backward(a, weight, use.chunks(), ctx.needs_input_grad[0], plain, sums)
             if sums is not None:
                 use.sums = Sums(*sums.result())
             if ctx.capture.open:
                 ctx.ref.leave(ctx.pass_number, use)
-            grad_weight = None if total is None else total.to(weight.dtype)
-            return None if grad_h is None else grad_h.view(h.shape).to(h.dtype), grad_weight, *[None] * 7
+            return None if grad_h is None else grad_h.view(h.shape), grad_weight, *[None] * 7
