@@ -763,6 +763,11 @@ class Layout:
             return None
         return self.ids.repeat_interleave(x.shape[:-1].numel() // max(len(self.ids), 1))
 
+    def ragged(self, x: Tensor) -> dict[str, Any]:
+        """What tells an op of ``zsl_kernels`` whose the rows are, where they are ragged."""
+        ids = self.row_ids(x)
+        return {} if ids is None else {"example_ids": ids, "num_examples": self.examples}
+
     def per_example(self, g: Tensor, keep: int) -> Tensor:
         """(rows, …) → (E, …): summed over an example's parts; the first ``keep`` dimensions are rows."""
         if self.ids is not None:

@@ -111,6 +111,10 @@ class Ref:
     def tensor(self) -> Tensor:
         return self.source.view(self.piece)
 
+    def covered_by(self, how: str) -> None:
+        for t in self.source.parameters:
+            t.covered_by(how)
+
     def leave(self, pass_number: int, use: Use) -> None:
         """Leaves one use's part of the gradient; with create_graph autograd computes it, since it must stay differentiable."""
         (self.source.pull if torch.is_grad_enabled() else self.source.add)(pass_number, self.piece, use)
@@ -193,16 +197,15 @@ class Tracked(Source):
 
     def pull(self, pass_number: int, piece: Piece, use: Use) -> None:
         if pass_number not in self._replaced:
-            self._late.setdefault(pass_number, Uses(self.base)).add(piece, use)
+            self.pull_whole(pass_number, piece, use)
 
-    def replace(self) -> Callable[[int, Piece, Use], None]:
-        """Where what is run again has all of the pass's uses in it: takes no other's part. Returns what to leave it with."""
+    def replace(self) -> None:
+        """What is run again has all of the pass's uses in it: takes no other's part than :meth:`pull_whole`."""
         self._replaced.add(self.capture.pass_number)
 
-        def leave(pass_number: int, piece: Piece, use: Use) -> None:
-            self._late.setdefault(pass_number, Uses(self.base)).add(piece, use)
-
-        return leave
+    def pull_whole(self, pass_number: int, piece: Piece, use: Use) -> None:
+        """As :meth:`pull`, of all uses together."""
+        self._late.setdefault(pass_number, Uses(self.base)).add(piece, use)
 
     def _asked(self, pass_number: int) -> Asked:
         return Asked(self.capture.examples_of(pass_number), self.direction, self.gram, self.capture.scales(pass_number))

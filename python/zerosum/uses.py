@@ -162,8 +162,7 @@ class Own:
 
     def materialize(self, examples: int, dtype: torch.dtype) -> Tensor:
         g = self.g.new_zeros(examples, *self.g.shape, dtype=dtype)
-        for i in range(examples):
-            g[i, i] = self.g[i]
+        g.diagonal(dim1=0, dim2=1).copy_(self.g.movedim(0, -1))
         return g
 
     def scaled(self, by: Tensor) -> Own:

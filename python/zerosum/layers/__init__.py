@@ -3,7 +3,7 @@
 A rule gets the capture, the function and the call's arguments, of which at least one is a weight (or a view, or a function of
 weights alone) and at least one an activation. It returns the instrumented call's result, whose backward leaves with the weight
 what its per-example gradient is made of (see :mod:`zerosum.uses`), or raises :class:`~zerosum.provenance.Uncovered` before it has
-computed anything; then :mod:`~zerosum.layers.fallback` takes the call.
+computed anything; then :mod:`~zerosum.layers.fallback` takes the call. A :class:`~zerosum.layers.site.Site` holds what they share.
 """
 
 from __future__ import annotations

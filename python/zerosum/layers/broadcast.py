@@ -15,9 +15,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import zsl_kernels as zk
+from zerosum.layers.site import Site
 from zerosum.provenance import Layout, Uncovered, flatten
 from zerosum.tracking import Ref
-from zerosum.uses import Dense, Lookup, Own, Use
+from zerosum.uses import Dense, Lookup, Own, Piece, Use
 
 if TYPE_CHECKING:
     from zerosum.capture import Capture
@@ -64,10 +65,9 @@ def scale_rule(capture: Capture, func: Any, args: tuple[Any, ...], kwargs: dict[
 
 def scale(capture: Capture, x: Tensor, ref: Ref, how: str) -> Tensor:
     """``x * weight`` along the last dimension."""
-    layout = capture.provenance.layout(x, 1)
-    for t in ref.source.parameters:
-        t.covered_by(how)
-    return _Scale.apply(x, ref.tensor(), ref, layout, capture, capture.pass_number)
+    site = Site(capture, capture.pass_number, capture.provenance.layout(x, 1), (ref,))
+    ref.covered_by(how)
+    return _Scale.apply(x, ref.tensor(), site)
 
 
 def cat_rule(capture: Capture, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -106,8 +106,7 @@ def lift(capture: Capture, ref: Ref, weight: Tensor, like: Tensor, layout: Layou
         raise Uncovered("a weight whose first dimension would be the examples")
     if own:
         return lift_repeated(capture, ref, how)
-    for t in ref.source.parameters:
-        t.covered_by(how)
+    ref.covered_by(how)
     rest = tuple(shape[layout.lead :])
     if layout.lead == 2 and shape[1] != 1:  # one row for each position
         T = shape[1]
@@ -118,22 +117,22 @@ def lift(capture: Capture, ref: Ref, weight: Tensor, like: Tensor, layout: Layou
 
         if math.prod(rest) != math.prod(weight.shape) // T or len(rest) != 1:
             raise Uncovered("a weight with rows of several dimensions for the positions")
-        piece = type(ref.piece)((T, rest[0]), ref.piece.stride[-2:], ref.piece.offset)
-        return _Lift.apply(ref.tensor(), shape, (*lead, *rest), Ref(ref.source, piece), lookup, capture, capture.pass_number)
+        table = Ref(ref.source, Piece((T, rest[0]), ref.piece.stride[-2:], ref.piece.offset))
+        return _Lift.apply(ref.tensor(), shape, (*lead, *rest), lookup, Site(capture, capture.pass_number, layout, (table,)))
 
     def dense(grad: Tensor) -> Use:
         g = layout.per_example(grad, layout.lead)
         return Dense(g.reshape(g.shape[0], *weight.shape))
 
-    return _Lift.apply(ref.tensor(), shape, (*lead, *rest), ref, dense, capture, capture.pass_number)
+    return _Lift.apply(ref.tensor(), shape, (*lead, *rest), dense, Site(capture, capture.pass_number, layout, (ref,)))
 
 
 def lift_repeated(capture: Capture, ref: Ref, how: str) -> Tensor:
     """A weight that was expanded over the examples, as a tensor of theirs."""
-    for t in ref.source.parameters:
-        t.covered_by(how)
+    ref.covered_by(how)
     shape = ref.piece.size
-    return _Lift.apply(ref.tensor(), shape, shape, ref, Own, capture, capture.pass_number)
+    site = Site(capture, capture.pass_number, Layout(shape[0], 1), (ref,))
+    return _Lift.apply(ref.tensor(), shape, shape, Own, site)
 
 
 class _Lift(torch.autograd.Function):
@@ -141,31 +140,22 @@ class _Lift(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
-        weight: Tensor,
-        shape: tuple[int, ...],
-        expanded: tuple[int, ...],
-        ref: Ref,
-        use: Callable[[Tensor], Use],
-        capture: Capture,
-        pass_number: int,
+        ctx: Any, weight: Tensor, shape: tuple[int, ...], expanded: tuple[int, ...], use: Callable[[Tensor], Use], site: Site
     ) -> Tensor:
-        ctx.ref, ctx.use, ctx.capture, ctx.pass_number, ctx.shape = ref, use, capture, pass_number, weight.shape
+        ctx.use, ctx.site, ctx.shape = use, site, weight.shape
         return weight.detach().reshape(shape).expand(expanded)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         with torch._C.DisableTorchFunction():
-            if ctx.capture.open:
-                ctx.ref.leave(ctx.pass_number, ctx.use(grad.detach()))
-            plain = grad.sum_to_size(ctx.shape) if not ctx.capture.open or torch.is_grad_enabled() else None
-            return plain, *[None] * 6
+            ctx.site.leave(lambda: ctx.use(grad.detach()))
+            return grad.sum_to_size(ctx.shape) if ctx.site.plain() else None, *[None] * 4
 
 
 class _Scale(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, ref: Ref, layout: Layout, capture: Capture, pass_number: int) -> Tensor:
-        ctx.ref, ctx.layout, ctx.capture, ctx.pass_number = ref, layout, capture, pass_number
+    def forward(ctx: Any, x: Tensor, weight: Tensor, site: Site) -> Tensor:
+        ctx.site = site
         ctx.save_for_backward(x, weight)
         return x * weight
 
@@ -173,26 +163,17 @@ class _Scale(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         with torch._C.DisableTorchFunction():
+            ctx.site.leave(lambda: Dense(scale_gradients(ctx.site.layout, x.detach(), grad.detach())))
             grad_x = (grad * weight).to(x.dtype) if ctx.needs_input_grad[0] else None
-            grad_weight = None
-            if ctx.capture.open:
-                ctx.ref.leave(ctx.pass_number, Dense(scale_gradients(ctx.layout, x.detach(), grad.detach())))
-            if not ctx.capture.open or torch.is_grad_enabled():
-                grad_weight = (grad * x).flatten(0, -2).sum(0).to(weight.dtype)
-            return grad_x, grad_weight, *[None] * 4
+            grad_weight = (grad * x).flatten(0, -2).sum(0).to(weight.dtype) if ctx.site.plain() else None
+            return grad_x, grad_weight, None
 
 
 def scale_gradients(layout: Layout, x: Tensor, grad: Tensor) -> Tensor:
     """(E, K): each example's gradient of a vector that scales every row of ``x``."""
-    ids = layout.row_ids(grad)
-    if ids is not None:
-        return zk.scale_grad(layout.rows(x), layout.rows(grad), example_ids=ids, num_examples=layout.examples)
-    return zk.scale_grad(layout.rows(x), layout.rows(grad))
+    return zk.scale_grad(layout.rows(x), layout.rows(grad), **layout.ragged(grad))
 
 
 def bias_gradients(layout: Layout, grad: Tensor) -> Tensor:
     """(E, O): each example's gradient of a vector that is added to every row."""
-    ids = layout.row_ids(grad)
-    if ids is not None:
-        return zk.bias_grad(layout.rows(grad), example_ids=ids, num_examples=layout.examples)
-    return zk.bias_grad(layout.rows(grad))
+    return zk.bias_grad(layout.rows(grad), **layout.ragged(grad))

@@ -12,7 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from zerosum.provenance import Layout, Uncovered
+from zerosum.layers.site import Site
+from zerosum.provenance import Uncovered
 from zerosum.tracking import Ref
 from zerosum.uses import Lookup, Piece
 
@@ -37,10 +38,8 @@ def rule(capture: Capture, func: Any, args: tuple[Any, ...], kwargs: dict[str, A
     ref = capture.ref(weight)
     if ref is None or not plain(args, kwargs):
         raise Uncovered("max_norm, scale_grad_by_freq or sparse gradients")
-    layout = capture.provenance.layout(ids, 0)
-    for t in ref.source.parameters:
-        t.covered_by("embedding")
-    return _Embedding.apply(ref.tensor(), ids, rows(*args, **kwargs), ref, layout, capture, capture.pass_number)
+    site, tensors = Site.of(capture, capture.provenance.layout(ids, 0), "embedding", weight)
+    return _Embedding.apply(*tensors, ids, rows(*args, **kwargs), site)
 
 
 def getitem_rule(capture: Capture, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
@@ -54,11 +53,10 @@ def getitem_rule(capture: Capture, func: Any, args: tuple[Any, ...], kwargs: dic
     if Piece(size[1:], stride[1:], 0) != Piece.of(torch.empty(size[1:], device="meta")):
         raise Uncovered("a weight whose entries are not contiguous")
     layout = capture.provenance.layout(ids, 0)
-    for t in ref.source.parameters:
-        t.covered_by("index")
+    ref.covered_by("index")
     flat = Ref(ref.source, Piece((size[0], entry), (stride[0], 1), offset))
     at = torch.where(ids < 0, ids + size[0], ids)
-    y = _Embedding.apply(flat.tensor(), at, at, flat, layout, capture, capture.pass_number)
+    y = _Embedding.apply(flat.tensor(), at, at, Site(capture, capture.pass_number, layout, (flat,)))
     return y.view(*ids.shape, *size[1:])
 
 
@@ -77,11 +75,8 @@ def _arguments(
 
 class _Embedding(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, weight: Tensor, ids: Tensor, rows: Tensor, ref: Ref, layout: Layout, capture: Capture, pass_number: int
-    ) -> Tensor:
-        ctx.ref, ctx.layout, ctx.capture, ctx.pass_number = ref, layout, capture, pass_number
-        ctx.num_rows, ctx.dtype = weight.shape[0], weight.dtype
+    def forward(ctx: Any, weight: Tensor, ids: Tensor, rows: Tensor, site: Site) -> Tensor:
+        ctx.site, ctx.num_rows, ctx.dtype = site, weight.shape[0], weight.dtype
         ctx.save_for_backward(rows)
         return F.embedding(ids, weight)
 
@@ -89,13 +84,11 @@ class _Embedding(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         (ids,) = ctx.saved_tensors
         with torch._C.DisableTorchFunction():
-            e = ctx.layout.rows(grad)
-            at = ctx.layout.rows(ids.unsqueeze(-1)).squeeze(-1)
-            row_ids = ctx.layout.row_ids(ids.unsqueeze(-1))
-            if ctx.capture.open:
-                ctx.ref.leave(ctx.pass_number, Lookup(at, e.detach(), ctx.num_rows, row_ids))
-            if not ctx.capture.open or torch.is_grad_enabled():
-                padded = torch.where(ids < 0, ctx.num_rows, ids)
-                total = grad.new_zeros(ctx.num_rows + 1, grad.shape[-1]).index_add(0, padded.flatten(), grad.flatten(0, -2))
-                return total[:-1].to(ctx.dtype), *[None] * 6
-            return (None,) * 7
+            layout, at = ctx.site.layout, ids.unsqueeze(-1)
+            e = layout.rows(grad.detach())
+            ctx.site.leave(lambda: Lookup(layout.rows(at).squeeze(-1), e, ctx.num_rows, layout.row_ids(at)))
+            if not ctx.site.plain():
+                return (None,) * 4
+            padded = torch.where(ids < 0, ctx.num_rows, ids)
+            total = grad.new_zeros(ctx.num_rows + 1, grad.shape[-1]).index_add(0, padded.flatten(), grad.flatten(0, -2))
+            return total[:-1].to(ctx.dtype), None, None, None

@@ -77,9 +77,9 @@ def call(capture: Capture, func: Any, args: tuple[Any, ...], kwargs: dict[str, A
             for t in ref.source.parameters:
                 capture.modules.uncovered(t, f"{reason}, and cannot be run again for each example: {problem}")
         return result
-    for source in sources:
-        for t in source.parameters:
-            t.covered_by(f"{name}, run again for each example")
+    for ref in refs:
+        ref.covered_by(f"{name}, run again for each example")
+        for t in ref.source.parameters:
             t.defer()
     return tapped
 
@@ -179,7 +179,7 @@ class Modules:
                     x.clear()
                     x.extend(before) if isinstance(x, list) else x.update(before)
 
-        pulls = [t.replace() if whole else t.pull for t in found.values()]
+        pulls = [t.pull_whole if whole else t.pull for t in found.values()]
         again = _Again(capture, run, [t.parameter for t in found.values()], pulls, list(found.values()))
         with torch._C.DisableTorchFunction():
             random = torch.get_rng_state()
@@ -192,6 +192,8 @@ class Modules:
         for t in found.values():
             t.covered_by(f"{type(module).__name__}, run again for each example")
             t.defer()
+            if whole:
+                t.replace()
             t.seen = True
             self._uncovered.pop(id(t), None)
         return tapped

@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from zerosum.provenance import Layout, Uncovered
+from zerosum.layers.site import Site
+from zerosum.provenance import Uncovered
 from zerosum.tracking import Ref
 from zerosum.uses import Piece, Product
 
@@ -23,10 +24,8 @@ def rule(capture: Capture, func: Any, args: tuple[Any, ...], kwargs: dict[str, A
     ref = capture.ref(weight)
     if ref is None or capture.ref(x) is not None or x.ndim != 2 or weight.ndim != 3 or offs is None or rest:
         raise Uncovered("operands other than rows, experts' matrices and offsets")
-    layout = capture.provenance.layout(x, 1)
-    for t in ref.source.parameters:
-        t.covered_by("grouped_mm")
-    return _Grouped.apply(x, ref.tensor(), offs, func, ref, layout, capture, capture.pass_number)
+    site, tensors = Site.of(capture, capture.provenance.layout(x, 1), "grouped_mm", weight)
+    return _Grouped.apply(x, *tensors, offs, func, site)
 
 
 def _arguments(
@@ -42,10 +41,8 @@ def _arguments(
 
 class _Grouped(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, weight: Tensor, offs: Tensor, func: Any, ref: Ref, layout: Layout, capture: Capture, pass_number: int
-    ) -> Tensor:
-        ctx.ref, ctx.layout, ctx.capture, ctx.pass_number = ref, layout, capture, pass_number
+    def forward(ctx: Any, x: Tensor, weight: Tensor, offs: Tensor, func: Any, site: Site) -> Tensor:
+        ctx.site = site
         ctx.save_for_backward(x, weight, offs)
         return func(x, weight, offs=offs)
 
@@ -53,24 +50,22 @@ class _Grouped(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, offs = ctx.saved_tensors
         with torch._C.DisableTorchFunction():
-            ids = ctx.layout.row_ids(x)
+            site, ids = ctx.site, ctx.site.layout.row_ids(x)
             if ids is None:
-                ids = torch.arange(ctx.layout.examples, device=x.device).repeat_interleave(len(x) // max(ctx.layout.examples, 1))
-            plain = not ctx.capture.open or torch.is_grad_enabled()
-            grad_x = torch.zeros_like(x)
-            grads = []
-            start = 0
-            _, K, O = weight.shape
-            E, s, r = ctx.ref.piece.stride
-            for e, end in enumerate(offs.tolist()):
+                E = max(site.layout.examples, 1)
+                ids = torch.arange(site.layout.examples, device=x.device).repeat_interleave(len(x) // E)
+            ref, plain = site.ref(), site.plain()
+            grad_x, grads, start = torch.zeros_like(x), [], 0
+            for expert, end in enumerate(offs.tolist()):
                 mine = slice(start, end)
                 if end > start:
-                    grad_x[mine] = grad[mine] @ weight[e].mT
-                    if ctx.capture.open:
-                        piece = Piece((K, O), (s, r), ctx.ref.piece.offset + e * E)
+                    grad_x[mine] = grad[mine] @ weight[expert].mT
+                    if ref is not None:
+                        size, stride, offset = ref.piece
+                        piece = Piece(size[1:], stride[1:], offset + expert * stride[0])
                         use = Product(x[mine].detach(), grad[mine].detach(), ids[mine])
-                        Ref(ctx.ref.source, piece).leave(ctx.pass_number, use)
+                        Ref(ref.source, piece).leave(site.pass_number, use)
                 if plain:
                     grads.append(x[mine].mT @ grad[mine])
                 start = max(start, end)
-            return grad_x, torch.stack(grads) if plain else None, *[None] * 6
+            return grad_x, torch.stack(grads) if plain else None, None, None, None

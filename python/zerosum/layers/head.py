@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from zerosum.provenance import Layout, Uncovered
-from zerosum.tracking import Ref
+from zerosum.layers.site import Site
+from zerosum.provenance import Uncovered
 from zerosum.uses import Head, Sums
 from zsl_kernels.linear_cross_entropy import HeadSums, backward, check_operands, default_chunk, forward
 
@@ -25,13 +25,12 @@ def rule(capture: Capture, func: Any, args: tuple[Any, ...], kwargs: dict[str, A
     layout = capture.provenance.layout(h, 1)
     if layout.ids is not None or h.ndim != 3:
         raise Uncovered("rows that are not (N, T, ·)")
-    for t in ref.source.parameters:
-        t.covered_by("linear_cross_entropy")
+    site, tensors = Site.of(capture, layout, "linear_cross_entropy", weight)
     device = h.device.type
     if torch.is_autocast_enabled(device):
         h = h.to(torch.get_autocast_dtype(device))
     chunk = chunk or default_chunk(h.shape[0] * h.shape[1], weight.shape[0], h.dtype)
-    return _Head.apply(h, ref.tensor(), targets, ignore_index, chunk, ref, layout, capture, capture.pass_number)
+    return _Head.apply(h, *tensors, targets, ignore_index, chunk, site)
 
 
 def _arguments(
@@ -50,20 +49,8 @@ def _arguments(
 
 class _Head(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any,
-        h: Tensor,
-        weight: Tensor,
-        targets: Tensor,
-        ignore_index: int,
-        chunk: int,
-        ref: Ref,
-        layout: Layout,
-        capture: Capture,
-        pass_number: int,
-    ) -> Tensor:
-        ctx.ref, ctx.layout, ctx.capture, ctx.pass_number = ref, layout, capture, pass_number
-        ctx.ignore_index, ctx.chunk = ignore_index, chunk
+    def forward(ctx: Any, h: Tensor, weight: Tensor, targets: Tensor, ignore_index: int, chunk: int, site: Site) -> Tensor:
+        ctx.site, ctx.ignore_index, ctx.chunk = site, ignore_index, chunk
         with torch.autocast(h.device.type, enabled=False):
             losses, lse = forward(h, weight, targets, ignore_index, chunk)
         ctx.save_for_backward(h, weight, targets, lse)
@@ -75,16 +62,17 @@ class _Head(torch.autograd.Function):
             raise NotImplementedError("linear_cross_entropy: it can be differentiated once; expected create_graph=False")
         h, weight, targets, lse = ctx.saved_tensors
         with torch._C.DisableTorchFunction():
-            rows = ctx.layout.rows
+            site, rows = ctx.site, ctx.site.layout.rows
             # One example for each row of (E, T, ·): positions are examples of one row.
-            a, target, scale = rows(h), *(rows(x.unsqueeze(-1)).squeeze(-1) for x in (targets, c))
-            use = Head(a, weight, target, rows(lse.unsqueeze(-1)).squeeze(-1), scale, ctx.ignore_index, ctx.chunk)
-            asked = ctx.ref.source.sole(ctx.pass_number, ctx.ref.piece) if ctx.capture.open else None
+            a = rows(h)
+            target, log_total, scale = (rows(x.unsqueeze(-1)).squeeze(-1) for x in (targets, lse, c))
+            use = Head(a, weight, target, log_total, scale, ctx.ignore_index, ctx.chunk)
+            ref = site.ref()
+            asked = None if ref is None else ref.source.sole(site.pass_number, ref.piece)
             sums = None if asked is None else HeadSums(a, weight.shape[0], asked.direction, asked.gram)
-            plain = not ctx.capture.open and ctx.needs_input_grad[1]
-            grad_h, grad_weight = backward(a, weight, use.chunks(), ctx.needs_input_grad[0], plain, sums)
+            wants_h, wants_weight = ctx.needs_input_grad[:2]
+            grad_h, grad_weight = backward(a, weight, use.chunks(), wants_h, wants_weight and site.plain(), sums)
             if sums is not None:
                 use.sums = Sums(*sums.result())
-            if ctx.capture.open:
-                ctx.ref.leave(ctx.pass_number, use)
-            return None if grad_h is None else grad_h.view(h.shape), grad_weight, *[None] * 7
+            site.leave(lambda: use)
+            return None if grad_h is None else grad_h.view(h.shape), grad_weight, *[None] * 4

@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from zerosum.layers.broadcast import bias_gradients
-from zerosum.provenance import Layout, Uncovered
-from zerosum.tracking import Ref
+from zerosum.layers.site import Site
+from zerosum.provenance import Uncovered
 from zerosum.uses import Dense, Product
 
 if TYPE_CHECKING:
@@ -43,17 +43,13 @@ def _apply(capture: Capture, x: Tensor, weight: Tensor, bias: Tensor | None, how
     if (ref := capture.ref(weight)) is not None and ref.piece.repeats:
         raise Uncovered("a weight that repeats its entries")
     layout = capture.provenance.layout(x, 1)
-    refs = [capture.ref(weight), None if bias is None else capture.ref(bias)]
-    for ref, covers in zip(refs, (how, f"{how} bias"), strict=True):
-        for t in ref.source.parameters if ref is not None else ():
-            t.covered_by(covers)
-    tensors = [tensor if ref is None else ref.tensor() for ref, tensor in zip(refs, (weight, bias), strict=True)]
+    site, tensors = Site.of(capture, layout, how, weight, bias)
     if torch.is_autocast_enabled(x.device.type):
         # Outside of the function: what is kept for the backward pass is then of the lower precision, as it is without a probe.
         dtype = torch.get_autocast_dtype(x.device.type)
         x = x if x.dtype == torch.float64 else x.to(dtype)
         tensors = [y if y is None or y.dtype == torch.float64 else y.to(dtype) for y in tensors]
-    return _Linear.apply(x, *tensors, refs[0], refs[1], layout, capture, capture.pass_number)
+    return _Linear.apply(x, *tensors, site)
 
 
 def _linear_arguments(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -75,18 +71,8 @@ class _Linear(torch.autograd.Function):
     """F.linear whose backward leaves the weight's and the bias's parts of the gradient with them."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        weight_ref: Ref | None,
-        bias_ref: Ref | None,
-        layout: Layout,
-        capture: Capture,
-        pass_number: int,
-    ) -> Tensor:
-        ctx.refs, ctx.layout, ctx.capture, ctx.pass_number = (weight_ref, bias_ref), layout, capture, pass_number
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, site: Site) -> Tensor:
+        ctx.site = site
         ctx.save_for_backward(x, weight)
         y = F.linear(x, weight, bias)
         # A view cannot be modified in place after a custom function, and the product of more than two dimensions is one.
@@ -97,20 +83,17 @@ class _Linear(torch.autograd.Function):
         # (With torch functions on: a checkpoint computes the saved tensors again here, and the mode must see it.)
         x, weight = ctx.saved_tensors
         with torch._C.DisableTorchFunction():
-            weight_ref, bias_ref = ctx.refs if ctx.capture.open else (None, None)
+            site, layout = ctx.site, ctx.site.layout
             needs_x, needs_weight, needs_bias = ctx.needs_input_grad[:3]
             grad_x = (grad @ weight.to(grad.dtype)).to(x.dtype) if needs_x else None
             grad_weight = grad_bias = None
-            rows = ctx.layout.rows
             if needs_weight:
-                if weight_ref is not None:
-                    a, b = rows(x.detach().to(grad.dtype)), rows(grad.detach())
-                    weight_ref.leave(ctx.pass_number, Product(b, a, ctx.layout.row_ids(x)))
-                if weight_ref is None or torch.is_grad_enabled():
-                    grad_weight = (grad.reshape(-1, grad.shape[-1]).mT @ x.to(grad.dtype).reshape(-1, x.shape[-1])).to(weight.dtype)
+                a, b = x.to(grad.dtype), grad
+                site.leave(lambda: Product(layout.rows(b.detach()), layout.rows(a.detach()), layout.row_ids(a)))
+                if site.plain():
+                    grad_weight = (b.reshape(-1, b.shape[-1]).mT @ a.reshape(-1, a.shape[-1])).to(weight.dtype)
             if needs_bias:
-                if bias_ref is not None:
-                    bias_ref.leave(ctx.pass_number, Dense(bias_gradients(ctx.layout, grad.detach())))
-                if bias_ref is None or torch.is_grad_enabled():
+                site.leave(lambda: Dense(bias_gradients(layout, grad.detach())), 1)
+                if site.plain(1):
                     grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0)
-            return grad_x, grad_weight, grad_bias, *[None] * 5
+            return grad_x, grad_weight, grad_bias, None

@@ -12,7 +12,8 @@ from torch import Tensor
 
 import zsl_kernels as zk
 from zerosum.layers.broadcast import bias_gradients, scale_gradients
-from zerosum.provenance import Layout, Uncovered
+from zerosum.layers.site import Site
+from zerosum.provenance import Uncovered
 from zerosum.tracking import Ref
 from zerosum.uses import Dense
 
@@ -25,9 +26,8 @@ def layer_norm_rule(capture: Capture, func: Any, args: tuple[Any, ...], kwargs: 
     if len(shape) != 1 or torch.is_autocast_enabled(x.device.type):
         call = _Call(lambda x, weight, bias: F.layer_norm(x, shape, weight, bias, eps), len(shape), False)
         return _normalize(capture, call, x, weight, bias, "layer_norm")
-    layout, refs = _prepare(capture, x, 1, weight, bias, "layer_norm")
-    weight, bias = (p if ref is None else ref.tensor() for p, ref in zip((weight, bias), refs, strict=True))
-    return _LayerNorm.apply(x, weight, bias, list(shape), eps, *refs, layout, capture, capture.pass_number)
+    site, tensors = _site(capture, x, 1, weight, bias, "layer_norm")
+    return _LayerNorm.apply(x, *tensors, list(shape), eps, site)
 
 
 def rms_norm_rule(capture: Capture, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
@@ -63,28 +63,32 @@ class _Call:
         """With the weight's entries in one last dimension."""
         return y.movedim(1, -1) if self.channels else y.flatten(-self.ndim)
 
+    def use(self, g: Tensor, ref: Ref | None) -> Dense:
+        """Each example's gradient (E, entries) of the weight."""
+        assert ref is not None
+        return Dense(g.view(-1, *ref.piece.size))
+
+    def weight_shaped(self, rows: Tensor, y: Tensor) -> Tensor:
+        """The sum of rows, in the weight's shape."""
+        total = rows.reshape(-1, rows.shape[-1]).sum(0)
+        return total if self.channels else total.view(y.shape[y.ndim - self.ndim :])
+
     def per_row(self, p: Tensor, y: Tensor) -> Tensor:
         """The weight, to be broadcast against ``y``."""
         return p.view(-1, *[1] * (y.ndim - 2)) if self.channels else p
 
 
-def _prepare(
+def _site(
     capture: Capture, x: Tensor, features: int, weight: Tensor | None, bias: Tensor | None, how: str
-) -> tuple[Layout, list[Ref | None]]:
+) -> tuple[Site, list[Tensor | None]]:
     if capture.ref(x) is not None:
         raise Uncovered("an input that is a weight")
-    layout = capture.provenance.layout(x, features)
-    refs = [None if p is None else capture.ref(p) for p in (weight, bias)]
-    for ref, covers in zip(refs, (how, f"{how} bias"), strict=True):
-        for t in ref.source.parameters if ref is not None else ():
-            t.covered_by(covers)
-    return layout, refs
+    return Site.of(capture, capture.provenance.layout(x, features), how, weight, bias)
 
 
 def _normalize(capture: Capture, call: _Call, x: Tensor, weight: Tensor | None, bias: Tensor | None, how: str) -> Tensor:
-    layout, refs = _prepare(capture, x, call.ndim, weight, bias, how)
-    weight, bias = (p if ref is None else ref.tensor() for p, ref in zip((weight, bias), refs, strict=True))
-    return _Normalize.apply(x, weight, bias, call, refs[0], refs[1], layout, capture, capture.pass_number)
+    site, tensors = _site(capture, x, call.ndim, weight, bias, how)
+    return _Normalize.apply(x, *tensors, call, site)
 
 
 def _layer_norm_arguments(
@@ -110,67 +114,41 @@ class _Normalize(torch.autograd.Function):
     """Any normalization. Its backward normalizes again, without weight and bias, and differentiates that."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        weight: Tensor | None,
-        bias: Tensor | None,
-        call: _Call,
-        weight_ref: Ref | None,
-        bias_ref: Ref | None,
-        layout: Layout,
-        capture: Capture,
-        pass_number: int,
-    ) -> Tensor:
-        ctx.refs, ctx.layout, ctx.capture, ctx.pass_number, ctx.call = (weight_ref, bias_ref), layout, capture, pass_number, call
+    def forward(ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, call: _Call, site: Site) -> Tensor:
+        ctx.site, ctx.call = site, call
         ctx.save_for_backward(x, weight)
         return call.function(x, weight, bias)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
-        call, layout = ctx.call, ctx.layout
-        refs = ctx.refs if ctx.capture.open else (None, None)
+        call, site, layout = ctx.call, ctx.site, ctx.site.layout
         grads: list[Tensor | None] = [None] * 3
         with torch._C.DisableTorchFunction():
             differentiable = torch.is_grad_enabled()
             with torch.enable_grad():
                 x = x if differentiable else x.detach().requires_grad_()
                 y = call.function(x, None, None)
+            b = call.rows(grad)
             if ctx.needs_input_grad[0]:
-                b = grad if weight is None else grad * call.per_row(weight, grad)
-                (grads[0],) = torch.autograd.grad(y, x, b.to(y.dtype), create_graph=differentiable)
-            for k, factor in ((1, y if differentiable else y.detach()), (2, None)):
-                if not ctx.needs_input_grad[k]:
-                    continue
-                ref, b = refs[k - 1], call.rows(grad)
-                if ref is not None:
-                    rows = None if factor is None else call.rows(factor).detach()
-                    g = bias_gradients(layout, b.detach()) if rows is None else scale_gradients(layout, rows, b.detach())
-                    ref.leave(ctx.pass_number, Dense(g.view(-1, *ref.piece.size)))
-                if ref is None or differentiable:
-                    p = b if factor is None else b * call.rows(factor)
-                    plain = p.reshape(-1, p.shape[-1]).sum(0)
-                    grads[k] = plain if call.channels else plain.view(grad.shape[grad.ndim - call.ndim :])
-        return *grads, *[None] * 6
+                through = grad if weight is None else grad * call.per_row(weight, grad)
+                (grads[0],) = torch.autograd.grad(y, x, through.to(y.dtype), create_graph=differentiable)
+            if ctx.needs_input_grad[1]:
+                normed = call.rows(y if differentiable else y.detach())
+                site.leave(lambda: call.use(scale_gradients(layout, normed.detach(), b.detach()), site.refs[0]))
+                grads[1] = call.weight_shaped(b * normed, grad) if site.plain() else None
+            if ctx.needs_input_grad[2]:
+                site.leave(lambda: call.use(bias_gradients(layout, b.detach()), site.refs[1]), 1)
+                grads[2] = call.weight_shaped(b, grad) if site.plain(1) else None
+        return *grads, None, None
 
 
 class _LayerNorm(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any,
-        x: Tensor,
-        weight: Tensor | None,
-        bias: Tensor | None,
-        shape: list[int],
-        eps: float,
-        weight_ref: Ref | None,
-        bias_ref: Ref | None,
-        layout: Layout,
-        capture: Capture,
-        pass_number: int,
+        ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, shape: list[int], eps: float, site: Site
     ) -> Tensor:
-        ctx.refs, ctx.layout, ctx.capture, ctx.pass_number, ctx.shape = (weight_ref, bias_ref), layout, capture, pass_number, shape
+        ctx.site, ctx.shape = site, shape
         y, mean, rstd = torch.native_layer_norm(x, shape, weight, bias, eps)
         ctx.save_for_backward(x, weight, bias, mean, rstd)
         return y
@@ -179,29 +157,19 @@ class _LayerNorm(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, bias, mean, rstd = ctx.saved_tensors
         with torch._C.DisableTorchFunction():
-            refs = ctx.refs if ctx.capture.open else (None, None)
-            needs = list(ctx.needs_input_grad[:3])
-            plain = [
-                needs[0],
-                *(need and (ref is None or torch.is_grad_enabled()) for need, ref in zip(needs[1:], refs, strict=True)),
-            ]
+            site, layout = ctx.site, ctx.site.layout
+            needs = ctx.needs_input_grad[:3]
+            plain = [needs[0], needs[1] and site.plain(), needs[2] and site.plain(1)]
             grads = torch.ops.aten.native_layer_norm_backward(grad, x, ctx.shape, mean, rstd, weight, bias, plain)
-            b = grad.detach()
-            stats = (mean, rstd)
-            if needs[1] and refs[0] is not None and needs[2] and refs[1] is not None:
-                scale, shift = _gradients(zk.scale_bias_grad, ctx.layout, x.detach(), b, *stats)
-                refs[0].leave(ctx.pass_number, Dense(scale))
-                refs[1].leave(ctx.pass_number, Dense(shift))
-            elif needs[1] and refs[0] is not None:
-                refs[0].leave(ctx.pass_number, Dense(_gradients(zk.scale_grad, ctx.layout, x.detach(), b, *stats)))
-            elif needs[2] and refs[1] is not None:
-                refs[1].leave(ctx.pass_number, Dense(bias_gradients(ctx.layout, b)))
-            return *(g if p else None for g, p in zip(grads, plain, strict=True)), *[None] * 7
-
-
-def _gradients(function: Any, layout: Layout, x: Tensor, b: Tensor, mean: Tensor, rstd: Tensor) -> Any:
-    ids = layout.row_ids(b)
-    ragged = {} if ids is None else {"example_ids": ids, "num_examples": layout.examples}
-    rows = [layout.rows(y) for y in (x, b, mean, rstd)]
-    mean, rstd = (y.squeeze(-1) for y in rows[2:])
-    return function(rows[0], rows[1], mean=mean, rstd=rstd, **ragged)
+            b = layout.rows(grad.detach())
+            if needs[1] and site.ref() is not None:
+                # One pass for both; a bias that is not wanted costs nothing to speak of.
+                moments = (layout.rows(y).squeeze(-1) for y in (mean, rstd))
+                operands = dict(zip(("mean", "rstd"), moments, strict=True)) | layout.ragged(grad)
+                scale, shift = zk.scale_bias_grad(layout.rows(x.detach()), b, **operands)
+                site.leave(lambda: Dense(scale))
+            elif needs[2] and site.ref(1) is not None:
+                shift = bias_gradients(layout, grad.detach())
+            if needs[2]:
+                site.leave(lambda: Dense(shift), 1)
+            return *(g if p else None for g, p in zip(grads, plain, strict=True)), None, None, None
