@@ -325,7 +325,7 @@ class Expected:
     budget: float  # in units of eps × scale
 
 
-def sums_of(g: Tensor, direction: Tensor | None) -> Results:
+def sums_of(g: Tensor, direction: Tensor | None = None) -> Results:
     """Every field of the sums of gradients (N, *shape) that are held, by its definition."""
     flat = g.reshape(g.shape[0], math.prod(g.shape[1:]))
     found = {

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, is_dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -161,6 +161,33 @@ _ALONG: dict[str, tuple[int, int | None]] = {
 }
 
 
+class Call(NamedTuple):
+    """One call of a function, as notes are made of it."""
+
+    func: Callable[..., Any]
+    name: str
+    given: tuple[Any, ...]  # its positional arguments
+    args: tuple[Any, ...]  # these, and operands that came by keyword, in the order in which the function has them
+    kwargs: dict[str, Any]
+    data: Data  # the operands that are neither weights nor constants, with their notes
+    result: Any
+
+    def along(self, x: Tensor) -> set[int | None]:
+        """The dimensions of ``x`` that the function works along; all of them where it does not say."""
+        place, default = _ALONG[self.name]
+        dim = self.args[place] if len(self.args) > place else default
+        if self.name == "flip" and len(self.args) > 2:
+            dim = self.args[1:]
+        dim = next((self.kwargs[key] for key in ("dim", "dims", "axis") if key in self.kwargs), dim)
+        dims = dim if isinstance(dim, (tuple, list)) else (dim,)
+        if any(not isinstance(d, int) or isinstance(d, bool) for d in dims):
+            return set(range(max(x.ndim, 1)))
+        return {d % max(x.ndim, 1) for d in dims}
+
+    def along_first(self, x: Tensor) -> bool:
+        return 0 in self.along(x)
+
+
 class Provenance:
     """Notes on the tensors of one pass. ``lead`` is the shape (N,), or (N, T) where every position is an example."""
 
@@ -291,15 +318,16 @@ class Provenance:
             for r in results:
                 self._notes[r] = CONSTANT
             return False
+        call = Call(func, name, given, args, kwargs, data, result)
         if writes(name) and isinstance(result, Tensor) and given and result is given[0]:
-            self._written(name, args, data, result)
+            self._written(call, result)
             return False
         if self.lead is None:
             return False
         unknown = False
         for r in results:
             # What carries no gradient and is not an index of rows cannot mislead.
-            note = self._note_of(func, name, given, args, kwargs, data, r, result)
+            note = self._note_of(call, r)
             self.mixed = self.mixed or (isinstance(note, Nobodys) and note.mixed and r.requires_grad)
             if note is _UNKNOWN:
                 unknown = unknown or r.requires_grad
@@ -307,20 +335,20 @@ class Provenance:
                 self._notes[r] = note
         return unknown
 
-    def _written(self, name: str, args: tuple[Any, ...], data: Data, x: Tensor) -> None:
-        """What is known of ``x`` after data was written into it."""
+    def _written(self, call: Call, x: Tensor) -> None:
+        """What is known of ``x`` after call.data was written into it."""
         before = self._notes.get(x)
         into = before.image if isinstance(before, Blank) else self._rows_of(x, self.note(x))
-        places = name in ("__setitem__", "index_add_", "index_copy_", "masked_scatter_")
-        value = args[-1] if places else None
-        sources = [(y, n) for y, n in data if y is not x and (y is value if places else y.is_floating_point())]
+        places = call.name in ("__setitem__", "index_add_", "index_copy_", "masked_scatter_")
+        value = call.args[-1] if places else None
+        sources = [(y, n) for y, n in call.data if y is not x and (y is value if places else y.is_floating_point())]
         if isinstance(before, Constant):
             del self._notes[x]
         if self.lead is None or not sources:
             if into is not None and isinstance(before, Blank):
                 self._put(x, self._note_of_rows(into))
             return
-        index = args[2] if name.startswith("index") else args[1] if places else None
+        index = call.args[2] if call.name.startswith("index") else call.args[1] if places else None
         first = index[0] if isinstance(index, tuple) and index else index
         source, note = sources[-1]
         if places and isinstance(first, Tensor):
@@ -335,7 +363,7 @@ class Provenance:
             now = self.note(x)
             agree = [now.agrees(n, self.positions) if isinstance(now, Rows) else now == n for _, n in sources]
             if places or not all(agree):
-                self._put(x, Nobodys(f"{name} may have mixed them"))
+                self._put(x, Nobodys(f"{call.name} may have mixed them"))
 
     def _put(self, x: Tensor, note: Note | None) -> None:
         """Replaces what was known of ``x``."""
@@ -371,125 +399,123 @@ class Provenance:
             return self._note_of_rows(self._picked(rows.per, torch.empty_like(cells).index_copy_(0, index, cells)))
         return Nobodys("others were written into them")
 
-    def _note_of(
-        self,
-        func: Callable[..., Any],
-        name: str,
-        given: tuple[Any, ...],
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        data: Data,
-        r: Tensor,
-        result: Any,
-    ) -> Note | None:
-        first, note = data[0]
-        if not any(isinstance(n, (Rows, Moved, Single, Total, Nobodys)) or self._standard(x, n) for x, n in data):
+    def _note_of(self, call: Call, r: Tensor) -> Note | None:
+        first, note = call.data[0]
+        if not any(isinstance(n, (Rows, Moved, Single, Total, Nobodys)) or self._standard(x, n) for x, n in call.data):
             return None
-        if name in ("index_add", "index_copy", "scatter_add"):
-            source = args[3] if len(args) > 3 else kwargs.get("source", kwargs.get("src"))
-            index = args[2] if len(args) > 2 else kwargs["index"]
-            image = self._notes.get(args[0])
-            into = image.image if isinstance(image, Blank) else self._rows_of(args[0], self.note(args[0]))
+        if call.name in ("index_add", "index_copy", "scatter_add"):
+            _, _, index, source = call.args[:4]
+            image = self._notes.get(call.args[0])
+            into = image.image if isinstance(image, Blank) else self._rows_of(call.args[0], self.note(call.args[0]))
             rows = self._rows_of(source, self.note(source)) if isinstance(source, Tensor) else None
-            return self._scattered(index, into, rows, args[0])
-        if name == "masked_scatter":
-            rows = self._rows_of(args[2], self.note(args[2]))
-            return self._masked(args[1], rows, args[0])
-        if name in _INDEXES:
-            if first is not args[0]:
+            return self._scattered(index, into, rows, call.args[0])
+        if call.name == "masked_scatter":
+            rows = self._rows_of(call.args[2], self.note(call.args[2]))
+            return self._masked(call.args[1], rows, call.args[0])
+        if call.name in _INDEXES:
+            if first is not call.args[0]:
                 return note  # entries of a weight, one for each index
-            data = data[:1]  # what picks rows is not among them
-        if name == "nonzero" or (name == "where" and len(args) == 1):
+            call = call._replace(data=call.data[:1])  # what picks rows is not among them
+        if call.name == "nonzero" or (call.name == "where" and len(call.args) == 1):
             return None
-        if name in _LOSSES and any(isinstance(n, Moved) and not n.axis for _, n in data):
+        if call.name in _LOSSES and any(isinstance(n, Moved) and not n.axis for _, n in call.data):
             return Total() if r.ndim == 0 else None  # (N, classes, T)
-        if (bad := next((n for _, n in data if isinstance(n, Nobodys)), None)) is not None:
+        if (bad := next((n for _, n in call.data if isinstance(n, Nobodys)), None)) is not None:
             return bad
-        if any(isinstance(n, Total) for _, n in data):
-            return self._of_totals(name, data)
-        if any(isinstance(n, Single) for _, n in data):
-            return self._of_singles(name, args, kwargs, data)
-        if name in _CONTRACTED and (problem := self._contraction(name, args, data)) is not None:
+        if any(isinstance(n, Total) for _, n in call.data):
+            return self._of_totals(call)
+        if any(isinstance(n, Single) for _, n in call.data):
+            return self._of_singles(call)
+        if call.name in _CONTRACTED and (problem := self._contraction(call)) is not None:
             return problem
-        if name in _RESHAPES:
+        if call.name in _RESHAPES:
             return self._reshaped(first, note, r)
-        if name in ("__getitem__", "index_select"):
-            return self._indexed(first, note, args[1] if name == "__getitem__" else self._index_select(args, kwargs), r)
-        if name in _MOVES:
-            return self._moved(func, given, kwargs, first, note, r)
-        if name in ("repeat_interleave", "repeat", "tile"):
-            return self._repeated(name, args, kwargs, first, note, r)
-        if name in ("cat", "concat", "stack") and _along_first(name, args, kwargs, first):
-            return self._joined(name, data, r)
-        parts = isinstance(result, (tuple, list)) and name in ("unbind", "__iter__") and _along_first("unbind", args, kwargs, first)
+        if call.name == "__getitem__":
+            return self._indexed(first, note, call.args[1], r)
+        if call.name == "index_select":
+            _, dim, index = call.args
+            return self._indexed(first, note, index if dim % first.ndim == 0 else (slice(None),), r)
+        if call.name in _MOVES:
+            return self._moved(call, first, note, r)
+        if call.name in ("repeat_interleave", "repeat", "tile"):
+            return self._repeated(call, first, note, r)
+        if call.name in ("cat", "concat", "stack") and call.along_first(first):
+            return self._joined(call, r)
+        parts = (
+            isinstance(call.result, (tuple, list))
+            and call.name in ("unbind", "__iter__")
+            and call._replace(name="unbind").along_first(first)
+        )
         if parts and self._standard(first, note):
-            return next((Single(i) for i, part in enumerate(result) if part is r), None)
-        if name == "select" and note is None and self._standard(first, note) and _along_first(name, args, kwargs, first):
-            return Single(int(kwargs.get("index", args[2] if len(args) > 2 else 0)) % first.shape[0])
-        if name in ("chunk", "split", "tensor_split") and _along_first(name, args, kwargs, first):
-            return self._divided(first, note, result, r)
-        if name == "index_add":
-            return self._scattered(args[2], self._rows_of(first, note), self._rows_of(args[3], self.note(args[3])), first)
-        if all(n is None for _, n in data):
-            return self._of_standard(name, args, kwargs, data, r)
-        return self._kept(name, args, kwargs, data, r, result)
+            return next((Single(i) for i, part in enumerate(call.result) if part is r), None)
+        if call.name == "select" and note is None and self._standard(first, note) and call.along_first(first):
+            return Single(int(call.kwargs.get("index", call.args[2] if len(call.args) > 2 else 0)) % first.shape[0])
+        if call.name in ("chunk", "split", "tensor_split") and call.along_first(first):
+            return self._divided(first, note, call.result, r)
+        if all(n is None for _, n in call.data):
+            return self._of_standard(call, r)
+        return self._kept(call, r)
 
-    def _contraction(self, name: str, args: tuple[Any, ...], data: Data) -> Nobodys | None:
+    def _contraction(self, call: Call) -> Nobodys | None:
         """Whether a product sums over the examples, or puts them elsewhere."""
-        place, *dims = _CONTRACTED[name]
-        for operand, dim in zip(args[place : place + 2], dims, strict=False):
-            note = next((n for x, n in data if x is operand), Total())
+        place, *dims = _CONTRACTED[call.name]
+        for operand, dim in zip(call.args[place : place + 2], dims, strict=False):
+            note = next((n for x, n in call.data if x is operand), Total())
             if isinstance(note, Total) or not (isinstance(note, (Rows, Moved)) or self._standard(operand, note)):
                 continue
             axis = note.axis if isinstance(note, Moved) else 0
             dim = dim if operand.ndim > 1 else -1
             if axis == dim % operand.ndim:
-                return Nobodys(f"{name} sums over them", mixed=True)
-            if operand is args[place + 1] and operand.ndim <= 2:
-                return Nobodys(f"{name} may have mixed them")
+                return Nobodys(f"{call.name} sums over them", mixed=True)
+            if operand is call.args[place + 1] and operand.ndim <= 2:
+                return Nobodys(f"{call.name} may have mixed them")
         return None
 
-    def _of_standard(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], data: Data, r: Tensor) -> Note | None:
+    def _of_standard(self, call: Call, r: Tensor) -> Note | None:
         """Of operands (N, …), which most functions keep apart."""
-        x = data[0][0]
+        x = call.data[0][0]
         if not self._standard(x, None):
             return None
-        if name in _LOSSES:
+        if call.name in _LOSSES:
             return Total() if r.ndim == 0 else None
-        if name in _ROWWISE and any(1 < y.ndim < r.ndim and y.requires_grad and self._standard(y, n) for y, n in data):
-            return Nobodys(f"{name} broadcasts rows of examples over something else", mixed=True)
-        if name in _ALONG and _along_first(name, args, kwargs, x):
-            return Total() if name in ("sum", "mean") else Nobodys(f"{name} mixes them", mixed=True)
-        if name in _PRODUCTS and _mixes_rows(data):
-            return Nobodys(f"{name} of activations mixes them", mixed=True)
-        if name == "batch_norm" and kwargs.get("training", args[5] if len(args) > 5 else False):
+        if call.name in _ROWWISE and any(1 < y.ndim < r.ndim and y.requires_grad and self._standard(y, n) for y, n in call.data):
+            return Nobodys(f"{call.name} broadcasts rows of examples over something else", mixed=True)
+        if call.name in _ALONG and call.along_first(x):
+            return Total() if call.name in ("sum", "mean") else Nobodys(f"{call.name} mixes them", mixed=True)
+        if call.name in _PRODUCTS and _mixes_rows(call.data):
+            return Nobodys(f"{call.name} of activations mixes them", mixed=True)
+        if call.name == "batch_norm" and call.kwargs.get("training", call.args[5] if len(call.args) > 5 else False):
             return Nobodys("batch_norm in training mode mixes them", mixed=True)
-        if name in ("expand", "broadcast_to"):
-            return None if r.ndim == x.ndim else Nobodys(f"{name} may have moved them")
-        known = name in _ROWWISE or name in _ALONG or name in _PRODUCTS or name in _STANDARD
+        if call.name in ("expand", "broadcast_to"):
+            return None if r.ndim == x.ndim else Nobodys(f"{call.name} may have moved them")
+        known = call.name in _ROWWISE or call.name in _ALONG or call.name in _PRODUCTS or call.name in _STANDARD
         return None if known else _UNKNOWN
 
     @staticmethod
-    def _of_totals(name: str, data: Data) -> Note:
-        alone = all(isinstance(n, Total) for _, n in data)
-        if alone and (len(data) == 1 or name not in ("mul", "__mul__", "div", "__truediv__", "pow", "__pow__")) and name in _LINEAR:
+    def _of_totals(call: Call) -> Note:
+        alone = all(isinstance(n, Total) for _, n in call.data)
+        if (
+            alone
+            and (len(call.data) == 1 or call.name not in ("mul", "__mul__", "div", "__truediv__", "pow", "__pow__"))
+            and call.name in _LINEAR
+        ):
             return Total()
-        return Nobodys(f"{name} of a total mixes them", mixed=True)
+        return Nobodys(f"{call.name} of a total mixes them", mixed=True)
 
     def _standard(self, x: Tensor, note: Note | Constant | None) -> bool:
         return note is None and self.lead is not None and x.ndim > 0 and x.shape[0] == self.lead[0]
 
     @staticmethod
-    def _of_singles(name: str, args: tuple[Any, ...], kwargs: dict[str, Any], data: Data) -> Note | None:
-        whose = [n for _, n in data]
+    def _of_singles(call: Call) -> Note | None:
+        whose = [n for _, n in call.data]
         if all(n == whose[0] for n in whose):
             return whose[0]
-        joins = name in ("stack", "cat", "concat") and _along_first(name, args, kwargs, data[0][0])
+        joins = call.name in ("stack", "cat", "concat") and call.along_first(call.data[0][0])
         if joins and all(isinstance(n, Single) for n in whose):
-            counts = torch.tensor([1 if name == "stack" else len(x) for x, _ in data])
+            counts = torch.tensor([1 if call.name == "stack" else len(x) for x, _ in call.data])
             cells = torch.tensor([n.example for n in whose if isinstance(n, Single)]).repeat_interleave(counts)
             return Rows(1, len(cells), cells)
-        return Nobodys(f"{name} may have mixed them")
+        return Nobodys(f"{call.name} may have mixed them")
 
     def _picked(self, per: int, cells: Tensor) -> Rows:
         """Rows of these cells; all cells in order are as good as flattened."""
@@ -529,12 +555,6 @@ class Provenance:
         if r.ndim > 1 and r.shape[:2] == (1, N):  # unsqueeze(0)
             return Moved(1)
         return Nobodys("they were reshaped") if r.requires_grad else None
-
-    @staticmethod
-    def _index_select(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        dim = args[1] if len(args) > 1 else kwargs.get("dim")
-        index = args[2] if len(args) > 2 else kwargs.get("index")
-        return index if dim % args[0].ndim == 0 else (slice(None),)
 
     def _indexed(self, x: Tensor, note: Note | None, index: Any, r: Any) -> Note | None:
         assert self.lead is not None
@@ -579,17 +599,18 @@ class Provenance:
             return note
         return Rows(1, x.shape[0]) if self._standard(x, note) else None
 
-    def _repeated(
-        self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], x: Tensor, note: Note | None, r: Tensor
-    ) -> Note | None:
+    def _repeated(self, call: Call, x: Tensor, note: Note | None, r: Tensor) -> Note | None:
         """Rows several times over, each by itself or all together."""
         rows = self._rows_of(x, note)
-        repeats = next((a for a in (*args[1:], *kwargs.values()) if isinstance(a, Tensor)), None)
-        along_first = name != "repeat_interleave" or kwargs.get("dim", args[2] if len(args) > 2 else None) in (0, -x.ndim)
+        repeats = next((a for a in (*call.args[1:], *call.kwargs.values()) if isinstance(a, Tensor)), None)
+        along_first = call.name != "repeat_interleave" or call.kwargs.get("dim", call.args[2] if len(call.args) > 2 else None) in (
+            0,
+            -x.ndim,
+        )
         if rows is None or not along_first:
             kept = r.ndim == x.ndim and r.shape[:2] == x.shape[:2] if isinstance(note, Moved) else not isinstance(note, Moved)
-            return note if kept else Nobodys(f"{name} may have mixed them")
-        if repeats is not None and name == "repeat_interleave":
+            return note if kept else Nobodys(f"{call.name} may have mixed them")
+        if repeats is not None and call.name == "repeat_interleave":
             return self._picked(rows.per, rows.cells().to(x.device).repeat_interleave(repeats))
         if r.ndim == x.ndim and r.shape[0] == x.shape[0]:
             return note
@@ -597,16 +618,16 @@ class Provenance:
         if (
             r.ndim != x.ndim
             or r.shape[0] != x.shape[0] * times
-            or any(isinstance(a, Tensor) for a in (*args[1:], *kwargs.values()))
+            or any(isinstance(a, Tensor) for a in (*call.args[1:], *call.kwargs.values()))
         ):
-            return Nobodys(f"{name} may have mixed them")
+            return Nobodys(f"{call.name} may have mixed them")
         cells = rows.cells().to(x.device)
-        return self._picked(rows.per, cells.repeat_interleave(times) if name == "repeat_interleave" else cells.repeat(times))
+        return self._picked(rows.per, cells.repeat_interleave(times) if call.name == "repeat_interleave" else cells.repeat(times))
 
-    def _joined(self, name: str, data: Data, r: Tensor) -> Note | None:
-        parts = [self._rows_of(x, n) for x, n in data]
-        if name == "stack":
-            return Moved(1) if all(self._standard(x, n) for x, n in data) else Nobodys("they were stacked")
+    def _joined(self, call: Call, r: Tensor) -> Note | None:
+        parts = [self._rows_of(x, n) for x, n in call.data]
+        if call.name == "stack":
+            return Moved(1) if all(self._standard(x, n) for x, n in call.data) else Nobodys("they were stacked")
         found = [rows for rows in parts if rows is not None]
         if len(found) != len(parts) or len({rows.per for rows in found}) != 1 or sum(rows.count for rows in found) != r.shape[0]:
             return Nobodys("they were joined with others") if found else None
@@ -623,9 +644,7 @@ class Provenance:
             start += part.shape[0]
         return None
 
-    def _moved(
-        self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], x: Tensor, note: Note | None, r: Tensor
-    ) -> Note | None:
+    def _moved(self, call: Call, x: Tensor, note: Note | None, r: Tensor) -> Note | None:
         if isinstance(note, Nobodys):
             return note
         if isinstance(note, Rows):
@@ -638,63 +657,59 @@ class Provenance:
         if not isinstance(note, Moved) and not self._standard(x, note):
             return note
         # Where the dimension went: its size says so in a tensor of different sizes.
-        kwargs = {key: value for key, value in kwargs.items() if key != "input"}
-        out = func(torch.empty(tuple(range(2, x.ndim + 2)), device="meta"), *args[1:], **kwargs)
+        rest = {key: value for key, value in call.kwargs.items() if key != "input"}
+        out = call.func(torch.empty(tuple(range(2, x.ndim + 2)), device="meta"), *call.given[1:], **rest)
         at = list(out.shape)
         if not self.positions or x.ndim < 2:
             return Moved(at.index(axis + 2))
         t = note.positions if isinstance(note, Moved) and note.positions is not None else 1
         return Moved(at.index(axis + 2), at.index(t + 2))
 
-    def _kept(
-        self,
-        name: str,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        data: Data,
-        r: Tensor,
-        result: Any,
-    ) -> Note | None:
+    def _kept(self, call: Call, r: Tensor) -> Note | None:
         """Of rows or moved dimensions, which only functions that are known to may leave as they are."""
-        noted = [(x, n) for x, n in data if n is not None]
+        noted = [(x, n) for x, n in call.data if n is not None]
         # (Of rows, those that are parts of the least divided examples: others may be told from them, but not they from others.)
         x, note = min(noted, key=lambda pair: pair[1].per if isinstance(pair[1], Rows) else 0)
         # Operands that broadcast are everybody's.
-        full = [(y, n) for y, n in data if y.ndim == r.ndim and y.shape[0] != 1]
+        full = [(y, n) for y, n in call.data if y.ndim == r.ndim and y.shape[0] != 1]
         same = (note.agrees(n, self.positions) if isinstance(note, Rows) else n == note for _, n in noted)
-        if not all(same) or (name in _PRODUCTS and _mixes_rows(data)):
-            return Nobodys(f"{name} mixes them", mixed=True)
+        if not all(same) or (call.name in _PRODUCTS and _mixes_rows(call.data)):
+            return Nobodys(f"{call.name} mixes them", mixed=True)
         if isinstance(note, Rows):
             if any(n is None and self._standard(y, n) and y.shape[0] == note.count for y, n in full):
-                return Nobodys(f"{name} mixes them", mixed=True)
+                return Nobodys(f"{call.name} mixes them", mixed=True)
             kept = r.ndim > 0 and r.shape[0] == note.count
-            if name in _LOSSES and r.ndim == 0:
+            if call.name in _LOSSES and r.ndim == 0:
                 return Total()
-            alike = name in _LOSSES or all(y.ndim == x.ndim for y, _ in noted)
-            if kept and alike and (name in _ROWWISE or name in _PRODUCTS):
+            alike = call.name in _LOSSES or all(y.ndim == x.ndim for y, _ in noted)
+            if kept and alike and (call.name in _ROWWISE or call.name in _PRODUCTS):
                 return note
-            if name in _ALONG:
-                if kept and not _along_first(name, args, kwargs, x):
+            if call.name in _ALONG:
+                if kept and not call.along_first(x):
                     return note
-                if name in ("sum", "mean"):
+                if call.name in ("sum", "mean"):
                     return Total()
-                if name == "sort" and x.ndim == 1 and isinstance(result, tuple):
-                    return self._picked(note.per, note.cells().to(result[1].device)[result[1]])
+                if call.name == "sort" and x.ndim == 1 and isinstance(call.result, tuple):
+                    return self._picked(note.per, note.cells().to(call.result[1].device)[call.result[1]])
         if isinstance(note, Moved) and self.lead is not None:
             N = self.lead[0]
-            batched = name in ("scaled_dot_product_attention", "bmm", "baddbmm", "matmul", "__matmul__")
+            batched = call.name in ("scaled_dot_product_attention", "bmm", "baddbmm", "matmul", "__matmul__")
             apart = not batched or len(noted) == 1 or note.axis < r.ndim - 2
             where = r.ndim == x.ndim and r.shape[note.axis] == N
             if note.positions is not None:
                 where = where and r.shape[note.positions] == x.shape[note.positions]
-            along = name in _ALONG and _along(name, args, kwargs, x)
-            if where and apart and (name in _ROWWISE or name in _PRODUCTS or (along and not along & {note.axis, note.positions})):
+            along = call.name in _ALONG and call.along(x)
+            if (
+                where
+                and apart
+                and (call.name in _ROWWISE or call.name in _PRODUCTS or (along and not along & {note.axis, note.positions}))
+            ):
                 return note
-            if name == "unbind" and _along_first(name, args, kwargs, x) and note.axis and note.positions != 0:
+            if call.name == "unbind" and call.along_first(x) and note.axis and note.positions != 0:
                 return note.below()
-        known = name in _ROWWISE or name in _ALONG or name in _PRODUCTS
+        known = call.name in _ROWWISE or call.name in _ALONG or call.name in _PRODUCTS
         plain = isinstance(note, Moved) or (isinstance(note, Rows) and note.index is None)
-        return _UNKNOWN if plain and not known else Nobodys(f"{name} may have mixed them")
+        return _UNKNOWN if plain and not known else Nobodys(f"{call.name} may have mixed them")
 
 
 def _product_of_leading(x: Tensor, r: Tensor) -> int:
@@ -706,23 +721,6 @@ def _product_of_leading(x: Tensor, r: Tensor) -> int:
         if j > 1 and math.prod(x.shape[:j]) == r.shape[0] and math.prod(x.shape[j:]) == math.prod(r.shape[1:]):
             return math.prod(x.shape[:j])
     return -1
-
-
-def _along(name: str, args: tuple[Any, ...], kwargs: dict[str, Any], x: Tensor) -> set[int | None]:
-    """The dimensions that a function works along; all of them where it does not say."""
-    place, default = _ALONG[name]
-    dim = args[place] if len(args) > place else default
-    if name == "flip" and len(args) > 2:
-        dim = args[1:]
-    dim = next((kwargs[key] for key in ("dim", "dims", "axis") if key in kwargs), dim)
-    dims = dim if isinstance(dim, (tuple, list)) else (dim,)
-    if any(not isinstance(d, int) or isinstance(d, bool) for d in dims):
-        return set(range(max(x.ndim, 1)))
-    return {d % max(x.ndim, 1) for d in dims}
-
-
-def _along_first(name: str, args: tuple[Any, ...], kwargs: dict[str, Any], x: Tensor) -> bool:
-    return 0 in _along(name, args, kwargs, x)
 
 
 def _mixes_rows(data: Data) -> bool:

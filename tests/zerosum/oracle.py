@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 import zerosum
+from tests.inputs import sums_of
 
 TOTALS = ("l1", "sq_norm", "dot", "abs_dot", "gram")
 # What a report may say of a parameter that no loss depends on, in place of zeros.
@@ -25,23 +26,6 @@ def per_example_gradients(losses: Tensor, model: nn.Module, names: Iterable[str]
         name: torch.stack([torch.zeros_like(parameters[k]) if row[k] is None else row[k] for row in rows])
         for k, name in enumerate(names)
     }
-
-
-def expected_fields(g: Tensor, direction: Tensor | None = None) -> dict[str, Tensor]:
-    """Every raw result of a parameter from its materialized gradients."""
-    flat = g.reshape(g.shape[0], -1)  # a parameter may have no dimension
-    fields = {
-        "grad_sum": g.sum(0),
-        "abs_sum": g.abs().sum(0),
-        "sq_sum": g.square().sum(0),
-        "l1": flat.abs().sum(1),
-        "sq_norm": flat.square().sum(1),
-        "gram": flat @ flat.T,
-    }
-    if direction is not None:
-        p = flat * direction.flatten()
-        fields |= {"dot": p.sum(1), "abs_dot": p.abs().sum(1)}
-    return fields
 
 
 def trainable(model: nn.Module) -> list[str]:
@@ -87,7 +71,7 @@ def assert_truth(
     True for all, and False where the probe was not asked for any. A parameter may be missing if no loss depends on it and the
     report says so; with ``refusable`` any may, and the totals are those of the others.
     """
-    expected = {name: expected_fields(g.double(), _double(direction, name)) for name, g in truth.items()}
+    expected = {name: sums_of(g.double(), _double(direction, name)) for name, g in truth.items()}
     largest = {field: max(fields[field].norm().item() for fields in expected.values()) for field in next(iter(expected.values()))}
     if gram is False:
         assert report.gram is None

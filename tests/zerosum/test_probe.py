@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import zerosum
 import zsl_kernels as zk
+from tests.inputs import sums_of
 from tests.zerosum.models import COVERED, Flattened, Frozen, Tied, TwoLayers, TwoNames, UsedTwice
-from tests.zerosum.oracle import assert_truth, direction_for, expected_fields, per_example_gradients
+from tests.zerosum.oracle import assert_truth, direction_for, per_example_gradients
 
 N, T = 4, 6
 
@@ -47,7 +51,7 @@ def test_every_field_of_every_covered_parameter_is_the_per_example_truth(kind: t
     assert set(report) == trainable
     totals = dict.fromkeys(("l1", "sq_norm", "dot", "abs_dot", "gram"), 0.0)
     for name in report:
-        for field, value in expected_fields(truth[name], direction[name]).items():
+        for field, value in sums_of(truth[name], direction[name]).items():
             torch.testing.assert_close(getattr(report[name], field), value, rtol=1e-10, atol=1e-13, msg=f"{name}.{field}")
             if field in totals:
                 totals[field] = totals[field] + value
@@ -157,9 +161,12 @@ def test_what_is_not_covered_is_named_with_its_reason() -> None:
         lambda x: 0.7 * x + 0.3 * x[[1, 2, 3, 0]],
         lambda x: F.batch_norm(x.mT, None, None, training=True).mT,
         lambda x: x.cumsum(0),
+        lambda x: x[[1, 2, 3, 0]] * x[[2, 3, 0, 1]],
+        lambda x: x.flatten(0, 1)[torch.arange(N * T).roll(1)].view_as(x) + x.flatten(0, 1).view_as(x),
         lambda x: (torch.ones(N, N, dtype=x.dtype) @ x.flatten(1)).view_as(x),
+        lambda x: x + torch.einsum("nm,mtk->ntk", torch.ones(N, N, dtype=x.dtype), x),
         # Values do not show it, gradients do.
-        lambda x: x + torch.einsum("nm,mtk->ntk", torch.ones(N, N, dtype=x.dtype), 0 * x),
+        lambda x: x + torch.diff(0 * x, dim=0, append=0 * x[-1:]),
         lambda x: torch.fft.fft(x, dim=0).real,
     ],
 )
@@ -226,6 +233,89 @@ def test_an_empty_batch_is_a_step_like_any_other() -> None:
     with zerosum.Probe(model):
         losses_of(model, torch.zeros(0, T, dtype=torch.long)).sum().backward()
     assert not model.head.weight.grad.any()
+
+
+def test_a_gradient_that_was_written_to_between_two_batches_is_refused() -> None:
+    """The sums of the first share its memory."""
+    model, tokens = setup(TwoLayers)
+    probe = zerosum.Probe(model)
+    with probe:
+        losses_of(model, tokens).sum().backward()
+        model.zero_grad(set_to_none=False)
+        losses_of(model, tokens.flip(0)).sum().backward()
+    assert "modified in place between two backward passes" in probe.report().coverage.not_covered["head.weight"]
+
+
+class Hidden(torch.autograd.Function):
+    """A product that no torch function shows."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, w: Tensor) -> Tensor:
+        ctx.save_for_backward(x, w)
+        return x @ w
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+        x, w = ctx.saved_tensors
+        return grad @ w.T, x.flatten(0, 1).T @ grad.flatten(0, 1)
+
+
+@pytest.mark.parametrize("written", [False, True])
+def test_a_module_is_not_run_again_on_an_input_that_was_written_to(written: bool) -> None:
+    class Layer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.w = nn.Parameter(torch.randn(12, 12) / 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return Hidden.apply(torch.tanh(x), self.w)
+
+    class Model(TwoLayers):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = Layer()
+
+        def forward(self, tokens: Tensor) -> Tensor:
+            x = self.first(self.embedding(tokens)).clone()
+            y = self.layer(x)
+            return self.head((x.add_(1) if written else x + 1) + y)
+
+    torch.manual_seed(0)
+    model, tokens = Model().double(), torch.randint(0, 11, (N, T))
+    truth = per_example_gradients(losses_of(model, tokens), model, ["layer.w", "head.weight"])
+    probe = zerosum.Probe(model)
+    with probe:
+        losses_of(model, tokens).sum().backward()
+    report = probe.report()
+    torch.testing.assert_close(model.layer.w.grad, truth["layer.w"].sum(0), rtol=1e-10, atol=1e-13)
+    if written:
+        assert "modified in place" in report.coverage.not_covered["layer.w"]
+    else:
+        torch.testing.assert_close(report["layer.w"].abs_sum, truth["layer.w"].abs().sum(0), rtol=1e-10, atol=1e-13)
+    torch.testing.assert_close(report["head.weight"].abs_sum, truth["head.weight"].abs().sum(0), rtol=1e-10, atol=1e-13)
+
+
+def test_a_tied_weight_is_measured_without_holding_every_gradient() -> None:
+    """Not even one tensor is as large as the N gradients."""
+    torch.manual_seed(0)
+    table = nn.Parameter(torch.randn(2003, 8))
+    tokens = torch.randint(0, 2003, (N, T))
+    largest = 0
+
+    class Largest(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+            nonlocal largest
+            result = func(*args, **(kwargs or {}))
+            largest = max([largest, *(x.numel() for x in tree_leaves(result) if isinstance(x, Tensor))])
+            return result
+
+    model = nn.Module()
+    model.register_parameter("table", table)
+    probe = zerosum.Probe(model, gram=True)
+    with Largest(), probe:
+        F.linear(torch.tanh(F.embedding(tokens, table)), table).square().flatten(1).mean(1).sum().backward()
+    assert probe.report().coverage.covered == {"table": "embedding + linear"}
+    assert N * T * 2003 <= largest < N * table.numel()
 
 
 def test_coverage_accounts_for_every_trainable_parameter_and_for_no_other() -> None:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import zerosum
+from tests.inputs import sums_of
 from tests.zerosum.models import (
     BiasOnly,
     Conv1D,
@@ -36,7 +37,6 @@ from tests.zerosum.oracle import (
     assert_truth,
     assert_unchanged,
     direction_for,
-    expected_fields,
     gradients,
     per_example_gradients,
     snapshot,
@@ -129,7 +129,7 @@ def test_a_gradient_scalers_later_change_does_not_reach_an_earlier_report() -> N
     scaler.step(optimizer)
     scaler.update()
     assert scaler.get_scale() == 8.0
-    expected = expected_fields(truth["head.weight"])
+    expected = sums_of(truth["head.weight"])
     for field in ("abs_sum", "sq_sum", "l1", "sq_norm"):
         torch.testing.assert_close(getattr(probe.report()["head.weight"], field), expected[field], rtol=1e-5, atol=1e-8)
 
@@ -245,7 +245,7 @@ def test_training_with_probes_is_training_without_them(optimizer: str) -> None:
                     losses_of(trained(tokens)).sum().backward()
             step.step()
             if trained is model:  # the results are those of the parameters before the step
-                head, expected = probe.report()["head.weight"], expected_fields(truth["head.weight"])
+                head, expected = probe.report()["head.weight"], sums_of(truth["head.weight"])
                 for field in ("abs_sum", "sq_sum", "l1", "sq_norm", "gram"):
                     torch.testing.assert_close(getattr(head, field), expected[field], rtol=1e-9, atol=1e-14)
     torch.testing.assert_close(model.state_dict(), plain.state_dict(), rtol=1e-8, atol=1e-10)
