@@ -569,6 +569,8 @@ class Provenance:
         rows = note if isinstance(note, Rows) else Rows(1, x.shape[0])
         first = index[0] if isinstance(index, tuple) and index else index
         rest = index[1:] if isinstance(index, tuple) else ()
+        if isinstance(first, list):
+            first = torch.tensor(first)
         if first is Ellipsis and sum(i is not None for i in rest) >= x.ndim:
             first, rest = rest[0], rest[1:]
         if first is Ellipsis or (isinstance(first, slice) and first == slice(None)):
