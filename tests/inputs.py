@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -283,8 +284,15 @@ def cpu_isas() -> list[str]:
     return list(zk.build_info()["cpu_isas"])
 
 
+# The tests run the GPU's kernels on CPU tensors in processes of their own, which this names: "triton" or "cuda".
+EMULATED = os.environ.get("ZSL_TEST_EMULATED")
+
+
 def implementations() -> list[str]:
-    """ "chunked" and "cpu-<isa>" for every instruction set of this processor; "cpu" where the kernels are not built."""
+    """ "chunked" and "cpu-<isa>" for every instruction set of this processor; "cpu" where the kernels are not built. In a process
+    that emulates a GPU's kernels those alone."""
+    if EMULATED:
+        return [EMULATED]
     return ["chunked", *([f"cpu-{isa}" for isa in cpu_isas()] or ["cpu"])]
 
 

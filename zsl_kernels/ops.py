@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from zsl_kernels import backends, chunked
+from zsl_kernels.plan import Plan
 from zsl_kernels.rows import Embedding, Groups, group
 from zsl_kernels.types import Cotangents, InterferenceSums, sum_dtype
 
@@ -63,6 +64,13 @@ def _embedding(ids: Tensor | None = None, grads: Tensor | None = None, example_i
     return None if ids is None or grads is None or example_ids is None else Embedding(ids, grads, example_ids)
 
 
+def _run(plan: Plan, name: str, *arguments: Any) -> Any:
+    """The function ``name`` of the backend that the plan chose."""
+    if plan.impl == "chunked":
+        return getattr(chunked, name)(*arguments)
+    return getattr(backends.module(plan.impl), name)(plan, *arguments)
+
+
 # interference ------------------------------------------------------------------------------------------------------------------
 
 
@@ -80,10 +88,7 @@ def _interference(
     tied = _embedding(*embedding)
     added = tied and tied.added(_examples(a, example_ids, num_examples), b.shape[-1], a.dtype)
     plan = backends.plan_call("interference", a, b, impl=impl, gram=gram, num_examples=num_examples, added=added is not None)
-    if plan.impl == "cpu":
-        sums = backends.cpu.interference(plan, a, b, direction, gram, begin, added)
-    else:
-        sums = chunked.interference(a, b, direction, gram, begin, added)
+    sums = _run(plan, "interference", a, b, direction, gram, begin, added)
     return tuple(_empty(a, 0) if x is None else x for x in sums)
 
 
@@ -141,7 +146,8 @@ def _interference_grad(ctx: Any, *cotangents: Tensor | None) -> Grads:
         if tied:
             raise NotImplementedError("zsl_kernels: with embedding=, interference has no derivative along direction")
         w = a.new_zeros(N, dtype=torch.float64) if c.dot is None else c.dot
-        du = torch.ops.zsl.weighted_grad(a, b, w, c.abs_dot, u, ctx.impl, example_ids, ctx.num_examples).to(u.dtype)
+        impl = backends.derivative_impl(ctx.impl, "weighted_grad")
+        du = torch.ops.zsl.weighted_grad(a, b, w, c.abs_dot, u, impl, example_ids, ctx.num_examples).to(u.dtype)
     return da, db, du, None, None, None, None, None, *de, None
 
 
@@ -176,11 +182,12 @@ def _interference_backward(a: Tensor, b: Tensor, direction: Tensor | None, *rest
     if groups is not None:
         a2, b2 = a, b  # ragged rows have no second set but themselves
     added = tied and tied.added(_examples(a, example_ids, num_examples), b.shape[-1], a.dtype)
+    impl = backends.derivative_impl(impl, "interference_backward")
     plan = backends.plan_call(
-        "interference", a, b, impl=impl, gram=mix is not None, num_examples=num_examples, added=added is not None
+        "interference_backward", a, b, impl=impl, gram=mix is not None, num_examples=num_examples, added=added is not None
     )
     arguments = (a, b, direction, Cotangents(*cotangents), mix, a2, b2, (want_a, want_b, want_e), begin, added)
-    da, db, d_added = backends.cpu.backward(plan, *arguments) if plan.impl == "cpu" else chunked.backward(*arguments)
+    da, db, d_added = _run(plan, "backward", *arguments)
     if groups is not None:
         da, db = (None if x is None else groups.scatter(x) for x in (da, db))
     de = added.each_row(d_added).to(tied.grads.dtype) if added and tied and d_added is not None else None
@@ -231,7 +238,7 @@ def _gram(
 ) -> Tensor:
     a, b, begin, _ = _grouped(a, b, example_ids, num_examples)
     plan = backends.plan_call("gram", a, b, impl=impl, a2=a2, num_examples=num_examples)
-    return backends.cpu.gram(plan, a, b, a2, b2, begin) if plan.impl == "cpu" else chunked.gram(a, b, a2, b2, begin)
+    return _run(plan, "gram", a, b, a2, b2, begin)
 
 
 def _gram_fake(
@@ -273,7 +280,7 @@ _autograd("gram", _gram_setup, _gram_grad)
 def _sq_norm(a: Tensor, b: Tensor, impl: str, example_ids: Tensor | None = None, num_examples: int = 0) -> Tensor:
     a, b, begin, _ = _grouped(a, b, example_ids, num_examples)
     plan = backends.plan_call("sq_norm", a, b, impl=impl, num_examples=num_examples)
-    return backends.cpu.sq_norm(plan, a, b, begin) if plan.impl == "cpu" else chunked.sq_norm(a, b, begin)
+    return _run(plan, "sq_norm", a, b, begin)
 
 
 def _sq_norm_setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -308,9 +315,7 @@ def _scaled_product(c: Tensor, x: Tensor, matrix: Tensor, example_ids: Tensor | 
 def _dot(a: Tensor, b: Tensor, direction: Tensor, impl: str, example_ids: Tensor | None = None, num_examples: int = 0) -> Tensor:
     a, b, begin, _ = _grouped(a, b, example_ids, num_examples)
     plan = backends.plan_call("dot", a, b, impl=impl, num_examples=num_examples)
-    if plan.impl == "cpu":
-        return backends.cpu.dot(plan, a, b, direction, begin)
-    return chunked.dot(a, b, direction, begin)
+    return _run(plan, "dot", a, b, direction, begin)
 
 
 def _dot_setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -348,9 +353,7 @@ def _weighted_grad(
 ) -> Tensor:
     a, b, begin, _ = _grouped(a, b, example_ids, num_examples)
     plan = backends.plan_call("weighted_grad", a, b, impl=impl, num_examples=num_examples)
-    if plan.impl == "cpu":
-        return backends.cpu.weighted_grad(plan, a, b, weights, abs_weights, direction, begin)
-    return chunked.weighted_grad(a, b, weights, abs_weights, direction, begin)
+    return _run(plan, "weighted_grad", a, b, weights, abs_weights, direction, begin)
 
 
 def _weighted_grad_setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -381,7 +384,8 @@ _autograd("weighted_grad", _weighted_grad_setup, _weighted_grad_grad)
 
 
 def _coordinate_sums(grad_sum: Tensor, abs_sum: Tensor, sq_sum: Tensor, direction: Tensor | None, impl: str) -> Tensor:
-    form = backends.cpu if "cpu" in backends.impls_for(grad_sum.device, impl) else chunked
+    owner = backends.impls_for(grad_sum.device, impl, "coordinate_sums", grad_sum.dtype)[0]
+    form = chunked if owner == "chunked" else backends.module(owner)
     return form.coordinate_sums(grad_sum, abs_sum, sq_sum, direction)
 
 

@@ -11,6 +11,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import lru_cache
 
+from zsl_kernels.configs import CONFIGS, Config, kind
+from zsl_kernels.gpus import Gpu
+
 OPS = ("interference", "gram", "dot", "sq_norm", "weighted_grad")
 
 # Output rows and columns of a tile. Larger ones pack the operands less often; smaller ones keep the sums closer. Multiples of
@@ -28,7 +31,8 @@ GHOST_SIDE = 96  # rows of a ghost block
 # Costs relative to one operation of the direct kernel's products, as benchmarks/costs.py fits them on x86-64, halfway between AVX2
 # and AVX-512. First of folding one element of one g_i: in registers, and from memory with a pass for each result.
 _FOLD = {"interference": 35.0, "gram": 5.0, "dot": 16.0, "sq_norm": 5.5, "weighted_grad": 6.0}
-_CHUNKED_FOLD = {"interference": 220.0, "gram": 60.0, "sq_norm": 45.0}
+_FOLD["interference_backward"] = _FOLD["interference"]
+_CHUNKED_FOLD = {"interference": 220.0, "interference_backward": 220.0, "gram": 60.0, "sq_norm": 45.0}
 # Then of one operation: of the pairwise products of stored tiles, of the ghost form, of a library matrix product.
 _PAIR = 1.5
 _GHOST = 1.6
@@ -50,6 +54,8 @@ class Call:
     threads: int = 1
     # Ragged rows (T is their mean), or rows added to the gradients: of the ways to know each gradient only those that form it.
     irregular: bool = False
+    dtype: str = "float32"  # of a and b
+    gpu: Gpu | None = None  # of the GPU's kernels
 
     @property
     def formed(self) -> int:
@@ -89,6 +95,8 @@ class Candidate:
     work: float  # floating-point operations
     cost: float  # weighted work
     workspace: int  # bytes, for each thread (chunked: in all)
+    config: Config | None = None  # of a Triton kernel
+    splits: int = 1  # parts of the examples that go to programs of their own
 
 
 @dataclass(frozen=True)
@@ -209,7 +217,15 @@ def _chunked(call: Call) -> Candidate | None:
     return Candidate("chunked", "chunked", (rows, call.K), work, cost, 2 * call.itemsize * call.formed * rows * call.K)
 
 
-_WAYS = {"cpu": (_direct, _ghost), "chunked": (_rank_one, _matmul, _chunked)}
+def _triton_direct(call: Call) -> Candidate | None:
+    # TODO(plan): every kernel and way; this is a stand-in
+    assert call.gpu is not None
+    (config, *_) = CONFIGS[call.gpu.arch]["interference"][kind(call.dtype)]
+    way = "stored" if call.pairs else "direct"
+    return Candidate("triton", way, config[:2], call.product, call.product, 0, config)
+
+
+_WAYS = {"triton": (_triton_direct,), "cuda": (), "cpu": (_direct, _ghost), "chunked": (_rank_one, _matmul, _chunked)}
 
 
 @lru_cache(maxsize=4096)

@@ -18,15 +18,17 @@ from zsl_kernels.ops import Grads, _autograd, _define, _empty, _refuse_second_de
 from zsl_kernels.types import Cotangents, EmbeddingSums, InterferenceSums, sum_dtype
 
 
-def _form(device: torch.device, impl: str) -> Any:
-    return backends.cpu if backends.impls_for(device, impl)[0] == "cpu" else small_chunked
+def _form(op: str, x: Tensor, impl: str) -> Any:
+    """The backend that owns the op for tensors like x."""
+    owner = backends.impls_for(x.device, impl, op, x.dtype)[0]
+    return small_chunked if owner == "chunked" else backends.module(owner)
 
 
 # dense_interference --------------------------------------------------------------------------------------------------------------
 
 
 def _dense(g: Tensor, direction: Tensor | None, gram: bool, impl: str) -> tuple[Tensor, ...]:
-    sums = _form(g.device, impl).dense_interference(g, direction, gram)
+    sums = _form("dense_interference", g, impl).dense_interference(g, direction, gram)
     return tuple(_empty(g, 0) if x is None else x for x in sums)
 
 
@@ -99,7 +101,7 @@ def _embedding(
 ) -> tuple[Tensor, ...]:
     check_range("ids", ids, num_embeddings, negative=True)
     check_range("example_ids", example_ids, num_examples)
-    form = _form(b.device, impl)
+    form = _form("embedding_interference", b, impl)
     sums = form.embedding_interference(ids, b, example_ids, num_examples, padding_idx, direction, gram)
     rows, *sums = sums
     # The integers come last: torch's own checks of ops add results up, in the dtype of the first.
@@ -189,7 +191,7 @@ def _scale_bias(
 ) -> tuple[Tensor, Tensor]:
     bias, impl = rest
     check_range("example_ids", example_ids, num_examples)
-    scale, total = _form(b.device, impl).scale_bias_grad(x, b, mean, rstd, example_ids, num_examples, bias)
+    scale, total = _form("scale_bias_grad", b, impl).scale_bias_grad(x, b, mean, rstd, example_ids, num_examples, bias)
     like = _sum_like(x, b)
     return _empty(like, 0, 0) if scale is None else scale, _empty(like, 0, 0) if total is None else total
 

@@ -1,0 +1,33 @@
+"""What the cost model knows about a GPU: plain numbers, of the parts that the kernels are compiled for.
+
+Rates are the vendor's figures for dense operations at boost clock, in operations and bytes for each second. The bandwidth of the
+second-level cache is no vendor's figure: it is an assumption, and the report says so.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Gpu:
+    name: str
+    arch: int  # of compute capability 9.0: 90
+    sms: int  # streaming multiprocessors
+    shared_bytes: int  # shared memory that one block may ask for
+    half_flops: float  # bfloat16 and float16 products on the matrix units, accumulated in float32
+    tf32_flops: float
+    float32_flops: float  # outside of the matrix units
+    l2_bandwidth: float
+    bandwidth: float  # of the device's memory
+
+
+A100 = Gpu("A100", 80, 108, 166912, 312e12, 156e12, 19.5e12, 5.0e12, 2.0e12)
+H100 = Gpu("H100", 90, 132, 232448, 989e12, 494e12, 67e12, 5.5e12, 3.35e12)
+B200 = Gpu("B200", 100, 148, 232448, 2250e12, 1125e12, 75e12, 10e12, 8.0e12)
+GPUS = {gpu.arch: gpu for gpu in (A100, H100, B200)}
+
+
+def nearest(arch: int) -> Gpu:
+    """The newest of :data:`GPUS` that is no newer than ``arch``; the oldest, for what is older than all."""
+    return GPUS[max((known for known in GPUS if known <= arch), default=min(GPUS))]
