@@ -5,13 +5,15 @@ import os
 # Before torch starts its threads: those that wait sleep. Spinning they take the processor from each other when something else runs,
 # and many short calls then take ten times as long.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+# What deterministic algorithms, under which the ops' tests run, ask of a device's library.
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 import pytest
 import torch
 from hypothesis import settings
 
 import zsl_kernels as zk
-from tests.inputs import implementations, running
+from tests.inputs import gpu_implementations, implementations, running
 
 # Derandomized: a red test is red again on the next run, and print_blob says how to repeat one example.
 settings.register_profile("suite", max_examples=60, deadline=None, derandomize=True, print_blob=True)
@@ -28,9 +30,10 @@ def require(implementation: str) -> None:
         pytest.skip(f"the CPU kernels are not live: {reason}")
 
 
-@pytest.fixture(params=implementations())
+@pytest.fixture(params=[*implementations(), *(pytest.param(name, marks=pytest.mark.gpu) for name in gpu_implementations())])
 def impl(request):
-    """Every implementation but the reference, the CPU kernels with each instruction set; the value is what ``impl=`` takes."""
+    """Every implementation but the reference, the CPU kernels with each instruction set; the value is what ``impl=`` takes. Those
+    of a GPU run on the device, whatever the operands of a test are on."""
     require(request.param)
     with running(request.param) as name:
         yield name
@@ -52,7 +55,7 @@ def threads():
     torch.set_num_threads(before)
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def project_environment():
     """Environment of a subprocess that imports what this process imported."""
     root = os.path.dirname(os.path.dirname(zk.__file__))

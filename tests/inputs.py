@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 import zsl_kernels as zk
+from tests.devices import running_on
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -296,9 +297,21 @@ def implementations() -> list[str]:
     return ["chunked", *([f"cpu-{isa}" for isa in cpu_isas()] or ["cpu"])]
 
 
+def gpu_implementations() -> list[str]:
+    """ "<impl>@cuda", on a machine that has such a device."""
+    if EMULATED or not torch.cuda.is_available():
+        return []
+    return [f"{impl}@cuda" for impl in ("chunked", "triton", "cuda")]
+
+
 @contextmanager
 def running(implementation: str) -> Iterator[str]:
-    """Selects the instruction set; gives the name for ``impl=``."""
+    """Selects the instruction set or the device; gives the name for ``impl=``."""
+    impl, _, device = implementation.partition("@")
+    if device:
+        with running_on(device):
+            yield impl
+        return
     impl, _, isa = implementation.partition("-")
     if not isa:
         yield impl

@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-import zsl_kernels as zk
 from zerosum.uses import SCALARS, WEIGHT_SHAPED, Asked, Piece, Sums, Use, Uses, densified
 from zsl_kernels import CoordinateSums
 from zsl_kernels.types import sum_dtype
@@ -323,7 +322,13 @@ class Results:
         self.passes = {pass_number}
         self.scalars = {pass_number: {name: getattr(sums, name) for name in SCALARS}}
         self._hold(sums.grad_sum.detach())  # another tensor of the same memory
-        self.coordinates: CoordinateSums | None = None
+        self._coordinates: Tensor | None = None
+
+    @property
+    def coordinates(self) -> CoordinateSums:
+        """Reads what :meth:`add_up` left on the device, and waits for it."""
+        assert self._coordinates is not None
+        return CoordinateSums(*self._coordinates.tolist())
 
     def _hold(self, grad_sum: Tensor) -> None:
         self.grad_sum, self.version = grad_sum, grad_sum._version
@@ -346,7 +351,7 @@ class Results:
         self._hold(mine.grad_sum)
         self.passes |= other.passes
         self.scalars |= other.scalars
-        self.coordinates = None
+        self._coordinates = None
 
     def check_version(self, name: str) -> None:
         if self.grad_sum._version != self.version:
@@ -356,15 +361,16 @@ class Results:
             )
 
     def add_up(self, tracked: Tracked) -> None:
-        """The sums over coordinates."""
+        """The sums over coordinates, as the tensor that the op gives: zk.coordinate_sums would wait for a device."""
         s, u = self.sums, tracked.direction
         if u is not None:
             u = (u if s.rows is None else u[s.rows]).reshape(s.abs_sum.shape)
-        self.coordinates = zk.coordinate_sums(s.grad_sum.view(s.abs_sum.shape), s.abs_sum, s.sq_sum, direction=u)
+        with torch.no_grad():
+            self._coordinates = torch.ops.zsl.coordinate_sums(s.grad_sum.view(s.abs_sum.shape), s.abs_sum, s.sq_sum, u, "auto")
 
     def finish(self, tracked: Tracked) -> None:
         """Scalars of all micro-batches behind one another."""
-        if self.coordinates is None:
+        if self._coordinates is None:
             self.add_up(tracked)
         s, capture = self.sums, tracked.capture
         blocks = {name: [] for name in SCALARS}  # type: dict[str, list[Tensor | None]]

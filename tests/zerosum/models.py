@@ -429,7 +429,7 @@ class MixtureDense(Mixture):
     def middle(self, x: Tensor) -> Tensor:
         rows = x.reshape(-1, x.shape[-1])
         weights, chosen = self.route(rows)
-        scores = torch.zeros(len(rows), 4, dtype=x.dtype).scatter(1, chosen, weights)
+        scores = torch.zeros(len(rows), 4, dtype=x.dtype, device=x.device).scatter(1, chosen, weights)
         repeated = rows.repeat(4, 1).view(4, -1, rows.shape[-1])
         hidden = torch.bmm(repeated, self.gate_up[:4].transpose(1, 2)) + self.up_bias[:, None, :]
         y = torch.bmm(torch.tanh(hidden[..., :10]) * hidden[..., 10:], self.down[:4].transpose(1, 2)) + self.down_bias[:, None, :]
@@ -461,9 +461,9 @@ class Packed(TwoLayers):
 
     def forward(self, tokens: Tensor) -> Tensor:
         n, t = tokens.shape
-        kept = torch.arange(t) < t - tokens[:, :1] % 3
+        kept = torch.arange(t, device=tokens.device) < t - tokens[:, :1] % 3
         rows = self.head(torch.tanh(self.first(self.embedding(tokens[kept]))))
-        return torch.zeros(n, t, OUT, dtype=rows.dtype).masked_scatter(kept.unsqueeze(-1), rows)
+        return torch.zeros(n, t, OUT, dtype=rows.dtype, device=rows.device).masked_scatter(kept.unsqueeze(-1), rows)
 
 
 class SequenceFirst(TwoLayers):
@@ -529,7 +529,7 @@ class PositionsOnce(TwoLayers):
         self.position = nn.Embedding(16, WIDTH)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        x = self.embedding(tokens) + self.position(torch.arange(tokens.shape[1]))
+        x = self.embedding(tokens) + self.position(torch.arange(tokens.shape[1], device=tokens.device))
         return self.head(torch.tanh(self.first(x)))
 
 
@@ -537,7 +537,7 @@ class PositionsFirst(PositionsOnce):
     """The positions are looked up before anything that has N rows."""
 
     def forward(self, tokens: Tensor) -> Tensor:
-        positions = self.position(torch.arange(tokens.shape[1]))
+        positions = self.position(torch.arange(tokens.shape[1], device=tokens.device))
         return self.head(torch.tanh(self.first(positions + self.embedding(tokens))))
 
 
@@ -549,7 +549,7 @@ class PositionsOnceTwice(PositionsOnce):
         self.project = nn.Linear(WIDTH, WIDTH)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        ids = torch.arange(tokens.shape[1]).unsqueeze(0)
+        ids = torch.arange(tokens.shape[1], device=tokens.device).unsqueeze(0)
         x = self.embedding(tokens) + self.project(self.position(ids)) + self.position(ids.flip(1)) * 0.5
         return self.head(torch.tanh(self.first(x)))
 
@@ -558,7 +558,7 @@ class PositionsOfEach(PositionsOnce):
     """Positions (N, T), expanded."""
 
     def forward(self, tokens: Tensor) -> Tensor:
-        x = self.embedding(tokens) + self.position(torch.arange(tokens.shape[1]).expand_as(tokens))
+        x = self.embedding(tokens) + self.position(torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens))
         return self.head(torch.tanh(self.first(x)))
 
 
@@ -748,7 +748,7 @@ class Temperature(Between):
         self.relative = nn.Embedding(16, 3)
 
     def middle(self, x: Tensor) -> Tensor:
-        y, t = x.unflatten(-1, (3, 4)).transpose(1, 2), torch.arange(x.shape[1])
+        y, t = x.unflatten(-1, (3, 4)).transpose(1, 2), torch.arange(x.shape[1], device=x.device)
         bias = self.relative((t[:, None] - t).abs()).permute(2, 0, 1).unsqueeze(0)
         return (F.softmax(y @ y.mT * self.temperature + bias, dim=-1) @ y).transpose(1, 2).flatten(-2)
 

@@ -345,10 +345,10 @@ def _check_apart(capture: Capture, call: Callable[[Part], Any], axes: list[int])
         outs = [r for r in flatten((call(leaf),)) if isinstance(r, Tensor) and r.requires_grad]
         if not leaves:
             return False
-        generator = torch.Generator(outs[0].device).manual_seed(0) if outs else None
+        generator = torch.Generator().manual_seed(0)  # of the CPU: the same numbers on every device
         for i in sorted({0, N // 2, N - 1}):
             mine = [r.narrow(axis, i * (r.shape[axis] // N), r.shape[axis] // N) for r, axis in zip(outs, axes, strict=True)]
-            weights = [torch.rand(r.shape, generator=generator, device=r.device, dtype=r.dtype) + 0.5 for r in mine]
+            weights = [torch.rand(r.shape, generator=generator, dtype=r.dtype).to(r.device) + 0.5 for r in mine]
             found = torch.autograd.grad(mine, [x for x, _, _ in leaves], weights, retain_graph=True, allow_unused=True)
             for g, (_, axis, per) in zip(found, leaves, strict=True):
                 if g is None:

@@ -1,0 +1,78 @@
+"""The tests on a device: the library's functions, handed CPU tensors, run there.
+
+The tests make operands and hold results to their truth on the CPU. Within :func:`running_on`, the public functions move the
+operands to the device, at the very strides and offsets that they have, and the results back. Gradients follow. So a test knows no
+devices.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import zsl_kernels as zk
+
+FUNCTIONS = [name for name in zk.__all__ if name[0].islower() and name not in ("build_info", "plan", "coordinate_sums")]
+
+
+class _Moved(torch.autograd.Function):
+    """The same values in the same layout on the device: a copy of the storage as far as the tensor reaches."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, device: str) -> Tensor:
+        return _move(x, device)
+
+    @staticmethod
+    def backward(ctx: Any, c: Tensor) -> tuple[Tensor, None]:
+        return c.cpu(), None
+
+
+def _move(x: Tensor, device: str) -> Tensor:
+    if x.numel() == 0:
+        return x.to(device)
+    reach = sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True)) + 1
+    held = x.as_strided((reach,), (1,)).to(device, copy=True)
+    return held.as_strided(x.shape, x.stride())
+
+
+def moved(x: Any, device: str) -> Any:
+    """Tensors, the containers of the library's arguments and results, and the arguments of what is called back."""
+    if isinstance(x, Tensor):
+        if device == "cpu":
+            return x.cpu()
+        return _Moved.apply(x, device) if x.requires_grad and torch.is_grad_enabled() else _move(x.detach(), device)
+    if isinstance(x, tuple) and hasattr(x, "_fields"):
+        return type(x)(*(moved(y, device) for y in x))
+    if isinstance(x, tuple | list):
+        return type(x)(moved(y, device) for y in x)
+    if callable(x):
+        return lambda *arguments: x(*(moved(y, "cpu") for y in arguments))
+    return x
+
+
+def _on(device: str, function: Callable) -> Callable:
+    @functools.wraps(function)
+    def run(*arguments: Any, **options: Any) -> Any:
+        if options.get("impl") == "reference":
+            return function(*arguments, **options)
+        arguments = moved(arguments, device)
+        return moved(function(*arguments, **{name: moved(x, device) for name, x in options.items()}), "cpu")
+
+    return run
+
+
+@contextmanager
+def running_on(device: str) -> Iterator[None]:
+    originals = {name: getattr(zk, name) for name in FUNCTIONS}
+    for name, function in originals.items():
+        setattr(zk, name, _on(device, function))
+    try:
+        yield
+    finally:
+        for name, function in originals.items():
+            setattr(zk, name, function)

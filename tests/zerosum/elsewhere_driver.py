@@ -1,0 +1,72 @@
+"""Runs the probe on the zoo on a device that is not there (tests/elsewhere.py), and prints a line of JSON for each model.
+
+A process of its own: the autograd engine's thread for that device does not end with the interpreter.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import sys
+import warnings
+
+import torch
+from torch import nn
+
+import zerosum
+from tests import elsewhere
+from tests.zerosum.models import ZOO, Packed
+from tests.zerosum.test_gpu import assert_same
+
+# The CPU's fused cells refuse tensors that say they are elsewhere.
+LEFT_OUT = ("Recurrent", "RecurrentSequenceFirst")
+
+
+def move(model: nn.Module, device: torch.device) -> nn.Module:
+    """As ``model.to(device)``, which gives each name of a tied parameter one of its own where tensors are of a subclass."""
+    moved: dict[nn.Parameter, nn.Parameter] = {}
+    for module in model.modules():
+        for name, p in module._parameters.items():
+            if p is not None:
+                if p not in moved:
+                    moved[p] = nn.Parameter(p.detach().to(device), p.requires_grad)
+                module._parameters[name] = moved[p]
+        for name, x in module._buffers.items():
+            if x is not None:
+                module._buffers[name] = x.to(device)
+    return model
+
+
+def report_of(model: nn.Module, tokens: torch.Tensor, packed: bool) -> zerosum.Report:
+    probe = zerosum.Probe(model, gram=True, num_examples=len(tokens) if packed else None)
+    with probe:
+        model(tokens).square().flatten(1).mean(1).sum().backward()
+    return probe.report()
+
+
+def run(kind: type[nn.Module]) -> dict[str, object]:
+    torch.manual_seed(0)
+    model, tokens = kind().double().train(), torch.randint(0, 11, (3, 6))
+    expected = report_of(copy.deepcopy(model), tokens, kind is Packed)
+    with elsewhere.elsewhere() as device:
+        there, tokens = move(model, device), tokens.to(device)
+        elsewhere.READS[0] = 0
+        found = report_of(there, tokens, kind is Packed)
+        reads = elsewhere.READS[0]
+        assert_same(found, expected, max(kind.rtol, 1e-9))  # type: ignore[attr-defined]
+    return {"reads": reads}
+
+
+if __name__ == "__main__":
+    warnings.simplefilter("ignore")
+    for kind in ZOO:
+        if kind.random or kind.__name__ in LEFT_OUT:
+            continue
+        try:
+            line = run(kind)
+        except Exception as error:
+            line = {"error": f"{type(error).__name__}: {error}"}
+        print(json.dumps({"model": kind.__name__, **line}), flush=True)
+    sys.stdout.flush()
+    os._exit(0)

@@ -1,0 +1,74 @@
+"""The probe on a device: the zoo and the own GPT, against the probe on the CPU, which the other files hold to the truth."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import zerosum
+import zsl_kernels as zk
+from tests.zerosum.models import ZOO, Packed, TwoLayers
+from zerosum.training.model import GPT, GPTConfig, token_losses
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="this machine has no CUDA device that torch can use"),
+]
+FIELDS = ("grad_sum", "abs_sum", "sq_sum", "l1", "sq_norm", "gram")
+
+
+def assert_same(found: zerosum.Report, expected: zerosum.Report, rtol: float) -> None:
+    assert set(found) == set(expected)
+    assert found.coverage.covered == expected.coverage.covered
+    for name in expected:
+        for field in FIELDS:
+            want = getattr(expected[name], field)
+            error = (getattr(found[name], field).cpu() - want).norm()
+            assert error <= rtol * want.norm() + 1e-12, (name, field, error)
+
+
+@pytest.mark.parametrize("kind", [kind for kind in ZOO if not kind.random])
+def test_says_what_it_says_on_the_cpu(kind: type[TwoLayers]) -> None:
+    torch.manual_seed(0)
+    model, tokens = kind().double().train(), torch.randint(0, 11, (3, 6))
+    reports = []
+    for device in ("cpu", "cuda"):
+        copied = copy.deepcopy(model).to(device)
+        probe = zerosum.Probe(copied, gram=True, num_examples=3 if kind is Packed else None)
+        with probe:
+            copied(tokens.to(device)).square().flatten(1).mean(1).sum().backward()
+        reports.append(probe.report())
+    assert_same(reports[1], reports[0], max(kind.rtol, 1e-9))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_gpt_in_its_own_precision(dtype: torch.dtype) -> None:
+    """float32 through the kernels; bfloat16 by autocast, against the CPU's float32."""
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(vocab=512, width=128, layers=2, heads=4, positions=64))
+    x, y = torch.randint(512, (2, 8, 64))
+    reports = []
+    for device in ("cpu", "cuda"):
+        copied = copy.deepcopy(model).to(device)
+        probe = zerosum.Probe(copied, gram=True)
+        with probe, torch.autocast(device, dtype=torch.bfloat16, enabled=dtype != torch.float32 and device == "cuda"):
+            token_losses(copied, x.to(device), y.to(device)).mean(1).sum().backward()
+        reports.append(probe.report())
+    assert_same(reports[1], reports[0], 1e-4 if dtype == torch.float32 else 5e-2)
+
+
+def test_a_fused_head() -> None:
+    torch.manual_seed(0)
+    h, weight, targets = torch.randn(4, 32, 64), torch.randn(1000, 64), torch.randint(1000, (4, 32))
+    found = []
+    for device in ("cpu", "cuda"):
+        leaves = [x.to(device).requires_grad_() for x in (h, weight)]
+        got: list[zk.InterferenceSums] = []
+        losses = zk.linear_cross_entropy(*leaves, targets.to(device), statistics=got.append, gram=True)
+        losses.sum().backward()
+        found.append([losses, *(x.grad for x in leaves), got[0].abs_sum, got[0].gram])
+    plain = F.cross_entropy((h @ weight.T).movedim(-1, 1), targets, reduction="none")
+    torch.testing.assert_close(found[1][0].cpu(), plain, rtol=1e-4, atol=1e-4)
+    for x, y in zip(found[1], found[0], strict=True):
+        torch.testing.assert_close(x.cpu(), y, rtol=1e-4, atol=1e-4)

@@ -1,0 +1,134 @@
+"""What only a device can show: streams, graphs, no waiting, bounded memory. Accuracy is that of the other files, whose ``impl``
+fixture goes over the device's implementations too. ``pytest -m gpu`` runs all of them."""
+
+import pytest
+import torch
+
+import zsl_kernels as zk
+from tests.inputs import DTYPES, Problem
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="this machine has no CUDA device that torch can use"),
+]
+HALF = torch.bfloat16
+
+
+def make(N=8, T=64, K=256, O=192, dtype=HALF):
+    x = Problem(N, T, K, O, dtype=dtype).make()
+    return x.a.cuda(), x.b.cuda(), x.direction.cuda()
+
+
+# With and without a direction and the Gram.
+CALLS = {
+    "sums": lambda a, b, u, impl: zk.interference(a, b, impl=impl),
+    "direction": lambda a, b, u, impl: zk.interference(a, b, direction=u, impl=impl),
+    "gram of sums": lambda a, b, u, impl: zk.interference(a, b, direction=u, gram=True, impl=impl),
+    "gram": lambda a, b, u, impl: (zk.gram(a, b, impl=impl),),
+}
+each_call = pytest.mark.parametrize("call", CALLS)
+each_impl = pytest.mark.parametrize("impl", ["auto", "triton", "cuda"])
+
+
+def fields(results):
+    return [x for x in results if x is not None]
+
+
+@pytest.mark.parametrize("name", ["triton", "cuda"])
+def test_the_kernels_are_live(name):
+    assert zk.build_info()[name] == "live"
+
+
+@each_impl
+@each_call
+def test_a_graph_replays_it(call, impl):
+    a, b, u = make()
+    expected = fields(CALLS[call](a, b, u, impl))  # compiles, outside of the capture
+    x, y = torch.zeros_like(a), torch.zeros_like(b)
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        CALLS[call](x, y, u, impl)
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        results = fields(CALLS[call](x, y, u, impl))
+    x.copy_(a)
+    y.copy_(b)
+    graph.replay()
+    for found, want in zip(results, expected, strict=True):
+        assert torch.equal(found, want)
+
+
+@each_impl
+@each_call
+def test_runs_on_the_current_stream(call, impl):
+    """What is written on that stream just before is read; on another it would not have been written yet."""
+    a, b, u = make()
+    expected = fields(CALLS[call](a, b, u, impl))
+    late_a, late_b = torch.full_like(a, float("nan")), torch.full_like(b, float("nan"))
+    torch.cuda.synchronize()
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(50_000_000)
+        late_a.copy_(a)
+        late_b.copy_(b)
+        results = fields(CALLS[call](late_a, late_b, u, impl))
+    stream.synchronize()
+    for found, want in zip(results, expected, strict=True):
+        assert torch.equal(found, want)
+
+
+@each_impl
+@each_call
+def test_never_waits_for_the_device(call, impl):
+    a, b, u = make()
+    CALLS[call](a, b, u, impl)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        CALLS[call](a, b, u, impl)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two devices")
+@each_impl
+def test_runs_on_the_operands_device(impl):
+    a, b, u = (x.to("cuda:1") for x in make())
+    with torch.cuda.device(0):
+        found = zk.interference(a, b, direction=u, gram=True, impl=impl)
+    want = zk.interference(a.cpu(), b.cpu(), direction=u.cpu(), gram=True)
+    for x, y in zip(found, want, strict=True):
+        assert x.device == a.device
+        torch.testing.assert_close(x.cpu(), y)
+
+
+@each_impl
+@each_call
+@pytest.mark.parametrize("dtype", DTYPES[:3], ids=str)
+def test_is_bitwise_repeatable(dtype, call, impl):
+    a, b, u = make(dtype=dtype)
+    first, second = (fields(CALLS[call](a, b, u, impl)) for _ in range(2))
+    assert all(torch.equal(x, y) for x, y in zip(first, second, strict=True))
+
+
+def peak(N):
+    a, b, u = make(N=N, K=512, O=512)
+    zk.interference(a, b, direction=u)
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    zk.interference(a, b, direction=u)
+    return torch.cuda.max_memory_allocated() - before
+
+
+def test_memory_does_not_grow_with_the_examples():
+    few, many = peak(8), peak(128)
+    assert many - few < 2**20, (few, many)  # the gradients of 120 more examples are 126 MB
+
+
+def test_the_choice_is_what_the_plan_prints():
+    a, b, _ = make()
+    N, T, K, O = 8, 64, 256, 192
+    plan = zk.plan("interference", N=N, T=T, K=K, O=O, dtype=HALF, device="cuda")
+    assert plan.impl in ("triton", "cuda")
+    assert torch.equal(zk.interference(a, b).abs_sum, zk.interference(a, b, impl=plan.impl).abs_sum)
