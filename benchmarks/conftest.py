@@ -11,6 +11,7 @@ from pathlib import Path
 from time import perf_counter
 
 import pytest
+import torch
 
 from benchmarks import machine
 from benchmarks.tables import Cell, Quartiles, Table
@@ -24,6 +25,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("zerosum benchmarks")
     group.addoption("--quick", action="store_true", help="a few small cases and rounds: whether the benchmarks run, not how fast")
     group.addoption(
+        "--device", help='of benchmarks/gpu, which are collected with it only: "cuda", or "cpu" to see whether they run'
+    )
+    group.addoption(
         "--results", metavar="NAME", help="keep the tables as benchmarks/results/NAME.json and NAME.md (a whole run: latest)"
     )
 
@@ -33,7 +37,11 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "full: left out with --quick")
     config.option.benchmark_quiet = True  # its own table does not know the baselines
     config.stash[TABLES] = {}
-    config.stash[MACHINE] = machine.describe()
+    config.stash[MACHINE] = machine.describe(config.option.device)
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    return True if collection_path.name == "gpu" and not config.option.device else None
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -115,6 +123,7 @@ class Compare:
 
         def run() -> None:
             subject()  # and drops the results, as the baseline's are
+            _wait()
 
         self._benchmark.pedantic(
             run, setup=lambda: baseline_times.append(_seconds(baseline)), rounds=max(least, min(101, int(self._budget / once)))
@@ -122,9 +131,16 @@ class Compare:
         return None if self._benchmark.stats is None else (list(self._benchmark.stats.stats.data), baseline_times)
 
 
+def _wait() -> None:
+    """Until a device has done what it was told."""
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+
+
 def _seconds(function: Callable[[], object]) -> float:
     start = perf_counter()
     function()
+    _wait()
     return perf_counter() - start
 
 

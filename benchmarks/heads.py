@@ -34,12 +34,12 @@ class Head:
     targets: Tensor
 
     @classmethod
-    def make(cls, case: HeadCase) -> Head:
+    def make(cls, case: HeadCase, device: str = "cpu") -> Head:
         torch.manual_seed(0)
         dtype = getattr(torch, case.dtype)
-        h = torch.empty(case.N, case.T, case.K, dtype=dtype).normal_().requires_grad_()
-        weight = torch.empty(case.V, case.K, dtype=dtype).normal_(0, case.K**-0.5).requires_grad_()
-        return cls(h, weight, torch.randint(case.V, (case.N, case.T)))
+        h = torch.empty(case.N, case.T, case.K, dtype=dtype, device=device).normal_().requires_grad_()
+        weight = torch.empty(case.V, case.K, dtype=dtype, device=device).normal_(0, case.K**-0.5).requires_grad_()
+        return cls(h, weight, torch.randint(case.V, (case.N, case.T), device=device))
 
     def backward(self, losses: Tensor) -> None:
         with torch.enable_grad():

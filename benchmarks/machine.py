@@ -9,13 +9,16 @@ import subprocess
 from datetime import datetime, timezone
 from pathlib import Path
 
+import torch
+
 import zsl_kernels as zk
 
 
-def describe() -> dict[str, object]:
-    """Machine, software, commit and date, as plain values."""
+def describe(device: str | None = None) -> dict[str, object]:
+    """Machine, software, commit and date, as plain values; with ``device``, what that is."""
     build = zk.build_info()
-    return {
+    about = {"device": _device(device)} if device else {}
+    return about | {
         "date": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
         "commit": _commit(),
         "cpu": _cpu(),
@@ -35,10 +38,20 @@ def line(machine: dict[str, object]) -> str:
     load = f"load at start {machine['load at start']}"
     if machine["load at start"] > 0.5:
         load += " (BUSY: threads wait for each other, and ratios mean little)"
+    if "device" in machine:
+        software = f"torch {machine['torch']}, commit {machine['commit']}"
+        return f"{machine['device']}, {machine['cpu']}, {software}, {machine['date']}, {load}"
     return (
         f"{machine['cpu']}, {machine['cores']} cores, {machine['threads']} threads, kernels for {machine['isa']}, "
         f"torch {machine['torch']}, commit {machine['commit']}, {machine['date']}, {load}"
     )
+
+
+def _device(device: str) -> str:
+    if device.split(":")[0] != "cuda":
+        return f"{device} (whether the benchmarks run, not how fast)"
+    about = torch.cuda.get_device_properties(device)
+    return f"{about.name}, {about.multi_processor_count} SMs, {about.total_memory / 2**30:.0f} GiB, CUDA {torch.version.cuda}"
 
 
 def _cpu() -> str:

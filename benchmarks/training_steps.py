@@ -30,9 +30,10 @@ class Workload:
     y: Tensor  # (N, T)
 
     @classmethod
-    def make(cls) -> Workload:
+    def make(cls, config: GPTConfig = CONFIG, examples: int = N, device: str = "cpu") -> Workload:
         torch.manual_seed(0)
-        return cls(GPT(CONFIG), *torch.randint(CONFIG.vocab, (2, N, T)))
+        tokens = torch.randint(config.vocab, (2, examples, config.positions))
+        return cls(GPT(config).to(device), *tokens.to(device))
 
     @property
     def linear_weights(self) -> dict[str, nn.Parameter]:
@@ -47,7 +48,7 @@ class Sums:
     """Σg, Σ|g|, Σg² of each weight and each example's norms, fed from per-example gradients."""
 
     def __init__(self, weights: dict[str, nn.Parameter]) -> None:
-        self._sums = {name: torch.zeros(3, *p.shape) for name, p in weights.items()}
+        self._sums = {name: p.new_zeros(3, *p.shape) for name, p in weights.items()}
         self.scalars: list[tuple[Tensor, Tensor]] = []
 
     def add_example(self, gradients: tuple[Tensor, ...]) -> None:

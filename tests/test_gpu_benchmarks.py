@@ -1,0 +1,23 @@
+"""That the device's benchmarks run, on the CPU: the hour there is a device is not the hour to find out."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+
+
+def test_the_benchmarks_of_a_device_run(project_environment):
+    command = [sys.executable, "-m", "pytest", "benchmarks/gpu", "--device", "cpu", "--quick", "--benchmark-disable"]
+    done = subprocess.run(command, env=project_environment, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-1000:]
+    assert " passed" in done.stdout
+    assert "failed" not in done.stdout
+
+
+def test_the_script_says_what_is_missing(project_environment):
+    environment = {**project_environment, "PYTHON": sys.executable, "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run([ROOT / "benchmarks" / "gpu.sh"], env=environment, capture_output=True, text=True, timeout=100)
+    assert done.returncode != 0
+    assert "not live: triton: this machine has no CUDA device" in done.stderr, os.linesep.join([done.stdout, done.stderr])
