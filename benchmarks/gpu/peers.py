@@ -1,4 +1,4 @@
-"""Other projects' ways to per-example gradients, where they are installed: a step of a copy of the same model, on the same batch."""
+"""Other projects' ways to per-example gradients, where they are installed: a step of a copy of the same model and batch."""
 
 from __future__ import annotations
 

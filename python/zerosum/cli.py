@@ -139,7 +139,7 @@ def run_doctor(options: argparse.Namespace) -> int:
     isas = ", ".join(map(str, info["cpu_isas"]))  # type: ignore[call-overload]
     live = {"cpu": f"live with {info['cpu_isa']} (built for: {isas})", "chunked": "live (plain PyTorch, any device)"}
     for impl in ("cpu", "triton", "cuda"):
-        print(f"  {impl:<10} {live.get(impl, 'live') if info[impl] in ('live', None) else f'not live: {info[impl]}'}")
+        print(f"  {impl:<10} {live.get(impl, 'live') if info[impl] == 'live' else f'not live: {info[impl]}'}")
     print(f"  {'chunked':<10} {live['chunked']}")
     for name in ("matplotlib", "tqdm"):
         found = importlib.util.find_spec(name) is not None
@@ -147,7 +147,8 @@ def run_doctor(options: argparse.Namespace) -> int:
     # Not built is a choice; built and not loading is a fault.
     broken = info["cpu"] != "live" and not str(info["cpu"]).startswith("it was not built")
     print("\nChecked against the reference:")
-    wrong = [impl for impl in ("chunked", "cpu") if (impl == "chunked" or info["cpu"] == "live") and not _check(impl)]
+    devices = {"chunked": "cpu", "cpu": "cpu", "triton": "cuda", "cuda": "cuda"}
+    wrong = [impl for impl, device in devices.items() if info.get(impl, "live") == "live" and not _check(impl, device)]
     if broken or wrong:
         print(f"\nNot well: {', '.join([*wrong, *(['cpu does not load'] if broken else [])])}.")
         return 1
@@ -155,17 +156,17 @@ def run_doctor(options: argparse.Namespace) -> int:
     return 0
 
 
-def _check(impl: str) -> bool:
+def _check(impl: str, device: str) -> bool:
     """One call with every result, on odd sizes, against the specification in float64."""
     generator = torch.Generator().manual_seed(0)
     a, b, u = (torch.randn(*shape, generator=generator) for shape in ((5, 33, 70), (5, 33, 45), (45, 70)))
     truth = zk.interference(a.double(), b.double(), direction=u.double(), gram=True, impl="reference")
     try:
-        found = zk.interference(a, b, direction=u, gram=True, impl=impl)
+        found = zk.interference(a.to(device), b.to(device), direction=u.to(device), gram=True, impl=impl)
     except RuntimeError as error:
         print(f"  {impl:<10} failed: {error}")
         return False
-    errors = {name: float((getattr(found, name) - x).norm() / x.norm()) for name, x in truth._asdict().items()}
+    errors = {name: float((getattr(found, name).cpu() - x).norm() / x.norm()) for name, x in truth._asdict().items()}
     worst = max(errors, key=lambda name: errors[name])
     good = errors[worst] < 1e-5
     print(f"  {impl:<10} {'ok' if good else 'WRONG'}, largest relative error {errors[worst]:.1e} ({worst})")
