@@ -95,7 +95,7 @@ def ranking(cases: list[list[Measured]]) -> str:
         loss = chosen.seconds / best.seconds
         right += loss < 1.05
         if loss >= 1.05:
-            predicted = best.candidate.cost / chosen.candidate.cost
+            predicted = best.candidate.time / chosen.candidate.time
             text = f"{chosen.candidate.way} {1e3 * chosen.seconds:.2f} ms, {best.candidate.way} {1e3 * best.seconds:.2f} ms"
             lines.append((loss, f"  {chosen.plan.call!s:<52} {text:<44} {loss:5.2f} x; predicted {1 / predicted:.2f} x"))
     head = f"The plan's choice was within 5% of the fastest in {right} of {len(cases)} calls. Where it was not:"

@@ -18,13 +18,19 @@ class Gpu:
     half_flops: float  # bfloat16 and float16 products on the matrix units, accumulated in float32
     tf32_flops: float
     float32_flops: float  # outside of the matrix units
+    instructions: float  # of all threads, that the multiprocessors issue in a second: a warp's in a cycle, four at a time
     l2_bandwidth: float
     bandwidth: float  # of the device's memory
+    # What products by the instructions of a single warp (HMMA) reach of the rates above, which on newer parts are those of
+    # instructions of several warps: an assumption too.
+    warp_share: float
+    cluster: int  # blocks of a library's product that share what they load
+    max_warps: int = 64  # that a multiprocessor holds
 
 
-A100 = Gpu("A100", 80, 108, 166912, 312e12, 156e12, 19.5e12, 5.0e12, 2.0e12)
-H100 = Gpu("H100", 90, 132, 232448, 989e12, 494e12, 67e12, 5.5e12, 3.35e12)
-B200 = Gpu("B200", 100, 148, 232448, 2250e12, 1125e12, 75e12, 10e12, 8.0e12)
+A100 = Gpu("A100", 80, 108, 166912, 312e12, 156e12, 19.5e12, 19.5e12, 5.0e12, 2.0e12, 1.0, 1)
+H100 = Gpu("H100", 90, 132, 232448, 989e12, 494e12, 67e12, 33.5e12, 5.5e12, 3.35e12, 0.62, 2)
+B200 = Gpu("B200", 100, 148, 232448, 2250e12, 1125e12, 75e12, 37.5e12, 10e12, 8.0e12, 0.31, 4)
 GPUS = {gpu.arch: gpu for gpu in (A100, H100, B200)}
 
 

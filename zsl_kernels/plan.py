@@ -1,9 +1,10 @@
 """The cost model: which way, and which tile, for one call.
 
 A pure function of integers, so that it can be printed and tested. Every way of computing an op is a candidate with its number of
-floating-point operations (*work*: a multiply-add counts as two) and its *cost*, the work weighted with how fast that kind of work
-goes, in units of the direct kernel's product. The cheapest candidate wins. Left out on purpose: the operands' layout, and every
-cache but the one that the tile is sized for.
+floating-point operations (*work*: a multiply-add counts as two), its traffic and the *time* that they predict. The fastest
+candidate wins. On the CPU the time is the work weighted with how fast that kind of work goes, in units of the direct kernel's
+product, over a nominal rate of that product; left out on purpose: the operands' layout, and every cache but the one that the tile
+is sized for. For GPUs see gpu_costs.py.
 """
 
 from __future__ import annotations
@@ -11,8 +12,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import lru_cache
 
-from zsl_kernels.configs import CONFIGS, Config, kind
-from zsl_kernels.gpus import Gpu
+from zsl_kernels import gpu_costs
+from zsl_kernels.candidates import Call, Candidate
 
 OPS = ("interference", "gram", "dot", "sq_norm", "weighted_grad")
 
@@ -37,66 +38,12 @@ _CHUNKED_FOLD = {"interference": 220.0, "interference_backward": 220.0, "gram": 
 _PAIR = 1.5
 _GHOST = 1.6
 _MATMUL = 1.5
-
-
-@dataclass(frozen=True)
-class Call:
-    """All that the choice depends on."""
-
-    op: str
-    N: int
-    T: int
-    K: int
-    O: int
-    M: int | None = None  # examples of the second set of `gram`; None for the Gram of one set with itself
-    gram: bool = False  # with "interference"
-    itemsize: int = 4  # of the sums
-    threads: int = 1
-    # Ragged rows (T is their mean), or rows added to the gradients: of the ways to know each gradient only those that form it.
-    irregular: bool = False
-    dtype: str = "float32"  # of a and b
-    gpu: Gpu | None = None  # of the GPU's kernels
-
-    @property
-    def formed(self) -> int:
-        """Gradients that a form which computes gradients computes."""
-        return self.N + (self.M or 0)
-
-    @property
-    def product(self) -> float:
-        """Operations of forming them."""
-        return 2.0 * self.formed * self.T * self.O * self.K
-
-    @property
-    def elements(self) -> float:
-        """Entries of all of them."""
-        return float(self.formed) * self.O * self.K
-
-    @property
-    def pairs(self) -> float:
-        """Operations for each coordinate of the pairwise products: half of the N² by symmetry."""
-        if self.op == "gram":
-            return float(2 * self.N * self.M if self.M else self.N * self.N)
-        return float(self.N * self.N) if self.gram else 0.0
-
-    def __str__(self) -> str:
-        rest = (f", M={self.M}" if self.M is not None else "") + (", gram" if self.gram else "")
-        rest += ", irregular" if self.irregular else ""
-        return f"{self.op}(N={self.N}, T={self.T}, K={self.K}, O={self.O}{rest})"
-
-
-@dataclass(frozen=True)
-class Candidate:
-    """One way of computing a call."""
-
-    impl: str
-    way: str  # "direct", "ghost", "rank-one", "chunked" or "matmul"
-    tile: tuple[int, int]  # output rows × columns (ghost: rows × rows of positions) handled at a time
-    work: float  # floating-point operations
-    cost: float  # weighted work
-    workspace: int  # bytes, for each thread (chunked: in all)
-    config: Config | None = None  # of a Triton kernel
-    splits: int = 1  # parts of the examples that go to programs of their own
+# Operations in a second of the direct kernel's products on one thread: between AVX2 and AVX-512 in benchmarks/results/latest.md. It
+# turns costs into seconds, the same for every way, so no choice depends on it.
+_RATE = 130e9
+# The chunked form on a GPU: passes over its slabs, which stay in the second-level cache, and launches for each slab.
+_PASSES = {"interference": 14, "interference_backward": 20, "gram": 3, "sq_norm": 3}
+_LAUNCHES = {"interference": 12, "interference_backward": 20, "gram": 4, "sq_norm": 3}
 
 
 @dataclass(frozen=True)
@@ -104,7 +51,7 @@ class Plan:
     """What a call does. ``print`` it to see the candidates; ``impl``, ``way`` and ``tile`` are the choice."""
 
     call: Call
-    candidates: tuple[Candidate, ...]  # cheapest first
+    candidates: tuple[Candidate, ...]  # fastest first
 
     @property
     def chosen(self) -> Candidate:
@@ -126,10 +73,11 @@ class Plan:
         lines = [f"{self.call}: {self.way} ({self.impl})"]
         for c in self.candidates:
             mark = "->" if c is self.chosen else "  "
-            cost = c.cost / max(self.chosen.cost, 1.0)
+            config = "" if c.config is None else f" depth {c.config.depth}, {c.config.warps} warps, {c.config.stages} stages"
+            config += f", {c.splits} splits" if c.splits > 1 else ""
             lines.append(
-                f"  {mark} {c.way:<9}{c.impl:<9}{c.work / 1e9:>10.3f} GFLOP{cost:>8.2f} x cost"
-                f"   tile {c.tile[0]:>5} x {c.tile[1]:<5}{c.workspace / 2**20:>8.2f} MiB"
+                f"  {mark} {c.way:<9}{c.impl:<8}{c.kernel:<13}tile {c.tile[0]:>5} x {c.tile[1]:<5}{c.work / 1e9:>10.3f} GFLOP"
+                f"{c.bytes / 1e6:>10.2f} MB{1e3 * c.time:>10.4f} ms ({c.limit}){c.workspace / 2**20:>9.2f} MiB{config}"
             )
         return "\n".join(lines)
 
@@ -137,6 +85,23 @@ class Plan:
 def chunk_rows(examples: int, O: int, K: int, itemsize: int) -> int:
     """Output rows of a slab of the chunked form: its two buffers of (examples, rows, K) fit ``CHUNKED_BYTES``."""
     return max(1, min(max(O, 1), CHUNKED_BYTES // max(2 * examples * K * itemsize, 1)))
+
+
+def _cpu(call: Call, way: str, tile: tuple[int, int], work: float, cost: float, workspace: int) -> Candidate:
+    time = cost / (_RATE * max(call.threads, 1))
+    return Candidate("cpu", way, way, tile, work, call.operand_bytes + call.result_bytes, time, workspace)
+
+
+def _library(call: Call, way: str, tile: tuple[int, int], work: float, cost: float, workspace: int, slabs: int = 0) -> Candidate:
+    """PyTorch's own products, and for each of ``slabs`` the passes over a workspace that follow them."""
+    moved = call.operand_bytes + call.result_bytes
+    if call.gpu is None:
+        return Candidate("chunked", way, "library", tile, work, moved, cost / (_RATE * max(call.threads, 1)), workspace)
+    launches = 4 + slabs * _LAUNCHES.get(call.op, 0)
+    passes = call.itemsize * call.elements * _PASSES[call.op] if slabs else 0.0
+    products = gpu_costs.library(call.gpu, work, moved, launches, "float64" if call.itemsize == 8 else "float32")
+    time, limit = gpu_costs.total([products, gpu_costs.Time(l2=passes / call.gpu.l2_bandwidth, launches=0)])
+    return Candidate("chunked", way, "library", tile, work, moved, time, workspace, limit, passes)
 
 
 def _split(size: int, limit: int, unit: int) -> int:
@@ -167,7 +132,7 @@ def _direct(call: Call) -> Candidate:
     cost = call.product + _PAIR * pairs + _FOLD[call.op] * call.elements
     sums = 7 if call.N > SUM_RUN else 4  # with the direction's tile
     workspace = call.itemsize * (tile[0] * tile[1] * (sums + stored) + min(call.T, CHUNK) * sum(tile))
-    return Candidate("cpu", "direct", tile, call.product + pairs, cost, workspace)
+    return _cpu(call, "direct", tile, call.product + pairs, cost, workspace)
 
 
 def _ghost(call: Call) -> Candidate | None:
@@ -180,7 +145,7 @@ def _ghost(call: Call) -> Candidate | None:
     else:
         return None
     workspace = call.itemsize * 2 * GHOST_SIDE * (CHUNK + GHOST_SIDE)
-    return Candidate("cpu", "ghost", (GHOST_SIDE, GHOST_SIDE), work, _GHOST * work, workspace)
+    return _cpu(call, "ghost", (GHOST_SIDE, GHOST_SIDE), work, _GHOST * work, workspace)
 
 
 def _rows_met(T: int) -> float:
@@ -196,16 +161,15 @@ def _rank_one(call: Call) -> Candidate | None:
         return None
     sums = 6.0 * call.elements if call.op == "interference" else 0.0
     work = sums + call.pairs * (call.O + call.K) + 4.0 * call.formed * (call.O + call.K)
-    return Candidate(
-        "chunked", "rank-one", (call.O, call.K), work, _MATMUL * work, call.itemsize * 2 * call.formed * (call.O + call.K)
-    )
+    workspace = call.itemsize * 2 * call.formed * (call.O + call.K)
+    return _library(call, "rank-one", (call.O, call.K), work, _MATMUL * work, workspace)
 
 
 def _matmul(call: Call) -> Candidate | None:
     if call.op not in ("dot", "weighted_grad"):
         return None
     workspace = call.itemsize * call.N * call.T * min(call.O, call.K)
-    return Candidate("chunked", "matmul", (call.O, call.K), call.product, _MATMUL * call.product, workspace)
+    return _library(call, "matmul", (call.O, call.K), call.product, _MATMUL * call.product, workspace)
 
 
 def _chunked(call: Call) -> Candidate | None:
@@ -214,22 +178,28 @@ def _chunked(call: Call) -> Candidate | None:
     rows = chunk_rows(call.formed, call.O, call.K, call.itemsize)
     work = call.product + 2 * call.pairs * call.O * call.K
     cost = _MATMUL * work + _CHUNKED_FOLD[call.op] * call.elements
-    return Candidate("chunked", "chunked", (rows, call.K), work, cost, 2 * call.itemsize * call.formed * rows * call.K)
+    workspace = 2 * call.itemsize * call.formed * rows * call.K
+    return _library(call, "chunked", (rows, call.K), work, cost, workspace, slabs=-(-call.O // rows))
 
 
-def _triton_direct(call: Call) -> Candidate | None:
-    # TODO(plan): every kernel and way; this is a stand-in
-    assert call.gpu is not None
-    (config, *_) = CONFIGS[call.gpu.arch]["interference"][kind(call.dtype)]
-    way = "stored" if call.pairs else "direct"
-    return Candidate("triton", way, config[:2], call.product, call.product, 0, config)
-
-
-_WAYS = {"triton": (_triton_direct,), "cuda": (), "cpu": (_direct, _ghost), "chunked": (_rank_one, _matmul, _chunked)}
+_CPU = {"cpu": (_direct, _ghost), "chunked": (_rank_one, _matmul, _chunked)}
+_GPU = {
+    "triton": (
+        gpu_costs.triton_direct,
+        gpu_costs.triton_stored,
+        gpu_costs.triton_rank_one,
+        gpu_costs.triton_ghost,
+        gpu_costs.triton_backward,
+    ),
+    "cuda": (gpu_costs.cuda_direct,),
+}
 
 
 @lru_cache(maxsize=4096)
 def choose(call: Call, impls: tuple[str, ...]) -> Plan:
     """The plan of a call among the ways of ``impls``."""
-    found = [candidate for impl in impls for way in _WAYS[impl] if (candidate := way(call)) is not None]
-    return Plan(call, tuple(sorted(found, key=lambda c: c.cost)))
+    found = [candidate for impl in impls for way in _CPU.get(impl, ()) if (candidate := way(call)) is not None]
+    found += [candidate for impl in impls for way in _GPU.get(impl, ()) for candidate in way(call)]
+    if not found:
+        raise ValueError(f"impl: expected one with a kernel for {call}, got {', '.join(impls)}")
+    return Plan(call, tuple(sorted(found, key=lambda c: c.time)))

@@ -1,0 +1,165 @@
+"""The cost model of GPUs: its candidates are legal, its choice is the fastest of them, and its predictions behave like times."""
+
+import dataclasses
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import zsl_kernels as zk
+from zsl_kernels import gpu_costs
+from zsl_kernels.candidates import Call
+from zsl_kernels.configs import CONFIGS, CUDA_SUMS_HELD, CUDA_TILES, Config, kind
+from zsl_kernels.gpus import GPUS, H100, nearest
+from zsl_kernels.plan import OPS, choose
+
+ALL = ("triton", "cuda", "chunked")
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+def call(op, N=8, T=1024, K=768, O=768, M=None, gram=False, irregular=False, dtype="bfloat16", gpu=H100):
+    return Call(op, N, T, K, O, M, gram, 4, 2, irregular, dtype, gpu)
+
+
+sizes = st.one_of(st.integers(0, 70), st.integers(0, 5000))
+calls = st.builds(
+    call,
+    st.sampled_from((*OPS, "interference_backward")),
+    N=st.one_of(st.integers(0, 66), st.integers(0, 3000)),
+    T=st.one_of(st.just(1), sizes),
+    K=sizes,
+    O=sizes,
+    gram=st.booleans(),
+    irregular=st.booleans(),
+    dtype=st.sampled_from(DTYPES),
+    gpu=st.sampled_from(list(GPUS.values())),
+)
+
+
+@settings(max_examples=1500)
+@given(calls, st.sampled_from([ALL, ("triton", "chunked"), ("cuda", "chunked"), ("chunked",)]))
+def test_the_fastest_of_legal_candidates_is_chosen(call, impls):
+    plan = choose(call, impls)
+    assert plan.chosen.time == min(c.time for c in plan.candidates)
+    assert {c.impl for c in plan.candidates} <= set(impls)
+    assert "chunked" in {c.impl for c in plan.candidates}
+    for c in plan.candidates:
+        assert c.time > 0
+        assert min(c.work, c.bytes, c.l2_bytes, c.workspace) >= 0
+        assert 1 <= c.splits <= max(1, call.formed)
+        assert c.way != "direct" or not call.pairs or c.impl == "cuda" or call.op == "interference_backward"
+        assert not call.irregular or c.way not in ("ghost", "rank-one")
+        if c.impl == "triton":
+            assert c.config in CONFIGS[call.gpu.arch][c.kernel][kind(call.dtype)]
+            assert c.tile == c.config[:2]
+        if c.impl == "cuda":
+            (tile,) = (tile for tile in CUDA_TILES if c.tile == (tile.rows, tile.cols))
+            held = tile.groups(call.N, call.M)[0] if call.pairs else CUDA_SUMS_HELD
+            assert tile.shared_bytes(held, not call.pairs) <= call.gpu.shared_bytes
+    assert str(plan).count("\n") == len(plan.candidates)
+
+
+def _same(plan, candidate):
+    found = [c for c in plan.candidates if all(getattr(c, k) == getattr(candidate, k) for k in ("impl", "way", "config", "splits"))]
+    return found[0] if found else None
+
+
+@settings(max_examples=500)
+@given(calls.filter(lambda call: not call.gram and call.op != "interference_backward"), st.sampled_from("NTKO"))
+def test_more_takes_no_less_time_in_the_same_way(call, letter):
+    larger = dataclasses.replace(call, **{letter: getattr(call, letter) + 1 + getattr(call, letter) // 3})
+    for c in choose(call, ALL).candidates:
+        other = _same(choose(larger, ALL), c)
+        if other is not None and c.way in ("direct", "matmul"):
+            assert other.time >= c.time * (1 - 1e-12), (c, other)
+
+
+@pytest.mark.parametrize("gpu", GPUS.values(), ids=lambda gpu: gpu.name)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_splits_fill_the_device_and_no_more(gpu, dtype):
+    found = [
+        c
+        for c in choose(call("interference", N=64, K=256, O=256, dtype=dtype, gpu=gpu), ("triton",)).candidates
+        if c.way == "direct"
+    ]
+    assert {c.splits for c in found} > {1}
+    for c in found:
+        rows, cols = c.tile
+        assert c.splits == 1 or -(-256 // rows) * -(-256 // cols) * c.splits // 2 < gpu.sms * 32
+    large = choose(call("interference", N=64, K=8192, O=8192, dtype=dtype, gpu=gpu), ("triton",))
+    assert {c.splits for c in large.candidates if c.way == "direct"} == {1}
+
+
+@pytest.mark.parametrize(
+    ("sizes", "tiles"),
+    [
+        ({"N": 8}, {(64, 64), (64, 32), (32, 32), (32, 16)}),
+        ({"N": 16}, {(64, 32), (32, 32), (32, 16)}),
+        ({"N": 32}, {(32, 32), (32, 16)}),
+        ({"N": 64}, {(32, 16)}),
+        ({"N": 65}, {(32, 16)}),  # in groups
+    ],
+    ids=str,
+)
+def test_tiles_of_all_examples_fit_in_shared_memory(sizes, tiles):
+    for gram in ({"op": "gram"}, {"op": "interference", "gram": True}):
+        plan = choose(call(**gram, **sizes), ALL)
+        assert {c.tile for c in plan.candidates if c.impl == "cuda"} == tiles
+    assert len([c for c in choose(call("interference", **sizes), ALL).candidates if c.impl == "cuda"]) == len(CUDA_TILES)
+
+
+def test_tiles_that_do_not_fit_are_no_candidates():
+    small = dataclasses.replace(H100, shared_bytes=CUDA_TILES[-1].shared_bytes(8, False))
+    found = {c.tile for c in choose(call("gram", N=8, gpu=small), ALL).candidates if c.impl == "cuda"}
+    assert found
+    assert found < {(tile.rows, tile.cols) for tile in CUDA_TILES}
+
+
+def test_a_program_alone_waits_for_each_tiles_operands():
+    plan = choose(call("interference", N=64, T=16, K=32, O=32), ("triton",))
+    for c in plan.candidates:
+        if c.way == "direct":
+            assert c.time > 64 / c.splits * gpu_costs.FILL
+
+
+def test_slabs_are_bounded_and_of_whole_tiles():
+    for N, O, K, rows in [(8, 768, 768, 64), (32, 4096, 4096, 128), (2000, 4096, 4096, 64), (1, 10, 10, 64)]:
+        config = Config(rows, 64, 32, 4, 3)
+        height, width = gpu_costs.slab_of(N, O, K, config)
+        assert (height % rows, width % 64) == (0, 0)
+        assert (height, width) == (rows, 64) or 4 * N * height * width <= gpu_costs.SLAB_BYTES
+
+
+def test_the_backward_pass_is_predicted_with_the_workspace_that_it_takes():
+    (found,) = choose(call("interference_backward", N=32, K=2048, O=2048), ("triton",)).candidates
+    assert found.workspace == gpu_costs.BACKWARD_BYTES
+
+
+def test_a_faster_device_is_predicted_to_be_faster():
+    times = [choose(call("interference", N=32, K=2048, O=2048, gpu=gpu), ALL).chosen.time for gpu in GPUS.values()]
+    assert times == sorted(times, reverse=True)
+    times = [gpu_costs.plain_product(gpu, 32, 1024, 2048, 2048, "bfloat16").device for gpu in GPUS.values()]
+    assert times == sorted(times, reverse=True)
+
+
+@pytest.mark.parametrize("gpu", GPUS.values(), ids=lambda gpu: gpu.name)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_nothing_is_predicted_to_beat_the_device(gpu, dtype):
+    peak = gpu.half_flops if dtype != "float32" else gpu.tf32_flops
+    for sizes in ({}, {"K": 64}, {"N": 1, "T": 16}, {"N": 64, "K": 4096, "O": 4096}):
+        plan = choose(call("interference", dtype=dtype, gpu=gpu, **sizes), ALL)
+        for c in plan.candidates:
+            assert c.time > plan.call.product / peak
+            assert c.time > (plan.call.operand_bytes + plan.call.result_bytes) / gpu.bandwidth
+
+
+def test_plans_for_a_named_architecture_need_no_device():
+    plan = zk.plan("interference", N=8, T=1024, K=768, O=768, gram=True, dtype=torch.bfloat16, device="cuda", arch=90)
+    assert {"cuda", "triton", "chunked"} == {c.impl for c in plan.candidates}
+    for word in ("H100", "GFLOP", "MB", "ms", "tile", "warps", "->"):
+        assert word in str(plan), word
+
+
+def test_an_unknown_architecture_is_planned_as_the_newest_that_it_can_run():
+    assert [nearest(arch).arch for arch in (75, 80, 89, 90, 100, 120)] == [80, 80, 80, 90, 100, 100]
