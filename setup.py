@@ -1,12 +1,39 @@
-"""Builds the CPU kernels with ninja through torch's extension builder. ZSL_BUILD_NATIVE=0 leaves them out."""
+"""Builds the CPU kernels with ninja through torch's extension builder, and the CUDA kernels where nvcc is.
+
+ZSL_BUILD_NATIVE=0 leaves both out, ZSL_BUILD_CUDA=0 the CUDA kernels.
+"""
 
 import os
+import shutil
 import sys
+import sysconfig
 from pathlib import Path
 
-from setuptools import setup
+from setuptools import Extension, setup
 
 root = Path(__file__).parent
+
+CUDA = "zsl_kernels._cuda"
+CUDA_SOURCES = ["csrc/bindings/cuda_kernels.cu", "csrc/bindings/cuda_module.cpp"]
+NVCC = shutil.which("nvcc")
+# -t 2: two architectures at a time. The runtime is linked statically: the module imports on a machine without a GPU.
+CUDA_FLAGS = ["-O3", "-std=c++17", "-t", "2", "-shared", "-cudart", "static", "-DZSL_MODULE=_cuda"]
+CUDA_FLAGS += ["-Xcompiler", "-fPIC,-Wall,-Wextra,-fvisibility=hidden"]
+CUDA_ARCHITECTURES = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in (80, 90, 100)]
+CUDA_ARCHITECTURES += ["-gencode=arch=compute_100,code=compute_100"]  # PTX, for what comes later
+
+
+def cuda_headers():
+    return sorted(str(path.relative_to(root)) for suffix in ("h", "cuh") for path in (root / "csrc").rglob(f"*.{suffix}"))
+
+
+def cuda_includes():
+    """pybind11 comes with torch."""
+    import torch
+
+    torch_headers = Path(torch.__file__).parent / "include"
+    folders = ("csrc/cuda/device", "csrc/bindings/nvidia", torch_headers, sysconfig.get_paths()["include"])
+    return [f"-I{folder}" for folder in folders]
 
 
 def native_extensions():
@@ -20,7 +47,10 @@ def native_extensions():
             "--no-build-isolation, or set ZSL_BUILD_NATIVE=0 for the pure Python package"
         )
     sources = sorted(
-        str(path.relative_to(root)) for folder in ("cpu", "bindings") for path in (root / "csrc" / folder).glob("*.cpp")
+        str(path.relative_to(root))
+        for folder in ("cpu", "bindings")
+        for path in (root / "csrc" / folder).glob("*.cpp")
+        if not path.name.startswith("cuda_")
     )
     headers = sorted(str(path.relative_to(root)) for path in (root / "csrc").rglob("*.h"))
     # -g0: debug information would be most of the wheel. No -march: the kernels enable their instruction sets themselves.
@@ -30,7 +60,27 @@ def native_extensions():
     extension = CppExtension(
         "zsl_kernels._cpu", sources, depends=headers, extra_compile_args=flags + openmp, extra_link_args=openmp
     )
-    return {"ext_modules": [extension], "cmdclass": {"build_ext": BuildExtension.with_options(no_python_abi_suffix=True)}}
+    extensions = [extension]
+    if NVCC and os.environ.get("ZSL_BUILD_CUDA", "1") != "0":
+        extensions.append(Extension(CUDA, CUDA_SOURCES, depends=CUDA_SOURCES + cuda_headers()))
+
+    class BuildWithCuda(BuildExtension):
+        """torch's builder refuses CUDA where torch has none; our module does not need torch's."""
+
+        def build_extensions(self):
+            found = [extension for extension in self.extensions if extension.name == CUDA]
+            self.extensions = [extension for extension in self.extensions if extension.name != CUDA]
+            super().build_extensions()
+            for extension in found:
+                self.build_cuda(extension)
+            self.extensions += found
+
+        def build_cuda(self, extension):
+            target = Path(self.get_ext_fullpath(extension.name))
+            target.parent.mkdir(parents=True, exist_ok=True)
+            self.spawn([NVCC, *CUDA_FLAGS, *CUDA_ARCHITECTURES, *cuda_includes(), *extension.sources, "-o", str(target)])
+
+    return {"ext_modules": extensions, "cmdclass": {"build_ext": BuildWithCuda.with_options(no_python_abi_suffix=True)}}
 
 
 setup(**native_extensions())

@@ -1,0 +1,27 @@
+// The kernels' launches, by tile and element: what csrc/bindings/cuda_module.cpp calls.
+#pragma once
+
+#include "../cuda/args.h"
+
+namespace zsl {
+
+constexpr int tile_count = 4;
+
+struct Grid {
+  int tile;         // 0 to 3: 8, 16, 32 or 64 examples held
+  unsigned blocks;  // that share the tiles
+  unsigned pairs;   // of groups of examples
+  uintptr_t stream;
+};
+
+void launch_gram(const Grid& grid, Element element, const ProductArgs& args);
+void launch_embedding(const Grid& grid, const EmbeddingArgs& args);
+
+// rows, columns, examples held, examples formed at a time, stages and the Gram's shares of a tile.
+struct TileNumbers {
+  int rows, cols, slots, together, stages, shares;
+};
+TileNumbers tile_numbers(int tile);
+size_t shared_bytes(int tile, int held, bool runs);
+
+}  // namespace zsl

@@ -1,0 +1,25 @@
+// Launches of the kernels on a device. csrc/simt/launch.cuh has the same for threads of a CPU.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <cstdint>
+#include <stdexcept>
+#include <string>
+
+namespace zsl {
+
+inline void check(cudaError_t error, const char* kernel) {
+  if (error != cudaSuccess) throw std::runtime_error(std::string(kernel) + ": " + cudaGetErrorString(error));
+}
+
+// The caller has made the stream's device the current one.
+template <class Args>
+void launch(const char* name, void (*kernel)(Args), unsigned blocks, unsigned pairs, unsigned threads, size_t shared_bytes,
+            uintptr_t stream, const Args& args) {
+  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes)), name);
+  kernel<<<dim3(blocks, pairs), threads, shared_bytes, reinterpret_cast<cudaStream_t>(stream)>>>(args);
+  check(cudaGetLastError(), name);
+}
+
+}  // namespace zsl

@@ -1,0 +1,219 @@
+"""The CUDA kernels on threads of a CPU (csrc/simt): right, within their memory, ordered by their barriers.
+
+The parity suites run in a process of their own. The module alone, on NumPy arrays (tests/native/simt_checks.py), runs under the
+sanitizers, and copies of the kernels with a mistake planted in each show that the checks can fail.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import pytest
+import torch
+
+import zsl_kernels as zk
+from tests import simt
+from tests.inputs import Problem
+from zsl_kernels import cuda
+from zsl_kernels.configs import CUDA_SUMS_HELD, CUDA_TILES
+from zsl_kernels.gpus import GPUS
+
+CHECKS = simt.ROOT / "tests" / "native" / "simt_checks.py"
+SUITES = ("interference", "gram", "ragged", "tied", "embedding")
+SANITIZERS = {
+    "address": ("-fsanitize=address", "-O1", "-g1", "-fno-omit-frame-pointer"),
+    "thread": ("-fsanitize=thread", "-O1", "-g1"),
+}
+
+pytestmark = pytest.mark.skipif(
+    shutil.which(simt.COMPILER) is None or sys.platform != "linux", reason="needs a C++ compiler on Linux"
+)
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory):
+    """Builds of the kernels, made when they are first asked for: by sanitizer, and by what is changed in a copy of the sources."""
+    folder, made = tmp_path_factory.mktemp("simt"), {}
+
+    def get(sanitizer=None, plant=None):
+        key = (sanitizer, plant)
+        if key not in made:
+            own = Path(tempfile.mkdtemp(dir=folder))
+            root, flags = (simt.ROOT, ("-Werror",)) if plant is None else (changed(own, *plant), ("-w",))
+            made[key] = simt.build(own, *SANITIZERS.get(sanitizer, ()), *flags, root=root)
+        return made[key]
+
+    return get
+
+
+def changed(folder, file, old, new):
+    """A copy of the sources in which one place of one file differs."""
+    shutil.copytree(simt.ROOT / "csrc", folder / "csrc")
+    path = folder / "csrc" / file
+    text = path.read_text()
+    assert text.count(old) == 1, f"{file} has {text.count(old)} times: {old}"
+    path.write_text(text.replace(old, new))
+    return folder
+
+
+def run_checks(library, *cases, sanitizer=None):
+    # numpy's threads are not what is watched.
+    environment = {**os.environ, "PYTHONMALLOC": "malloc", "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
+    if sanitizer is not None:
+        runtime = "libasan.so" if sanitizer == "address" else "libtsan.so"
+        found = subprocess.run([simt.COMPILER, f"-print-file-name={runtime}"], capture_output=True, text=True).stdout.strip()
+        if not Path(found).is_absolute():
+            pytest.skip(f"the compiler has no {runtime}")
+        environment |= {"LD_PRELOAD": found, "ASAN_OPTIONS": "detect_leaks=0", "TSAN_OPTIONS": "exitcode=66:halt_on_error=1"}
+    command = [sys.executable, str(CHECKS), str(library), *cases]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+
+
+def assert_ok(done):
+    assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
+    assert done.stdout.endswith("ok\n")
+
+
+@pytest.fixture
+def emulated(built):
+    cuda.emulate(simt.load(built()))
+    yield
+    cuda.emulate(None)
+
+
+def test_the_parity_suites_pass(built, project_environment):
+    files = [str(simt.ROOT / "tests" / "zsl_kernels" / f"test_{name}.py") for name in SUITES]
+    environment = {**project_environment, "ZSL_TEST_EMULATED": "cuda", "ZSL_SIMT": str(built())}
+    command = [sys.executable, "-m", "pytest", "-x", "-p", "tests.simt", "-p", "no:cacheprovider", *files]
+    done = subprocess.run(command, cwd=simt.ROOT, env=environment, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-2000:]
+    # So many that it is not the filter that passes.
+    assert int(done.stdout.rsplit(" passed", 1)[0].rsplit(maxsplit=1)[-1]) > 350, done.stdout[-300:]
+
+
+def test_the_module_alone_is_right_on_numpy_arrays(built):
+    assert_ok(run_checks(built()))
+
+
+def test_offsets_past_31_bits(built):
+    assert_ok(run_checks(built(), "far", "short"))
+
+
+def test_under_the_address_sanitizer(built):
+    assert_ok(run_checks(built("address"), sanitizer="address"))
+
+
+def test_under_the_thread_sanitizer(built):
+    assert_ok(run_checks(built("thread"), "short", sanitizer="thread"))
+
+
+# file, what is there, what is planted instead; what reports it, in which cases
+PLANTED = {
+    "a read past the held tiles": (
+        ("cuda/fold.cuh", "(slot < count ? slot : count - 1)", "slot"),
+        "address",
+        ("regular", "heap-buffer-overflow"),
+    ),
+    "a read past an operand": (
+        ("cuda/product.cuh", "features > 0 ? length(slot) - t : 0", "features > -4 ? length(slot) - t + 4 : 0"),
+        "address",
+        ("regular", "heap-buffer-overflow"),
+    ),
+    "no barrier before a step is read": (
+        ("cuda/product.cuh", "copy_async_wait<Tile::stages - 2>();\n    __syncthreads();", "copy_async_wait<Tile::stages - 2>();"),
+        "thread",
+        ("regular", "data race"),
+    ),
+    "no barrier before tiles are overwritten": (
+        ("cuda/embedding.cuh", "__syncthreads();  // the tiles before have been folded", ""),
+        "thread",
+        ("embedding", "data race"),
+    ),
+    "no wait for a copy": (
+        ("cuda/product.cuh", "copy_async_wait<Tile::stages - 2>();", "copy_async_wait<Tile::stages>();"),
+        None,
+        ("regular", "wrong: "),
+    ),
+    "a wrong tile edge": (
+        ("cuda/tile.cuh", "col_of(at) < K;", "col_of(at) + 1 < K;"),
+        None,
+        ("regular", "wrong: "),
+    ),
+    "a barrier that some threads skip": (
+        ("cuda/embedding.cuh", "__syncthreads();  // the tiles", "if (threadIdx.x) __syncthreads();  // the tiles"),
+        None,
+        ("embedding", "not every thread reaches"),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", PLANTED)
+def test_a_planted_mistake_is_caught(name, built):
+    plant, sanitizer, (case, words) = PLANTED[name]
+    done = run_checks(built(sanitizer, plant), case, "short", sanitizer=sanitizer)
+    assert done.returncode != 0, f"not caught: {done.stdout[-300:]}"
+    assert words in done.stdout + done.stderr, (done.stdout + done.stderr)[-2000:]
+
+
+def test_python_and_cpp_have_the_same_tiles(built):
+    module = simt.load(built())
+    assert module.tiles() == [tuple(tile) for tile in CUDA_TILES]
+    for index, tile in enumerate(CUDA_TILES):
+        for held in {1, 3, CUDA_SUMS_HELD, tile.slots}:
+            for runs in (False, True):
+                assert module.shared_bytes(index, held, runs) == tile.shared_bytes(held, runs)
+        for gpu in GPUS.values():
+            assert tile.shared_bytes(tile.slots, False) <= gpu.shared_bytes
+            assert tile.shared_bytes(CUDA_SUMS_HELD, True) <= gpu.shared_bytes
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_same_call_gives_the_same_bits(dtype, emulated):
+    x = Problem(70, 3, 41, 35, dtype=dtype).make()
+    first, second = (zk.interference(x.a, x.b, direction=x.direction, gram=True, impl="cuda") for _ in range(2))
+    for name, field in first._asdict().items():
+        assert torch.equal(field, getattr(second, name)), name
+    assert torch.equal(first.gram, first.gram.T)
+
+
+def test_every_architecture_gives_results_within_rounding(emulated, monkeypatch):
+    """Their tiles and blocks differ, and so does the order of summation."""
+    x = Problem(12, 9, 130, 70).make()
+    want = zk.interference(x.a, x.b, gram=True, impl="reference")
+    for arch in GPUS:
+        monkeypatch.setenv("ZSL_GPU_ARCH", str(arch))
+        got = zk.interference(x.a, x.b, gram=True, impl="cuda")
+        torch.testing.assert_close(got.gram, want.gram, rtol=1e-5, atol=1e-6 * want.gram.max().item())
+        torch.testing.assert_close(got.sq_sum, want.sq_sum, rtol=1e-5, atol=1e-5)
+
+
+def test_views_with_a_pending_negation_are_read_negated(emulated):
+    z = torch.view_as_complex(torch.randn(3, 5, 7, 2, generator=torch.Generator().manual_seed(0)))
+    a, b = z.conj().imag, torch.ones(3, 5, 4)
+    assert a.is_neg()
+    want = zk.interference(a.clone(), b, direction=torch.ones(4, 7), gram=True, impl="reference")
+    got = zk.interference(a, b, direction=a.new_ones(4, 7), gram=True, impl="cuda")
+    for name, field in got._asdict().items():
+        torch.testing.assert_close(field, getattr(want, name), rtol=1e-5, atol=1e-4)
+
+
+def test_more_groups_than_a_grid_has_are_refused(emulated):
+    x = torch.ones(1, 1, 1).expand(12000, 1, 1)
+    with pytest.raises(ValueError, match="impl: expected one with a kernel for gram"):
+        zk.gram(x, x, impl="cuda")
+
+
+def test_float32_products_are_float32_unless_torch_allows_tf32(emulated, monkeypatch):
+    x = Problem(3, 40, 33, 29).make()
+    truth = zk.interference(x.a.double(), x.b.double(), impl="reference").grad_sum
+
+    def error():
+        return (zk.interference(x.a, x.b, impl="cuda").grad_sum - truth).abs().max().item()
+
+    exact = error()
+    assert exact < 2e-5
+    monkeypatch.setattr(cuda, "_exact", lambda: False)
+    assert 2e-4 < error() < 0.1
