@@ -20,6 +20,10 @@ from torch import Tensor
 import zsl_kernels as zk
 from tests.devices import running_on
 
+# The tests run the GPU's kernels on CPU tensors in processes of their own, which this names: "triton" or "cuda".
+EMULATED = os.environ.get("ZSL_TEST_EMULATED")
+
+
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -278,15 +282,11 @@ OPERANDS: dict[str, tuple[str, ...]] = {
     "weighted_grad": ("a", "b", "weights"),
 }
 # The others have no derivative of their own.
-DIFFERENTIATED = ("interference, all", "gram", "cross gram", "dot", "sq_norm", "weighted_grad")
+DIFFERENTIATED = tuple(call for call in CALLS if call == "interference, all" or not call.startswith("interference"))
 
 
 def cpu_isas() -> list[str]:
     return list(zk.build_info()["cpu_isas"])
-
-
-# The tests run the GPU's kernels on CPU tensors in processes of their own, which this names: "triton" or "cuda".
-EMULATED = os.environ.get("ZSL_TEST_EMULATED")
 
 
 def implementations() -> list[str]:
@@ -308,8 +308,8 @@ def gpu_implementations() -> list[str]:
 def running(implementation: str) -> Iterator[str]:
     """Selects the instruction set or the device; gives the name for ``impl=``."""
     impl, _, device = implementation.partition("@")
-    if device:
-        with running_on(device):
+    if device or impl == EMULATED:
+        with running_on(device or "cpu"):
             yield impl
         return
     impl, _, isa = implementation.partition("-")

@@ -6,7 +6,7 @@ Letters, the same everywhere: N examples, T positions, K input features, O outpu
 All functions take float32, bfloat16, float16 or float64 inputs of any strides (an ``a`` expanded over the examples is read once),
 accumulate in float32 or better, and return float32 (float64 for float64 inputs). They are differentiable once in every tensor
 argument, and trace under ``torch.compile(fullgraph=True)``, but for :func:`linear_cross_entropy`. ``impl`` names an implementation
-("reference", "chunked", "cpu"); "auto" follows :func:`plan`. A named one never falls back.
+("reference", "chunked", "cpu", "triton", "cuda"); "auto" follows :func:`plan`. A named one never falls back.
 
 Where the rows of a batch are not (N, T, ·), like those that reach one expert of a mixture, each names its example: with
 ``example_ids`` (R,), integers in any order, and ``num_examples`` N, ``a`` is (R, K), ``b`` (R, O) and

@@ -97,14 +97,17 @@ def derivative_impl(impl: str, op: str) -> str:
     return impl if impl not in _KERNELS or op in _KERNELS[impl] else "auto"
 
 
-def _gpu(device: torch.device, impls: tuple[str, ...], arch: int | None = None) -> Gpu | None:
-    """What the plan of a call assumes: the device's own architecture; of emulated kernels ``ZSL_GPU_ARCH``, or the newest."""
-    if not any(impl in _KERNELS for impl in impls):
-        return None
+def gpu_of(device: torch.device, arch: int | None = None) -> Gpu:
+    """What a plan assumes: the device's own architecture; of emulated kernels ``ZSL_GPU_ARCH``, or the newest."""
     if arch is None and device.type == "cuda":
         major, minor = torch.cuda.get_device_capability(device)
         arch = 10 * major + minor
     return nearest(arch or int(os.environ.get("ZSL_GPU_ARCH", max(GPUS))))
+
+
+def _gpu(device: torch.device, impls: tuple[str, ...], arch: int | None = None) -> Gpu | None:
+    """That of a call which may use the GPU's kernels."""
+    return gpu_of(device, arch) if any(impl in _KERNELS for impl in impls) else None
 
 
 def _call(

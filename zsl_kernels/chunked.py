@@ -99,7 +99,7 @@ def interference(
     a, b = _widen(a), _widen(b)
     (u,) = _like(a, direction)
     if begin is None and added is None and a.shape[1] == 1:
-        return _interference_rank_one(a, b, u, gram)
+        return rank_one(a, b, u, gram)
     N, K, O, parts = _count(a, begin), a.shape[-1], b.shape[-1], _parts(a, b, begin)
     grad_sum, abs_sum, sq_sum = (a.new_empty(O, K) for _ in range(3))
     l1, sq_norm, dot, abs_dot = (a.new_zeros(N, dtype=torch.float64) for _ in range(4))
@@ -127,12 +127,15 @@ def interference(
     return InterferenceSums(grad_sum, abs_sum, sq_sum, *results).asked_for(u, gram)
 
 
-def _interference_rank_one(a: Tensor, b: Tensor, u: Tensor | None, gram: bool) -> InterferenceSums:
-    a, b = a.squeeze(1), b.squeeze(1)
+def rank_one(a: Tensor, b: Tensor, u: Tensor | None, gram: bool, sums: Tensor | None = None) -> InterferenceSums:
+    """Of a (N, 1, K) and b (N, 1, O), with their three sums (3, O, K) if these are known."""
+    a, b = _widen(a.squeeze(1)), _widen(b.squeeze(1))
+    (u,) = _like(a, u)
+    grad_sum, abs_sum, sq_sum = (b.T @ a, b.abs().T @ a.abs(), b.square().T @ a.square()) if sums is None else sums
     return InterferenceSums(
-        grad_sum=b.T @ a,
-        abs_sum=b.abs().T @ a.abs(),
-        sq_sum=b.square().T @ a.square(),
+        grad_sum,
+        abs_sum,
+        sq_sum,
         l1=b.abs().sum(1) * a.abs().sum(1),
         sq_norm=b.square().sum(1) * a.square().sum(1),
         dot=None if u is None else ((b @ u) * a).sum(1),

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -121,13 +122,30 @@ def default_chunk(rows: int, V: int, dtype: torch.dtype) -> int:
 # The pieces, outside of autograd --------------------------------------------------------------------------------------------------
 
 
-def forward(h: Tensor, weight: Tensor, targets: Tensor, ignore_index: int, chunk: int) -> tuple[Tensor, Tensor]:
+def _kernels(h: Tensor, impl: str) -> ModuleType | None:
+    """The GPU's kernels for the passes over the logits, where a call has them. ``impl`` names the statistics' owner, which need not
+    have any."""
+    owner = backends.impls_for(h.device, backends.derivative_impl(impl, "linear_cross_entropy"), "linear_cross_entropy", h.dtype)[0]
+    return backends.module("triton").linear_cross_entropy if owner == "triton" else None
+
+
+def forward(h: Tensor, weight: Tensor, targets: Tensor, ignore_index: int, chunk: int, impl: str = "auto") -> tuple[Tensor, Tensor]:
     """``F.cross_entropy(logits.movedim(-1, 1), targets, ignore_index=..., reduction="none")`` and ``logits.logsumexp(-1)``.
 
     The losses are (N, T) of the sum dtype, the logsumexp is (N, T) float64: its error would be that of every probability. The
     products are those of ``h``'s dtype, whatever the weight's. Arguments are not checked; call it without grad mode.
     """
     target = _columns(targets, ignore_index)
+    kernels = _kernels(h, impl)
+    highest, total, at_target = _reduced(h, weight, target, chunk) if kernels is None else kernels.forward(h, weight, target)
+    log_total = total.log_()
+    # Not lse − at_target: large logits would cancel.
+    losses = torch.where(target < 0, 0, highest.double() - at_target.double() + log_total).to(highest.dtype)
+    return losses.view(targets.shape), (highest.double() + log_total).view(targets.shape)
+
+
+def _reduced(h: Tensor, weight: Tensor, target: Tensor, chunk: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The highest logit, Σ exp(logit − highest) and the target's logit, or any: (N·T, 1)."""
     highest = h.new_full(target.shape, torch.finfo(sum_dtype(h.dtype)).min, dtype=sum_dtype(h.dtype))  # finite: −inf − −inf is NaN
     total = h.new_zeros(target.shape, dtype=torch.float64)  # Σ exp(logit − highest)
     at_target = torch.zeros_like(highest)
@@ -137,14 +155,11 @@ def forward(h: Tensor, weight: Tensor, targets: Tensor, ignore_index: int, chunk
         before, highest = highest, torch.maximum(highest, x.amax(1, keepdim=True))
         total *= (before - highest).double().exp_()
         total += x.sub_(highest).exp_().sum(1, keepdim=True)
-    log_total = total.log_()
-    # Not lse − at_target: large logits would cancel.
-    losses = torch.where(target < 0, 0, highest.double() - at_target.double() + log_total).to(highest.dtype)
-    return losses.view(targets.shape), (highest.double() + log_total).view(targets.shape)
+    return highest, total, at_target
 
 
 def output_gradients(
-    h: Tensor, weight: Tensor, targets: Tensor, lse: Tensor, c: Tensor, ignore_index: int, chunk: int
+    h: Tensor, weight: Tensor, targets: Tensor, lse: Tensor, c: Tensor, ignore_index: int, chunk: int, impl: str = "auto"
 ) -> Iterator[tuple[int, int, Tensor]]:
     """``b = (torch.softmax(logits, -1) - F.one_hot(targets, V)) * c[..., None]``, 0 where ignored, a chunk of columns at a time.
 
@@ -157,6 +172,10 @@ def output_gradients(
     # exp(x − lse) = exp(x − shift) · exp(shift − lse): the second factor costs no pass of its own.
     shift = lse.reshape(target.shape).to(dtype)
     scale = (c * (shift.double() - lse.reshape(target.shape)).exp_()).to(dtype)
+    if (kernels := _kernels(h, impl)) is not None:
+        for lo, hi, b in kernels.output_gradients(h, weight, target, shift, scale, c.to(dtype), chunk):
+            yield lo, hi, b.view(*targets.shape, hi - lo)
+        return
     minus_c = c.neg().to(dtype)
     rounded = None
     for lo, hi, x in _logits(h, weight, chunk):
@@ -276,7 +295,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         gram: bool,
         impl: str,
     ) -> Tensor:
-        losses, lse = forward(h, weight, targets, ignore_index, chunk)
+        losses, lse = forward(h, weight, targets, ignore_index, chunk, impl)
         ctx.save_for_backward(h, weight, targets, lse, direction)
         ctx.ignore_index, ctx.chunk, ctx.statistics, ctx.gram, ctx.impl = ignore_index, chunk, statistics, gram, impl
         return losses
@@ -288,7 +307,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         h, weight, targets, lse, direction = ctx.saved_tensors
         wants_h, wants_weight = ctx.needs_input_grad[:2]
         sums = None if ctx.statistics is None else HeadSums(h, weight.shape[0], direction, ctx.gram, ctx.impl)
-        chunks = output_gradients(h, weight, targets, lse, c, ctx.ignore_index, ctx.chunk)
+        chunks = output_gradients(h, weight, targets, lse, c, ctx.ignore_index, ctx.chunk, ctx.impl)
         grad_h, grad_weight = backward(h, weight, chunks, wants_h, wants_weight, sums)
         if sums is not None:
             found = sums.result()

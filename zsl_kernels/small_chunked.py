@@ -15,7 +15,7 @@ from zsl_kernels.plan import CHUNKED_BYTES
 from zsl_kernels.types import Cotangents, EmbeddingSums, InterferenceSums, sum_dtype
 
 
-def _sum_groups(x: Tensor, order: Tensor | None, counts: Tensor) -> Tensor:
+def sum_groups(x: Tensor, order: Tensor | None, counts: Tensor) -> Tensor:
     """x (P, C), of which the first counts[0] rows (in that order) are added to the first result, and so on: (groups, C)."""
     if not counts.shape[0] * x.shape[1]:  # embedding_bag refuses them
         return x.new_empty(counts.shape[0], x.shape[1])
@@ -24,9 +24,9 @@ def _sum_groups(x: Tensor, order: Tensor | None, counts: Tensor) -> Tensor:
     return torch.nn.functional.embedding_bag(order, x, counts.cumsum(0) - counts, mode="sum")
 
 
-def _sum_by(x: Tensor, example: Tensor, num_examples: int) -> Tensor:
+def sum_by(x: Tensor, example: Tensor, num_examples: int) -> Tensor:
     """Rows of x (P, C) added up by their example: (N, C)."""
-    return _sum_groups(x, example.argsort(stable=True), torch.bincount(example, minlength=num_examples))
+    return sum_groups(x, example.argsort(stable=True), torch.bincount(example, minlength=num_examples))
 
 
 # Dense ---------------------------------------------------------------------------------------------------------------------------
@@ -62,7 +62,7 @@ def dense_interference(g: Tensor, direction: Tensor | None, gram: bool) -> Inter
 # Embeddings ----------------------------------------------------------------------------------------------------------------------
 
 
-class _Pairs(NamedTuple):
+class Pairs(NamedTuple):
     """The nonzero rows of all gradients: pair q is row rows[row[q]] of example[q]. Sorted by row, then by example."""
 
     rows: Tensor  # (U,)
@@ -71,35 +71,40 @@ class _Pairs(NamedTuple):
     example: Tensor  # (Q,)
     place: Tensor  # (P',) positions that are not skipped, sorted by their pair
     of_place: Tensor  # (P',) their pairs
-    g: Tensor  # (Q, K)
+    counts: Tensor  # (Q,) positions of each pair
+
+    def gradients(self, b: Tensor) -> Tensor:
+        """(Q, K)"""
+        flat = b.reshape(b.shape[0] * b.shape[1], b.shape[2]).to(sum_dtype(b.dtype))
+        return sum_groups(flat, self.place, self.counts)
 
 
-def _pairs(ids: Tensor, b: Tensor, example_ids: Tensor | None, num_examples: int, padding_idx: int) -> _Pairs:
+def pairs_of(ids: Tensor, T: int, example_ids: Tensor | None, num_examples: int, padding_idx: int) -> Pairs:
+    """T: positions of an example, without ``example_ids``."""
     N = max(num_examples, 1)
     ids = ids.reshape(-1)
     place = ((ids >= 0) & (ids != padding_idx)).nonzero().squeeze(1)
-    example = place // max(b.shape[1], 1) if example_ids is None else example_ids[place]
+    example = place // max(T, 1) if example_ids is None else example_ids[place]
     key, order = (ids[place] * N + example).sort(stable=True)
     place = place[order]
     pair, of_place, counts = torch.unique_consecutive(key, return_inverse=True, return_counts=True)
     rows, row, row_counts = torch.unique_consecutive(pair // N, return_inverse=True, return_counts=True)
-    flat = b.reshape(b.shape[0] * b.shape[1], b.shape[2]).to(sum_dtype(b.dtype))
-    return _Pairs(rows, row, row_counts, pair % N, place, of_place, _sum_groups(flat, place, counts))
+    return Pairs(rows, row, row_counts, pair % N, place, of_place, counts)
 
 
-def _each_slab(pairs: _Pairs, num_examples: int) -> list[tuple[slice, int, int]]:
-    """Pairs of some rows at a time, with the first row and the number of rows: (N, rows, K) is of bounded size."""
-    rows = max(1, CHUNKED_BYTES // max(1, num_examples * pairs.g.shape[1] * pairs.g.element_size()))
-    first_rows = range(0, pairs.rows.shape[0], rows)
-    starts = [*(pairs.row_counts.cumsum(0) - pairs.row_counts)[::rows].tolist(), pairs.row.shape[0]]
-    return [(slice(a, b), r, min(rows, pairs.rows.shape[0] - r)) for a, b, r in zip(starts, starts[1:], first_rows, strict=False)]
+def row_slabs(counts: Tensor, num_examples: int, K: int, dtype: torch.dtype) -> list[tuple[slice, int, int]]:
+    """What counts (U,) count, some rows at a time, with the first row and the number of rows: (N, rows, K) is of bounded size."""
+    U, rows = counts.shape[0], max(1, CHUNKED_BYTES // max(1, num_examples * K * dtype.itemsize))
+    ends = counts.cumsum(0)
+    starts = [*(ends - counts)[::rows].tolist(), *ends[-1:].tolist()]
+    return [(slice(a, b), r, min(rows, U - r)) for a, b, r in zip(starts, starts[1:], range(0, U, rows), strict=False)]
 
 
-def _spread(pairs: _Pairs, slab: slice, first: int, rows: int, num_examples: int) -> Tensor:
+def _spread(pairs: Pairs, g: Tensor, slab: slice, first: int, rows: int, num_examples: int) -> Tensor:
     """The slab's rows of every example, zeros included: (N, rows · K)."""
-    g = pairs.g.new_zeros(num_examples, rows, pairs.g.shape[1])
-    g[pairs.example[slab], pairs.row[slab] - first] = pairs.g[slab]
-    return g.flatten(1)
+    spread = g.new_zeros(num_examples, rows, g.shape[1])
+    spread[pairs.example[slab], pairs.row[slab] - first] = g[slab]
+    return spread.flatten(1)
 
 
 def embedding_interference(
@@ -111,8 +116,8 @@ def embedding_interference(
     direction: Tensor | None,
     gram: bool,
 ) -> EmbeddingSums:
-    pairs = _pairs(ids, b, example_ids, num_examples, padding_idx)
-    g, dtype = pairs.g, pairs.g.dtype
+    pairs = pairs_of(ids, b.shape[1], example_ids, num_examples, padding_idx)
+    g, dtype = pairs.gradients(b), sum_dtype(b.dtype)
     size, square = g.abs(), g.square()
     terms = [size, square]
     if direction is not None:
@@ -120,16 +125,16 @@ def embedding_interference(
         terms += [p, p.abs()]
     scalars = torch.stack([term.sum(1, dtype=torch.float64) for term in terms], 1)
     # Clones: an op's outputs may not share storage.
-    l1, sq_norm, *along = (x.clone() for x in _sum_by(scalars, pairs.example, num_examples).to(dtype).unbind(1))
+    l1, sq_norm, *along = (x.clone() for x in sum_by(scalars, pairs.example, num_examples).to(dtype).unbind(1))
     dot, abs_dot = along or (None, None)
     total = None
     if gram:
         total = g.new_zeros(num_examples, num_examples, dtype=torch.float64)
-        for slab in _each_slab(pairs, num_examples):
-            spread = _spread(pairs, *slab, num_examples)
+        for slab in row_slabs(pairs.row_counts, num_examples, g.shape[1], dtype):
+            spread = _spread(pairs, g, *slab, num_examples)
             total += spread @ spread.T
         total = total.to(dtype)
-    grad_sum, abs_sum, sq_sum = (_sum_groups(x, None, pairs.row_counts) for x in (g, size, square))
+    grad_sum, abs_sum, sq_sum = (sum_groups(x, None, pairs.row_counts) for x in (g, size, square))
     return EmbeddingSums(pairs.rows, grad_sum, abs_sum, sq_sum, l1, sq_norm, dot, abs_dot, total)
 
 
@@ -146,8 +151,8 @@ def embedding_backward(
 ) -> tuple[Tensor | None, Tensor | None]:
     """db at a position is its pair's derivative plus Σ_m mix_im g_m; the direction's row gets
     Σ_i c_dot_i g_i + sign(u) Σ_i c_absdot_i |g_i|."""
-    pairs = _pairs(ids, b, example_ids, num_examples, padding_idx)
-    g, dtype = pairs.g, pairs.g.dtype
+    pairs = pairs_of(ids, b.shape[1], example_ids, num_examples, padding_idx)
+    g, dtype = pairs.gradients(b), sum_dtype(b.dtype)
     u = None if direction is None else direction.index_select(0, pairs.rows).to(dtype)
 
     def each(x: Tensor) -> Tensor:
@@ -157,8 +162,8 @@ def embedding_backward(
     if want[0]:
         s = c.at(lambda x: x[pairs.row]).derivative(g, None if u is None else u[pairs.row], each)
         if mix is not None:
-            for slab, first, rows in _each_slab(pairs, num_examples):
-                mixed = (mix.to(dtype) @ _spread(pairs, slab, first, rows, num_examples)).view(num_examples, rows, g.shape[1])
+            for slab, first, rows in row_slabs(pairs.row_counts, num_examples, g.shape[1], dtype):
+                mixed = (mix.to(dtype) @ _spread(pairs, g, slab, first, rows, num_examples)).view(num_examples, rows, g.shape[1])
                 s[slab] += mixed[pairs.example[slab], pairs.row[slab] - first]
         flat = b.new_zeros(b.shape[0] * b.shape[1], b.shape[2])
         flat[pairs.place] = s.to(b.dtype)[pairs.of_place]
@@ -166,9 +171,9 @@ def embedding_backward(
     if want[1] and direction is not None and u is not None:
         total = torch.zeros_like(u)
         if c.dot is not None:
-            total += _sum_groups(each(c.dot) * g, None, pairs.row_counts)
+            total += sum_groups(each(c.dot) * g, None, pairs.row_counts)
         if c.abs_dot is not None:
-            total += u.sign() * _sum_groups(each(c.abs_dot) * g.abs(), None, pairs.row_counts)
+            total += u.sign() * sum_groups(each(c.abs_dot) * g.abs(), None, pairs.row_counts)
         du = torch.zeros(direction.shape, dtype=direction.dtype, device=direction.device)
         du[pairs.rows] = total.to(direction.dtype)
     return db, du
@@ -192,7 +197,7 @@ def scale_bias_grad(
     def per_example(g: Tensor) -> Tensor:
         if example_ids is None:
             return g.sum(1, dtype=dtype)
-        return _sum_by(g.reshape(g.shape[1:]).to(dtype), example_ids, num_examples)
+        return sum_by(g.reshape(g.shape[1:]).to(dtype), example_ids, num_examples)
 
     scale = None
     if x is not None:

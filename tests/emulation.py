@@ -1,0 +1,31 @@
+"""What of the ops' suites a process that emulates a GPU's kernels runs."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+
+from tests.inputs import EMULATED
+
+# Words in the names of tests of what the kernels are not for: threads of the CPU, and float64.
+OTHERS = ("threads", "float64")
+# The interpreter is slow: of each test's parameter sets a sample. The kernels' own tests, emulated_*.py, choose their sizes.
+SETS = {"triton": 12, "cuda": 10_000}
+
+
+def select(items: list[pytest.Item]) -> list[pytest.Item]:
+    own = [item for item in items if item.path.name.startswith("emulated_")]
+    of_test: dict[tuple[object, str], list[pytest.Item]] = {}
+    for item in items:
+        if item not in own and _of_kernels(item):
+            of_test.setdefault((item.path, getattr(item, "originalname", item.name)), []).append(item)
+    assert EMULATED is not None
+    sampled = (random.Random(0).sample(found, min(len(found), SETS[EMULATED])) for found in of_test.values())
+    kept = {*own, *(item for found in sampled for item in found)}
+    return [item for item in items if item in kept]
+
+
+def _of_kernels(item: pytest.Item) -> bool:
+    params = item.callspec.params if hasattr(item, "callspec") else {}
+    return params.get("impl") == EMULATED and not any(word in item.name for word in OTHERS)
