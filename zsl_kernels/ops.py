@@ -10,6 +10,7 @@ weight. Ragged ``a`` and ``b`` are 2-D.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -26,15 +27,29 @@ _library = torch.library.Library("zsl", "DEF")
 Grads = tuple[Tensor | None, ...]
 
 
+def _outside_autocast(function: Callable) -> Callable:
+    """The operands' dtypes are meant: autocast would round those of PyTorch's own products, and the results."""
+
+    @functools.wraps(function)
+    def run(*arguments: Any) -> Any:
+        device = next(x.device.type for x in arguments if isinstance(x, Tensor))
+        if not (torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)):
+            return function(*arguments)
+        with torch.autocast(device, enabled=False):
+            return function(*arguments)
+
+    return run
+
+
 def _define(schema: str, implementation: Callable, fake: Callable) -> None:
     name = f"zsl::{schema.split('(')[0]}"
     _library.define(schema)
-    torch.library.impl(name, "CompositeExplicitAutograd", implementation, lib=_library)
+    torch.library.impl(name, "CompositeExplicitAutograd", _outside_autocast(implementation), lib=_library)
     torch.library.register_fake(name, fake, lib=_library)
 
 
 def _autograd(name: str, setup: Callable, backward: Callable) -> None:
-    torch.library.register_autograd(f"zsl::{name}", backward, setup_context=setup, lib=_library)
+    torch.library.register_autograd(f"zsl::{name}", _outside_autocast(backward), setup_context=setup, lib=_library)
 
 
 def _empty(x: Tensor, *shape: int) -> Tensor:
