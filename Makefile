@@ -1,11 +1,11 @@
-# make test | demo | bench | lint. The first call makes .venv, installs pinned dependencies and builds; later calls start at once.
+# make test | demo | bench | gpu-report | lint. The first call makes .venv, installs pinned dependencies and builds; later calls start at once.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-NATIVE := $(shell find csrc -name '*.cpp' -o -name '*.h')
+NATIVE := $(shell find csrc -type f)
 PACKAGES := zsl_kernels python tests benchmarks setup.py
 
-.PHONY: all test demo bench lint format clean
+.PHONY: all test demo bench gpu-report lint format clean
 all: $(VENV)/.built
 
 $(VENV)/.installed: requirements.txt
@@ -26,16 +26,20 @@ demo: $(VENV)/.built
 bench: $(VENV)/.built
 	$(BIN)/python -m pytest benchmarks $(BENCH_ARGS)
 
+# Compiles the GPU kernels and predicts their speed, without a GPU: benchmarks/results/gpu_report.md.
+gpu-report: $(VENV)/.built
+	$(BIN)/python -m benchmarks.gpu.report
+
 lint: $(VENV)/.built
 	$(BIN)/ruff check $(PACKAGES)
 	$(BIN)/ruff format --check $(PACKAGES)
 	$(BIN)/mypy
-	$(BIN)/clang-format --dry-run -Werror $$(find csrc tests -name '*.cpp' -o -name '*.h')
+	$(BIN)/clang-format --dry-run -Werror $$(find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
 format: $(VENV)/.built
 	$(BIN)/ruff check --fix $(PACKAGES)
 	$(BIN)/ruff format $(PACKAGES)
-	$(BIN)/clang-format -i $$(find csrc tests -name '*.cpp' -o -name '*.h')
+	$(BIN)/clang-format -i $$(find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
 clean:
 	rm -rf $(VENV) build *.egg-info zsl_kernels/*.so

@@ -1,0 +1,75 @@
+"""The compiled CUDA kernels, without a device: what the machine code shows, and how a launch fails."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import zsl_kernels
+from benchmarks.gpu import sass
+from zsl_kernels.configs import CUDA_TILES
+from zsl_kernels.gpus import GPUS
+
+LIBRARY = Path(zsl_kernels.__file__).with_name("_cuda.so")
+ELEMENTS = ("Float32", "Bfloat16", "Float16")
+
+pytestmark = pytest.mark.skipif(not LIBRARY.exists(), reason="the CUDA kernels were not built: there is no nvcc")
+
+
+@pytest.fixture(scope="module")
+def kernels():
+    """By architecture."""
+    found = {}
+    for name, cubin in sass.cubins(LIBRARY).items():
+        arch = int(name.rsplit("sm_", 1)[1].removesuffix(".cubin"))
+        found.setdefault(arch, []).extend(sass.inspect(cubin))
+    return found
+
+
+@pytest.mark.parametrize("arch", GPUS)
+def test_every_kernel_is_there_without_stack_or_spills(arch, kernels):
+    usages = kernels[arch]
+    assert len(usages) == len(CUDA_TILES) * (len(ELEMENTS) + 1)
+    assert len({usage.kernel for usage in usages}) == len(usages)
+    for usage in usages:
+        assert (usage.stack, usage.spills) == (0, 0), usage
+        assert 256 * usage.registers <= 65536, usage
+
+
+@pytest.mark.parametrize("arch", GPUS)
+def test_products_are_those_of_the_matrix_unit(arch, kernels):
+    for usage in kernels[arch]:
+        assert usage.matrix["HMMA"] > 0, usage
+        looped = [loop for loop in usage.loops if loop.matrix["HMMA"]]
+        assert looped, usage
+        if "Float16" in usage.kernel or "Bfloat16" in usage.kernel:
+            # Most steps of the product go through a loop of copies, a barrier and products, and nothing else.
+            assert any(sum(loop.instructions.values()) <= 25 * loop.matrix["HMMA"] for loop in looped), usage
+
+
+@pytest.mark.parametrize("arch", GPUS)
+@pytest.mark.parametrize("tile", CUDA_TILES, ids=lambda tile: f"{tile.rows}x{tile.cols}")
+def test_shared_memory_is_within_the_limit(tile, arch, kernels):
+    fixed = max(usage.shared for usage in kernels[arch])
+    assert fixed <= 1024  # the system's own
+    assert tile.shared_bytes(tile.slots, False) <= GPUS[arch].shared_bytes
+
+
+def test_the_module_imports_without_a_device_and_a_launch_says_what_failed():
+    program = f"""
+import importlib.util, sys
+spec = importlib.util.spec_from_file_location("_cuda", {str(LIBRARY)!r})
+module = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(module)
+assert "torch" not in sys.modules
+assert len(module.tiles()) == {len(CUDA_TILES)}
+try:
+    module.cross_gram((0, 1, 1, 0), 0, (1, 1, 2, 1, True), (0, 0, 0, 1), (0, 0, 0, 1), 1, 1, (0, 0, 0, 1), (0, 0, 0, 1), 1, 1, 0)
+except RuntimeError as error:
+    assert str(error).startswith("gram_kernel: "), error
+    print("refused")
+"""
+    environment = {"CUDA_VISIBLE_DEVICES": "", "PATH": ""}
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment)
+    assert done.stdout == "refused\n", done.stderr
