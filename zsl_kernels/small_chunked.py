@@ -96,7 +96,7 @@ def row_slabs(counts: Tensor, num_examples: int, K: int, dtype: torch.dtype) -> 
     """What counts (U,) count, some rows at a time, with the first row and the number of rows: (N, rows, K) is of bounded size."""
     U, rows = counts.shape[0], max(1, CHUNKED_BYTES // max(1, num_examples * K * dtype.itemsize))
     ends = counts.cumsum(0)
-    starts = [*(ends - counts)[::rows].tolist(), *ends[-1:].tolist()]
+    starts = torch.cat(((ends - counts)[::rows], ends[-1:])).tolist()  # one wait for a device
     return [(slice(a, b), r, min(rows, U - r)) for a, b, r in zip(starts, starts[1:], range(0, U, rows), strict=False)]
 
 

@@ -6,8 +6,10 @@ import sys
 
 import pytest
 
-from tests.zerosum.elsewhere_driver import LEFT_OUT
 from tests.zerosum.models import ZOO
+
+# The CPU's fused cells refuse tensors that say they are elsewhere.
+LEFT_OUT = ("Recurrent", "RecurrentSequenceFirst")
 
 # Reads of values that they may make: an embedding's touched rows are counted, once.
 WITHOUT_WAITING = {"TwoLayers": 1, "UsedTwice": 1, "Tied": 3, "Conv1D": 1, "SplitQKV": 1, "LoRA": 1, "LayerNorms": 1, "OneHot": 0}
@@ -15,7 +17,8 @@ WITHOUT_WAITING = {"TwoLayers": 1, "UsedTwice": 1, "Tied": 3, "Conv1D": 1, "Spli
 
 @pytest.fixture(scope="module")
 def lines(project_environment):
-    command = [sys.executable, "-m", "tests.zerosum.elsewhere_driver"]
+    names = [kind.__name__ for kind in ZOO if not kind.random and kind.__name__ not in LEFT_OUT]
+    command = [sys.executable, "-m", "tests.zerosum.elsewhere_driver", *names]
     done = subprocess.run(command, env=project_environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     return {line["model"]: line for line in map(json.loads, done.stdout.splitlines())}
