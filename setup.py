@@ -5,6 +5,7 @@ ZSL_BUILD_NATIVE=0 leaves both out, ZSL_BUILD_CUDA=0 the CUDA kernels.
 
 import os
 import shutil
+import subprocess
 import sys
 import sysconfig
 from pathlib import Path
@@ -19,8 +20,17 @@ NVCC = shutil.which("nvcc")
 # -t 2: two architectures at a time. The runtime is linked statically: the module imports on a machine without a GPU.
 CUDA_FLAGS = ["-O3", "-std=c++17", "-t", "2", "-shared", "-cudart", "static", "-DZSL_MODULE=_cuda"]
 CUDA_FLAGS += ["-Xcompiler", "-fPIC,-Wall,-Wextra,-fvisibility=hidden"]
-CUDA_ARCHITECTURES = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in (80, 90, 100)]
-CUDA_ARCHITECTURES += ["-gencode=arch=compute_100,code=compute_100"]  # PTX, for what comes later
+LEAVE_OUT = "ZSL_BUILD_CUDA=0 leaves the CUDA kernels out"
+
+
+def cuda_architectures():
+    """Those of 8.0, 9.0 and 10.0 that nvcc knows, for an older one would refuse the rest and with it the whole installation."""
+    listed = subprocess.run([NVCC, "--list-gpu-arch"], capture_output=True, text=True).stdout.split()
+    known = [arch for arch in (80, 90, 100) if f"compute_{arch}" in listed]
+    if not known:
+        sys.exit(f"zsl_kernels: {NVCC} compiles for none of compute_80, compute_90 and compute_100; {LEAVE_OUT}")
+    newest = f"-gencode=arch=compute_{known[-1]},code=compute_{known[-1]}"  # PTX, for what comes later
+    return [*(f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in known), newest]
 
 
 def cuda_headers():
@@ -78,7 +88,11 @@ def native_extensions():
         def build_cuda(self, extension):
             target = Path(self.get_ext_fullpath(extension.name))
             target.parent.mkdir(parents=True, exist_ok=True)
-            self.spawn([NVCC, *CUDA_FLAGS, *CUDA_ARCHITECTURES, *cuda_includes(), *extension.sources, "-o", str(target)])
+            command = [NVCC, *CUDA_FLAGS, *cuda_architectures(), *cuda_includes(), *extension.sources, "-o", str(target)]
+            try:
+                self.spawn(command)
+            except Exception as error:
+                sys.exit(f"zsl_kernels: {error}; {LEAVE_OUT}")
 
     return {"ext_modules": extensions, "cmdclass": {"build_ext": BuildWithCuda.with_options(no_python_abi_suffix=True)}}
 

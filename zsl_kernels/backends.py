@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from zsl_kernels import cpu
-from zsl_kernels.gpus import GPUS, Gpu, nearest
+from zsl_kernels.gpus import GPUS, OLDEST, Gpu, nearest, of_device
 from zsl_kernels.plan import OPS, Call, Plan, choose
 from zsl_kernels.types import INPUT_DTYPES, sum_dtype
 
@@ -39,8 +39,9 @@ def module(impl: str) -> ModuleType:
     return cpu if impl == "cpu" else importlib.import_module(f"zsl_kernels.{impl}")
 
 
-def why_not(impl: str) -> str | None:
-    """Why ``impl`` is not available on this machine, or None if it is."""
+@torch.compiler.assume_constant_result  # torch.compile cannot trace an import, and the first call loads the backend
+def why_not(impl: str, device: torch.device | None = None) -> str | None:
+    """Why ``impl`` is not available on this machine, or on this device of it, or None if it is."""
     if impl in ("auto", "reference", "chunked"):
         return None
     if impl == "cpu":
@@ -50,6 +51,10 @@ def why_not(impl: str) -> str | None:
             return "the kernels are for NVIDIA devices; this torch is built for ROCm"
         if not torch.cuda.is_available():
             return "this machine has no CUDA device that torch can use"
+        if device is not None and device.type == "cuda":
+            about = torch.cuda.get_device_properties(device)  # which torch.compile knows for a constant
+            if 10 * about.major + about.minor < OLDEST:
+                return f"{about.name} has compute capability {about.major}.{about.minor}; the kernels need 8.0 or newer"
     if impl not in _gpu_missing:
         _gpu_missing[impl] = _load(impl)
     return _gpu_missing[impl]
@@ -70,9 +75,9 @@ def impls_for(device: torch.device, impl: str, op: str | None = None, dtype: tor
     if impl == "auto":
         if device.type == "cpu":
             return ("cpu", "chunked") if why_not("cpu") is None else ("chunked",)
-        live = (name for name in _KERNELS if device.type == "cuda" and _has(name, op, dtype) and why_not(name) is None)
+        live = (name for name in _KERNELS if device.type == "cuda" and _has(name, op, dtype) and why_not(name, device) is None)
         return (*live, "chunked")
-    if reason := why_not(impl):
+    if reason := why_not(impl, device):
         raise RuntimeError(f"impl: {impl!r} is not available: {reason}")
     if impl == "cpu" and device.type != "cpu":
         raise ValueError(f"impl: 'cpu' expects CPU tensors, got tensors on {device}")
@@ -98,16 +103,18 @@ def derivative_impl(impl: str, op: str) -> str:
 
 
 def gpu_of(device: torch.device, arch: int | None = None) -> Gpu:
-    """What a plan assumes: the device's own architecture; of emulated kernels ``ZSL_GPU_ARCH``, or the newest."""
+    """What a plan assumes: the device as it is; of emulated kernels the part that ``ZSL_GPU_ARCH`` names, or the newest."""
     if arch is None and device.type == "cuda":
-        major, minor = torch.cuda.get_device_capability(device)
-        arch = 10 * major + minor
+        about = torch.cuda.get_device_properties(device)
+        shared = about.shared_memory_per_multiprocessor - 1024  # the system has a KiB of every block
+        return of_device(10 * about.major + about.minor, about.multi_processor_count, shared)
     return nearest(arch or int(os.environ.get("ZSL_GPU_ARCH", max(GPUS))))
 
 
 def _gpu(device: torch.device, impls: tuple[str, ...], arch: int | None = None) -> Gpu | None:
-    """That of a call which may use the GPU's kernels."""
-    return gpu_of(device, arch) if any(impl in _KERNELS for impl in impls) else None
+    """That of a call which may use the GPU's kernels, or is PyTorch's there."""
+    there = device.type == "cuda" and torch.version.hip is None
+    return gpu_of(device, arch) if there or any(impl in _KERNELS for impl in impls) else None
 
 
 def _call(
@@ -123,6 +130,9 @@ def _call(
     gpu: Gpu | None = None,
 ) -> Call:
     name = str(dtype).removeprefix("torch.")
+    if irregular:  # means of ragged rows differ from call to call: few plans for them, which are kept
+        unit = 1 << max(0, T.bit_length() - 4)
+        T = -(-T // unit) * unit
     return Call(op, N, T, K, O, M, gram, sum_dtype(dtype).itemsize, torch.get_num_threads(), irregular, name, gpu)
 
 
@@ -168,7 +178,8 @@ def plan(
         N, T, K, O: examples, positions, input features and output features, as everywhere.
         M: examples of the second set of a cross ``gram``.
         gram: with "interference", whether the Gram is asked for too.
-        irregular: whether the rows are ragged, T being the mean of an example's, rounded up, or ``embedding`` is given.
+        irregular: whether the rows are ragged, T being the mean of an example's, rounded up, or ``embedding`` is given. The plan is
+            that of the next T with at most four binary digits before zeros.
         dtype, device, impl: as the call will have them.
         arch: with ``device="cuda"``, the architecture to plan for (80, 90 or 100), on any machine; by default that of the device.
     """
@@ -177,6 +188,10 @@ def plan(
     for name, size in {"N": N, "T": T, "K": K, "O": O, "M": M or 0}.items():
         if not isinstance(size, int) or size < 0:
             raise ValueError(f"{name}: expected a size >= 0, got {size!r}")
+    if gram and op != "interference":
+        raise ValueError(f"gram: expected with op 'interference', got {op!r}")
+    if M is not None and (op != "gram" or irregular):
+        raise ValueError(f"M: expected with op 'gram' of regular rows, got {op!r}{', irregular' if irregular else ''}")
     if dtype not in INPUT_DTYPES:
         raise TypeError(f"dtype: expected one of {', '.join(map(str, INPUT_DTYPES))}, got {dtype}")
     if impl == "reference":
@@ -189,7 +204,7 @@ def plan(
             )
         impls = impls_for(device, impl, op, dtype)
     else:
-        if device.type != "cuda" or arch not in GPUS:
+        if device.type != "cuda" or not isinstance(arch, int) or arch not in GPUS:
             raise ValueError(f"arch: expected one of {', '.join(map(str, GPUS))} with device='cuda', got {arch!r} with {device}")
         impls = tuple(
             name for name in (*_KERNELS, "chunked") if impl in ("auto", name) and (name == "chunked" or _has(name, op, dtype))
@@ -208,6 +223,6 @@ def build_info() -> dict[str, object]:
         "cpu_isa": None if missing else torch.ops.zsl_cpu.isa(),
         "cpu_isas": [] if missing else list(torch.ops.zsl_cpu.isas()),
         "threads": torch.get_num_threads(),
-        "triton": why_not("triton") or "live",
-        "cuda": why_not("cuda") or "live",
+        "triton": why_not("triton", torch.device("cuda")) or "live",
+        "cuda": why_not("cuda", torch.device("cuda")) or "live",
     }

@@ -8,7 +8,7 @@ for each doubling of the number of rows, filled up with rows of zeros.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from operator import itemgetter
 from typing import NamedTuple
 
@@ -127,8 +127,8 @@ def interference(
     return InterferenceSums(grad_sum, abs_sum, sq_sum, *results).asked_for(u, gram)
 
 
-def rank_one(a: Tensor, b: Tensor, u: Tensor | None, gram: bool, sums: Tensor | None = None) -> InterferenceSums:
-    """Of a (N, 1, K) and b (N, 1, O), with their three sums (3, O, K) if these are known."""
+def rank_one(a: Tensor, b: Tensor, u: Tensor | None, gram: bool, sums: Sequence[Tensor] | None = None) -> InterferenceSums:
+    """Of a (N, 1, K) and b (N, 1, O), with their three sums (O, K) if these are known."""
     a, b = _widen(a.squeeze(1)), _widen(b.squeeze(1))
     (u,) = _like(a, u)
     grad_sum, abs_sum, sq_sum = (b.T @ a, b.abs().T @ a.abs(), b.square().T @ a.square()) if sums is None else sums
@@ -192,7 +192,7 @@ def weighted_grad(
     a, b = _widen(a), _widen(b)
     v, u = _like(a, abs_weights, direction)
     w = weights.to(a.dtype)
-    w = w[:, None, None] if begin is None else w.repeat_interleave(begin.diff())[:, None]
+    w = w[:, None, None] if begin is None else w.repeat_interleave(begin.diff(), output_size=a.shape[0])[:, None]
     total = (b * w).flatten(0, -2).T @ a.flatten(0, -2)
     if v is not None and u is not None:
         N, parts = _count(a, begin), _parts(a, b, begin)

@@ -140,17 +140,22 @@ class CudaTile(NamedTuple):
         stages = self.stages * self.together * (self.rows + self.cols + 16) * 64
         return 4 * (held * (self.rows * self.cols + 4) + (3 * self.rows * self.cols if runs else 0)) + stages
 
-    def groups(self, N: int, M: int | None) -> tuple[int, int, int]:
+    def fitting(self, shared_bytes: int) -> int:
+        """How many examples' tiles a block of that much shared memory can hold."""
+        return min(self.slots, (shared_bytes - self.shared_bytes(0, False)) // (4 * (self.rows * self.cols + 4)))
+
+    def groups(self, N: int, M: int | None, slots: int) -> tuple[int, int, int]:
         """For the Gram of N examples with themselves, or with M others: examples held at a time, of a group, and pairs of groups.
 
-        What cannot be held at once goes in groups of half as many, and is formed again for every pair of them.
+        ``slots``, at least two, is how many can be held. What cannot be held at once goes in groups of half as many, and is formed
+        again for every pair of them.
         """
         formed = N + (M or 0)
-        if formed <= self.slots:
+        if formed <= slots:
             return formed, max(N, M or 0, 1), 1
-        size = self.slots // 2
+        size = slots // 2
         groups = -(-N // size)
-        return self.slots, size, groups * (groups + 1) // 2 if M is None else groups * -(-M // size)
+        return 2 * size, size, groups * (groups + 1) // 2 if M is None else groups * -(-M // size)
 
 
 CUDA_TILES = (
@@ -161,4 +166,3 @@ CUDA_TILES = (
 )
 # Without the Gram few examples are held: what they leave of shared memory goes to another block.
 CUDA_SUMS_HELD = 4
-CUDA_PAIRS = 65535  # of groups of examples, at most: a grid's second dimension

@@ -44,10 +44,18 @@ def _compiled() -> ModuleType:
 def missing() -> str | None:
     """Why the kernels cannot run here, or None."""
     try:
-        _compiled()
-    except ImportError as error:
+        built, driver = _compiled().versions()
+    except (ImportError, AttributeError) as error:  # the latter of an older build
         return f"it was not built, or does not load ({error}): reinstall with nvcc and ZSL_BUILD_CUDA unset"
+    if driver // 1000 < built // 1000:  # a newer minor version runs on the driver of an older one
+        return (
+            f"it was built with CUDA {_version(built)}, and the driver is of {_version(driver)}: update it, or build with its nvcc"
+        )
     return None
+
+
+def _version(number: int) -> str:
+    return f"{number // 1000}.{number % 1000 // 10}"
 
 
 def _exact() -> bool:
@@ -71,7 +79,7 @@ class _Launch(NamedTuple):
 
 def _launch(gpu: Gpu, tile: CudaTile, N: int, M: int | None, gram: bool, O: int, K: int) -> _Launch:
     """For the Gram of N examples, with M others if there are any, or for their sums alone."""
-    held, group, pairs = tile.groups(N, M) if gram else (min(N, CUDA_SUMS_HELD), N, 1)
+    held, group, pairs = tile.groups(N, M, tile.fitting(gpu.shared_bytes)) if gram else (min(N, CUDA_SUMS_HELD), N, 1)
     tiles = -(-O // tile.rows) * -(-K // tile.cols)
     resident = max(1, min(2, (gpu.shared_bytes + 1024) // (tile.shared_bytes(held, held < N and not gram) + 1024)))
     blocks = max(1, min(tiles, -(-gpu.sms * resident // pairs)))
@@ -178,7 +186,7 @@ def _gram_launch(
     """One launch: of the sums, the Gram or both; of the sums alone where both are wanted and a block cannot hold every example."""
     gpu, tile = _planned(plan)
     O, K = b.shape[-1], a.shape[-1]
-    gram = gram and (tile.slots >= N or not sums)
+    gram = gram and (tile.fitting(gpu.shared_bytes) >= N or not sums)
     launch = _launch(gpu, tile, N, None, gram, O, K)
     results = _Results(a, launch, N, (O, K), sums, gram, u)
     rows = (0, 0, 0) if added is None else (_pointer(added.begin), _pointer(added.feature), _pointer(added.values))
@@ -231,6 +239,14 @@ def gram(plan: Plan, a: Tensor, b: Tensor, a2: Tensor | None, b2: Tensor | None,
     return pairs.sum(0).float()
 
 
+def _embedding_tile(gpu: Gpu, N: int, gram: bool) -> CudaTile:
+    """The largest that holds all examples; for the Gram of more in groups the last, and without it the largest."""
+    if gram:
+        return next((tile for tile in CUDA_TILES if tile.fitting(gpu.shared_bytes) >= N), CUDA_TILES[-1])
+    fitting = [tile for tile in CUDA_TILES if tile.shared_bytes(CUDA_SUMS_HELD, True) <= gpu.shared_bytes]
+    return next((tile for tile in fitting if tile.slots >= N), fitting[0])
+
+
 def embedding_interference(
     ids: Tensor,
     b: Tensor,
@@ -244,14 +260,17 @@ def embedding_interference(
     p = pairs_of(ids, b.shape[1], example_ids, num_examples, padding_idx)
     U = p.rows.shape[0]
     b = _written(b)
-    u = None if direction is None else _written(direction.to(torch.float32))
+    u, u_rows = direction, p.rows
+    if direction is not None and direction.dtype != torch.float32:  # of a whole weight, only the rows that are touched are copied
+        u, u_rows = direction.index_select(0, p.rows).float(), torch.arange(U, device=b.device)
+    u = None if u is None else _written(u)
     if not N * U * K:
         return EmbeddingSums(p.rows, *_nothing(b, (U, K), N, u, gram))
     row_begin, place_begin = (torch.nn.functional.pad(counts.cumsum(0), (1, 0)) for counts in (p.row_counts, p.counts))
-    tensors = (row_begin, p.row, p.example, place_begin, p.place, p.rows)
+    tensors = (row_begin, p.row, p.example, place_begin, p.place, u_rows)
 
     def run(sums: bool, gram: bool) -> _Results:
-        launch = _launch(gpu_of(b.device), tile, N, None, gram, U, K)
+        launch = _launch(gpu, tile, N, None, gram, U, K)
         results = _Results(b, launch, N, (U, K), sums, gram, u if sums else None)
         with _guard(b):
             _compiled().embedding(
@@ -266,8 +285,9 @@ def embedding_interference(
             )
         return results
 
-    tile = next((tile for tile in CUDA_TILES if tile.slots >= N), CUDA_TILES[-1] if gram else CUDA_TILES[0])
-    if not gram or tile.slots >= N:
+    gpu = gpu_of(b.device)
+    tile = _embedding_tile(gpu, N, gram)
+    if not gram or tile.fitting(gpu.shared_bytes) >= N:
         own = run(True, gram)
         found = own.result(own.gram())
     else:

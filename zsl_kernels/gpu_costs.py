@@ -21,7 +21,7 @@ from dataclasses import dataclass, fields, replace
 from math import ceil
 
 from zsl_kernels.candidates import Call, Candidate
-from zsl_kernels.configs import CONFIGS, CUDA_PAIRS, CUDA_SUMS_HELD, CUDA_TILES, GHOST_SHORT, Config, kind
+from zsl_kernels.configs import CONFIGS, CUDA_SUMS_HELD, CUDA_TILES, GHOST_SHORT, Config, kind
 from zsl_kernels.gpus import Gpu
 
 ACHIEVED = 0.75
@@ -262,6 +262,8 @@ def triton_stored(call: Call) -> Iterator[Candidate]:
         slabs = ceil(call.O / rows) * ceil(call.K / cols) or 1
         tiles = _tiles(rows, cols, config)
         slab = 4.0 * call.formed * rows * cols
+        if slab > SLAB_BYTES and not call.pairs:
+            continue  # one tile of so many examples, which the direct way need not hold
         launch = _launch(call, "sq_norm", config, 1, 1, 1)
         for splits in _splits(gpu, tiles, call.formed, launch.holds):
             folds = ceil(call.formed / splits)
@@ -272,6 +274,9 @@ def triton_stored(call: Call) -> Iterator[Candidate]:
                 times.append(_slab_sums(call, slab).times(slabs))
             if call.pairs:
                 times.append(_slab_products(call, slab).times(slabs))
+            if slab > SLAB_BYTES:  # written to memory, and read from there by each of the others
+                moved = len(times) * slab * slabs
+                times.append(Time(0.0, 0.0, moved / gpu.bandwidth, 0.0, bytes=moved))
             work = call.product + (_met(call) if call.pairs else 0.0) * call.O * call.K
             yield _candidate(call, "stored", "sq_norm", config, work, times, slab, splits)
 
@@ -306,6 +311,7 @@ def triton_rank_one(call: Call) -> Iterator[Candidate]:
     gpu = call.gpu
     assert gpu is not None
     work = 6.0 * call.elements + call.pairs * (call.O + call.K)
+    vectors = 8.0 * call.N * (call.O + call.K)  # float32, and their magnitudes or squares: the scalars are PyTorch's
     for config in _configs(call, "rank_one"):
         tiles = _tiles(call.O, call.K, config)
         holds = _launch(call, "rank_one", config, 1, 1, 1).holds
@@ -318,8 +324,8 @@ def triton_rank_one(call: Call) -> Iterator[Candidate]:
             contraction, itemsize = 3 * ceil(call.N / splits), call.operand_itemsize
             launch = Launch(tiles * splits, 1, contraction, rate, 0.0, holds, itemsize, 0.0, step, l2_share=1 / 3)
             first = launch.time(gpu, config, call.operand_bytes, max(parts, call.result_bytes))
-            last = library(gpu, 2 * call.pairs * (call.O + call.K), call.operand_bytes + 2 * parts, 8)
-            yield _candidate(call, "rank-one", "rank_one", config, work, [first, last], parts, splits)
+            last = library(gpu, 2 * call.pairs * (call.O + call.K), call.operand_bytes + 2 * (parts + vectors), 8)
+            yield _candidate(call, "rank-one", "rank_one", config, work, [first, last], parts + vectors, splits)
 
 
 def triton_ghost(call: Call) -> Iterator[Candidate]:
@@ -378,9 +384,12 @@ def cuda_direct(call: Call) -> Iterator[Candidate]:
     assert gpu is not None
     for kernel in CUDA_TILES:
         tile = (kernel.rows, kernel.cols)
-        held, _, rounds = kernel.groups(call.N, call.M) if call.pairs else (CUDA_SUMS_HELD, 0, 1)
+        slots = kernel.fitting(gpu.shared_bytes)
+        if slots < 2:
+            continue
+        held, _, rounds = kernel.groups(call.N, call.M, slots) if call.pairs else (CUDA_SUMS_HELD, 0, 1)
         shared = kernel.shared_bytes(held, not call.pairs)
-        if shared > gpu.shared_bytes or (rounds > 1 and kernel is not CUDA_TILES[-1]) or rounds > CUDA_PAIRS:
+        if shared > gpu.shared_bytes or (rounds > 1 and kernel is not CUDA_TILES[-1]):
             continue
         formed = rounds * held if rounds > 1 else call.formed  # groups of examples are formed for every other group again
         config = Config(*tile, CUDA_DEPTH, CUDA_WARPS, kernel.stages)

@@ -6,7 +6,7 @@ second-level cache is no vendor's figure: it is an assumption, and the report sa
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True)
@@ -34,6 +34,20 @@ B200 = Gpu("B200", 100, 148, 232448, 2250e12, 1125e12, 75e12, 37.5e12, 10e12, 8.
 GPUS = {gpu.arch: gpu for gpu in (A100, H100, B200)}
 
 
+OLDEST = min(GPUS)
+
+
 def nearest(arch: int) -> Gpu:
-    """The newest of :data:`GPUS` that is no newer than ``arch``; the oldest, for what is older than all."""
-    return GPUS[max((known for known in GPUS if known <= arch), default=min(GPUS))]
+    """The newest of :data:`GPUS` that is no newer than ``arch``; the oldest, for what is older than all.
+
+    12.x counts as 8.x, whose matrix instructions it has.
+    """
+    return GPUS[max((known for known in GPUS if known <= arch < 120), default=OLDEST)]
+
+
+def of_device(arch: int, sms: int, shared_bytes: int) -> Gpu:
+    """A device as it says it is: each of its multiprocessors as fast as the nearest part's."""
+    known = nearest(arch)
+    share = sms / known.sms
+    rates = {name: getattr(known, name) * share for name in ("half_flops", "tf32_flops", "float32_flops", "instructions")}
+    return replace(known, sms=sms, shared_bytes=shared_bytes, **rates)

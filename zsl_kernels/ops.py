@@ -32,7 +32,8 @@ def _outside_autocast(function: Callable) -> Callable:
 
     @functools.wraps(function)
     def run(*arguments: Any) -> Any:
-        device = next((x.device.type for x in arguments if isinstance(x, Tensor)), None)  # None: a derivative of nothing
+        device = next((x.device.type for x in arguments if isinstance(x, Tensor)), None)
+        # A backward whose results have no cotangents has no tensor, and nothing to compute.
         if device is None or not (torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)):
             return function(*arguments)
         with torch.autocast(device, enabled=False):

@@ -48,7 +48,11 @@ _LAUNCHES = {"interference": 12, "interference_backward": 20, "gram": 4, "sq_nor
 
 @dataclass(frozen=True)
 class Plan:
-    """What a call does. ``print`` it to see the candidates; ``impl``, ``way`` and ``tile`` are the choice."""
+    """What a call does. ``print`` it to see the candidates; ``impl``, ``way`` and ``tile`` are the choice.
+
+    A line has the tile (on a GPU with the depth of a step), the predicted time and what most of it is spent on, the operations, the
+    traffic to memory, and the workspace.
+    """
 
     call: Call
     candidates: tuple[Candidate, ...]  # fastest first
@@ -70,14 +74,18 @@ class Plan:
         return self.chosen.tile
 
     def __str__(self) -> str:
+        shown: dict[tuple[object, ...], Candidate] = {}
+        for c in self.candidates:  # of those that differ in the splits alone the fastest
+            shown.setdefault((c.impl, c.way, c.kernel, c.tile, c.config), c)
         lines = [f"{self.call}: {self.way} ({self.impl})"]
-        for c in self.candidates:
+        for c in shown.values():
             mark = "->" if c is self.chosen else "  "
-            config = "" if c.config is None else f" depth {c.config.depth}, {c.config.warps} warps, {c.config.stages} stages"
+            tile = "×".join(map(str, c.tile if c.config is None else (*c.tile, c.config.depth)))
+            config = "" if c.config is None else f"  {c.config.warps} warps, {c.config.stages} stages"
             config += f", {c.splits} splits" if c.splits > 1 else ""
             lines.append(
-                f"  {mark} {c.way:<9}{c.impl:<8}{c.kernel:<13}tile {c.tile[0]:>5} x {c.tile[1]:<5}{c.work / 1e9:>10.3f} GFLOP"
-                f"{c.bytes / 1e6:>10.2f} MB{1e3 * c.time:>10.4f} ms ({c.limit}){c.workspace / 2**20:>9.2f} MiB{config}"
+                f"  {mark} {c.way:<9}{c.impl:<8}tile {tile:<11}{1e3 * c.time:>9.4f} ms {f'({c.limit})':<14}"
+                f"{c.work / 1e9:>8.3f} GFLOP{c.bytes / 1e6:>8.2f} MB{c.workspace / 2**20:>7.2f} MiB{config}"
             )
         return "\n".join(lines)
 
@@ -93,8 +101,11 @@ def _cpu(call: Call, way: str, tile: tuple[int, int], work: float, cost: float, 
 
 
 def _library(call: Call, way: str, tile: tuple[int, int], work: float, cost: float, workspace: int, slabs: int = 0) -> Candidate:
-    """PyTorch's own products, and for each of ``slabs`` the passes over a workspace that follow them."""
-    moved = call.operand_bytes + call.result_bytes
+    """PyTorch's own products, and for each of ``slabs`` the passes over a workspace that follow them.
+
+    Without slabs the workspace is as large as the operands: on a GPU it is written to memory, and read again.
+    """
+    moved = call.operand_bytes + call.result_bytes + (2.0 * workspace if call.gpu is not None and not slabs else 0.0)
     if call.gpu is None:
         return Candidate("chunked", way, "library", tile, work, moved, cost / (_RATE * max(call.threads, 1)), workspace)
     launches = 4 + slabs * _LAUNCHES.get(call.op, 0)
@@ -197,9 +208,12 @@ _GPU = {
 
 @lru_cache(maxsize=4096)
 def choose(call: Call, impls: tuple[str, ...]) -> Plan:
-    """The plan of a call among the ways of ``impls``."""
-    found = [candidate for impl in impls for way in _CPU.get(impl, ()) if (candidate := way(call)) is not None]
-    found += [candidate for impl in impls for way in _GPU.get(impl, ()) for candidate in way(call)]
+    """The plan of a call among the ways of ``impls``. A way that several have is the first one's."""
+    found: list[Candidate] = []
+    for impl in impls:
+        found += [candidate for way in _CPU.get(impl, ()) if (candidate := way(call)) is not None]
+        found += [candidate for way in _GPU.get(impl, ()) for candidate in way(call)]
     if not found:
         raise ValueError(f"impl: expected one with a kernel for {call}, got {', '.join(impls)}")
-    return Plan(call, tuple(sorted(found, key=lambda c: c.time)))
+    owner = {candidate.way: candidate.impl for candidate in reversed(found)}
+    return Plan(call, tuple(sorted((c for c in found if owner[c.way] == c.impl), key=lambda c: c.time)))

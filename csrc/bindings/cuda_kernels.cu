@@ -73,4 +73,6 @@ size_t shared_bytes(int tile, int held, bool runs) {
   return with_tile(tile, [&](auto x) { return decltype(x)::shared_bytes(held, runs); });
 }
 
+Versions versions() { return {built_version(), driver_version()}; }
+
 }  // namespace zsl

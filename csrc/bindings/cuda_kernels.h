@@ -24,4 +24,10 @@ struct TileNumbers {
 TileNumbers tile_numbers(int tile);
 size_t shared_bytes(int tile, int held, bool runs);
 
+// The versions of CUDA (13.0: 13000) that the kernels were built with and that the machine's driver has; 0 if it has none.
+struct Versions {
+  int built, driver;
+};
+Versions versions();
+
 }  // namespace zsl

@@ -1,4 +1,4 @@
-// The kernels as a Python module of pointers, sizes, strides and a stream: no torch, and no call of CUDA before a launch.
+// The kernels as a Python module of pointers, sizes, strides and a stream: no torch, and no device before a launch.
 // A pointer of 0 is one that is not there.
 #include <pybind11/pybind11.h>
 
@@ -93,6 +93,13 @@ PYBIND11_MODULE(ZSL_MODULE, m) {
   m.def("embedding", &embedding);
   m.def("shared_bytes", py::overload_cast<int, int, bool>(&shared_bytes),
         "Of a block: tile, examples held, whether it adds in runs.");
+  m.def(
+      "versions",
+      [] {
+        const Versions x = versions();
+        return py::make_tuple(x.built, x.driver);
+      },
+      "Of CUDA: built with, and the driver's.");
   m.def("tiles", [] {
     py::list all;
     for (int i = 0; i < tile_count; ++i) {

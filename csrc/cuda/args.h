@@ -44,7 +44,7 @@ struct Results {
 struct Sizes {
   int64_t O, K;
   int slots;   // tiles held
-  int group;   // examples of either side of a block's part of the Gram: blockIdx.y goes through the pairs of groups
+  int group;   // examples of either side of a block's part of the Gram: blockIdx.x goes through the pairs of groups
   bool cross;  // the Gram of the first set with the second one
   bool exact;  // float32 products are those of float32, else of tf32
 };

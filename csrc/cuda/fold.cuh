@@ -61,7 +61,7 @@ __device__ void fold_scalars(const Results& out, const Held& held, const Place<T
     for (int f = 0; f < 4; ++f) {
 #pragma unroll
       for (int mask = warp_size / 2; mask > 0; mask /= 2) sums[f] += shuffle_xor(sums[f], mask);
-      double* to = out.scalars + (static_cast<int64_t>(blockIdx.x) * 4 + f) * N + held.example(slot);
+      double* to = out.scalars + (static_cast<int64_t>(blockIdx.y) * 4 + f) * N + held.example(slot);
       if (lane == 0) *to = first_tile ? sums[f] : *to + sums[f];
     }
   }
@@ -107,7 +107,7 @@ __device__ void fold_gram(double* pairs, const Held& held, const float* slots, i
       const int r = row + lane / 4 + 8 * (e / 2), c = col + j * 8 + lane % 4 * 2 + e % 2;
       if (r >= rows || c >= cols) continue;
       const int64_t second = itself ? held.first + c : held.second_first + c;
-      double* to = pairs + ((static_cast<int64_t>(blockIdx.x) * Tile::shares + share) * N + held.first + r) * M + second;
+      double* to = pairs + ((static_cast<int64_t>(blockIdx.y) * Tile::shares + share) * N + held.first + r) * M + second;
       *to = first_tile ? sums[j][e] : *to + sums[j][e];
     }
 }
@@ -121,11 +121,11 @@ __device__ void fold_tiles(const Sizes& sizes, const Results& out, int64_t N, in
   unsigned char* stages = reinterpret_cast<unsigned char*>(slots + sizes.slots * Tile::slot_floats);
   float* runs = reinterpret_cast<float*>(stages + Tile::stages * Tile::stage_bytes);
   const int64_t tiles = Place<Tile>::count(sizes);
-  for (int64_t tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
+  for (int64_t tile = blockIdx.y; tile < tiles; tile += gridDim.y) {
     const Place<Tile> place(sizes, tile);
-    const bool first_tile = tile == blockIdx.x;
+    const bool first_tile = tile == blockIdx.y;
     for (int64_t first = 0; first < (out.pairs ? 1 : N); first += sizes.slots) {
-      const Held held = out.pairs ? held_pair(sizes, N, M, blockIdx.y) : Held{first, 0, least(N - first, sizes.slots), 0, false};
+      const Held held = out.pairs ? held_pair(sizes, N, M, blockIdx.x) : Held{first, 0, least(N - first, sizes.slots), 0, false};
       form(held, place, slots, stages);
       if (out.grad_sum) {
         fold_sums<Tile>(out, held, place, slots, runs, N);

@@ -6,7 +6,8 @@
 
 namespace zsl {
 
-// Blocks go through the tiles of the weight in a fixed order. Grid: (blocks, pairs of groups of examples).
+// Blocks go through the tiles of the weight in a fixed order. Grid: (pairs of groups of examples, blocks), as its first
+// dimension alone may be larger than 65535.
 template <class E, class Tile>
 __global__ void __launch_bounds__(threads, 1) gram_kernel(const __grid_constant__ ProductArgs args) {
   const auto form = [&](const Held& held, const Place<Tile>& place, float* slots, unsigned char* stages) {

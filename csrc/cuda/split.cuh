@@ -1,5 +1,6 @@
 // A float32 product on the matrix units, which take the leading 11 bits of an operand (tf32): x = hi + lo, and
-// x y ≈ hi hi + (hi lo + lo hi), which leaves out 2⁻²² of the product at most.
+// x y ≈ hi hi + (hi lo + lo hi), which leaves out 2⁻²² of the product at most. Where a product is some 2¹¹ times
+// past the largest float32, its parts may be infinite of both signs: the result is NaN then, where float32's is Inf.
 #pragma once
 
 #include <device.cuh>

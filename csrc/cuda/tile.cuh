@@ -74,7 +74,7 @@ struct Held {
 
 __device__ inline int least(int64_t x, int y) { return x < y ? static_cast<int>(x) : y; }
 
-// The pair of groups that blockIdx.y names: all pairs of two sets', or those on and above the diagonal of one set's.
+// The pair of groups that blockIdx.x names: all pairs of two sets', or those on and above the diagonal of one set's.
 __device__ inline Held held_pair(const Sizes& sizes, int64_t N, int64_t M, int64_t index) {
   const int64_t groups = (N + sizes.group - 1) / sizes.group, second_groups = (M + sizes.group - 1) / sizes.group;
   int64_t p = 0, q = 0;

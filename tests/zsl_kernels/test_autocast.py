@@ -51,3 +51,11 @@ def test_small_ops_too(impl):
     with autocast():
         found = {name: call() for name, call in calls.items()}
     assert_same(found, expected)
+
+
+def test_a_backward_without_cotangents_has_nothing_to_compute(impl):
+    x = PROBLEMS[0].make()
+    leaf = x.a.requires_grad_()
+    found = zk.interference(leaf, x.b, gram=True, impl=impl)
+    undefined = torch._C._functions.UndefinedGrad()(found.abs_sum)
+    assert torch.autograd.grad(undefined.sum(), leaf, allow_unused=True) == (None,)

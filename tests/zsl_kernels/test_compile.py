@@ -4,7 +4,9 @@ import pytest
 import torch
 from torch.library import opcheck
 
+import zsl_kernels as zk
 from tests.inputs import CALLS, OPERANDS, Problem, running
+from zsl_kernels import backends
 
 PROBLEM = Problem(3, 5, 33, 13, M=2, dtype=torch.float64)
 
@@ -95,6 +97,15 @@ def test_public_functions_compile_as_one_graph(call, backend, dynamic, implement
     with running(implementation) as impl:
         compiled = torch.compile(CALLS[call], fullgraph=True, backend=backend, dynamic=dynamic)
         assert_same(compiled, call, PROBLEM.make(), impl)
+
+
+def test_the_first_call_may_be_compiled(impl, monkeypatch):
+    """Nothing has been loaded by then, where the backend is loaded by the first call."""
+    torch._dynamo.reset()
+    monkeypatch.setattr(backends, "_gpu_missing", {})
+    x = Problem(3, 5, 33, 13).make()
+    compiled = torch.compile(lambda a, b: zk.sq_norm(a, b, impl=impl), fullgraph=True, backend="eager")
+    assert torch.equal(compiled(x.a, x.b), zk.sq_norm(x.a, x.b, impl=impl))
 
 
 def test_one_dynamic_graph_serves_other_sizes():

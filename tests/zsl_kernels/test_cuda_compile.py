@@ -64,6 +64,8 @@ module = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(module)
 assert "torch" not in sys.modules
 assert len(module.tiles()) == {len(CUDA_TILES)}
+built, driver = module.versions()
+assert built >= 12000 and driver >= 0
 try:
     module.cross_gram((0, 1, 1, 0), 0, (1, 1, 2, 1, True), (0, 0, 0, 1), (0, 0, 0, 1), 1, 1, (0, 0, 0, 1), (0, 0, 0, 1), 1, 1, 0)
 except RuntimeError as error:

@@ -1,6 +1,8 @@
 """The cost model of GPUs: its candidates are legal, its choice is the fastest of them, and its predictions behave like times."""
 
 import dataclasses
+import warnings
+from types import FunctionType, SimpleNamespace
 
 import pytest
 import torch
@@ -8,13 +10,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import zsl_kernels as zk
-from zsl_kernels import gpu_costs
+from tests.devices import FUNCTIONS, waiting_is_an_error
+from zsl_kernels import backends, gpu_costs
 from zsl_kernels.candidates import Call
 from zsl_kernels.configs import CONFIGS, CUDA_SUMS_HELD, CUDA_TILES, Config, kind
-from zsl_kernels.gpus import GPUS, H100, nearest
+from zsl_kernels.gpus import A100, GPUS, H100, nearest
 from zsl_kernels.plan import OPS, choose
 
 ALL = ("triton", "cuda", "chunked")
+HALF = torch.bfloat16
 DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -43,7 +47,7 @@ def test_the_fastest_of_legal_candidates_is_chosen(call, impls):
     plan = choose(call, impls)
     assert plan.chosen.time == min(c.time for c in plan.candidates)
     assert {c.impl for c in plan.candidates} <= set(impls)
-    assert "chunked" in {c.impl for c in plan.candidates}
+    assert choose(call, ("chunked",)).candidates  # PyTorch can compute everything
     for c in plan.candidates:
         assert c.time > 0
         assert min(c.work, c.bytes, c.l2_bytes, c.workspace) >= 0
@@ -55,9 +59,24 @@ def test_the_fastest_of_legal_candidates_is_chosen(call, impls):
             assert c.tile == c.config[:2]
         if c.impl == "cuda":
             (tile,) = (tile for tile in CUDA_TILES if c.tile == (tile.rows, tile.cols))
-            held = tile.groups(call.N, call.M)[0] if call.pairs else CUDA_SUMS_HELD
+            held = tile.groups(call.N, call.M, tile.fitting(call.gpu.shared_bytes))[0] if call.pairs else CUDA_SUMS_HELD
             assert tile.shared_bytes(held, not call.pairs) <= call.gpu.shared_bytes
-    assert str(plan).count("\n") == len(plan.candidates)
+    _, *lines = str(plan).splitlines()
+    assert len(lines) == len({(c.impl, c.way, c.kernel, c.config or c.tile) for c in plan.candidates})
+    assert len(set(lines)) == len(lines)
+
+
+@pytest.mark.parametrize("gpu", GPUS.values(), ids=lambda gpu: gpu.name)
+@pytest.mark.parametrize("op", OPS)
+def test_each_way_of_an_op_has_one_owner(op, gpu):
+    for gram in (False, True)[: 2 if op == "interference" else 1]:
+        for T in (1, 8, 512):
+            candidates = choose(call(op, N=16, T=T, gram=gram, gpu=gpu), ALL).candidates
+            assert len({(c.way, c.impl) for c in candidates}) == len({c.way for c in candidates})
+    sums = choose(call("interference", N=16, T=512, gpu=gpu), ALL).candidates
+    assert {c.impl for c in sums if c.way == "direct"} == {"triton"}
+    grams = choose(call("interference", N=16, T=512, gram=True, gpu=gpu), ALL).candidates
+    assert {c.impl for c in grams if c.way == "direct"} == {"cuda"}
 
 
 def _same(plan, candidate):
@@ -106,7 +125,7 @@ def test_tiles_of_all_examples_fit_in_shared_memory(sizes, tiles):
     for gram in ({"op": "gram"}, {"op": "interference", "gram": True}):
         plan = choose(call(**gram, **sizes), ALL)
         assert {c.tile for c in plan.candidates if c.impl == "cuda"} == tiles
-    assert len([c for c in choose(call("interference", **sizes), ALL).candidates if c.impl == "cuda"]) == len(CUDA_TILES)
+    assert len(choose(call("interference", **sizes), ("cuda",)).candidates) == len(CUDA_TILES)
 
 
 def test_tiles_that_do_not_fit_are_no_candidates():
@@ -159,7 +178,118 @@ def test_plans_for_a_named_architecture_need_no_device():
     assert {"cuda", "triton", "chunked"} == {c.impl for c in plan.candidates}
     for word in ("H100", "GFLOP", "MB", "ms", "tile", "warps", "->"):
         assert word in str(plan), word
+    assert max(map(len, str(plan).splitlines())) <= 130
+
+
+@pytest.mark.parametrize(
+    ("op", "dtype", "impl"), [("dot", HALF, "auto"), ("gram", torch.float64, "auto"), ("gram", HALF, "chunked")]
+)
+def test_what_pytorch_owns_is_predicted_for_the_device_too(op, dtype, impl):
+    plan = zk.plan(op, N=8, T=64, K=768, O=768, dtype=dtype, device="cuda", arch=90, impl=impl)
+    assert plan.impl == "chunked"
+    assert plan.call.gpu is H100
+
+
+def test_ragged_rows_of_many_lengths_have_few_plans():
+    def planned(T, irregular):
+        return zk.plan("interference", N=8, T=T, K=768, O=768, device="cuda", arch=90, irregular=irregular).call.T
+
+    assert [planned(T, True) for T in (0, 1, 15, 16, 17, 255, 257)] == [0, 1, 15, 16, 18, 256, 288]
+    assert len({planned(T, True) for T in range(1, 4097)}) < 90
+    assert planned(257, False) == 257
 
 
 def test_an_unknown_architecture_is_planned_as_the_newest_that_it_can_run():
-    assert [nearest(arch).arch for arch in (75, 80, 89, 90, 100, 120)] == [80, 80, 80, 90, 100, 100]
+    assert [nearest(arch).arch for arch in (75, 80, 89, 90, 100, 120)] == [80, 80, 80, 90, 100, 80]
+
+
+@pytest.mark.parametrize("gpu", GPUS.values(), ids=lambda gpu: gpu.name)
+@pytest.mark.parametrize("sizes", [(8, 64, 512, 512), (128, 64, 512, 512), (4, 2048, 4096, 4096)], ids=str)
+def test_the_workspace_that_is_chosen_is_bounded(gpu, sizes):
+    """What the memory test of a device (test_gpu.py) allows."""
+    N, T, K, O = sizes
+    assert choose(call("interference", N=N, T=T, K=K, O=O, gpu=gpu), ALL).chosen.workspace <= gpu_costs.SLAB_BYTES
+
+
+def test_the_mode_of_a_device_test_survives_torch_s_warning(monkeypatch):
+    """torch warns when the mode is first set, and warnings are errors here: the mode would stay for all tests that follow."""
+    modes = []
+
+    def set_mode(mode):
+        modes.append(mode)
+        if len(modes) == 1:
+            warnings.warn("Synchronization debug mode is a prototype feature", UserWarning, stacklevel=1)
+
+    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", set_mode)
+    with waiting_is_an_error():
+        assert modes == ["error"]
+    assert modes == ["error", "default"]
+
+
+@pytest.mark.parametrize("gpu", GPUS.values(), ids=lambda gpu: gpu.name)
+def test_a_slab_of_very_many_examples_is_neither_held_for_sums_nor_taken_to_be_cached(gpu):
+    plan = choose(call("interference", N=100_000, T=16, gpu=gpu), ALL)
+    assert "stored" not in {c.way for c in plan.candidates}
+    for c in choose(call("gram", N=20_000, T=16, gpu=gpu), ALL).candidates:
+        if c.way == "stored":
+            assert c.bytes > 2 * 4 * plan.call.O * plan.call.K * 20_000
+
+
+@pytest.mark.parametrize("gpu", GPUS.values(), ids=lambda gpu: gpu.name)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_what_widens_the_operands_pays_for_it(gpu, dtype):
+    for op in ("interference", "sq_norm"):
+        one = call(op, N=100_000, T=1, dtype=dtype, gpu=gpu)
+        widened = 8.0 * one.N * (one.O + one.K)
+        ways = [c for c in choose(one, ALL).candidates if c.way == "rank-one"]
+        assert ways
+        for c in ways:
+            assert c.workspace >= widened
+            assert c.time > 2 * widened / gpu.bandwidth
+
+
+def test_every_public_function_is_run_on_a_device_by_its_tests():
+    """One that is not is handed CPU tensors and the name of a GPU's backend, which refuses them."""
+    functions = {name for name in zk.__all__ if isinstance(getattr(zk, name), FunctionType)}
+    assert set(FUNCTIONS) == functions - {"build_info", "plan"}
+
+
+class Device:
+    """In place of torch.cuda, a device of compute capability ``major``.``minor``."""
+
+    def __init__(self, monkeypatch, major, minor, sms=82, shared=102400):
+        about = SimpleNamespace(
+            name="Name", major=major, minor=minor, multi_processor_count=sms, shared_memory_per_multiprocessor=shared
+        )
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: about)
+        monkeypatch.setattr(backends, "_gpu_missing", {"triton": None, "cuda": None})
+
+
+@pytest.mark.parametrize("capability", [(8, 6), (8, 9), (12, 0)], ids=str)
+def test_a_device_is_planned_with_the_shared_memory_that_it_has(capability, monkeypatch):
+    """Those of the same generation as a larger part have less: a block that asks for more would not be launched."""
+    Device(monkeypatch, *capability)
+    gpu = backends.gpu_of(torch.device("cuda"))
+    assert (gpu.sms, gpu.shared_bytes) == (82, 101376)
+    assert gpu.half_flops / gpu.sms == pytest.approx(A100.half_flops / A100.sms)
+    for N, M, gram in ((1, None, True), (8, None, False), (8, None, True), (64, None, True), (300, None, True), (5, 90, True)):
+        op = "interference" if M is None else "gram"
+        asked = {"M": M} if M else {"gram": gram}
+        found = zk.plan(op, N=N, T=64, K=256, O=256, **asked, device="cuda", impl="cuda").candidates
+        for c in found:
+            (tile,) = (tile for tile in CUDA_TILES if c.tile == (tile.rows, tile.cols))
+            held = tile.groups(N, M, tile.fitting(gpu.shared_bytes))[0] if gram else CUDA_SUMS_HELD
+            assert tile.shared_bytes(held, not gram) <= 101376
+
+
+def test_a_device_without_the_matrix_instructions_is_refused_by_name_and_not_chosen(monkeypatch):
+    Device(monkeypatch, 7, 5)
+    device = torch.device("cuda")
+    assert backends.impls_for(device, "auto", "interference", torch.float32) == ("chunked",)
+    for impl in ("triton", "cuda"):
+        with pytest.raises(RuntimeError, match=f"impl: '{impl}' is not available: Name has compute capability 7.5; .* 8.0"):
+            backends.impls_for(device, impl, "interference", torch.float32)
+        assert "7.5" in zk.build_info()[impl]
+    Device(monkeypatch, 8, 0)
+    assert backends.impls_for(device, "auto", "interference", torch.float32) == ("triton", "cuda", "chunked")

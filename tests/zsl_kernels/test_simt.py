@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,9 +18,9 @@ import torch
 import zsl_kernels as zk
 from tests import simt
 from tests.inputs import Problem
-from zsl_kernels import cuda
+from zsl_kernels import backends, cuda
 from zsl_kernels.configs import CUDA_SUMS_HELD, CUDA_TILES
-from zsl_kernels.gpus import GPUS
+from zsl_kernels.gpus import GPUS, of_device
 
 CHECKS = simt.ROOT / "tests" / "native" / "simt_checks.py"
 SUITES = ("interference", "gram", "ragged", "tied", "embedding")
@@ -190,6 +191,57 @@ def test_every_architecture_gives_results_within_rounding(emulated, monkeypatch)
         torch.testing.assert_close(got.sq_sum, want.sq_sum, rtol=1e-5, atol=1e-5)
 
 
+def test_a_device_of_little_shared_memory_is_asked_for_no_more(emulated, monkeypatch):
+    """Compute capability 8.6, 8.9 and 12.0: 99 KiB. Fewer examples are held, in more groups."""
+    gpu, asked, launch = of_device(89, 128, 101376), [], cuda._launch
+
+    def recorded(gpu, tile, N, M, gram, O, K):
+        found = launch(gpu, tile, N, M, gram, O, K)
+        asked.append(tile.shared_bytes(found.held, found.held < N and not gram))
+        return found
+
+    monkeypatch.setattr(cuda, "_launch", recorded)
+    for module in (backends, cuda):
+        monkeypatch.setattr(module, "gpu_of", lambda *_: gpu)
+    for N in (4, 8, 33, 70):
+        x = Problem(N, 3, 41, 35).make()
+        want = zk.interference(x.a, x.b, gram=True, impl="reference")
+        for gram in (False, True):
+            got = zk.interference(x.a, x.b, gram=gram, impl="cuda")
+            torch.testing.assert_close(got.sq_sum, want.sq_sum, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(got.gram, want.gram, rtol=1e-5, atol=1e-6 * want.gram.max().item())
+        cross = zk.gram(x.a, x.b, x.a[:3], x.b[:3], impl="cuda")
+        torch.testing.assert_close(cross, want.gram[:, :3], rtol=1e-5, atol=1e-6 * want.gram.max().item())
+        ids = torch.arange(3 * N).view(N, 3) % 7
+        for gram in (False, True):
+            got, want_e = (zk.embedding_interference(ids, x.a, 7, gram=gram, impl=impl) for impl in ("cuda", "reference"))
+            torch.testing.assert_close(got.sq_sum, want_e.sq_sum, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(got.gram, want_e.gram, rtol=1e-5, atol=1e-5)
+    assert max(asked) <= 101376
+
+
+@pytest.mark.parametrize(
+    ("built_with", "driver", "words"), [(13000, 12080, "CUDA 13.0, and the driver is of 12.8"), (12090, 12020, None)]
+)
+def test_a_driver_that_is_too_old_is_found_before_a_launch(built_with, driver, words):
+    """The static runtime refuses every call then; a newer minor version is compatible."""
+    cuda.emulate(SimpleNamespace(versions=lambda: (built_with, driver)))
+    try:
+        found = cuda.missing()
+    finally:
+        cuda.emulate(None)
+    assert found is None if words is None else words in found
+
+
+def test_of_an_embeddings_direction_only_the_touched_rows_are_copied(emulated):
+    """In float32 this one would be 64 GiB."""
+    V, K = 2**31, 8
+    row = torch.randn(1, K, generator=torch.Generator().manual_seed(0)).bfloat16()
+    ids, b = torch.tensor([[5, V - 1], [7, 5]]), torch.ones(2, 2, K)
+    got = zk.embedding_interference(ids, b, V, direction=row.expand(V, K), impl="cuda")
+    torch.testing.assert_close(got.dot, row.float().sum().expand(2) * 2, rtol=1e-5, atol=1e-5)
+
+
 def test_views_with_a_pending_negation_are_read_negated(emulated):
     z = torch.view_as_complex(torch.randn(3, 5, 7, 2, generator=torch.Generator().manual_seed(0)))
     a, b = z.conj().imag, torch.ones(3, 5, 4)
@@ -200,10 +252,19 @@ def test_views_with_a_pending_negation_are_read_negated(emulated):
         torch.testing.assert_close(field, getattr(want, name), rtol=1e-5, atol=1e-4)
 
 
-def test_more_groups_than_a_grid_has_are_refused(emulated):
-    x = torch.ones(1, 1, 1).expand(12000, 1, 1)
-    with pytest.raises(ValueError, match="impl: expected one with a kernel for gram"):
-        zk.gram(x, x, impl="cuda")
+def test_a_gram_of_very_many_examples_has_a_kernel():
+    """More pairs of groups than a grid's second dimension may have."""
+    plan = zk.plan("gram", N=12000, T=1, K=1, O=1, device="cuda", arch=90, impl="cuda")
+    launch = cuda._launch(GPUS[90], CUDA_TILES[-1], 12000, None, True, 1, 1)
+    assert (plan.impl, launch.pairs, launch.blocks) == ("cuda", 70500, 1)
+
+
+def test_a_grid_that_no_device_has_is_refused(built):
+    """Of (pairs of groups, blocks) the second dimension is limited to 65535."""
+    module, x = simt.load(built()), (0, 0, 0, 1)
+    for blocks, pairs in ((65536, 1), (0, 1), (1, 0)):
+        with pytest.raises(RuntimeError, match="gram_kernel: the grid"):
+            module.cross_gram((0, blocks, pairs, 0), 0, (1, 1, 2, 1, True), x, x, 1, 1, x, x, 1, 1, 0)
 
 
 def test_float32_products_are_float32_unless_torch_allows_tf32(emulated, monkeypatch):
