@@ -13,7 +13,7 @@ from zsl_kernels.configs import CONFIGS, UNALIGNED, Config
 from zsl_kernels.triton.interference import FOLD_BLOCK, FOLD_WARPS, fold_kernel, interference_kernel
 from zsl_kernels.triton.rank_one import RUN, rank_one_kernel
 
-_SUMS = ("sums_ptr", "scalars_ptr")
+_SUMS = ("grad_ptr", "abs_ptr", "sq_ptr", "scalars_ptr")
 _ADDED = ("bound_ptr", "feature_ptr", "added_ptr")
 _OPTIONAL = (*_SUMS, "direction_ptr", "begin_ptr", *_ADDED, "slab_ptr")
 _INTEGERS = ("begin_ptr", "bound_ptr", "feature_ptr")

@@ -255,6 +255,27 @@ def test_large_logits_neither_overflow_nor_cancel():
     torch.testing.assert_close(b, torch.tensor([[[0.0, 0.0, 0.0]], [[-1.0, 1.0, 0.0]]]), rtol=0, atol=1e-6)
 
 
+@pytest.mark.parametrize("negated", ["h", "weight"])
+def test_heads_of_a_pending_negation(negated):
+    """The imaginary part of a conjugate is a view whose numbers in memory have the other sign."""
+    generator = torch.Generator().manual_seed(7)
+    views = {
+        name: torch.randn(shape, dtype=torch.complex64, generator=generator).conj().imag
+        for name, shape in (("h", (2, 5, 6)), ("weight", (9, 6)))
+    }
+    h, weight = (x if name == negated else x.resolve_neg() for name, x in views.items())
+    assert (h.is_neg(), weight.is_neg()) == (negated == "h", negated == "weight")
+    targets = torch.randint(0, 9, (2, 5), generator=generator)
+
+    def run(h: Tensor, weight: Tensor) -> list[Tensor]:
+        losses, lse = head.forward(h, weight, targets, IGNORED, 4, "triton")
+        chunks = head.output_gradients(h, weight, targets, lse, torch.ones(2, 5), IGNORED, 4, "triton")
+        return [losses, lse, *(b.clone() for _, _, b in chunks)]
+
+    for x, y in zip(run(h, weight), run(h.resolve_neg(), weight.resolve_neg()), strict=True):
+        assert torch.equal(x, y)
+
+
 def test_the_head_under_statistics_is_that_of_the_portable_form():
     generator = torch.Generator().manual_seed(5)
     found = {}

@@ -114,6 +114,17 @@ def test_operands_that_are_not_aligned_take_a_tile_of_their_own(change, monkeypa
     assert used == [(32, 32)]
 
 
+@pytest.mark.parametrize("odd", [0, 1], ids=["first", "second"])
+def test_two_sets_of_which_one_is_not_aligned_share_their_slabs(odd, monkeypatch):
+    """A slab of the one's tiles would not be whole tiles of the other's."""
+    monkeypatch.setattr(gpu_costs, "SLAB_BYTES", 1)
+    x = PROBLEM.make()
+    sets = [[x.a, x.b], [x.a2, x.b2]]
+    sets[odd][0] = sets[odd][0].transpose(1, 2).contiguous().transpose(1, 2)
+    plan = planned("gram", x, "stored", Config(128, 128, 32, 8, 3))
+    assert_exact(triton.gram(plan, *sets[0], *sets[1]), expected(PROBLEM, "cross gram")["gram"])
+
+
 @pytest.mark.parametrize("call", ["direct", "stored", "rank-one"])
 def test_offsets_past_31_bits(call, tmp_path):
     """Strides of 2³¹ elements, over a sparse file of which a few pages are touched."""
@@ -163,6 +174,19 @@ def test_infinities_next_to_padding_do_not_become_nan(size):
     norms = triton.sq_norm(planned("sq_norm", x, "direct", config), a, b)
     for field in (*sums[:-1], norms):
         assert (field == float("inf")).all()
+
+
+@pytest.mark.parametrize("way", ["direct", "stored", "rank-one"])
+@pytest.mark.parametrize(("N", "splits"), [(4, 1), (4, 2), (0, 1)])
+def test_results_do_not_keep_each_other_s_memory(way, N, splits):
+    """The sum that becomes the weight's gradient would hold the other two, and an op's outputs may not share storage."""
+    x = Problem(4, 1 if way == "rank-one" else 3, 48, 32).make()
+    plan = planned("interference", x, way, Config(16, 16, 16, 4, 2), splits, way == "stored")
+    sums = triton.interference(plan, x.a[:N], x.b[:N], x.direction, way == "stored")
+    found = [field for field in sums if field is not None]
+    assert len({field.untyped_storage()._cdata for field in found}) == len(found)
+    for field in found:
+        assert field.untyped_storage().nbytes() == field.numel() * field.element_size()
 
 
 def test_the_same_call_gives_the_same_bits():

@@ -114,6 +114,23 @@ def test_without_lookups_is_the_plain_result(name, impl):
         assert torch.equal(result, plain[field]), field
 
 
+@pytest.mark.parametrize("gram", [False, True])
+@pytest.mark.parametrize("name", EMPTY)
+def test_without_lookups_has_the_plain_derivatives(name, gram, impl):
+    x = regular(3, 7, 33, 40, 0, values="integers").make()
+    found = []
+    for given in ({}, EMPTY[name]):
+        a, b = (x[k].clone().requires_grad_() for k in "ab")
+        e = given["e"].clone().requires_grad_() if given else None
+        sums = zk.interference(a, b, gram=gram, impl=impl, embedding=(given["ids"], e) if given else None)
+        sum(field.sum() for field in sums if field is not None).backward()
+        found.append((a.grad, b.grad))
+    for plain, empty in zip(*found, strict=True):
+        torch.testing.assert_close(empty, plain, rtol=1e-5, atol=1e-5)
+    assert e.grad is not None
+    assert not e.grad.any()
+
+
 @pytest.mark.parametrize(("N", "K", "O"), [(0, 5, 6), (3, 0, 6), (3, 5, 0)])
 def test_of_nothing_is_zero(N, K, O, impl):
     options = {"embedding": (torch.full((N, 2), -1 if O == 0 else 0, dtype=torch.int32), torch.zeros(N, 2, K)), "impl": impl}

@@ -24,6 +24,7 @@ SUITES = (
     "properties",
     "errors",
     "autograd",
+    "compile",
     "embedding",
     "linear_cross_entropy",
 )

@@ -17,6 +17,8 @@ from zsl_kernels.gpus import GPUS
 UNITS = {80: {"HMMA"}, 90: {"HGMMA"}, 100: {"UTCHMMA", "UTCQMMA", "UTCMMA"}}
 # Of a block that is smaller than the unit of that architecture takes: that of the one before, too.
 SMALL_ROWS = 64
+# Bytes of shared memory that a block of architectures 86, 89 and 120 may ask for, which take the tiles of 80.
+DESKTOP = 101376
 
 
 def look(arch, at):
@@ -26,7 +28,7 @@ def look(arch, at):
     usage, wrong = compiled.usage, []
     if usage.registers > 255 or usage.stack or usage.spills:
         wrong.append(f"{usage.registers} registers, {usage.stack} bytes of stack, {usage.spills} spills")
-    if compiled.shared > GPUS[arch].shared_bytes:
+    if compiled.shared > (DESKTOP if arch == 80 else GPUS[arch].shared_bytes):
         wrong.append(f"{compiled.shared} bytes of shared memory")
     if "PRECISION" in variant.constants:
         units = UNITS[arch] | ({"HMMA"} if variant.config.rows < SMALL_ROWS else set())
@@ -58,3 +60,20 @@ def test_every_configuration_is_among_them(arch):
         for kind, configs in kinds.items():
             assert {(kind, config) for config in configs} <= compiled, kernel
     assert {("half", config) for config in UNALIGNED.values()} <= compiled
+
+
+def test_counts_that_change_from_call_to_call_do_not_compile_anew():
+    """As a launch tells its arguments apart: whether an integer is one, or a multiple of sixteen."""
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import make_backend
+    from triton.runtime.jit import create_function_from_signature
+
+    counts = {"N", "M", "R", "Q", "parts", "per_part", "examples", "first_task", "first_row", "first_col", "num_rows", "num_cols"}
+    backend = make_backend(GPUTarget("cuda", 80, 32))
+    for kernel in {variant.kernel.__name__: variant.kernel for variant in variants(80)}.values():
+        bind = create_function_from_signature(kernel.signature, kernel.params, backend)
+        found = []
+        for value in (1, 16, 17):
+            arguments = {parameter.name: value if parameter.name in counts else 16 for parameter in kernel.params}
+            found.append(bind(**arguments, debug=False)[1])
+        assert found[0] == found[1] == found[2], kernel.__name__

@@ -116,7 +116,7 @@ def derivative_kernel(
         tl.store(p_d_added + o_added, s, mask=m_added)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["examples"])
 def product_kernel(
     p_x,
     p_s,
@@ -304,7 +304,7 @@ def _derivative(
             u,
             *c,
             s,
-            d_added,
+            None if x.added is None else d_added,
             x.a.shape[-2],
             K,
             O,

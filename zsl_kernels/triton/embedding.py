@@ -17,7 +17,7 @@ from zsl_kernels.triton.tiles import config_of
 from zsl_kernels.types import EmbeddingSums
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first_task", "first_row", "num_rows", "Q"])
 def embedding_interference_kernel(
     p_b,
     p_place,

@@ -21,7 +21,7 @@ from zsl_kernels.triton.tiles import multiply, precision
 _PROGRAMS = 4
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N", "M", "parts"])
 def ghost_kernel(
     p_a,
     p_b,

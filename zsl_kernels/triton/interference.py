@@ -10,7 +10,7 @@ read there by a second kernel for the sums and by torch's product for the inner 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -29,7 +29,7 @@ from zsl_kernels.types import InterferenceSums
 FOLD_BLOCK, FOLD_WARPS = 1024, 4
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N", "T", "per_part", "first_row", "first_col", "num_rows", "num_cols", "slab_rows"])
 def interference_kernel(
     a_ptr,
     b_ptr,
@@ -38,7 +38,9 @@ def interference_kernel(
     bound_ptr,  # (N, rows of tiles + 1) of added rows, or None
     feature_ptr,
     added_ptr,
-    sums_ptr,  # (3, parts, O, K), or None
+    grad_ptr,  # (parts, O, K) like the other two sums, or all None
+    abs_ptr,
+    sq_ptr,
     scalars_ptr,  # (fields, N, tiles), or None
     slab_ptr,  # (N, slab_rows, slab_cols), or None
     N,
@@ -65,7 +67,7 @@ def interference_kernel(
     EVEN: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """With ``sums_ptr`` the sums, and the scalars l1, sq_norm and with a direction dot and abs_dot; with ``slab_ptr`` the gradients
+    """With ``grad_ptr`` the sums, and the scalars l1, sq_norm and with a direction dot and abs_dot; with ``slab_ptr`` the gradients
     themselves, for the tiles from (first_row, first_col) on; with neither sq_norm. EVEN: the tiles cover the weight exactly."""
     tile_row, tile_col = tile_of(tl.program_id(0), num_rows, num_cols)
     part = tl.program_id(1)
@@ -86,7 +88,7 @@ def interference_kernel(
     last = tl.minimum(first + per_part, N)
     # Addresses moved out of these loops would hold registers that the sums need.
     for run in tl.range(first, last, RUN, disable_licm=True):
-        if sums_ptr is not None:
+        if grad_ptr is not None:
             grad_sum = tl.zeros((ROWS, COLS), tl.float32)
             abs_sum = tl.zeros((ROWS, COLS), tl.float32)
             sq_sum = tl.zeros((ROWS, COLS), tl.float32)
@@ -119,7 +121,7 @@ def interference_kernel(
                 product = g * u
                 tl.store(p_scalar + 2 * N * tiles, tl.sum(product))
                 tl.store(p_scalar + 3 * N * tiles, tl.sum(tl.abs(product)))
-            if sums_ptr is not None:
+            if grad_ptr is not None:
                 square = g * g
                 grad_sum += g
                 abs_sum += tl.abs(g)
@@ -131,16 +133,15 @@ def interference_kernel(
                 tl.store(p_slab + o_r[:, None] * slab_cols + o_c[None, :], g, mask=mask)
             else:
                 tl.store(p_scalar, tl.sum(g * g))
-        if sums_ptr is not None:
+        if grad_ptr is not None:
             # (ROWS, COLS)
-            p_sum = sums_ptr + part.to(tl.int64) * O * K + corner + within
-            all_parts = tl.num_programs(1).to(tl.int64) * O * K
-            add_tile(p_sum, grad_sum, mask, run > first)
-            add_tile(p_sum + all_parts, abs_sum, mask, run > first)
-            add_tile(p_sum + 2 * all_parts, sq_sum, mask, run > first)
+            o_sum = part.to(tl.int64) * O * K + corner + within
+            add_tile(grad_ptr + o_sum, grad_sum, mask, run > first)
+            add_tile(abs_ptr + o_sum, abs_sum, mask, run > first)
+            add_tile(sq_ptr + o_sum, sq_sum, mask, run > first)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N", "per_part"])
 def fold_kernel(
     slab_ptr,  # (N, E)
     direction_ptr,  # (E,) float32, or None
@@ -201,10 +202,13 @@ class _Operands(NamedTuple):
     splits: int
 
     @classmethod
-    def of(cls, plan: Plan, a: Tensor, b: Tensor, begin: Tensor | None, added: AddedRows | None = None) -> _Operands:
+    def of(
+        cls, plan: Plan, a: Tensor, b: Tensor, begin: Tensor | None, added: AddedRows | None = None, *others: Tensor
+    ) -> _Operands:
+        """``others``: operands that go with these, of which the same slabs are formed; so both need the same tile."""
         # The kernels read memory, where a pending negation is not done yet.
         a, b = a.resolve_neg(), b.resolve_neg()
-        config = config_for(plan, "interference" if plan.way == "direct" else "sq_norm", a, b)
+        config = config_for(plan, "interference" if plan.way == "direct" else "sq_norm", a, b, *others)
         return cls(
             a, b, begin, added, None if added is None else _bounds(added, b.shape[-1], config.rows), config, plan.chosen.splits
         )
@@ -225,7 +229,7 @@ class _Operands(NamedTuple):
         self,
         parts: tuple[int, int],
         direction: Tensor | None = None,
-        sums: Tensor | None = None,
+        sums: Sequence[Tensor] | None = None,
         scalars: Tensor | None = None,
         slab: Tensor | None = None,
         corner: tuple[int, int] = (0, 0),
@@ -245,7 +249,7 @@ class _Operands(NamedTuple):
             self.bounds,
             None if self.added is None else self.added.feature,
             None if self.added is None else self.added.values,
-            sums,
+            *((None,) * 3 if sums is None else sums),
             scalars,
             slab,
             N,
@@ -293,17 +297,18 @@ def interference(
     u = None if direction is None else direction.float().contiguous()
     fields = 2 if u is None else 4
     if 0 in (N, O, K):
-        sums, scalars = a.new_zeros(3, O, K, dtype=torch.float32), a.new_zeros(fields, N)
+        sums, scalars = [a.new_zeros(O, K, dtype=torch.float32) for _ in range(3)], a.new_zeros(fields, N)
         pairs = a.new_zeros(N, N)
     elif plan.way == "direct":
         parts = parts_of(N, x.splits)
-        totals = a.new_empty(3, parts[0], O, K, dtype=torch.float32)
+        totals = [a.new_empty(parts[0], O, K, dtype=torch.float32) for _ in range(3)]
         partials = a.new_empty(fields, N, x.tiles[0] * x.tiles[1], dtype=torch.float32)
         x.launch(parts, u, totals, partials)
-        sums, scalars, pairs = add_parts(totals), partials.sum(2, dtype=torch.float64), None
+        sums, scalars, pairs = [add_parts(x) for x in totals], partials.sum(2, dtype=torch.float64), None
     else:
         sums, scalars, pairs = _of_slabs(x, u, gram, plan)
-    l1, sq_norm, dot, abs_dot = (*scalars.float(), None, None)[:4]
+    # Clones: an op's outputs may not share storage.
+    l1, sq_norm, dot, abs_dot = (*(x.clone() for x in scalars.float()), None, None)[:4]
     pairs = None if pairs is None else pairs.float()
     return InterferenceSums(sums[0], sums[1], sums[2], l1, sq_norm, dot, abs_dot, pairs).asked_for(u, gram)
 
@@ -324,10 +329,10 @@ def _gradients(x: _Operands, where: tuple[slice, slice]) -> Tensor:
     return slab.flatten(1)
 
 
-def _of_slabs(x: _Operands, u: Tensor | None, gram: bool, plan: Plan) -> tuple[Tensor, Tensor, Tensor | None]:
+def _of_slabs(x: _Operands, u: Tensor | None, gram: bool, plan: Plan) -> tuple[list[Tensor], Tensor, Tensor | None]:
     assert plan.call.gpu is not None
     N, O, K = x.sizes
-    sums = x.a.new_empty(3, O, K, dtype=torch.float32)
+    sums = [x.a.new_empty(O, K, dtype=torch.float32) for _ in range(3)]
     scalars = x.a.new_zeros(2 if u is None else 4, N, dtype=torch.float64)
     pairs = x.a.new_zeros(N, N, dtype=torch.float64) if gram else None
     for where in _slabs(x, N):
@@ -341,7 +346,8 @@ def _of_slabs(x: _Operands, u: Tensor | None, gram: bool, plan: Plan) -> tuple[T
         fold_kernel[(blocks, parts)](
             g, part_u, totals, partials, N, E, per_part, BLOCK=FOLD_BLOCK, RUN=SUM_RUN, num_warps=FOLD_WARPS
         )
-        sums[(slice(None), *where)] = add_parts(totals).view(3, where[0].stop - where[0].start, -1)
+        for total, part in zip(sums, totals, strict=True):
+            total[where] = add_parts(part).view(where[0].stop - where[0].start, -1)
         scalars += partials.sum(2, dtype=torch.float64)
         if pairs is not None:
             pairs += g @ g.T
@@ -350,8 +356,10 @@ def _of_slabs(x: _Operands, u: Tensor | None, gram: bool, plan: Plan) -> tuple[T
 
 def gram(plan: Plan, a: Tensor, b: Tensor, a2: Tensor | None, b2: Tensor | None, begin: Tensor | None) -> Tensor:
     """⟨g_i, g_k⟩ of gradients stored slab by slab."""
-    x = _Operands.of(plan, a, b, begin)
-    y = x if a2 is None or b2 is None else _Operands.of(plan, a2, b2, None)
+    if a2 is None or b2 is None:
+        x = y = _Operands.of(plan, a, b, begin)
+    else:
+        x, y = _Operands.of(plan, a, b, begin, None, a2, b2), _Operands.of(plan, a2, b2, None, None, a, b)
     N, M = x.sizes[0], y.sizes[0]
     pairs = a.new_zeros(N, M, dtype=torch.float64)
     if pairs.numel() and 0 not in x.sizes:

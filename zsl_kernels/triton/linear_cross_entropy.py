@@ -34,7 +34,7 @@ def _logits(
     return x
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["R", "parts"])
 def linear_cross_entropy_kernel(
     p_h,
     p_w,
@@ -86,7 +86,7 @@ def linear_cross_entropy_kernel(
     tl.store(p_at_target + o_out, at_target, mask=m_row)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["R"])
 def linear_cross_entropy_backward_kernel(
     p_h,
     p_w,
@@ -133,6 +133,8 @@ def forward(h: Tensor, weight: Tensor, target: Tensor) -> tuple[Tensor, Tensor, 
     Of ``logits = h.flatten(0, 1) @ weight.T``; all are (N·T, 1), the second in float64. Where ``target`` (N·T, 1) is −1, the
     last is any.
     """
+    # The kernels read memory, where a pending negation is not done yet.
+    h, weight = h.resolve_neg(), weight.resolve_neg()
     N, T, K = h.shape
     R, V, gpu = N * T, weight.shape[0], gpu_of(h.device)
     tile = config_of(gpu, "linear_cross_entropy", h.dtype, R, V)
@@ -175,6 +177,8 @@ def output_gradients(
 
     Operands but the first two are (N·T, 1); b is in one buffer that the next chunk overwrites.
     """
+    # The kernels read memory, where a pending negation is not done yet.
+    h, weight = h.resolve_neg(), weight.resolve_neg()
     N, T, K = h.shape
     R, V, gpu = N * T, weight.shape[0], gpu_of(h.device)
     buffer = h.new_empty(R * min(chunk, V))

@@ -21,11 +21,13 @@ from zsl_kernels.triton.tiles import add_parts, add_tile, config_for, multiply, 
 RUN = 256
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N", "per_part"])
 def rank_one_kernel(
     a_ptr,
     b_ptr,
-    sums_ptr,  # (3, parts, O, K)
+    grad_ptr,  # (parts, O, K) like the other two sums
+    abs_ptr,
+    sq_ptr,
     N,
     K,
     O,
@@ -70,26 +72,25 @@ def rank_one_kernel(
             sq_sum = multiply(b * b, a * a, sq_sum, SQUARES)
         mask = m_o[:, None] & m_k[None, :]
         # (ROWS, COLS)
-        p_sum = sums_ptr + (part.to(tl.int64) * O + o_o[:, None]) * K + o_k[None, :]
-        all_parts = tl.num_programs(1).to(tl.int64) * O * K
-        add_tile(p_sum, grad_sum, mask, run > first)
-        add_tile(p_sum + all_parts, abs_sum, mask, run > first)
-        add_tile(p_sum + 2 * all_parts, sq_sum, mask, run > first)
+        o_sum = (part.to(tl.int64) * O + o_o[:, None]) * K + o_k[None, :]
+        add_tile(grad_ptr + o_sum, grad_sum, mask, run > first)
+        add_tile(abs_ptr + o_sum, abs_sum, mask, run > first)
+        add_tile(sq_ptr + o_sum, sq_sum, mask, run > first)
 
 
-def sums(plan: Plan, a: Tensor, b: Tensor) -> Tensor:
-    """(3, O, K): the three sums of ``a`` (N, K) and ``b`` (N, O)."""
+def sums(plan: Plan, a: Tensor, b: Tensor) -> list[Tensor]:
+    """The three sums (O, K) of ``a`` (N, K) and ``b`` (N, O)."""
     (N, K), O = a.shape, b.shape[1]
     if 0 in (N, O, K):
-        return a.new_zeros(3, O, K, dtype=torch.float32)
+        return [a.new_zeros(O, K, dtype=torch.float32) for _ in range(3)]
     a, b = a.resolve_neg(), b.resolve_neg()
     config = config_for(plan, "rank_one", a, b)
     parts, per_part = parts_of(N, plan.chosen.splits)
-    totals = a.new_empty(3, parts, O, K, dtype=torch.float32)
+    totals = [a.new_empty(parts, O, K, dtype=torch.float32) for _ in range(3)]
     rank_one_kernel[(triton.cdiv(O, config.rows) * triton.cdiv(K, config.cols), parts)](
         a,
         b,
-        totals,
+        *totals,
         N,
         K,
         O,
@@ -105,4 +106,4 @@ def sums(plan: Plan, a: Tensor, b: Tensor) -> Tensor:
         num_warps=config.warps,
         num_stages=config.stages,
     )
-    return add_parts(totals)
+    return [add_parts(x) for x in totals]

@@ -1,4 +1,9 @@
-"""What the kernels share: which tile a program has, a product over positions, sums in memory."""
+"""What the kernels share: which tile a program has, a product over positions, sums in memory.
+
+Triton compiles a kernel anew for an integer of 1, for a multiple of 16 and for any other: seconds, which counts that differ from
+batch to batch or from slab to slab would take again and again. ``do_not_specialize`` names these, and leaves those whose multiples
+of 16 make wide loads: strides and sizes of rows.
+"""
 
 from __future__ import annotations
 
@@ -51,8 +56,8 @@ def parts_of(N: int, parts: int) -> tuple[int, int]:
 
 
 def add_parts(totals: Tensor) -> Tensor:
-    """(3, parts, …) to (3, …)."""
-    return totals[:, 0] if totals.shape[1] == 1 else totals.sum(1)
+    """(parts, …) to (…)."""
+    return totals[0] if totals.shape[0] == 1 else totals.sum(0)
 
 
 @triton.jit
