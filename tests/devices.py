@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import re
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -19,7 +20,7 @@ from torch import Tensor
 
 import zsl_kernels as zk
 
-FUNCTIONS = [name for name in zk.__all__ if name[0].islower() and name not in ("build_info", "plan", "coordinate_sums")]
+FUNCTIONS = [name for name in zk.__all__ if name[0].islower() and name not in ("build_info", "plan")]
 
 
 # What a GPU's backend says to a call that PyTorch owns; test_errors.py holds it to these words.
@@ -87,3 +88,15 @@ def running_on(device: str) -> Iterator[None]:
     finally:
         for name, function in originals.items():
             setattr(zk, name, function)
+
+
+@contextmanager
+def waiting_is_an_error() -> Iterator[None]:
+    """Of CUDA: an operation that would wait for the device raises. Once in a process, torch warns that this is a prototype."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Synchronization debug mode")
+        torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")

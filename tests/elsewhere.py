@@ -25,6 +25,11 @@ torch.npy.get_amp_supported_dtype = lambda: [torch.bfloat16]  # type: ignore[att
 aten = torch.ops.aten
 _CROSS = {aten._to_copy.default, aten.copy_.default, aten.equal.default}
 _READ = {aten._local_scalar_dense.default, aten.equal.default, aten.is_nonzero.default}
+_SELECTIONS = {
+    *(aten.nonzero.default, aten.masked_select.default, aten._unique2.default),
+    *(aten.unique_dim.default, aten.unique_consecutive.default),
+}
+_INDEXED = {aten.index.Tensor, aten.index_put.default, aten.index_put_.default}
 
 
 class _There(Tensor):
@@ -58,7 +63,7 @@ def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     strangers = [x for x in tensors if not isinstance(x, _There) and x.ndim > 0]
     if strangers and len(strangers) < len(tensors) and func not in _CROSS:
         raise RuntimeError(f"{func}: tensors of {[tuple(x.shape) for x in strangers]} on the CPU meet others on {DEVICE}")
-    if func in _READ:
+    if func in _READ or _has_unknown_size(func, args, kwargs):
         READS[0] += 1
     device = kwargs.get("device")
     there = (device is None and any(isinstance(x, _There) for x in tensors)) or (device and torch.device(device).type == NAME)
@@ -70,6 +75,14 @@ def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         return found
     wrapped = tree_map(lambda x: _There(x) if isinstance(x, Tensor) else x, found)
     return return_and_correct_aliasing(func, args, kwargs, wrapped)
+
+
+def _has_unknown_size(func: Any, args: Any, kwargs: dict[str, Any]) -> bool:
+    """Whether the result's size is that of values, for which a device is waited for."""
+    if func is aten.repeat_interleave.Tensor:
+        return kwargs.get("output_size") is None
+    masked = func in _INDEXED and any(x is not None and x.dtype in (torch.bool, torch.uint8) for x in args[1])
+    return masked or func in _SELECTIONS
 
 
 READS = [0]

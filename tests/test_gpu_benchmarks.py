@@ -21,3 +21,14 @@ def test_the_script_says_what_is_missing(project_environment):
     done = subprocess.run([ROOT / "benchmarks" / "gpu.sh"], env=environment, capture_output=True, text=True, timeout=100)
     assert done.returncode != 0
     assert "not live: triton: this machine has no CUDA device" in done.stderr, os.linesep.join([done.stdout, done.stderr])
+
+
+def test_the_script_runs_the_benchmarks_whatever_the_tests_find(tmp_path):
+    python = tmp_path / "python"
+    python.write_text('#!/bin/sh\necho "$@"\ncase "$*" in *" tests "*) exit 3;; esac\n')
+    python.chmod(0o755)
+    command = [ROOT / "benchmarks" / "gpu.sh", "-k", "head"]
+    done = subprocess.run(command, env={**os.environ, "PYTHON": str(python)}, capture_output=True, text=True, timeout=100)
+    assert "pytest tests -m gpu -n 8" in done.stdout, done.stderr
+    assert "pytest benchmarks/gpu --device cuda --results gpu -k head" in done.stdout
+    assert done.returncode == 3
