@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,6 +16,13 @@ def test_kernels_are_live_where_they_must_be():
     if os.environ.get("ZSL_REQUIRE_NATIVE") != "1":
         pytest.skip("ZSL_REQUIRE_NATIVE is not 1")
     assert zk.build_info()["cpu"] == "live"
+
+
+def test_cuda_kernels_are_built_where_they_must_be():
+    """Without nvcc their tests are skipped, which must not go unnoticed where it is meant to be."""
+    if os.environ.get("ZSL_REQUIRE_CUDA_BUILD") != "1":
+        pytest.skip("ZSL_REQUIRE_CUDA_BUILD is not 1")
+    assert Path(zk.__file__).with_name("_cuda.so").exists()
 
 
 def test_names_plain_values():
