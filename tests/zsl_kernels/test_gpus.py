@@ -283,6 +283,18 @@ def test_a_device_is_planned_with_the_shared_memory_that_it_has(capability, monk
             assert tile.shared_bytes(held, not gram) <= 101376
 
 
+@pytest.mark.parametrize("impl", ["triton", "cuda"])
+def test_tensors_of_the_cpu_and_what_has_no_kernel_are_refused_by_name(impl, monkeypatch):
+    Device(monkeypatch, 9, 0)
+    cpu, cuda = torch.device("cpu"), torch.device("cuda")
+    with pytest.raises(ValueError, match=f"impl: '{impl}' expects CUDA tensors, got tensors on cpu"):
+        backends.impls_for(cpu, impl, "interference", torch.float32)
+    with pytest.raises(ValueError, match=f"impl: '{impl}' has no kernel for weighted_grad"):
+        backends.impls_for(cuda, impl, "weighted_grad", torch.float32)
+    with pytest.raises(TypeError, match=f"impl: '{impl}' expects float32, bfloat16 or float16, got float64"):
+        backends.impls_for(cuda, impl, "interference", torch.float64)
+
+
 def test_a_device_without_the_matrix_instructions_is_refused_by_name_and_not_chosen(monkeypatch):
     Device(monkeypatch, 7, 5)
     device = torch.device("cuda")
