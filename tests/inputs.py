@@ -282,7 +282,7 @@ OPERANDS: dict[str, tuple[str, ...]] = {
     "weighted_grad": ("a", "b", "weights"),
 }
 # The others have no derivative of their own.
-DIFFERENTIATED = tuple(call for call in CALLS if call == "interference, all" or not call.startswith("interference"))
+DIFFERENTIATED = ("interference, all", "gram", "cross gram", "dot", "sq_norm", "weighted_grad")
 
 
 def cpu_isas() -> list[str]:
