@@ -24,11 +24,14 @@ SIGN_FLIP = math.sqrt(2 / math.pi)
 
 
 class Metric(NamedTuple):
-    """One number, the examples it is over, and what random signs would have given (None where that has no meaning)."""
+    """One number, the examples it is over, what random signs would have given, the number's standard error where it was
+    estimated from a sample, and its value without the bias that a finite N gives it. None where that has no meaning."""
 
     value: float
     n: int
     null: float | None = None
+    error: float | None = None
+    debiased: float | None = None
 
     def __float__(self) -> float:
         return self.value

@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullFormatter, NullLocator
 
-from zerosum.training.records import Curve, Record, curve, slopes, smooth
+from zerosum.records import Curve, Record, curve, slopes, smooth
 from zerosum.training.summary import ratio, signed
 
 # Okabe and Ito's colours, which colour-blind readers can tell apart.

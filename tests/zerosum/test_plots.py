@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 
 from tests.zerosum.test_training import run_records
 from zerosum import plots
-from zerosum.training.records import Record
+from zerosum.records import Record
 
 
 @pytest.fixture

@@ -15,10 +15,10 @@ from torch import nn
 
 from tests.zerosum.oracle import per_example_gradients
 from zerosum.metrics import Metric, number_interference
+from zerosum.records import Curve, Record, curve, decode, encode, record, slopes, smooth
 from zerosum.training.data import Corpus, draw, standard_library
 from zerosum.training.loop import Settings, Trainer, probe_steps
 from zerosum.training.model import GPT, GPTConfig, normalize, rotate, rotations, token_losses
-from zerosum.training.records import Curve, Record, curve, decode, encode, record, slopes, smooth
 from zerosum.training.run import Refused, RunFolder, fingerprint
 from zerosum.training.summary import measuring_share, summarize
 

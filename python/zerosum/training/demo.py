@@ -6,12 +6,10 @@ Needs matplotlib and tqdm, which ``pip install 'zsl_kernels[demo]'`` brings.
 from __future__ import annotations
 
 import math
-import signal
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from time import perf_counter
-from types import FrameType
 from typing import Any
 
 import torch
@@ -19,9 +17,10 @@ from tqdm import tqdm
 
 import zsl_kernels
 from zerosum import plots
+from zerosum.interrupt import Interrupt
+from zerosum.records import record
 from zerosum.training.data import Corpus, standard_library
 from zerosum.training.loop import Settings, Trainer, probe_steps
-from zerosum.training.records import record
 from zerosum.training.run import Refused, RunFolder, fingerprint
 from zerosum.training.summary import summarize
 
@@ -143,21 +142,3 @@ def finish(folder: RunFolder, config: dict[str, Any]) -> None:
     folder.write("report.md", "\n\n".join(parts) + "\n")
     names = ["report.md", *(path.name for path in figures), "metrics.jsonl"]
     print(f"\n{summary.text()}\n\nIn {folder.path}: {', '.join(names)}")
-
-
-class Interrupt:
-    """While open, Ctrl-C only asks: ``asked`` becomes true, so that a step and its records end whole. A second one interrupts."""
-
-    def __init__(self) -> None:
-        self.asked = False
-
-    def __enter__(self) -> Interrupt:
-        self._before = signal.signal(signal.SIGINT, self._ask)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        signal.signal(signal.SIGINT, self._before)
-
-    def _ask(self, number: int, frame: FrameType | None) -> None:
-        self.asked = True
-        signal.signal(signal.SIGINT, signal.default_int_handler)

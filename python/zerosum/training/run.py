@@ -1,6 +1,6 @@
 """A run's folder: its configuration, its records and its checkpoint, readable at every moment and resumable.
 
-``config.json`` says what the run is; ``metrics.jsonl`` (see :mod:`zerosum.training.records`) only grows, a line at a time;
+``config.json`` says what the run is; ``metrics.jsonl`` (see :mod:`zerosum.records`) only grows, a line at a time;
 ``checkpoint.pt`` is replaced as a whole.
 """
 
@@ -16,8 +16,8 @@ from typing import Any, TextIO
 
 import torch
 
-from zerosum.training import records
-from zerosum.training.records import Record
+from zerosum import records
+from zerosum.records import Record
 
 
 class Refused(Exception):

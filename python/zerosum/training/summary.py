@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from zerosum.training.records import Curve, Record, curve, slopes
+from zerosum.records import Curve, Record, curve, slopes
 
 # D and C below count as unchanged, or as equal to their null, within this much.
 SAME = 0.02

@@ -1,7 +1,7 @@
 """The records of a run: one JSON object on each line, and the curves read from them.
 
-A record has a ``kind``, a ``step`` and ``metrics``, each ``{"value", "n", "null"}``: the number, the examples that it is over, and
-what random signs would have given. JSON has no NaN: a value that is not finite is null.
+A record has a ``kind``, a ``step`` and ``metrics``, each ``{"value", "n", "null"}``, with ``error`` and ``debiased`` where there are
+such: the fields of :class:`zerosum.metrics.Metric`. JSON has no NaN: a value that is not finite is null.
 
 =========  =====================================================================================================================
 ``step``   every training step: ``train.loss`` before it and ``train.grad_norm`` before clipping
@@ -26,7 +26,12 @@ Record = dict[str, Any]
 
 
 def record(kind: str, step: int, metrics: Mapping[str, Metric], **others: Any) -> Record:
-    return {"kind": kind, "step": step, **others, "metrics": {name: metric._asdict() for name, metric in metrics.items()}}
+    return {"kind": kind, "step": step, **others, "metrics": {name: _fields(metric) for name, metric in metrics.items()}}
+
+
+def _fields(metric: Metric) -> dict[str, Any]:
+    optional = ("error", "debiased")
+    return {key: value for key, value in metric._asdict().items() if key not in optional or value is not None}
 
 
 def encode(entry: Record) -> str:

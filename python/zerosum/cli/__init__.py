@@ -1,0 +1,39 @@
+"""The command line. Each module here is one command: its options in ``add``, what it does in ``run``."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+import zsl_kernels as zk
+from zerosum.cli import demo, doctor
+
+DESCRIPTION = """\
+Zero-sum learning, measured while a model trains: how far examples' gradients, and the
+changes of their losses, cancel.
+
+  zerosum doctor    says what works on this machine, and what to do about what does not
+  zerosum demo      trains a small GPT on text that is here already, and measures it
+"""
+
+COMMANDS = (demo, doctor)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command and returns the process's exit code: 0 done, 1 failed, 2 refused, 130 interrupted."""
+    options = _parser().parse_args(arguments)
+    try:
+        return options.run(options)
+    except KeyboardInterrupt:
+        print("\nInterrupted.", file=sys.stderr)
+        return 130
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="zerosum", description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--version", action="version", version=f"zsl_kernels {zk.__version__}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND", title="commands")
+    for command in COMMANDS:
+        command.add(commands)
+    return parser
