@@ -36,19 +36,19 @@ class Capture(TorchFunctionMode):
         self,
         model: nn.Module,
         *,
-        positions: bool,
-        num_examples: int | None,
+        provenance: Provenance,
         loss: Loss,
         direction: Callable[[list[str]], Tensor | None],
-        gram: bool,
-        strict: bool,
+        gram: bool = False,
+        strict: bool = False,
+        tracked: type[Tracked] = Tracked,
     ) -> None:
         super().__init__()
         self.open = False
         self.model = model
         self.strict = strict
         self.pass_number = 0
-        self.provenance = Provenance(positions, num_examples)
+        self.provenance = provenance
         self._examples: list[int] = []  # of the passes that are over
         self._loss = loss
         self._in_backward = 0
@@ -61,7 +61,7 @@ class Capture(TorchFunctionMode):
                     f"model: expected initialized parameters, got {name!r} of a lazy module; run the model once before"
                 )
             names.setdefault(parameter, []).append(name)
-        self.parameters = [Tracked(self, known, p, direction(known), gram) for p, known in names.items() if p.requires_grad]
+        self.parameters = [tracked(self, known, p, direction(known), gram) for p, known in names.items() if p.requires_grad]
         for t in self.parameters:
             if t.parameter.is_complex():
                 t.refuse("its numbers are complex")

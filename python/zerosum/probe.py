@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from zerosum.capture import Capture
 from zerosum.loss import Loss, check_loss_reduction
+from zerosum.provenance import Provenance
 from zerosum.report import Report
 
 
@@ -87,8 +88,7 @@ class Probe:
         self._loss = Loss(self._loss_reduction, 1.0 if self._grad_scaler is None else self._grad_scaler.get_scale())
         capture = Capture(
             self._model,
-            positions=self._positions,
-            num_examples=self._num_examples,
+            provenance=Provenance(self._positions, self._num_examples),
             loss=self._loss,
             direction=self._direction_of,
             gram=self._gram,

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, is_dataclass
 from typing import Any, NamedTuple
 
@@ -193,6 +194,7 @@ class Provenance:
 
     def __init__(self, positions: bool, num_examples: int | None) -> None:
         self.positions = positions
+        self.inseparable = "positions cannot be run one by one" if positions else ""  # why nothing is run again for one example
         self._given = num_examples
         self._notes = WeakIdKeyDictionary()
         self.lead: tuple[int, ...] | None = None
@@ -206,6 +208,10 @@ class Provenance:
     @property
     def examples(self) -> int:
         return math.prod(self.lead) if self.lead is not None else 0
+
+    def unbatched(self) -> AbstractContextManager[Any]:
+        """In which the results of a backward pass are computed."""
+        return nullcontext()
 
     def see_input(self, x: Tensor) -> None:
         """The first tensor that enters the model, or that meets a weight, says what N (and T) is."""
@@ -762,6 +768,13 @@ class Layout:
         if self.ids is None:
             return None
         return self.ids.repeat_interleave(x.shape[:-1].numel() // max(len(self.ids), 1))
+
+    def slice(self, x: Tensor, mine: slice) -> tuple[Tensor, Tensor | None]:
+        """Some rows of ``x`` (P, F), and the example of each."""
+        ids = self.row_ids(x)
+        if ids is None:
+            ids = torch.arange(self.examples, device=x.device).repeat_interleave(len(x) // max(self.examples, 1))
+        return x[mine], ids[mine]
 
     def ragged(self, x: Tensor) -> dict[str, Any]:
         """What tells an op of ``zsl_kernels`` whose the rows are, where they are ragged."""

@@ -1,7 +1,7 @@
 """The records of a run: one JSON object on each line, and the curves read from them.
 
-A record has a ``kind``, a ``step`` and ``metrics``, each ``{"value", "n", "null"}``, with ``error`` and ``debiased`` where there are
-such: the fields of :class:`zerosum.metrics.Metric`. JSON has no NaN: a value that is not finite is null.
+A record has a ``kind``, a ``step`` and ``metrics``, each ``{"value", "n", "null"}``, with ``error`` and ``debiased`` where there
+are such: the fields of :class:`zerosum.metrics.Metric`. JSON has no NaN: a value that is not finite is null.
 
 =========  =====================================================================================================================
 ``step``   every training step: ``train.loss`` before it and ``train.grad_norm`` before clipping

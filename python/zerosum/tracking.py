@@ -95,7 +95,7 @@ class _Gather(torch.autograd.Function):
         uses = source.take(ctx.pass_number)
         if not uses:
             return grad, None, None
-        with torch.no_grad(), torch._C.DisableTorchFunction():
+        with torch.no_grad(), torch._C.DisableTorchFunction(), source.capture.provenance.unbatched():
             mine = source.gradient(ctx.pass_number, uses)
         return (mine if grad is None else grad + mine), None, None
 

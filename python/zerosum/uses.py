@@ -104,6 +104,13 @@ class Product:
         factor = by.to(self.left.dtype)
         return Product(self.left * (factor[:, None, None] if self.ids is None else factor[self.ids, None]), self.right, self.ids)
 
+    def picked(self, examples: Tensor) -> Product:
+        """Of some of the examples alone, in this order."""
+        if self.ids is None:
+            return Product(self.left[examples], self.right[examples])
+        which, ids = (self.ids[:, None] == examples).nonzero(as_tuple=True)
+        return Product(self.left[which], self.right[which], ids)
+
 
 @dataclass
 class Lookup:
@@ -134,6 +141,12 @@ class Lookup:
         e = self.e * (factor[:, None, None] if self.ids is None else factor[self.ids, None])
         return Lookup(self.rows, e, self.num_rows, self.ids)
 
+    def picked(self, examples: Tensor) -> Lookup:
+        if self.ids is None:
+            return Lookup(self.rows[examples], self.e[examples], self.num_rows)
+        which, ids = (self.ids[:, None] == examples).nonzero(as_tuple=True)
+        return Lookup(self.rows[which], self.e[which], self.num_rows, ids)
+
 
 @dataclass
 class Dense:
@@ -149,6 +162,9 @@ class Dense:
 
     def scaled(self, by: Tensor) -> Dense:
         return Dense(self.g * by.to(self.g.dtype).view(-1, *[1] * (self.g.ndim - 1)))
+
+    def picked(self, examples: Tensor) -> Dense:
+        return Dense(self.g[examples])
 
 
 @dataclass
@@ -167,6 +183,9 @@ class Own:
 
     def scaled(self, by: Tensor) -> Own:
         return Own(self.g * by.to(self.g.dtype).view(-1, *[1] * (self.g.ndim - 1)))
+
+    def picked(self, examples: Tensor) -> Own:
+        raise NotImplementedError("a weight that was repeated for the examples is no weight of some of them")
 
 
 @dataclass
@@ -197,6 +216,10 @@ class Head:
     def scaled(self, by: Tensor) -> Head:
         c = self.c * by.to(self.c.dtype)[:, None]
         return Head(self.h, self.weight, self.targets, self.lse, c, self.ignore_index, self.chunk)
+
+    def picked(self, examples: Tensor) -> Head:
+        h, targets, lse, c = (x[examples] for x in (self.h, self.targets, self.lse, self.c))
+        return Head(h, self.weight, targets, lse, c, self.ignore_index, self.chunk)
 
 
 Use = Product | Lookup | Dense | Own | Head

@@ -224,8 +224,8 @@ class _Again:
 
     def tap(self, result: Any, inputs: Any) -> Any:
         """The result, whose backward does it. Raises :class:`Uncovered` where one example does not give its part of the result."""
-        if self.capture.provenance.positions:
-            raise Uncovered("positions cannot be run one by one")
+        if why := self.capture.provenance.inseparable:
+            raise Uncovered(why)
         if not self.examples:
             raise Uncovered("the number of examples is not known yet")
         self._versions = [(x, x._version) for x in flatten((inputs,)) if isinstance(x, Tensor)]
@@ -372,7 +372,7 @@ def verify(capture: Capture, func: Any, args: tuple[Any, ...], kwargs: dict[str,
     N = provenance.examples
     outs = [r for r in flatten((result,)) if isinstance(r, Tensor) and r.requires_grad]
     try:
-        if provenance.positions or not N or writes(getattr(func, "__name__", "")):
+        if provenance.inseparable or not N or writes(getattr(func, "__name__", "")):
             raise Uncovered("it cannot be run again")
         random = torch.get_rng_state()
         with torch.no_grad(), unhooked():

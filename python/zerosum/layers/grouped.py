@@ -50,22 +50,21 @@ class _Grouped(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, offs = ctx.saved_tensors
         with torch._C.DisableTorchFunction():
-            site, ids = ctx.site, ctx.site.layout.row_ids(x)
-            if ids is None:
-                E = max(site.layout.examples, 1)
-                ids = torch.arange(site.layout.examples, device=x.device).repeat_interleave(len(x) // E)
+            site = ctx.site
             ref, plain = site.ref(), site.plain()
-            grad_x, grads, start = torch.zeros_like(x), [], 0
+            parts, grads, start = [], [], 0
             for expert, end in enumerate(offs.tolist()):
                 mine = slice(start, end)
                 if end > start:
-                    grad_x[mine] = grad[mine] @ weight[expert].mT
+                    parts.append(grad[mine] @ weight[expert].mT)
                     if ref is not None:
                         size, stride, offset = ref.piece
                         piece = Piece(size[1:], stride[1:], offset + expert * stride[0])
-                        use = Product(x[mine].detach(), grad[mine].detach(), ids[mine])
-                        Ref(ref.source, piece).leave(site.pass_number, use)
+                        left, ids = site.layout.slice(x.detach(), mine)
+                        right, _ = site.layout.slice(grad.detach(), mine)
+                        Ref(ref.source, piece).leave(site.pass_number, Product(left, right, ids))
                 if plain:
                     grads.append(x[mine].mT @ grad[mine])
                 start = max(start, end)
-            return grad_x, torch.stack(grads) if plain else None, None, None, None
+            parts.append(torch.zeros_like(x[start:]))  # rows of no expert
+            return torch.cat(parts), torch.stack(grads) if plain else None, None, None, None

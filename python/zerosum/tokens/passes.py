@@ -1,0 +1,373 @@
+"""The two passes over a sequence: one that takes what is a token's own, and one that takes a chunk of tokens back together.
+
+The *tail* is what lies behind the cut (:mod:`zerosum.tokens.cut`). One ordinary backward pass from all losses gives the gradient's
+sum for every weight, the statistics of the tail's weights, whose examples are single rows, and each token's row at the cut.
+
+From there a *chunk* of C tokens of one sequence goes back at once: the sequence runs forward once, up to the chunk's last token,
+and a vectorized backward pass starts from C rows. So a weight's inputs are shared by the C examples, and its
+gradients (C, T, O) with these (T, K) are one wide product for the kernel.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch._functorch.pyfunctorch import temporarily_pop_interpreter_stack
+from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from zerosum.capture import Capture
+from zerosum.loss import Loss
+from zerosum.provenance import Layout, Moved, Provenance, Rows, flatten
+from zerosum.tokens.cut import leaves, position_rows, row_wise, separators
+from zerosum.tracking import Tracked
+from zerosum.uses import SCALARS, Sums, Uses
+from zsl_kernels.types import sum_dtype
+
+Losses = Callable[[nn.Module, Tensor, Tensor], Tensor]
+Direction = Callable[[list[str]], Tensor | None]
+_SUM = Loss("sum")
+
+
+@dataclass(frozen=True)
+class SharedLayout(Layout):
+    """Of an activation of one sequence, whose gradients come for several examples at once: all rows are every example's."""
+
+    def rows(self, x: Tensor) -> Tensor:
+        x = self._examples(x)
+        return x.reshape(len(x), -1, x.shape[-1]).expand(self.examples, -1, -1)
+
+    def row_ids(self, x: Tensor) -> None:
+        return None
+
+    def slice(self, x: Tensor, mine: slice) -> tuple[Tensor, None]:
+        return self.rows(x[mine]), None
+
+    def per_example(self, g: Tensor, keep: int) -> Tensor:
+        return self._examples(g).flatten(1, keep).sum(1).expand(self.examples, *g.shape[keep:])
+
+    @staticmethod
+    def _examples(x: Tensor) -> Tensor:
+        """(E, *x.shape) of a tensor that vmap has batched, and (1, *x.shape) of another."""
+        f = torch._C._functorch
+        if not f.is_batchedtensor(x):
+            return x.unsqueeze(0)
+        return f.get_unwrapped(x).movedim(f.maybe_get_bdim(x), 0)
+
+
+class SharedSequence(Provenance):
+    """One sequence runs forward, and ``count`` examples, losses of some of its tokens, run backward."""
+
+    def __init__(self) -> None:
+        super().__init__(False, 1)
+        self.inseparable = "the examples are tokens of one sequence"
+        self.count = 1
+
+    @property
+    def examples(self) -> int:
+        return self.count
+
+    def unbatched(self) -> AbstractContextManager[None]:
+        """Outside of vmap: what a use leaves is not batched any more."""
+        return temporarily_pop_interpreter_stack()
+
+    def layout(self, x: Tensor, features: int) -> Layout:
+        return SharedLayout(self.count, 1)
+
+    def follow(
+        self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], tensors: list[Tensor], result: Any
+    ) -> bool:
+        super().follow(func, args, kwargs, tensors, result)  # which tensors are constants
+        return False
+
+
+class Place(NamedTuple):
+    """Which of the activations of a forward pass: the ``number``-th (N, T, …) or (N·T, …) of a function and a shape. What depends
+    on the data, like the rows that reach an expert, is of other shapes and does not count."""
+
+    name: str
+    rest: tuple[int, ...]
+    number: int
+
+
+@dataclass(frozen=True)
+class Cut:
+    """Where the activation is made, and which parameters lie behind it alone (``tail``), or on both sides (``tied``)."""
+
+    place: Place
+    tail: frozenset[int]
+    tied: frozenset[int]
+
+
+class TokenCapture(Capture):
+    """A capture that also notes which nodes of the graph made activations, and finds the one at the cut."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        provenance: Provenance,
+        direction: Direction,
+        tracked: type[Tracked] = Tracked,
+        cut: Cut | None = None,
+    ) -> None:
+        super().__init__(model, provenance=provenance, loss=_SUM, direction=direction, tracked=tracked)
+        self._place = None if cut is None else cut.place
+        self.activations: dict[Node, tuple[torch.Size, Place]] = {}
+        self.cut: tuple[GradientEdge, torch.Size] | None = None
+        self._shape = torch.Size()
+        self._seen: Counter[tuple[str, tuple[int, ...]]] = Counter()
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
+        result = super().__torch_function__(func, types, args, kwargs)
+        if not self._in_backward and torch.is_grad_enabled():
+            for x in flatten((result,)):
+                if isinstance(x, Tensor) and x.grad_fn is not None and self.ref(x) is None:
+                    self._note(getattr(func, "__name__", ""), x)
+        return result
+
+    def _note(self, name: str, x: Tensor) -> None:
+        assert x.grad_fn is not None
+        lead = 2 if x.shape[:2] == self._shape else 1 if x.ndim and x.shape[0] == self._shape.numel() else 0
+        key = (name, tuple(x.shape[lead:])) if lead else ("", ())
+        self._seen[key] += 1
+        place = Place(*key, self._seen[key])
+        self.activations[x.grad_fn] = (x.shape, place)
+        if place == self._place:
+            self.cut = (get_gradient_edge(x), x.shape)
+            # From here on each row is its position's own, whatever was mixed before.
+            N, T = self._shape
+            self.provenance.declare(x, Moved(0) if lead == 2 else Rows(T, N * T))
+
+    def forward(self, losses: Losses, x: Tensor, y: Tensor) -> Tensor:
+        """(N, T) losses. Fused attention has no vectorized derivative; written out, it has."""
+        self.activations.clear()
+        self._seen.clear()
+        self._shape, self.cut = x.shape, None
+        with sdpa_kernel(SDPBackend.MATH):
+            values = losses(self.model, x, y)
+        if values.shape != x.shape:
+            raise ValueError(f"losses: expected one for each token, {tuple(x.shape)}, got shape {tuple(values.shape)}")
+        if values.grad_fn is None:
+            raise ValueError("losses: expected a function that autograd can differentiate, got a result without a graph")
+        if self._place is not None and self.cut is None:
+            raise RuntimeError("the model does not compute every sequence by the same operations")
+        return values
+
+
+def find_cut(model: nn.Module, losses: Losses, x: Tensor, y: Tensor, generator: torch.Generator) -> Cut:
+    """The deepest separator whose gradient is row-wise, and behind which the probe can tell what each row does."""
+    capture = TokenCapture(model, Provenance(True, None), _no_direction)
+    capture.start()
+    try:
+        values = capture.forward(losses, x, y)
+    finally:
+        capture.stop()
+    assert values.grad_fn is not None
+    edges = list(separators(values, capture.activations))
+    signs = torch.randint(2, values.shape, generator=generator).mul(2).sub(1).to(values.device)
+    apart = row_wise(values, edges, signs)
+    candidates = edges[: apart.index(False) if False in apart else None]
+    cuts = []
+    for edge in reversed(candidates):
+        before, behind = leaves(edge.node), leaves(values.grad_fn, stop=edge.node)
+        cuts.append(Cut(capture.activations[edge.node][1], frozenset(behind - before), frozenset(behind & before)))
+    capture.activations.clear()
+    capture.release()
+    for cut in cuts:
+        tail = TailPass(model, losses, cut, _no_direction)
+        tail.run(x, y)
+        if all(not t.problem for t in tail.finish()):
+            return cut
+    raise RuntimeError("losses: expected a row-wise function of (N, T) tokens; not even the losses' own gradient is")
+
+
+def _no_direction(names: list[str]) -> None:
+    return None
+
+
+class _TailTracked(Tracked):
+    """Measures what lies behind the cut; of a tied weight it keeps the uses there."""
+
+    tied = False
+    uses: Uses | None = None
+
+    def end_pass(self) -> None:
+        # The backward pass went no further than the cut: what is left with a tied weight are its uses in the tail.
+        if self.tied:
+            self.uses = self.take(self.capture.pass_number)
+            for late in self._late.values():
+                self.uses.extend(late)
+        super().end_pass()
+
+    def on_gradient(self, grad: Tensor) -> None:
+        if not self.tied:
+            super().on_gradient(grad)
+
+
+class TailPass:
+    """Ordinary passes over sequences: the gradient's sum of every weight, the tail's statistics, and each token's row at the cut.
+
+    ``sums`` are Σ_i g_i over all tokens so far, by the parameter's id; ``tracked`` are the tail's parameters. With
+    ``measure=False`` it only looks for the uses of tied weights.
+    """
+
+    def __init__(self, model: nn.Module, losses: Losses, cut: Cut, direction: Direction, measure: bool = True) -> None:
+        self._losses, self._cut = losses, cut
+        self._capture = TokenCapture(model, Provenance(True, None), direction, _TailTracked, cut)
+        self.sums: dict[int, Tensor] = {}
+        self.tracked: list[_TailTracked] = []
+        self._others: list[_TailTracked] = []
+        for t in self._capture.parameters:
+            assert isinstance(t, _TailTracked)
+            t.tied = id(t.parameter) in cut.tied
+            (self.tracked if id(t.parameter) in cut.tail else self._others).append(t)
+            if not (t.tied or (measure and id(t.parameter) in cut.tail)):
+                t.refuse("not asked for")
+
+    def run(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, dict[int, Uses]]:
+        """Losses (N, T) and rows at the cut (N·T, F) of sequences (N, T), and the uses of tied weights in the tail."""
+        capture = self._capture
+        capture.start()
+        try:
+            values = capture.forward(self._losses, x, y)
+            assert capture.cut is not None
+            edge, _ = capture.cut
+            total = values.sum(dtype=torch.float64)
+            inputs: list[Any] = [*(t.parameter for t in self.tracked), edge]
+            *grads, at_cut = torch.autograd.grad(total, inputs, allow_unused=True)
+            for t, grad in zip(self.tracked, grads, strict=True):
+                self._add(t, grad)
+        finally:
+            capture.stop()
+            capture.activations.clear()
+        uses = {id(t.parameter): t.uses for t in self._others if t.uses}
+        others = [t.parameter for t in self._others]
+        if others:
+            for t, grad in zip(self._others, torch.autograd.grad([edge], others, [at_cut], allow_unused=True), strict=True):
+                self._add(t, grad)
+                self._add(t, t.uses.grad_sum(t.parameter) if t.uses else None)
+                t.uses = None
+        rows = position_rows(at_cut, values.shape)
+        assert rows is not None
+        return values.detach(), rows.detach(), uses
+
+    def _add(self, t: Tracked, grad: Tensor | None) -> None:
+        if grad is not None:
+            # Not in place: the first one's memory is the results' too.
+            before = self.sums.get(id(t.parameter))
+            self.sums[id(t.parameter)] = grad.detach() if before is None else before + grad.detach()
+
+    def finish(self) -> list[_TailTracked]:
+        with torch.no_grad():
+            self._capture.finish()
+            for t in self.tracked:
+                t.finish()
+        return self.tracked
+
+
+@dataclass
+class Accumulated:
+    """The sums of one weight over the chunks so far, Σ c_i g_i, Σ c_i |g_i| and Σ c_i² g_i² with the examples' factors c, and the
+    examples' own scalars."""
+
+    grad_sum: Tensor
+    abs_sum: Tensor
+    sq_sum: Tensor
+    scalars: dict[str, list[Tensor]]
+
+    @classmethod
+    def zeros(cls, like: Tensor) -> Accumulated:
+        dtype = sum_dtype(like.dtype)
+        total, size, square = (torch.zeros(like.shape, dtype=dtype, device=like.device) for _ in range(3))
+        return cls(total, size, square, {})
+
+    def add(self, sums: Sums, factors: Tensor) -> None:
+        for name in ("grad_sum", "abs_sum", "sq_sum"):
+            total, part = getattr(self, name), getattr(sums, name)
+            if sums.rows is None:
+                total.add_(part.view(total.shape))
+            else:
+                total.index_add_(0, sums.rows, part)
+        for name, power in SCALARS.items():
+            if (value := getattr(sums, name)) is not None:
+                self.scalars.setdefault(name, []).append(value.double() / factors.double() ** power)
+
+
+class _ChunkTracked(Tracked):
+    """Adds each chunk up. ``tail`` are the uses behind the cut, of a tied weight."""
+
+    total: Accumulated | None = None
+    tail: Uses | None = None
+    factors: Tensor
+
+    def _finish(self, pass_number: int, uses: Uses) -> Sums:
+        if self.tail is not None:
+            uses.extend(self.tail)
+        sums = uses.combine(self.parameter, self._asked(pass_number))
+        if self.total is None:
+            self.total = Accumulated.zeros(self.parameter)
+        self.total.add(sums, self.factors)
+        return sums
+
+    def _compare(self, sums: Sums, grad: Tensor, eps: float, plain: Tensor | None) -> None:
+        if self.tail is None:
+            super()._compare(sums, grad, eps, plain)
+
+
+class ChunkPass:
+    """Takes chunks of tokens back from the cut, and adds up what lies before it."""
+
+    def __init__(self, model: nn.Module, losses: Losses, cut: Cut, direction: Direction) -> None:
+        self._losses = losses
+        self._provenance = SharedSequence()
+        self._capture = TokenCapture(model, self._provenance, direction, _ChunkTracked, cut)
+        self.tracked: list[_ChunkTracked] = []
+        for t in self._capture.parameters:
+            assert isinstance(t, _ChunkTracked)
+            if id(t.parameter) in cut.tail:
+                t.refuse("the tail's")
+            else:
+                self.tracked.append(t)
+
+    def run(self, x: Tensor, y: Tensor, tokens: Tensor, rows: Tensor, factors: Tensor, tail: Mapping[int, Uses]) -> Tensor:
+        """One chunk of the sequence x (1, T): ``tokens`` (C,) are its positions, ``rows`` (C, F) their gradients at the cut, and
+        ``factors`` (C,) what each example is multiplied by. Returns the losses (1, T)."""
+        capture, C = self._capture, len(tokens)
+        self._provenance.count = C
+        for t in self.tracked:
+            t.factors = factors
+            uses = tail.get(id(t.parameter))
+            t.tail = None if uses is None else _picked(uses, tokens, factors)
+        capture.start()
+        try:
+            values = capture.forward(self._losses, x, y)
+            assert capture.cut is not None
+            edge, shape = capture.cut
+            cotangents = rows.new_zeros(C, values.numel(), rows.shape[1])
+            cotangents[torch.arange(C, device=rows.device), tokens] = rows * factors.to(rows.dtype).unsqueeze(1)
+            parameters = [t.parameter for t in self.tracked]
+
+            def backward(cotangent: Tensor) -> Tensor:
+                torch.autograd.grad(edge, parameters, cotangent, allow_unused=True)
+                return cotangent.new_zeros(())
+
+            torch.func.vmap(backward)(cotangents.view(C, *shape))
+        finally:
+            capture.stop()
+            capture.activations.clear()
+        return values.detach()
+
+    def finish(self) -> None:
+        self._capture.finish()
+
+
+def _picked(uses: Uses, tokens: Tensor, factors: Tensor) -> Uses:
+    """What uses of (T, …) examples say of some of them, multiplied by their factors."""
+    picked = {piece: [use.picked(tokens).scaled(factors) for use in mine] for piece, mine in uses.of_piece.items()}
+    return Uses(uses.base, picked)
