@@ -22,13 +22,12 @@ class ParameterReport:
     to (by gradient clipping, say): read it before, or keep a clone.
     """
 
-    def __init__(self, name: str, how: str, results: Results, shape: torch.Size, batches: list[int]) -> None:
+    def __init__(self, name: str, how: str, results: Results, shape: torch.Size) -> None:
         self.name = name
         self.how = how
         self._results = results
         self._sums = results.sums
         self._shape = shape
-        self._batches = batches
 
     @property
     def grad_sum(self) -> Tensor:
@@ -73,7 +72,14 @@ class ParameterReport:
     @cached_property
     def metrics(self) -> dict[str, Metric]:
         """The parameter's own metrics; see :func:`zerosum.metrics.gradient_metrics`."""
-        return gradient_metrics(self.coordinates, self.l1, self.sq_norm, self.dot, self.gram, self._batches)
+        return gradient_metrics(self.coordinates, self.l1, self.sq_norm, self.dot, self.gram, size=self._shape.numel())
+
+    @property
+    def is_embedding(self) -> bool:
+        """Whether its rows are looked up, whatever else it is used for, such as a tied head. (Experts are looked up, but are not
+        rows.)"""
+        uses = self.how.lower().split(" + ")
+        return len(self._shape) == 2 and any(use.startswith(("embedding", "index")) for use in uses)
 
     @property
     def finite(self) -> bool:
@@ -118,10 +124,9 @@ class Report:
 
     def __init__(self, tracked: list[Tracked], batches: list[int]) -> None:
         self.num_examples = sum(batches)
-        self._batches = batches
         self._names = {name: t.name for t in tracked for name in t.names}
         self._parameters = {
-            t.name: ParameterReport(t.name, " + ".join(t.how), t.results, t.parameter.shape, batches)
+            t.name: ParameterReport(t.name, " + ".join(t.how), t.results, t.parameter.shape)
             for t in tracked
             if t.results is not None
         }
@@ -180,11 +185,20 @@ class Report:
 
     @cached_property
     def metrics(self) -> dict[str, Metric]:
-        """Metrics over all covered parameters; see :func:`zerosum.metrics.gradient_metrics`. Empty where nothing is covered."""
+        """Metrics over all covered parameters; see :func:`zerosum.metrics.gradient_metrics`. Empty where nothing is covered.
+
+        D_grad leaves embeddings out, as the paper does, and heads that are tied to one: NaN where nothing else is covered.
+        """
         if self.l1 is None or self.sq_norm is None:
             return {}
-        sums = add_coordinates(p.coordinates for p in self._parameters.values())
-        return gradient_metrics(sums, self.l1, self.sq_norm, self.dot, self.gram, self._batches)
+        sums, size = self._coordinates(list(self))
+        non_embedding = self._coordinates([name for name, p in self._parameters.items() if not p.is_embedding])
+        return gradient_metrics(sums, self.l1, self.sq_norm, self.dot, self.gram, size=size, non_embedding=non_embedding)
+
+    def _coordinates(self, names: list[str]) -> tuple[CoordinateSums, int]:
+        """Of some parameters: their sums over coordinates, and the number of these."""
+        sums = add_coordinates(self._parameters[name].coordinates for name in names)
+        return sums, sum(self.coverage.sizes[name] for name in names)
 
     @cached_property
     def not_finite(self) -> list[str]:

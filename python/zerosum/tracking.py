@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from zerosum.metrics import block_diagonal
 from zerosum.uses import SCALARS, WEIGHT_SHAPED, Asked, Piece, Sums, Use, Uses, densified
 from zsl_kernels import CoordinateSums
 from zsl_kernels.types import sum_dtype
@@ -384,18 +385,5 @@ class Results:
                     blocks[name].append(torch.zeros((E, E) if name == "gram" else (E,), dtype=dtype, device=s.l1.device))
         for name, parts in blocks.items():
             if parts and all(part is not None for part in parts):
-                setattr(s, name, _block_diagonal(parts) if name == "gram" else torch.cat(parts))  # type: ignore[arg-type]
+                setattr(s, name, block_diagonal(parts) if name == "gram" else torch.cat(parts))  # type: ignore[arg-type]
         self.scalars.clear()
-
-
-def _block_diagonal(blocks: list[Tensor]) -> Tensor:
-    """Inner products of examples in different micro-batches are not known: NaN."""
-    if len(blocks) == 1:
-        return blocks[0]
-    sizes = [len(block) for block in blocks]
-    out = blocks[0].new_full((sum(sizes), sum(sizes)), float("nan"))
-    at = 0
-    for block, size in zip(blocks, sizes, strict=True):
-        out[at : at + size, at : at + size] = block
-        at += size
-    return out

@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import math
+from functools import cache
 
+import numpy as np
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+import zerosum
 import zsl_kernels as zk
-from zerosum.metrics import add_coordinates, gradient_metrics, number_interference
+from zerosum.metrics import Metric, NumberSums, add_coordinates, block_diagonal, gradient_metrics, merge_sums, number_interference
 
 
-def metrics_of(g: Tensor, u: Tensor | None = None, gram: bool = False) -> dict:
+def metrics_of(g: Tensor, u: Tensor | None = None, gram: bool = False) -> dict[str, Metric]:
     """Through the sums, as a report does it; g is (N, P)."""
     coordinates = zk.coordinate_sums(g.sum(0), g.abs().sum(0), g.square().sum(0), direction=u)
     dot = None if u is None else g @ u
-    return gradient_metrics(coordinates, g.abs().sum(1), g.square().sum(1), dot, g @ g.T if gram else None)
+    return gradient_metrics(coordinates, g.abs().sum(1), g.square().sum(1), dot, g @ g.T if gram else None, size=g.shape[1])
 
 
 def draw(n: int = 6, p: int = 500, seed: int = 0) -> tuple[Tensor, Tensor]:
@@ -44,7 +47,13 @@ def test_each_metric_is_its_definition() -> None:
         "C": p.sum().abs() / p.sum(1).abs().sum(),
         "D": 1 - p.sum().abs() / p.sum(1).abs().sum(),
         "M": p.sum(1).abs().mean(),
+        "touched": p.shape[1],
+        "untouched": 0,
         "mean_cosine": cosine.mean(),
+        "cosine_std": cosine.std(),
+        "cosine_q05": cosine.quantile(0.05),
+        "cosine_median": cosine.quantile(0.5),
+        "cosine_q95": cosine.quantile(0.95),
         "negative_pairs": (cosine < 0).double().mean(),
         # tr Σ with Bessel's correction over |G|² less its own noise
         "noise_scale": g.var(0).sum() / (g.mean(0).square().sum() - g.var(0).sum() / n),
@@ -65,16 +74,102 @@ def test_mean_change_is_magnitude_times_constructive_interference() -> None:
     assert found["C"].value + found["D"].value == pytest.approx(1)
 
 
-@pytest.mark.parametrize("n", [16, 64])
-def test_the_null_is_what_random_signs_give(n: int) -> None:
-    g, _ = draw(n, 2000, seed=3)
-    signs = torch.randint(0, 2, (200, n), generator=torch.Generator().manual_seed(4)) * 2.0 - 1
-    flipped = torch.stack([1 - ((g * s[:, None]).sum(0).abs() / g.abs().sum(0)).mean() for s in signs.double()])
-    # √(2/π) is the limit of many examples: the Gaussian approximation is off by O(1/n).
-    assert metrics_of(g)["D_grad"].null == pytest.approx(flipped.mean().item(), abs=1 / (4 * n))
-    x = g[:, 0]
-    numbers = ((signs.double() @ x).abs() / x.abs().sum()).mean().item()
-    assert number_interference(x)["C"].null == pytest.approx(numbers, rel=0.2)
+# What random signs give.
+
+
+SIGNS = 2000
+
+
+@cache
+def under_random_signs(n: int) -> tuple[dict[str, Metric], dict[str, np.ndarray]]:
+    """The metrics of some gradients, and those of the same gradients with random signs, drawn again and again."""
+    g, u = draw(n, 300, seed=3)
+    signs = torch.randint(0, 2, (SIGNS, n), generator=torch.Generator().manual_seed(4)).double() * 2 - 1
+    drawn = [metrics_of(g * s[:, None], u, gram=True) for s in signs]
+    return metrics_of(g, u, gram=True), {name: np.array([metrics[name].value for metrics in drawn]) for name in drawn[0]}
+
+
+# Relative to the null. √(2/π) is the limit of many examples; see gradient_metrics for the others that are not exact.
+APPROXIMATE = {
+    "D_grad": 0.01,
+    "C_g": 0.02,
+    "C_uG": 0.03,
+    "C": 0.02,
+    "D": 0.01,
+    "grad_norm": 0.02,
+    "cosine_q05": 0.06,
+    "cosine_q95": 0.06,
+}
+EXACT = ("mean_dot_ratio", "mean_cosine", "cosine_median", "negative_pairs", "cosine_std")
+
+
+@pytest.mark.parametrize("n", [16, 40])
+def test_every_null_is_what_random_signs_give(n: int) -> None:
+    found, flipped = under_random_signs(n)
+    assert {name for name, metric in found.items() if metric.null is not None} == {*APPROXIMATE, *EXACT}
+    for name, metric in found.items():
+        if metric.null is not None:
+            noise = 4 * flipped[name].std() / math.sqrt(SIGNS)
+            assert flipped[name].mean() == pytest.approx(metric.null, rel=APPROXIMATE.get(name, 0.005), abs=noise), name
+
+
+def test_what_has_no_null_does_not_depend_on_signs() -> None:
+    found, flipped = under_random_signs(16)
+    for name in found.keys() - {*APPROXIMATE, *EXACT, "noise_scale"}:  # (random signs have no gradient, hence no noise scale)
+        np.testing.assert_allclose(flipped[name], found[name].value, rtol=1e-9)
+
+
+def test_the_nulls_of_numbers_are_what_random_signs_give() -> None:
+    x = draw(30, 1, seed=5)[0].flatten()
+    found = number_interference(x)
+    signs = torch.randint(0, 2, (SIGNS, 30), generator=torch.Generator().manual_seed(6)).double() * 2 - 1
+    drawn = [number_interference(x * s) for s in signs]
+    for name in ("C", "D", "mean"):
+        values = np.array([metrics[name].value for metrics in drawn])
+        assert values.mean() == pytest.approx(found[name].null, rel=0.02, abs=4 * values.std() / math.sqrt(SIGNS)), name
+    assert found["M"].null is None
+
+
+# What infinitely many examples would give.
+
+
+def test_debiased_interference_is_nearer_to_that_of_infinitely_many() -> None:
+    n, repeats = 16, 10_000
+    noise = torch.randn(repeats, n, generator=torch.Generator().manual_seed(7), dtype=torch.float64)
+    worst = {"value": 0.0, "debiased": 0.0}
+    for errors in (0.0, 0.25, 0.5, 1.0, 1.5, 2.0, 3.0, 8.0):  # standard errors from the mean to zero
+        mean = errors / math.sqrt(n)
+        x = noise + mean
+        size = math.sqrt(2 / math.pi) * math.exp(-(mean**2) / 2) + mean * math.erf(mean / math.sqrt(2))  # E|x|
+        found = [NumberSums(n, *sums).metrics() for sums in torch.stack([x.sum(1), x.abs().sum(1), x.square().sum(1)], 1).tolist()]
+        bias = {key: np.mean([getattr(metrics["C"], key) for metrics in found]) - mean / size for key in worst}
+        assert all(metrics["D"].debiased == 1 - metrics["C"].debiased for metrics in found)
+        if errors <= 0.5:
+            assert abs(bias["debiased"]) < 0.5 * bias["value"], errors
+        worst = {key: max(worst[key], abs(bias[key])) for key in worst}
+    assert worst["debiased"] < 0.5 * worst["value"]
+
+
+@pytest.mark.parametrize("signal", [0.0, 0.02, 0.1])
+def test_the_debiased_gradient_norm_is_nearer_to_the_true_one(signal: float) -> None:
+    n, p, repeats = 8, 200, 400
+    generator = torch.Generator().manual_seed(8)
+    mean = signal * torch.randn(p, generator=generator, dtype=torch.float64)
+    found = [metrics_of(mean + torch.randn(n, p, generator=generator, dtype=torch.float64))["grad_norm"] for _ in range(repeats)]
+    plain, debiased = (np.mean([getattr(metric, key) for metric in found]) - mean.norm().item() for key in ("value", "debiased"))
+    assert abs(debiased) < 0.25 * plain
+
+
+def test_debiased_values_of_equal_and_of_single_examples() -> None:
+    equal = number_interference(torch.full((5,), 3.0))
+    assert equal["C"].debiased == pytest.approx(1)
+    opposed = number_interference(torch.tensor([1.0, -1.0]))
+    assert opposed["C"].debiased == 0
+    assert number_interference(torch.ones(1))["C"].debiased is None
+    assert metrics_of(torch.ones(1, 3, dtype=torch.float64))["grad_norm"].debiased is None
+
+
+# Degenerate examples and coordinates.
 
 
 def test_opposed_examples_cancel_and_equal_ones_do_not() -> None:
@@ -83,12 +178,66 @@ def test_opposed_examples_cancel_and_equal_ones_do_not() -> None:
     assert metrics_of(torch.cat([x, x]))["D_grad"].value == 0
 
 
-def test_coordinates_that_no_example_touches_do_not_count() -> None:
+def test_coordinates_that_no_example_touches_do_not_count_and_are_counted() -> None:
     g, _ = draw(p=10)
-    padded = torch.cat([g, torch.zeros(len(g), 7, dtype=torch.float64)], 1)
-    assert metrics_of(padded)["D_grad"].value == pytest.approx(metrics_of(g)["D_grad"].value, rel=1e-12)
+    padded = metrics_of(torch.cat([g, torch.zeros(len(g), 7, dtype=torch.float64)], 1))
+    assert padded["D_grad"].value == pytest.approx(metrics_of(g)["D_grad"].value, rel=1e-12)
+    assert (padded["touched"].value, padded["untouched"].value) == (10, 7)
     nothing = metrics_of(torch.zeros(3, 4, dtype=torch.float64))
     assert math.isnan(nothing["D_grad"].value)
+    assert (nothing["touched"].value, nothing["untouched"].value) == (0, 4)
+
+
+class Language(nn.Module):
+    """An embedding, and a layer and a head behind it, of which there may be none or which may be tied to it."""
+
+    def __init__(self, tied: bool, layer: bool = True) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(11, 6)
+        self.layer = nn.Linear(6, 6) if layer else None
+        self.head = nn.Linear(6, 11, bias=False)
+        if tied:
+            self.head.weight = self.embedding.weight
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.embedding(tokens)
+        return self.head(x if self.layer is None else self.layer(x).tanh())
+
+
+def probed(model: nn.Module) -> zerosum.Report:
+    tokens = torch.tensor([[1, 2, 3], [3, 4, 5], [1, 5, 5]])
+    probe = zerosum.Probe(model.double())
+    with probe:
+        nn.functional.cross_entropy(model(tokens).flatten(0, 1), tokens.flatten(), reduction="sum").backward()
+    return probe.report()
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_d_grad_leaves_embeddings_and_heads_tied_to_one_out(tied: bool) -> None:
+    torch.manual_seed(9)
+    report = probed(Language(tied))
+    outside = ["layer.weight", "layer.bias"] + ([] if tied else ["head.weight"])
+    shares = torch.cat([(report[name].grad_sum.abs() / report[name].abs_sum).flatten() for name in outside])
+    everything = torch.cat([(report[name].grad_sum.abs() / report[name].abs_sum).flatten() for name in report])
+    found = report.metrics
+    assert found["D_grad"].value == pytest.approx(1 - shares.nanmean().item(), rel=1e-12)
+    assert found["D_grad_all"].value == pytest.approx(1 - everything.nanmean().item(), rel=1e-12)
+    assert (found["touched"].value, found["untouched"].value) == (len(shares), 0)
+    untouched = 0 if tied else 6 * 6  # rows of the embedding that were not looked up; a head reaches them all
+    assert (found["touched_all"].value, found["untouched_all"].value) == (len(everything) - untouched, untouched)
+    own = report["embedding.weight"].metrics
+    assert own["D_grad"].value == pytest.approx(1 - everything[: 11 * 6].nanmean().item(), rel=1e-12)
+    assert "D_grad_all" not in own
+
+
+def test_where_all_is_embedding_d_grad_has_no_value() -> None:
+    found = probed(Language(tied=True, layer=False)).metrics
+    assert math.isnan(found["D_grad"].value)
+    assert found["touched"].value == 0
+    assert 0 < found["D_grad_all"].value < 1
+
+
+# Micro-batches.
 
 
 def test_sums_of_parts_are_the_sums_of_the_whole() -> None:
@@ -110,3 +259,76 @@ def test_nan_and_a_single_example_come_through() -> None:
     assert math.isnan(metrics_of(g)["D_grad"].value)
     assert math.isnan(number_interference(torch.tensor([1.0, math.nan]))["D"].value)
     assert math.isnan(number_interference(torch.tensor([]))["D"].value)
+
+
+def test_sums_of_numbers_add_in_any_grouping() -> None:
+    x = torch.randn(31, generator=torch.Generator().manual_seed(10))
+    a, b, c = (NumberSums.of(part) for part in x.split([7, 1, 23]))
+    whole = NumberSums.of(x)
+    for merged in ((a + b) + c, a + (b + c), (c + a) + b):
+        assert vars(merged) == pytest.approx(vars(whole), rel=1e-12)
+    for name, metric in (a + b + c).metrics().items():
+        expected = whole.metrics()[name]
+        assert metric.n == expected.n == 31
+        assert (metric.value, metric.null or 0, metric.debiased or 0) == pytest.approx(
+            (expected.value, expected.null or 0, expected.debiased or 0), rel=1e-12
+        )
+
+
+@pytest.mark.parametrize("full", [False, True])
+def test_sums_of_micro_batches_merge_to_those_of_the_batch_in_any_grouping(full: bool) -> None:
+    generator = torch.Generator().manual_seed(11)
+    a, b, u = (torch.randn(*size, generator=generator, dtype=torch.float64) for size in ((9, 4, 5), (9, 4, 3), (3, 5)))
+    asked = {"direction": u, "gram": True} if full else {}
+    whole = zk.interference(a, b, **asked)
+    parts = [zk.interference(x, y, **asked) for x, y in zip(a.split([2, 3, 4]), b.split([2, 3, 4]), strict=True)]
+    before = [x.clone() for x in parts[0] if x is not None]
+    mine = torch.block_diag(*(torch.ones(n, n) for n in (2, 3, 4))).bool()
+    for merged in (
+        merge_sums(*parts),
+        merge_sums(merge_sums(parts[0], parts[1]), parts[2]),
+        merge_sums(parts[0], merge_sums(parts[1], parts[2])),
+    ):
+        for name, found, expected in zip(whole._fields, merged, whole, strict=True):
+            if name == "gram" and expected is not None:
+                expected = expected.where(mine, math.nan)
+            torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12, equal_nan=True, msg=name)
+    for x, y in zip([x for x in parts[0] if x is not None], before, strict=True):
+        assert torch.equal(x, y)
+
+
+def test_sums_that_do_not_belong_together_are_named() -> None:
+    x = zk.interference(torch.ones(2, 3, 4), torch.ones(2, 3, 5), gram=True)
+    with pytest.raises(ValueError, match="parts: expected at least one"):
+        merge_sums()
+    with pytest.raises(ValueError, match=r"parts\[1\]: expected sums of shape \(5, 4\) as parts\[0\], got \(5, 3\)"):
+        merge_sums(x, zk.interference(torch.ones(2, 3, 3), torch.ones(2, 3, 5), gram=True))
+    with pytest.raises(ValueError, match=r"parts\[1\].gram: expected one as parts\[0\], got none"):
+        merge_sums(x, x._replace(gram=None))
+
+
+def test_pairs_in_different_micro_batches_do_not_count() -> None:
+    g, _ = draw(9)
+    blocks = [part @ part.T for part in g.split([4, 1, 4])]
+    found = gradient_metrics(zk.coordinate_sums(*[g.abs().sum(0)] * 3), g[:, 0], g[:, 0], gram=block_diagonal(blocks))
+    known = torch.cat(
+        [nn.functional.cosine_similarity(x[:, None], x[None], dim=2)[torch.ones(4, 4).triu(1).bool()] for x in (g[:4], g[5:])]
+    )
+    assert found["mean_cosine"].value == pytest.approx(known.mean().item(), rel=1e-9)
+    assert found["cosine_std"].value == pytest.approx(known.std().item(), rel=1e-9)
+    assert found["negative_pairs"].value == pytest.approx((known < 0).double().mean().item())
+    alone = gradient_metrics(
+        zk.coordinate_sums(*[g.abs().sum(0)] * 3), g[:, 0], g[:, 0], gram=block_diagonal([x[:1, :1] for x in blocks])
+    )
+    assert math.isnan(alone["mean_cosine"].value)
+
+
+def test_an_example_that_is_not_a_number_shows_in_the_cosines() -> None:
+    g, _ = draw(4)
+    g[2, 0] = math.nan
+    found = metrics_of(g, gram=True)
+    assert all(math.isnan(found[name].value) for name in ("mean_cosine", "cosine_std", "cosine_q95", "negative_pairs"))
+
+
+def test_enormous_numbers_overflow_to_no_exception() -> None:
+    assert number_interference(torch.full((3,), 1e200, dtype=torch.float64))["M"].value == pytest.approx(1e200)

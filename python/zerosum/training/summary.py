@@ -220,7 +220,8 @@ def _notes(records: Sequence[Record], probes: dict[str, Curve]) -> list[str]:
         "C = |Σ x_i| / Σ |x_i| says how well examples add up, D = 1 − C how far they cancel, M = mean |x_i| how large they are. "
         "“Random signs” is what C or D would be if each example kept its size and got a random sign.",
         f"D_grad, C_g, C_uG and C_ug: the examples are the {probes['D_grad'].n} sequences of the training batch, the numbers "
-        f"their gradients, {last['covered']:.1%} of the coordinates (not covered: {', '.join(last['not_covered']) or 'none'}).",
+        f"their gradients, {last['covered']:.1%} of the coordinates (not covered: {', '.join(last['not_covered']) or 'none'}). "
+        "D_grad leaves embeddings out.",
         "D and M of loss changes: the examples are tokens, the numbers the change of each token's loss by one optimizer step, on "
         f"the batch of that step ({probes['train.D'].n}) and on a fixed held-out batch ({probes['held_out.D'].n}).",
     ]
