@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from tests.zerosum.oracle import per_example_gradients
+from zerosum.changes import Step
 from zerosum.metrics import Metric, number_interference
 from zerosum.records import Curve, Record, curve, decode, encode, record, slopes, smooth
 from zerosum.training.data import Corpus, draw, standard_library
@@ -201,8 +202,8 @@ def test_the_decomposition_multiplies_to_the_first_order_interference() -> None:
 
 def test_weights_come_back_after_an_exception(monkeypatch: pytest.MonkeyPatch) -> None:
     t = trainer()
-    old = [p.detach().clone() for p in t.model.parameters()]
-    t.step(1)
+    with Step(t.model, {"train": t.batch(1)}) as change:
+        t.step(1)
     new = weights(t)
 
     def broken(batch: object) -> None:
@@ -210,7 +211,7 @@ def test_weights_come_back_after_an_exception(monkeypatch: pytest.MonkeyPatch) -
 
     monkeypatch.setattr(t, "_backward", broken)
     with pytest.raises(RuntimeError, match="broken"):
-        t._along_update(t.batch(1), old)
+        t._along_update(t.batch(1), change)
     assert torch.equal(weights(t), new)
 
 

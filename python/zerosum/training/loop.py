@@ -10,7 +10,8 @@ from time import perf_counter
 import torch
 from torch import Tensor
 
-from zerosum.metrics import Metric, number_interference
+from zerosum.changes import Step
+from zerosum.metrics import Metric
 from zerosum.probe import Probe
 from zerosum.report import Coverage
 from zerosum.training.data import VOCAB, Corpus, draw
@@ -100,25 +101,15 @@ class Trainer:
         """
         start = perf_counter()
         batch = self.batch(step)
-        held_out_before = self._losses(self.held_out)
-        weights = [p.detach().clone() for p in self.model.parameters()]
-
-        step_start = perf_counter()
-        probe = Probe(self.model, gram=True, loss_reduction="mean")
-        with probe:
-            train_before = self._backward(batch)
-        report = probe.report()
-        trained = self._update(step, train_before)
-        step_seconds = perf_counter() - step_start
-
-        found = dict(report.metrics)
-        for name, before, after in (
-            ("train", train_before, self._losses(batch)),
-            ("held_out", held_out_before, self._losses(self.held_out)),
-        ):
-            found[f"{name}.loss"] = Metric(before.double().mean().item(), before.numel())
-            found |= {f"{name}.{key}": metric for key, metric in number_interference(after.double() - before.double()).items()}
-        found |= self._along_update(batch, weights)
+        with Step(self.model, {"train": batch, "held_out": self.held_out}, micro_batch=HELD_OUT_SEQUENCES) as change:
+            step_start = perf_counter()
+            probe = Probe(self.model, gram=True, loss_reduction="mean")
+            with probe:
+                losses = self._backward(batch)
+            report = probe.report()
+            trained = self._update(step, losses)
+            step_seconds = perf_counter() - step_start
+        found = report.metrics | change.metrics | self._along_update(batch, change)
         around_seconds = perf_counter() - start - step_seconds
         return ProbedStep(trained, found, report.coverage, report.finite, step_seconds, around_seconds)
 
@@ -155,18 +146,13 @@ class Trainer:
             "train.grad_norm": Metric(norm.item(), losses.shape[0]),
         }
 
-    @torch.no_grad()
-    def _losses(self, batch: Batch) -> Tensor:
-        return token_losses(self.model, *batch)
-
-    def _along_update(self, batch: Batch, weights: list[Tensor]) -> Metrics:
-        """The decomposition of the first-order loss changes along the update just made, at the ``weights`` before it.
+    def _along_update(self, batch: Batch, change: Step) -> Metrics:
+        """The decomposition of the first-order loss changes along the update just made, at the weights before it.
 
         The update is known only after the step's gradient, hence this second pass.
         """
-        update = {name: p.detach() - w for (name, p), w in zip(self.model.named_parameters(), weights, strict=True)}
-        probe = Probe(self.model, direction=update, loss_reduction="mean")
-        with self._at(weights), probe:
+        probe = Probe(self.model, direction=change.update, loss_reduction="mean")
+        with self._at(list(change.weights.values())), probe:
             self._backward(batch)
         found = probe.report().metrics
         decomposition = {name: found[name] for name in ("C_g", "C_uG", "C_ug")}
