@@ -13,6 +13,7 @@ the dropouts of two evaluations would differ, and be taken for a change. Its mod
 from __future__ import annotations
 
 import sys
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple
@@ -98,7 +99,10 @@ def first_order_changes(
             stack.enter_context(torch.compiler.set_stance("force_eager"))
         stack.enter_context(_naming_operations())
         stack.enter_context(forward_ad.dual_level())
-        duals = {name: forward_ad.make_dual(values.get(name, parameters[name].detach()), u) for name, u in tangents.items()}
+        with warnings.catch_warnings():
+            # Of torch's own, when it makes its first dual.
+            warnings.filterwarnings("ignore", "`torch.jit.script` is deprecated", DeprecationWarning)
+            duals = {name: forward_ad.make_dual(values.get(name, parameters[name].detach()), u) for name, u in tangents.items()}
         found = []
         for part in _micro_batches(x, y, micro_batch):
             primal, tangent = forward_ad.unpack_dual(bound.losses(part, values | duals))
