@@ -73,9 +73,9 @@ def first_order_changes(
 ) -> Tensor:
     """``torch.func.jvp(lambda θ: losses(model at θ, x, y), (θ,), (Δ,))[1]``: Σ_j g_ij Δ_j of every token i, (N, T).
 
-    About two forward passes, whatever the number of tokens, in the model's precision, to which ``update`` is cast. Attention is
-    computed by torch's plain kernels, (N, heads, T, T) at a time: the fused ones have no forward-mode derivatives. A compiled model
-    runs uncompiled.
+    Takes about as long as a forward and backward pass, whatever the number of tokens, in the model's precision, to which ``update``
+    is cast. Attention is computed by torch's plain kernels, (N, heads, T, T) at a time: the fused ones have no forward-mode
+    derivatives. A compiled model runs uncompiled.
 
     Args:
         update: Δ of each parameter by name, of its shape; a parameter without one stands still.

@@ -237,6 +237,22 @@ def test_where_all_is_embedding_d_grad_has_no_value() -> None:
     assert 0 < found["D_grad_all"].value < 1
 
 
+def test_experts_that_are_looked_up_are_no_embedding() -> None:
+    class Experts(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table = nn.Parameter(torch.randn(11, 4))
+            self.experts = nn.Parameter(torch.randn(3, 4, 11))
+
+        def forward(self, tokens: Tensor) -> Tensor:
+            return torch.einsum("ntk,ntko->nto", self.table[tokens], self.experts[tokens % 3])
+
+    torch.manual_seed(12)
+    report = probed(Experts())
+    assert {name: report[name].is_embedding for name in report} == {"table": True, "experts": False}
+    assert report.metrics["D_grad"].value == report["experts"].metrics["D_grad"].value
+
+
 # Micro-batches.
 
 
