@@ -1,4 +1,5 @@
-"""Zero-sum learning, measured while a model trains: :class:`Probe` takes per-example gradient statistics of a real training step.
+"""Zero-sum learning, measured while a model trains: :class:`Probe` takes per-example gradient statistics of a real training step,
+and :func:`token_report` those of every token's own loss.
 
 The mathematics is in :mod:`zerosum.metrics`, the kernels in :mod:`zsl_kernels`. On the command line: ``zerosum --help``.
 """
@@ -6,5 +7,6 @@ The mathematics is in :mod:`zerosum.metrics`, the kernels in :mod:`zsl_kernels`.
 from zerosum.capture import example_ids
 from zerosum.probe import Probe
 from zerosum.report import Coverage, ParameterReport, Report
+from zerosum.tokens import SampledReport, token_report
 
-__all__ = ["Coverage", "ParameterReport", "Probe", "Report", "example_ids"]
+__all__ = ["Coverage", "ParameterReport", "Probe", "Report", "SampledReport", "example_ids", "token_report"]

@@ -296,8 +296,8 @@ class _Bound(nn.Module):
 
 
 @contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Eval mode and no gradients; puts back modes and random numbers.
+def eval_mode(model: nn.Module) -> Iterator[None]:
+    """``model.eval()`` for a while; puts back modes and random numbers.
 
     Autocast keeps the casts of weights for as long as it is open: those from before a step would hide it, and those made here would
     cut the gradients of the caller's own pass.
@@ -306,13 +306,20 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
     devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
     torch.clear_autocast_cache()
     try:
-        with torch.random.fork_rng(devices=list(devices)), torch.no_grad():
+        with torch.random.fork_rng(devices=list(devices)):
             model.eval()
             yield
     finally:
         torch.clear_autocast_cache()
         for module, training in modes:
             module.training = training
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """Eval mode and no gradients."""
+    with eval_mode(model), torch.no_grad():
+        yield
 
 
 @contextmanager

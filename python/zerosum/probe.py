@@ -62,6 +62,11 @@ class Probe:
     ) -> None:
         if not isinstance(model, nn.Module):
             raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
+        if examples == "token":
+            raise ValueError(
+                "examples: one backward pass does not tell the gradients of tokens' own losses; measure them with "
+                "zerosum.token_report(model, x, y)"
+            )
         if examples not in ("sequence", "position"):
             raise ValueError(f"examples: expected 'sequence' or 'position', got {examples!r}")
         check_loss_reduction(loss_reduction)
@@ -69,7 +74,7 @@ class Probe:
             raise ValueError(f"num_examples: expected a positive integer, got {num_examples!r}")
         if grad_scaler is not None and not hasattr(grad_scaler, "get_scale"):
             raise TypeError(f"grad_scaler: expected a torch.amp.GradScaler, got {type(grad_scaler).__name__}")
-        _check_direction(model, direction)
+        check_direction(model, direction)
         self._model = model
         self._positions = examples == "position"
         self._direction = direction
@@ -139,7 +144,8 @@ def _active_modes() -> list[Any]:
     return torch.overrides._get_current_function_mode_stack()
 
 
-def _check_direction(model: nn.Module, direction: Mapping[str, Tensor] | None) -> None:
+def check_direction(model: nn.Module, direction: Mapping[str, Tensor] | None) -> None:
+    """Raises where ``direction`` is not a tensor of the parameter's shape for names of the model's parameters."""
     if direction is None:
         return
     if not isinstance(direction, Mapping):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -76,10 +76,7 @@ class ParameterReport:
 
     @property
     def is_embedding(self) -> bool:
-        """Whether its rows are looked up, whatever else it is used for, such as a tied head. (Experts are looked up, but are not
-        rows.)"""
-        uses = self.how.lower().split(" + ")
-        return len(self._shape) == 2 and any(use.startswith(("embedding", "index")) for use in uses)
+        return is_embedding(self.how.split(" + "), self._shape)
 
     @property
     def finite(self) -> bool:
@@ -97,6 +94,12 @@ class ParameterReport:
 
     def __repr__(self) -> str:
         return f"ParameterReport({self.name!r}, how={self.how!r}, D_grad={self.metrics['D_grad'].value:.4f})"
+
+
+def is_embedding(how: Iterable[str], shape: torch.Size) -> bool:
+    """Whether a parameter's rows are looked up, whatever else it is used for, such as a tied head. (Experts are looked up, but are
+    not rows.)"""
+    return len(shape) == 2 and any(use.lower().startswith(("embedding", "index")) for use in how)
 
 
 @dataclass(frozen=True)

@@ -284,6 +284,14 @@ class Uses:
         """The unit roundoff of the least precise use."""
         return max((torch.finfo(dtype_of(use)).eps for uses in self.of_piece.values() for use in uses), default=0.0)
 
+    def scaled(self, by: Tensor) -> Uses:
+        """With every example's gradient multiplied by its factor."""
+        return Uses(self.base, {piece: [use.scaled(by) for use in uses] for piece, uses in self.of_piece.items()})
+
+    def picked(self, examples: Tensor) -> Uses:
+        """Of some of the examples alone, in this order."""
+        return Uses(self.base, {piece: [use.picked(examples) for use in uses] for piece, uses in self.of_piece.items()})
+
     def extend(self, other: Uses) -> None:
         for piece, uses in other.of_piece.items():
             self.of_piece.setdefault(piece, []).extend(uses)
@@ -309,8 +317,7 @@ class Uses:
     def combine(self, like: Tensor, asked: Asked) -> Sums:
         """Every field, of the sum over the uses."""
         if asked.scale is not None:
-            by = asked.scale
-            self.of_piece = {piece: [use.scaled(by) for use in uses] for piece, uses in self.of_piece.items()}
+            self.of_piece = self.scaled(asked.scale).of_piece
         if len(self.of_piece) == 1:
             ((piece, uses),) = self.of_piece.items()
             if piece == self.base:

@@ -19,10 +19,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch._functorch.pyfunctorch import temporarily_pop_interpreter_stack
-from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
+from torch.autograd.graph import GradientEdge, Node, get_gradient_edge, saved_tensors_hooks
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from zerosum.capture import Capture
+from zerosum.changes import Losses
 from zerosum.loss import Loss
 from zerosum.provenance import Layout, Moved, Provenance, Rows, flatten
 from zerosum.tokens.cut import leaves, position_rows, row_wise, separators
@@ -30,7 +31,6 @@ from zerosum.tracking import Tracked
 from zerosum.uses import SCALARS, Sums, Uses
 from zsl_kernels.types import sum_dtype
 
-Losses = Callable[[nn.Module, Tensor, Tensor], Tensor]
 Direction = Callable[[list[str]], Tensor | None]
 _SUM = Loss("sum")
 
@@ -182,9 +182,15 @@ def find_cut(model: nn.Module, losses: Losses, x: Tensor, y: Tensor, generator: 
     for cut in cuts:
         tail = TailPass(model, losses, cut, _no_direction)
         tail.run(x, y)
-        if all(not t.problem for t in tail.finish()):
+        covered = all(not t.problem for t in tail.finish())
+        tail.close()
+        if covered:
             return cut
     raise RuntimeError("losses: expected a row-wise function of (N, T) tokens; not even the losses' own gradient is")
+
+
+def _as_it_is(x: Tensor) -> Tensor:
+    return x
 
 
 def _no_direction(names: list[str]) -> None:
@@ -221,6 +227,7 @@ class TailPass:
         self._losses, self._cut = losses, cut
         self._capture = TokenCapture(model, Provenance(True, None), direction, _TailTracked, cut)
         self.sums: dict[int, Tensor] = {}
+        self.largest = 0  # bytes of the largest activation before the cut that is kept for a backward pass
         self.tracked: list[_TailTracked] = []
         self._others: list[_TailTracked] = []
         for t in self._capture.parameters:
@@ -235,7 +242,8 @@ class TailPass:
         capture = self._capture
         capture.start()
         try:
-            values = capture.forward(self._losses, x, y)
+            with saved_tensors_hooks(self._weigh, _as_it_is):
+                values = capture.forward(self._losses, x, y)
             assert capture.cut is not None
             edge, _ = capture.cut
             total = values.sum(dtype=torch.float64)
@@ -257,11 +265,19 @@ class TailPass:
         assert rows is not None
         return values.detach(), rows.detach(), uses
 
+    def _weigh(self, x: Tensor) -> Tensor:
+        if self._capture.cut is None and not isinstance(x, nn.Parameter):
+            self.largest = max(self.largest, x.numel() * x.element_size())
+        return x
+
     def _add(self, t: Tracked, grad: Tensor | None) -> None:
         if grad is not None:
             # Not in place: the first one's memory is the results' too.
             before = self.sums.get(id(t.parameter))
             self.sums[id(t.parameter)] = grad.detach() if before is None else before + grad.detach()
+
+    def close(self) -> None:
+        self._capture.release()
 
     def finish(self) -> list[_TailTracked]:
         with torch.no_grad():
@@ -298,9 +314,13 @@ class Accumulated:
             if (value := getattr(sums, name)) is not None:
                 self.scalars.setdefault(name, []).append(value.double() / factors.double() ** power)
 
+    def variance(self, draws: int) -> Tensor:
+        """Of ``abs_sum``, where the examples are that many draws and their factors the draws' weights."""
+        return (self.sq_sum - self.abs_sum.square() / draws).clamp(min=0) * (draws / (draws - 1))
 
-class _ChunkTracked(Tracked):
-    """Adds each chunk up. ``tail`` are the uses behind the cut, of a tied weight."""
+
+class ChunkTracked(Tracked):
+    """Adds the chunks up. ``tail`` are this chunk's uses behind the cut, of a tied weight."""
 
     total: Accumulated | None = None
     tail: Uses | None = None
@@ -326,24 +346,23 @@ class ChunkPass:
     def __init__(self, model: nn.Module, losses: Losses, cut: Cut, direction: Direction) -> None:
         self._losses = losses
         self._provenance = SharedSequence()
-        self._capture = TokenCapture(model, self._provenance, direction, _ChunkTracked, cut)
-        self.tracked: list[_ChunkTracked] = []
+        self._capture = TokenCapture(model, self._provenance, direction, ChunkTracked, cut)
+        self.tracked: list[ChunkTracked] = []
         for t in self._capture.parameters:
-            assert isinstance(t, _ChunkTracked)
+            assert isinstance(t, ChunkTracked)
             if id(t.parameter) in cut.tail:
                 t.refuse("the tail's")
             else:
                 self.tracked.append(t)
 
     def run(self, x: Tensor, y: Tensor, tokens: Tensor, rows: Tensor, factors: Tensor, tail: Mapping[int, Uses]) -> Tensor:
-        """One chunk of the sequence x (1, T): ``tokens`` (C,) are its positions, ``rows`` (C, F) their gradients at the cut, and
-        ``factors`` (C,) what each example is multiplied by. Returns the losses (1, T)."""
+        """One chunk of the sequence x (1, T): ``tokens`` (C,) are its positions, ``rows`` (C, F) their gradients at the cut,
+        ``factors`` (C,) what each example is multiplied by, and ``tail`` the uses of tied weights there. Returns the losses."""
         capture, C = self._capture, len(tokens)
         self._provenance.count = C
         for t in self.tracked:
             t.factors = factors
-            uses = tail.get(id(t.parameter))
-            t.tail = None if uses is None else _picked(uses, tokens, factors)
+            t.tail = tail.get(id(t.parameter))
         capture.start()
         try:
             values = capture.forward(self._losses, x, y)
@@ -363,11 +382,16 @@ class ChunkPass:
             capture.activations.clear()
         return values.detach()
 
-    def finish(self) -> None:
-        self._capture.finish()
+    def close(self) -> None:
+        self._capture.release()
 
-
-def _picked(uses: Uses, tokens: Tensor, factors: Tensor) -> Uses:
-    """What uses of (T, …) examples say of some of them, multiplied by their factors."""
-    picked = {piece: [use.picked(tokens).scaled(factors) for use in mine] for piece, mine in uses.of_piece.items()}
-    return Uses(uses.base, picked)
+    def take_scalars(self) -> dict[str, Tensor]:
+        """The examples' scalars since the last time, each a total over the parameters that have it."""
+        found: dict[str, Tensor] = {}
+        for t in self.tracked:
+            if t.total is not None and not t.problem:
+                for name, parts in t.total.scalars.items():
+                    value = torch.cat(parts)
+                    found[name] = found[name] + value if name in found else value
+                t.total.scalars.clear()
+        return found

@@ -38,12 +38,21 @@ class Draws:
     def __len__(self) -> int:
         return len(self.tokens)
 
-    def part(self, which: slice) -> Draws:
-        return Draws(self.tokens[which], self.weights[which])
+    def halves(self) -> tuple[Draws, Draws]:
+        """The first and the second half of them, each by rising token."""
+        k = len(self) // 2
+        found = []
+        for tokens, weights in ((self.tokens[:k], self.weights[:k]), (self.tokens[k:], self.weights[k:])):
+            order = tokens.argsort()
+            found.append(Draws(tokens[order], weights[order]))
+        return found[0], found[1]
+
+    def joined(self, other: Draws) -> Draws:
+        return Draws(torch.cat([self.tokens, other.tokens]), torch.cat([self.weights, other.weights]))
 
     def total(self, x: Tensor) -> float:
         """Σ over all tokens of what ``x`` (n,) says of the drawn ones."""
-        return float((self.weights * x.double()).sum())
+        return float((self.weights * x.double().cpu()).sum())
 
     def error(self, x: Tensor, n: int | None = None) -> float:
         """The standard error of a total over ``n`` draws, these or more of their kind, from ``x`` (len(self),) of these."""
@@ -51,5 +60,5 @@ class Draws:
         if k < 2:
             return math.nan
         # A total is the mean of n terms n·w·x, where n·w = 1/p is the same for any n.
-        terms = self.weights * n * x.double()
+        terms = self.weights * n * x.double().cpu()
         return float(terms.std() / math.sqrt(n))

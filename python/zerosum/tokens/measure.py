@@ -1,0 +1,287 @@
+"""Measuring every token's own gradient, or a sample's."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from zerosum.changes import Losses, eval_mode, first_order_changes
+from zerosum.metrics import SIGN_FLIP
+from zerosum.probe import check_direction
+from zerosum.report import Coverage, Report, is_embedding
+from zerosum.tokens.passes import ChunkPass, ChunkTracked, Cut, TailPass, find_cut
+from zerosum.tokens.report import ParameterEstimate, SampledReport, Scalars
+from zerosum.tokens.sampling import Draws
+from zerosum.tracking import Results, Tracked
+from zerosum.training.model import token_losses
+from zerosum.uses import Sums, Uses
+
+Progress = Callable[[int, int], None]
+# More tokens at once gain little: a weight's inputs are shared by a chunk, and its products are wide enough with these.
+LARGEST_CHUNK = 32
+# Random signs that the null of a sampled report is made of.
+NULL_DRAWS = 2
+# Tensors of the largest activation's size, for each token of a chunk, that a vectorized backward pass holds at once.
+HELD = 5
+
+
+def token_report(
+    model: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    *,
+    losses: Losses = token_losses,
+    direction: Mapping[str, Tensor] | None = None,
+    sample: int | None = None,
+    memory: int = 2 * 2**30,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> Report | SampledReport:
+    """For g_it = ``torch.autograd.grad(losses(model, x, y)[i, t], parameter)``, the gradient of each token's loss: Σ g, Σ|g|, Σ g²,
+    norms and dots, of every trainable parameter.
+
+    Exact by default: every token is an example, N·T in all, in the order of ``x.flatten()``. With ``sample`` the numerators Σ g are
+    exact, and so are what lies behind the last mixing of positions and, with a direction, every token's dot; Σ|g|, norms and
+    Σ_j |p_ij| are estimated from that many draws, and metrics carry standard errors.
+
+    The model runs in eval mode, one sequence at a time, and is left as it was; gradients in ``.grad`` are not touched. If it is
+    causal, positions behind a chunk of tokens are cut off.
+
+    Args:
+        model: computes each sequence by itself, by the same operations.
+        x: (N, T) token ids.
+        y: (N, T) targets.
+        losses: ``losses(model, x, y)`` gives the (N, T) losses.
+        direction: a tensor of the parameter's shape for each parameter name, such as an update Δ.
+        sample: how many tokens to draw, at least 8; None for all tokens.
+        memory: bytes that a chunk's backward pass may take, beyond the model, the sums and one forward pass. It sets how many
+            tokens go back at once.
+        seed: fixes the draws.
+        progress: called with the numbers of tokens that are done and that there are to do.
+
+    Raises:
+        TypeError, ValueError: an argument is not of these, or ``memory`` is too small for one token; the message names it.
+    """
+    check_direction(model, direction)
+    if x.ndim != 2 or x.shape != y.shape or not x.numel():
+        raise ValueError(f"x, y: expected (N, T) token ids and targets, got shapes {tuple(x.shape)} and {tuple(y.shape)}")
+    if sample is not None and (not isinstance(sample, int) or sample < 8):
+        raise ValueError(f"sample: expected None or at least 8 draws, got {sample!r}")
+    with eval_mode(model), torch.enable_grad():
+        measurement = _Measurement(model, x, y, losses, direction, memory, seed, progress)
+        try:
+            return measurement.exact() if sample is None else measurement.sampled(sample)
+        finally:
+            measurement.close()
+
+
+class _Measurement:
+    def __init__(
+        self,
+        model: nn.Module,
+        x: Tensor,
+        y: Tensor,
+        losses: Losses,
+        direction: Mapping[str, Tensor] | None,
+        memory: int,
+        seed: int,
+        progress: Progress | None,
+    ) -> None:
+        self.model, self.x, self.y, self.losses = model, x, y, losses
+        self.direction, self.memory = direction, memory
+        self.progress = progress or (lambda done, total: None)
+        self.generator = torch.Generator().manual_seed(seed)
+        short = min(x.shape[1], 64)
+        self.cut: Cut = find_cut(model, losses, x[:1, :short], y[:1, :short], self.generator)
+        self.causal = self._is_causal()
+        self.tail = TailPass(model, losses, self.cut, self._direction_of)
+        self.tied = TailPass(model, losses, self.cut, self._direction_of, measure=False) if self.cut.tied else None
+        self.chunks = ChunkPass(model, losses, self.cut, self._direction_of)
+
+    def close(self) -> None:
+        for one in (self.tail, self.tied, self.chunks):
+            if one is not None:
+                one.close()
+
+    def _direction_of(self, names: list[str]) -> Tensor | None:
+        if self.direction is None:
+            return None
+        return next((self.direction[name] for name in names if name in self.direction), None)
+
+    @torch.no_grad()
+    def _is_causal(self) -> bool:
+        """Whether losses depend on no later token."""
+        T = self.x.shape[1]
+        if T < 2:
+            return True
+        whole, half = (self.losses(self.model, self.x[:1, :t], self.y[:1, :t])[:, : T // 2] for t in (T, T // 2))
+        return bool(torch.allclose(whole, half, rtol=1e-3, atol=1e-4))
+
+    def exact(self) -> Report:
+        N, T = self.x.shape
+        for i in range(N):
+            _, rows, uses = self.tail.run(self.x[i : i + 1], self.y[i : i + 1])
+            tokens = torch.arange(T, device=self.x.device)
+            self._take_back(i, tokens, rows, torch.ones(T, dtype=torch.float64, device=self.x.device), uses, i * T, N * T)
+        tracked = self._in_order([*self.tail.finish(), *(self._result(t) for t in self.chunks.tracked)])
+        return Report(tracked, [N * T])
+
+    def _take_back(
+        self, i: int, tokens: Tensor, rows: Tensor, weights: Tensor, uses: Mapping[int, Uses], done: int, total: int
+    ) -> None:
+        """Tokens (R,) of sequence i, by rising position, with these weights; ``rows`` (T, F) are the sequence's at the cut, and
+        ``uses`` those of tied weights in its tail."""
+        size = self._chunk_size()
+        for start in range(0, len(tokens), size):
+            at, factors = tokens[start : start + size], weights[start : start + size]
+            upto = int(at[-1]) + 1 if self.causal else self.x.shape[1]
+            x, y = self.x[i : i + 1, :upto], self.y[i : i + 1, :upto]
+            tail = {key: value.picked(at).scaled(factors) for key, value in uses.items()}
+            self.chunks.run(x, y, at, rows[at], factors, tail)
+            self.progress(done + start + len(at), total)
+
+    def _chunk_size(self) -> int:
+        """How many tokens' backward passes the memory holds."""
+        each = HELD * self.tail.largest
+        if each > self.memory:
+            raise ValueError(f"memory: expected at least {each} bytes, for the backward pass of one token, got {self.memory}")
+        return min(LARGEST_CHUNK, self.memory // max(each, 1))
+
+    def _result(self, t: ChunkTracked) -> Tracked:
+        """A parameter of the chunks, with results as those of a probe."""
+        exact = self._checked(t)
+        if exact is None or t.total is None:
+            return t
+        scalars = {name: torch.cat(parts) for name, parts in t.total.scalars.items()}
+        fields = {name: scalars.get(name) for name in ("dot", "abs_dot", "gram")}
+        sums = Sums(exact, t.total.abs_sum, t.total.sq_sum, scalars["l1"], scalars["sq_norm"], **fields)
+        t.results = Results(sums, 0, 1.0)
+        t.results.add_up(t)
+        return t
+
+    def _checked(self, t: ChunkTracked, exactly: bool = True) -> Tensor | None:
+        """Its gradient's sum over all tokens, if it is covered. The tokens' gradients must add up to it."""
+        total, exact = t.total, self.tail.sums.get(id(t.parameter))
+        if not t.problem and (total is None or exact is None):
+            t.refuse("no gradient reached it")
+        if t.problem or total is None or exact is None:
+            return None
+        exact = exact.to(total.abs_sum.dtype)
+        eps = torch.finfo(t.parameter.dtype).eps
+        error = float((total.grad_sum - exact).double().norm())
+        if exactly and error > min(6e-2, 1e4 * eps) * float(total.abs_sum.double().norm()):
+            t.refuse("its tokens' gradients do not add up to its gradient: some use of it was not seen")
+            return None
+        return exact
+
+    def sampled(self, n: int) -> SampledReport:
+        N = len(self.x)
+        at_cut = torch.stack([self.tail.run(self.x[i : i + 1], self.y[i : i + 1])[1] for i in range(N)])  # (N, T, F)
+        bound = torch.linalg.vector_norm(at_cut, dim=2, dtype=torch.float64).flatten()
+        signed = self._signed_sizes()
+        dot = None
+        if self.direction is not None:
+            dot = first_order_changes(self.model, self.x, self.y, self.direction, losses=self.losses).flatten()
+        halves = Draws.proportional(bound, n, self.generator).halves()
+        self._take_back_draws(halves[0], at_cut, 0, n)
+        first = self.chunks.take_scalars()
+        for t in self.chunks.tracked:
+            t.direction = self._influence(t, len(halves[0]))
+        self._take_back_draws(halves[1], at_cut, len(halves[0]), n)
+        second = self.chunks.take_scalars()
+        self.tail.finish()
+        return self._estimate(halves, first, second, signed, dot)
+
+    def _take_back_draws(self, draws: Draws, at_cut: Tensor, done: int, total: int) -> None:
+        """Sequence by sequence."""
+        T, device = self.x.shape[1], self.x.device
+        for i in (draws.tokens // T).unique().tolist():
+            mine = (draws.tokens // T == i).nonzero().flatten()
+            uses = {} if self.tied is None else self.tied.run(self.x[i : i + 1], self.y[i : i + 1])[2]
+            tokens, weights = (draws.tokens[mine] % T).to(device), draws.weights[mine].to(device)
+            self._take_back(i, tokens, at_cut[i], weights, uses, done + int(mine[0]), total)
+
+    def _influence(self, t: ChunkTracked, draws: int) -> Tensor | None:
+        """∂(Σ_j |G_j| / A_j)/∂A_j up to its sign, for A_j = Σ_i |g_ij| as these draws tell it, which are half of all."""
+        if t.total is None or t.problem or is_embedding(t.how, t.parameter.shape):
+            return None
+        sizes, total = 2 * t.total.abs_sum, self.tail.sums[id(t.parameter)].abs()
+        # 1/A² of an estimate A is too large by the factor 1 + 3 var A / A², to second order.
+        return torch.where(sizes > total, total / (sizes.square() + 3 * 4 * t.total.variance(draws)), 0)
+
+    def _estimate(
+        self,
+        halves: tuple[Draws, Draws],
+        first: dict[str, Tensor],
+        second: dict[str, Tensor],
+        signed: dict[int, Tensor],
+        dot: Tensor | None,
+    ) -> SampledReport:
+        n = len(halves[0]) + len(halves[1])
+        parameters, tracked = [], self._in_order([*self.tail.tracked, *self.chunks.tracked])
+        exact = {"l1": 0.0, "sq_norm": 0.0}
+        for t in tracked:
+            if isinstance(t, ChunkTracked):
+                grad_sum = self._checked(t, exactly=False)
+                if grad_sum is None or t.total is None:
+                    continue
+                abs_sum = t.total.abs_sum
+                error = t.total.variance(n).sqrt()
+            else:
+                if t.results is None:
+                    continue
+                sums = t.results.sums
+                grad_sum, abs_sum = (x.view(t.parameter.shape) for x in (self.tail.sums[id(t.parameter)], sums.abs_sum))
+                error = torch.zeros_like(abs_sum)
+                exact["l1"] += float(sums.l1.double().sum())
+                exact["sq_norm"] += float(sums.sq_norm.double().sum())
+            estimate = ParameterEstimate(
+                name=t.name,
+                how=" + ".join(t.how),
+                grad_sum=grad_sum,
+                abs_sum=abs_sum,
+                abs_error=error,
+                signed_size=signed[id(t.parameter)],
+                direction=self._direction_of(t.names),
+                exact=not isinstance(t, ChunkTracked),
+            )
+            parameters.append(estimate)
+        coverage = Coverage(
+            covered={p.name: p.how for p in parameters},
+            not_covered={t.name: t.problem for t in tracked if t.problem},
+            sizes={t.name: t.parameter.numel() for t in tracked},
+        )
+        l1, sq_norm = (torch.cat([first[name], second[name]]) for name in ("l1", "sq_norm"))
+        nothing = l1.new_zeros(0)
+        scalars = Scalars(l1, sq_norm, first.get("abs_dot", nothing), second.get("abs_dot", nothing), exact["l1"], exact["sq_norm"])
+        embeddings = {t.name for t in tracked if is_embedding(t.how, t.parameter.shape)}
+        return SampledReport(parameters, coverage, embeddings, halves, scalars, dot, self.x.numel())
+
+    def _signed_sizes(self) -> dict[int, Tensor]:
+        """E|Σ_i ε_i g_i| over random signs, by the parameter's id, estimated from a few draws of them: the null of |Σ_i g_i|.
+
+        ε_i g_i add up to nearly a normal number, of which the root of a sum of squares knows more than their absolute values.
+        """
+        parameters = [p for p in self.model.parameters() if p.requires_grad]
+        shape = (NULL_DRAWS, *self.x.shape)
+        signs = torch.randint(2, shape, generator=self.generator).mul(2).sub(1).to(self.x.device)
+        sums = [{} for _ in signs]  # type: list[dict[int, Tensor]]
+        for i in range(len(self.x)):
+            values = self.losses(self.model, self.x[i : i + 1], self.y[i : i + 1])
+            for k, mine in enumerate(sums):
+                weights = signs[k, i : i + 1].to(values.dtype)
+                last = k == len(sums) - 1
+                grads = torch.autograd.grad(values, parameters, weights, allow_unused=True, retain_graph=not last)
+                for p, grad in zip(parameters, grads, strict=True):
+                    if grad is not None:
+                        mine[id(p)] = mine[id(p)].add_(grad) if id(p) in mine else grad.clone()
+        # √(Σ_k z_k²) of K normal numbers is √2 Γ((K + 1)/2) / Γ(K/2) in the mean, and |z| is √(2/π).
+        mean = math.sqrt(2) * math.exp(math.lgamma((NULL_DRAWS + 1) / 2) - math.lgamma(NULL_DRAWS / 2))
+        return {key: torch.stack([mine[key] for mine in sums]).square().sum(0).sqrt() * (SIGN_FLIP / mean) for key in sums[0]}
+
+    def _in_order(self, tracked: list[Tracked]) -> list[Tracked]:
+        places = {id(p): k for k, p in enumerate(self.model.parameters())}
+        return sorted(tracked, key=lambda t: places[id(t.parameter)])

@@ -1,0 +1,183 @@
+"""What a sample of tokens tells of all of them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from zerosum.metrics import Metric, number_interference
+from zerosum.report import Coverage
+from zerosum.tokens.sampling import Draws
+
+
+@dataclass(frozen=True)
+class ParameterEstimate:
+    """One parameter's sums over all tokens: ``grad_sum`` exact, ``abs_sum`` and its standard error ``abs_error`` estimated.
+
+    ``signed_size`` is E|Σ_i ε_i g_i| over random signs, from a few draws. ``exact`` says that ``abs_sum`` was not estimated.
+    """
+
+    name: str
+    how: str
+    grad_sum: Tensor
+    abs_sum: Tensor
+    abs_error: Tensor
+    signed_size: Tensor
+    direction: Tensor | None
+    exact: bool
+
+    def ratio(self, numerator: Tensor) -> Tensor:
+        """|numerator| / Σ_i |g_i| for each coordinate, between 0 and 1.
+
+        Of an estimate A the reciprocal is too large by the factor 1 + var A / A², to second order; what no drawn token touched, but
+        some token did, was touched by few, and counts as 1.
+        """
+        sizes, squares = self.abs_sum.double(), self.abs_sum.double().square()
+        share = numerator.double().abs() * sizes / (squares + self.abs_error.double().square())
+        share = torch.where(squares > 0, share, (numerator != 0).double())
+        return share.clamp(max=1)
+
+    @property
+    def touched(self) -> Tensor:
+        return (self.abs_sum > 0) | (self.grad_sum != 0)
+
+
+@dataclass(frozen=True)
+class Scalars:
+    """Of each drawn token, over all parameters that were sampled, (n,); of every token, over those that are exact, a total.
+
+    ``abs_dot`` is of the first draws alone, ``influence`` of the others: Σ_j |g_ij| ∂D_grad/∂(Σ_i |g_ij|), up to its sign.
+    """
+
+    l1: Tensor
+    sq_norm: Tensor
+    abs_dot: Tensor
+    influence: Tensor
+    exact_l1: float
+    exact_sq_norm: float
+
+
+class SampledReport:
+    """The results of :func:`zerosum.tokens.token_report` for a sample. ``report[name]`` is one parameter's estimate.
+
+    Attributes:
+        num_examples: all tokens, N·T.
+        draws: the drawn tokens and their weights.
+        dot: (N·T,) first-order loss changes of all tokens along the direction, exact, or None.
+        coverage: as of :class:`zerosum.Report`.
+    """
+
+    def __init__(
+        self,
+        parameters: list[ParameterEstimate],
+        coverage: Coverage,
+        embeddings: set[str],
+        halves: tuple[Draws, Draws],
+        scalars: Scalars,
+        dot: Tensor | None,
+        num_examples: int,
+    ) -> None:
+        self._parameters = {p.name: p for p in parameters}
+        self._embeddings = embeddings
+        self._scalars = scalars
+        self.coverage = coverage
+        self.draws = halves[0].joined(halves[1])
+        self._halves = halves
+        self.dot = dot
+        self.num_examples = num_examples
+        self.metrics = self._metrics() if parameters else {}
+
+    def __getitem__(self, name: str) -> ParameterEstimate:
+        if name in self._parameters:
+            return self._parameters[name]
+        raise KeyError(f"{name}: {self.coverage.not_covered.get(name, 'not a trainable parameter of the model')}")
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._parameters)
+
+    def __len__(self) -> int:
+        return len(self._parameters)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._parameters
+
+    @property
+    def finite(self) -> bool:
+        return all(bool(p.abs_sum.isfinite().all()) for p in self._parameters.values())
+
+    def _metrics(self) -> dict[str, Metric]:
+        N, draws, scalars = self.num_examples, self.draws, self._scalars
+        parameters = list(self._parameters.values())
+        grad_sq = sum(float(p.grad_sum.double().square().sum()) for p in parameters)
+        sq, sq_error = scalars.exact_sq_norm + draws.total(scalars.sq_norm), draws.error(scalars.sq_norm)
+        l1, l1_error = scalars.exact_l1 + draws.total(scalars.l1), draws.error(scalars.l1)
+        mean_sq, pair_dot = sq / N, (grad_sq - sq) / (N * (N - 1)) if N > 1 else math.nan
+        pair_slope = 1 / (N * (N - 1)) if N > 1 else math.nan  # how fast pair_dot falls as sq rises
+        noise_slope = _ratio(1 / N, pair_dot) + mean_sq * _ratio(pair_slope, pair_dot**2)
+        ratio_slope = _ratio(pair_slope, mean_sq) + _ratio(pair_dot, mean_sq**2) / N
+        found = {
+            **self._interference(parameters),
+            "grad_norm": Metric(math.sqrt(grad_sq) / N, N),
+            "example_norm": Metric(math.sqrt(mean_sq), N, error=_ratio(sq_error / N, 2 * math.sqrt(mean_sq))),
+            "example_l1": Metric(l1 / N, N, error=l1_error / N),
+            "noise_scale": Metric(_ratio(mean_sq - pair_dot, pair_dot), N, error=sq_error * abs(noise_slope)),
+            "mean_dot_ratio": Metric(_ratio(pair_dot, mean_sq), N, 0.0, sq_error * abs(ratio_slope)),
+        }
+        if self.dot is not None:
+            found |= self._decomposition(parameters)
+        return found
+
+    def _interference(self, parameters: list[ParameterEstimate]) -> dict[str, Metric]:
+        """D_grad, over all coordinates but those of embeddings and over all."""
+        found = {}
+        for name, chosen in (
+            ("D_grad", [p for p in parameters if p.name not in self._embeddings]),
+            ("D_grad_all", parameters),
+        ):
+            touched = sum(int(p.touched.sum()) for p in chosen)
+            value = _ratio(sum(float(p.ratio(p.grad_sum).sum()) for p in chosen), touched)
+            null = _ratio(sum(float(p.ratio(p.signed_size).sum()) for p in chosen), touched)
+            error = _ratio(self._halves[1].error(self._scalars.influence, len(self.draws)), touched) if name == "D_grad" else None
+            found[name] = Metric(1 - value, self.num_examples, 1 - null, error)
+            suffix = name.removeprefix("D_grad")
+            found[f"touched{suffix}"] = Metric(touched, self.num_examples)
+            found[f"untouched{suffix}"] = Metric(sum(p.abs_sum.numel() for p in chosen) - touched, self.num_examples)
+        return found
+
+    def _decomposition(self, parameters: list[ParameterEstimate]) -> dict[str, Metric]:
+        assert self.dot is not None
+        N = self.num_examples
+        p_sum = p_abs = p_signed = 0.0
+        for p in parameters:
+            assert p.direction is not None
+            size = p.direction.double().abs()
+            p_sum += float((size * p.grad_sum.double().abs()).sum())
+            p_abs += float((size * p.abs_sum.double()).sum())
+            p_signed += float((size * p.signed_size.double()).sum())
+        relative = _ratio(self._halves[0].error(self._scalars.abs_dot, len(self.draws)), p_abs)
+        changes = number_interference(self.dot)
+        total = float(self.dot.double().sum())
+        c_g, c_ug = _ratio(p_sum, p_abs), _ratio(float(self.dot.double().abs().sum()), p_abs)
+        null_total = math.sqrt(2 / math.pi) * float(self.dot.double().norm())
+        return {
+            "C_g": Metric(c_g, N, _ratio(p_signed, p_abs), c_g * relative),
+            "C_uG": Metric(_ratio(abs(total), p_sum), N, _ratio(null_total, p_signed)),
+            "C_ug": Metric(c_ug, N, error=c_ug * relative),
+            **{key: metric for key, metric in changes.items() if key != "mean"},
+        }
+
+    def __str__(self) -> str:
+        lines = [f"{self.num_examples} tokens, estimated from {len(self.draws)} draws; {self.coverage}"]
+        for name, metric in self.metrics.items():
+            error = "" if metric.error is None else f" ± {metric.error:.2g}"
+            null = "" if metric.null is None else f"   (random signs: {metric.null:.4g})"
+            lines.append(f"{name:>16} {metric.value:12.5g}{error}{null}")
+        return "\n".join(lines)
+
+
+def _ratio(numerator: float, denominator: float) -> float:
+    return numerator / denominator if denominator != 0 else math.nan
