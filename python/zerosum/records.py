@@ -8,14 +8,18 @@ are such: the fields of :class:`zerosum.metrics.Metric`. JSON has no NaN: a valu
 ``probe``  what was measured around one: gradient metrics over sequences, ``train.*`` and ``held_out.*`` over tokens
 ``cost``   at the run's end: the seconds of forward and backward passes, plain and probed in turns
 =========  =====================================================================================================================
+
+``zerosum measure`` writes records of kind ``checkpoint``, see :mod:`zerosum.measurement`.
 """
 
 from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -42,6 +46,53 @@ def encode(entry: Record) -> str:
 def decode(lines: Iterable[str]) -> list[Record]:
     """The records of whole lines; a last line that was cut off by a crash is left out."""
     return [json.loads(line) for line in lines if line.endswith("\n")]
+
+
+class RecordFile:
+    """A file of records that only grows, by a whole line at a time. A last line that was cut off by a crash is dropped.
+
+    Attributes:
+        records: those in it.
+
+    Raises:
+        ValueError: the file has something else in it; the message says where.
+        OSError: the file cannot be used.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.records: list[Record] = []
+        *lines, rest = (path.read_bytes() if path.exists() else b"").split(b"\n")
+        for number, line in enumerate(lines, 1):
+            try:
+                entry = json.loads(line)
+            except ValueError:
+                entry = None
+            if not isinstance(entry, dict) or not {"kind", "step", "metrics"} <= entry.keys():
+                raise ValueError(f"{path}, line {number}: not a record")
+            self.records.append(entry)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if rest:
+            new = path.with_name(f"{path.name}.new")
+            new.write_bytes(b"".join(line + b"\n" for line in lines))
+            os.replace(new, path)
+        self._file = path.open("ab", buffering=0)
+
+    def append(self, entry: Record) -> None:
+        """Adds a record by one write, which no signal divides; on disk when this returns."""
+        line = encode(entry)
+        self._file.write(line.encode())
+        os.fsync(self._file.fileno())
+        self.records += decode([line])
+
+    def close(self) -> None:
+        self._file.close()
+
+    def __enter__(self) -> RecordFile:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
 
 def _finite(x: Any) -> Any:

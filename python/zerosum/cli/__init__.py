@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 
 import zsl_kernels as zk
-from zerosum.cli import demo, doctor
+from zerosum.cli import demo, doctor, measure
 
 DESCRIPTION = """\
 Zero-sum learning, measured while a model trains: how far examples' gradients, and the
@@ -15,9 +15,10 @@ changes of their losses, cancel.
 
   zerosum doctor    says what works on this machine, and what to do about what does not
   zerosum demo      trains a small GPT on text that is here already, and measures it
+  zerosum measure   measures checkpoints: of the demo, of transformers, or your own
 """
 
-COMMANDS = (demo, doctor)
+COMMANDS = (demo, doctor, measure)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import re
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -61,3 +62,23 @@ def positive(text: str) -> float:
     if not 0 < value < float("inf"):
         raise argparse.ArgumentTypeError(f"expected a number > 0, got {text!r}")
     return value
+
+
+def memory(text: str) -> int:
+    """Bytes, as in 2GB, 500MB or 1.5GiB."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmgt]?)(i?)b?", text.strip().lower())
+    if found is None or not float(found[1]) or (found[3] and not found[2]):
+        raise argparse.ArgumentTypeError(f"expected a size such as 2GB or 500MB, got {text!r}")
+    return int(float(found[1]) * (1024 if found[3] else 1000) ** " kmgt".index(found[2] or " "))
+
+
+def span(text: str) -> tuple[int, int]:
+    """A:B, both included; either may be left out."""
+    first, colon, last = text.partition(":")
+    try:
+        found = int(first or 0), int(last or 2**63 - 1)
+    except ValueError:
+        colon = ""
+    if not colon or not 0 <= found[0] <= found[1]:
+        raise argparse.ArgumentTypeError(f"expected A:B, steps from A to B, got {text!r}")
+    return found

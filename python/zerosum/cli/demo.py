@@ -42,6 +42,7 @@ def add(commands: Any) -> None:
     add("--width", type=width, default=128, metavar="N", help="width of the model, a multiple of 32 (%(default)s)")
     add("--layers", type=whole(1), default=4, metavar="N", help="layers of the model (%(default)s)")
     add("--learning-rate", type=positive, default=3e-3, metavar="X", help="after a warm-up of 20 steps (%(default)s)")
+    add("--keep-checkpoints", action="store_true", help="keep the checkpoint of every measured step, for `zerosum measure`")
 
 
 def run(options: argparse.Namespace) -> int:
@@ -56,7 +57,9 @@ def run(options: argparse.Namespace) -> int:
         torch.set_num_threads(options.threads)
     names = ("steps", "seed", "width", "layers", "sequences", "positions", "learning_rate")
     try:
-        return demo(Settings(**{name: getattr(options, name) for name in names}), options.text, options.out)
+        return demo(
+            Settings(**{name: getattr(options, name) for name in names}), options.text, options.out, options.keep_checkpoints
+        )
     except Refused as refusal:
         return refuse("demo", str(refusal))
     except OSError as error:  # a disk that fills up on the way

@@ -27,13 +27,14 @@ from zerosum.training.summary import summarize
 DONE, DIVERGED, INTERRUPTED = 0, 1, 130
 
 
-def demo(settings: Settings, text: Sequence[Path] = (), out: Path | None = None) -> int:
+def demo(settings: Settings, text: Sequence[Path] = (), out: Path | None = None, keep_checkpoints: bool = False) -> int:
     """Runs, or goes on with, the run that the arguments describe; returns the process's exit code.
 
     Args:
         settings: what fixes the run, with the text and torch's number of threads.
         text: files to train on; the standard library's sources where there are none.
         out: the run's folder; one named after the configuration under ``runs`` if None.
+        keep_checkpoints: whether to keep the checkpoint of every measured step, not the newest alone.
 
     Raises:
         Refused: the text or the folder cannot be used; the message says why.
@@ -53,7 +54,7 @@ def demo(settings: Settings, text: Sequence[Path] = (), out: Path | None = None)
         else:
             if folder.step:
                 print(f"Resuming after step {folder.step}.")
-            ended = train(trainer, folder)
+            ended = train(trainer, folder, keep_checkpoints)
         finish(folder, config)
     finally:
         folder.close()
@@ -90,7 +91,7 @@ def configuration(settings: Settings, corpus: Corpus) -> dict[str, Any]:
     return {**asdict(settings), "text": corpus.digest, "threads": torch.get_num_threads(), **versions}
 
 
-def train(trainer: Trainer, folder: RunFolder) -> int:
+def train(trainer: Trainer, folder: RunFolder, keep_checkpoints: bool = False) -> int:
     """Trains from the folder's last step to the end, with a record for each step and each probe."""
     steps, probed = trainer.settings.steps, set(probe_steps(trainer.settings.steps))
     with tqdm(total=steps, initial=folder.step, unit="step", disable=None, dynamic_ncols=True) as bar, Interrupt() as interrupt:
@@ -104,7 +105,7 @@ def train(trainer: Trainer, folder: RunFolder) -> int:
                 print(f"Step {step}: the loss is not finite, training stopped. A lower --learning-rate may help.")
                 return DIVERGED
             if step in probed or interrupt.asked:
-                folder.checkpoint(step, trainer.state_dict())
+                folder.checkpoint(step, trainer.state_dict(), keep=keep_checkpoints and step in probed)
             if interrupt.asked:
                 bar.close()
                 print(f"\nStopped after step {step} of {steps}. The same command goes on from there.")

@@ -45,6 +45,10 @@ class Settings:
     def model(self) -> GPTConfig:
         return GPTConfig(VOCAB, self.width, self.layers, self.width // HEAD_SIZE, self.positions)
 
+    def rate(self, step: int) -> float:
+        """The learning rate of a step."""
+        return self.learning_rate * min(1.0, step / WARMUP)
+
 
 @dataclass(frozen=True)
 class ProbedStep:
@@ -138,7 +142,7 @@ class Trainer:
 
     def _update(self, step: int, losses: Tensor) -> Metrics:
         for group in self.optimizer.param_groups:
-            group["lr"] = self.settings.learning_rate * min(1.0, step / WARMUP)
+            group["lr"] = self.settings.rate(step)
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), CLIP)
         self.optimizer.step()
         return {

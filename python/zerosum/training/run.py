@@ -1,7 +1,7 @@
 """A run's folder: its configuration, its records and its checkpoint, readable at every moment and resumable.
 
 ``config.json`` says what the run is; ``metrics.jsonl`` (see :mod:`zerosum.records`) only grows, a line at a time;
-``checkpoint.pt`` is replaced as a whole.
+``checkpoint.pt`` is replaced as a whole; ``checkpoints`` has those that were asked to be kept.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import pickle
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TextIO
@@ -19,6 +20,8 @@ import torch
 from zerosum import records
 from zerosum.records import Record
 
+KEPT = "checkpoints"  # the folder of those that are not replaced
+
 
 class Refused(Exception):
     """Why a run cannot start or go on, for the user to read."""
@@ -27,6 +30,13 @@ class Refused(Exception):
 def fingerprint(config: Mapping[str, Any]) -> str:
     """A short name for a configuration."""
     return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()[:8]
+
+
+def differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> str:
+    """What two configurations do not share, for the user to read; empty where they are the same."""
+    keys = sorted(there.keys() | here.keys())
+    differing = [key for key in keys if there.get(key) != here.get(key)]
+    return "; ".join(f"{key} is {there.get(key)!r} there and {here.get(key)!r} here" for key in differing)
 
 
 class RunFolder:
@@ -64,10 +74,15 @@ class RunFolder:
         self._file.flush()
         self.records += records.decode([line])
 
-    def checkpoint(self, step: int, state: Mapping[str, Any]) -> None:
-        """Replaces the checkpoint; an interruption leaves the one before."""
+    def checkpoint(self, step: int, state: Mapping[str, Any], keep: bool = False) -> None:
+        """Replaces the checkpoint, and keeps a copy if asked; an interruption leaves the one before."""
         new = self.path / "checkpoint.pt.new"
         torch.save({"step": step, "state": dict(state)}, new)
+        if keep:
+            kept = self.path / KEPT / f"step-{step:06d}.pt"
+            kept.parent.mkdir(exist_ok=True)
+            shutil.copyfile(new, kept.with_suffix(".new"))
+            os.replace(kept.with_suffix(".new"), kept)
         os.replace(new, self.path / "checkpoint.pt")
 
     def write(self, name: str, text: str) -> None:
@@ -89,13 +104,11 @@ class RunFolder:
             self.write(file.name, json.dumps(dict(config), indent=2, ensure_ascii=False) + "\n")
             return
         try:
-            there = json.loads(file.read_text(encoding="utf-8"))
-            keys = sorted(there.keys() | config.keys())
+            differing = differences(json.loads(file.read_text(encoding="utf-8")), config)
         except (ValueError, AttributeError):
             raise Refused(f"--out: {file} is not the configuration of a run; choose another folder") from None
-        if differing := [key for key in keys if there.get(key) != config.get(key)]:
-            listed = "; ".join(f"{key} is {there.get(key)!r} there and {config.get(key)!r} here" for key in differing)
-            raise Refused(f"--out: {self.path} holds another run, which these options cannot resume: {listed}")
+        if differing:
+            raise Refused(f"--out: {self.path} holds another run, which these options cannot resume: {differing}")
 
     def _load(self) -> dict[str, Any] | None:
         file = self.path / "checkpoint.pt"

@@ -1,0 +1,223 @@
+"""Data to measure on: token ids in files, and sequences drawn from them that a seed fixes and a digest names.
+
+Files are mapped into memory or read by lines, whatever their size; only what is drawn is held.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import json
+from array import array
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from zerosum.training.run import Refused
+
+DTYPES = ("uint16", "uint32")
+_FIELDS = ("input_ids", "tokens", "text")
+
+
+@dataclass(frozen=True)
+class Sample:
+    """N sequences: inputs ``x`` and targets ``y``, (N, T) int64, and what identifies them."""
+
+    name: str
+    x: Tensor
+    y: Tensor
+    digest: str
+
+    def describe(self) -> dict[str, Any]:
+        sequences, positions = self.x.shape
+        return {"name": self.name, "sequences": sequences, "positions": positions, "digest": self.digest}
+
+
+@dataclass(frozen=True)
+class TokenData:
+    """The tokens of a file, one after another.
+
+    Attributes:
+        path: the file.
+        tokens: its ids, (tokens,), mapped into memory where the file holds them as they are.
+    """
+
+    path: Path
+    tokens: np.ndarray
+
+    @classmethod
+    def read(cls, path: Path, dtype: str = "uint16", tokenizer: Path | None = None, field: str | None = None) -> TokenData:
+        """Opens a file, by the end of its name.
+
+        ``.bin``: ids of ``dtype`` and nothing else. ``.npy``: whole numbers in one or two dimensions. ``.jsonl``: an object on each
+        line, with a list of ids or a text in ``field`` ("input_ids", "tokens" or "text" where none is given). Anything else is
+        text. The bytes of text are its tokens, and of JSONL's texts each ends with a line feed, for models of bytes; a
+        ``tokenizer``, a folder of transformers, makes other tokens of it, and ends each text of JSONL with its end-of-text token.
+
+        Raises:
+            Refused: the file is not of its kind; the message names it, and the line.
+        """
+        try:
+            if path.suffix == ".bin":
+                return cls(path, _bin(path, dtype))
+            if path.suffix == ".npy":
+                return cls(path, _npy(path))
+            encode = _Encoder(tokenizer)
+            if path.suffix == ".jsonl":
+                return cls(path, _jsonl(path, encode, field))
+            if tokenizer is None:
+                return cls(path, _mapped(path, np.dtype(np.uint8)))
+            return cls(path, np.frombuffer(encode(_text(path)), dtype=np.int64))
+        except OSError as error:
+            raise Refused(f"{path}: cannot read: {error.strerror or error}") from error
+
+    def draw(self, sequences: Sequence[int], positions: int, seed: int, vocab: int | None) -> list[tuple[Tensor, Tensor, str]]:
+        """Several disjoint samples, of so many sequences each: inputs and targets (N, T), and their digest.
+
+        Sequences are windows of T + 1 tokens that do not overlap. The first samples do not depend on what is drawn after them.
+
+        Raises:
+            Refused: the file is too short, or has an id outside of the vocabulary.
+        """
+        length, wanted = positions + 1, sum(sequences)
+        windows = len(self.tokens) // length
+        if windows < wanted:
+            raise Refused(
+                f"{self.path}: expected at least {wanted * length} tokens for {wanted} sequences of {length} tokens "
+                f"that do not overlap, got {len(self.tokens)}"
+            )
+        chosen = _choose(windows, wanted, seed)
+        rows = np.stack([self.tokens[w * length : (w + 1) * length] for w in chosen]).astype(np.int64)
+        wrong = (rows < 0) | (rows >= vocab) if vocab is not None else rows < 0
+        if wrong.any():
+            row, column = (int(i) for i in np.argwhere(wrong)[0])
+            expected = "ids >= 0" if vocab is None else f"ids from 0 to {vocab - 1}, the model's vocabulary"
+            place = int(chosen[row]) * length + column
+            raise Refused(f"{self.path}: expected {expected}, got {rows[row, column]} at token {place}")
+        samples = np.split(rows, np.cumsum(sequences)[:-1])
+        return [(torch.from_numpy(s[:, :-1].copy()), torch.from_numpy(s[:, 1:].copy()), _digest(s)) for s in samples]
+
+
+def _choose(n: int, k: int, seed: int) -> list[int]:
+    """The first k of 0..n-1 in random order. A longer choice of the same seed begins with a shorter one."""
+    generator = np.random.default_rng(seed)
+    moved: dict[int, int] = {}  # of a shuffled list, what is not in its place
+    chosen = []
+    for i in range(k):
+        j = int(generator.integers(i, n))
+        chosen.append(moved.get(j, j))
+        moved[j] = moved.get(i, i)
+    return chosen
+
+
+def _digest(rows: np.ndarray) -> str:
+    return hashlib.sha256(str(rows.shape).encode() + rows.astype("<i8").tobytes()).hexdigest()[:16]
+
+
+def _mapped(path: Path, dtype: np.dtype) -> np.ndarray:
+    size = path.stat().st_size
+    if size % dtype.itemsize:
+        raise Refused(
+            f"{path}: expected {dtype.name} ids of {dtype.itemsize} bytes, got {size} bytes; --dtype says what the ids are"
+        )
+    return np.memmap(path, dtype=dtype, mode="r") if size else np.zeros(0, dtype)  # an empty file cannot be mapped
+
+
+def _bin(path: Path, dtype: str) -> np.ndarray:
+    if dtype not in DTYPES:
+        raise Refused(f"--dtype: expected {' or '.join(DTYPES)}, got {dtype!r}")
+    return _mapped(path, np.dtype(dtype).newbyteorder("<"))
+
+
+def _npy(path: Path) -> np.ndarray:
+    try:
+        tokens = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (ValueError, EOFError) as error:
+        raise Refused(f"{path}: not an array of numbers in numpy's format: {error}") from error
+    if not isinstance(tokens, np.ndarray) or tokens.dtype.kind not in "iu" or tokens.ndim not in (1, 2):
+        got = f"{tokens.dtype} of shape {tokens.shape}" if isinstance(tokens, np.ndarray) else "an archive of arrays"
+        raise Refused(f"{path}: expected whole numbers in one or two dimensions, got {got}")
+    if not tokens.flags.c_contiguous:
+        raise Refused(f"{path}: expected an array in C order, got one in Fortran order")
+    return tokens.reshape(-1)  # a view of the map
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_bytes().decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise Refused(
+            f"{path}: expected UTF-8 text for --tokenizer, got byte {error.object[error.start]:#04x} at {error.start}"
+        ) from None
+
+
+def _jsonl(path: Path, encode: _Encoder, field: str | None) -> np.ndarray:
+    ids = array("q")
+    for number, entry in _objects(path):
+        where = f"{path}, line {number}"
+        if field is None:
+            there = [name for name in _FIELDS if name in entry]
+            if len(there) != 1:
+                raise Refused(
+                    f"{where}: expected one of {', '.join(_FIELDS)}, got {', '.join(entry) or 'nothing'}; --field names one"
+                )
+            field = there[0]
+        if field not in entry:
+            raise Refused(f"{where}: expected a field {field!r}, got {', '.join(entry) or 'nothing'}")
+        value = entry[field]
+        if isinstance(value, str):
+            ids.frombytes(encode(value, end=True))
+        elif isinstance(value, list) and all(type(x) is int and 0 <= x < 2**63 for x in value):
+            ids.extend(value)
+        else:
+            raise Refused(f"{where}: expected {field} to be a text or a list of token ids, got {json.dumps(value)[:60]}")
+    return np.frombuffer(ids, dtype=np.int64)
+
+
+def _objects(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    with path.open(encoding="utf-8") as file:
+        try:
+            for number, line in enumerate(file, 1):
+                if not line.strip():
+                    continue
+                try:
+                    entry = json.loads(line)
+                except ValueError as error:
+                    raise Refused(f"{path}, line {number}: not JSON: {error}") from None
+                if not isinstance(entry, dict):
+                    raise Refused(f"{path}, line {number}: expected an object, got {line.strip()[:60]}")
+                yield number, entry
+        except UnicodeDecodeError as error:
+            raise Refused(f"{path}: not UTF-8: {error}") from None
+
+
+class _Encoder:
+    """Text to token ids, as the bytes of an int64 array."""
+
+    def __init__(self, folder: Path | None) -> None:
+        self._tokenizer = None if folder is None else _tokenizer(folder)
+
+    def __call__(self, text: str, end: bool = False) -> bytes:
+        if self._tokenizer is None:
+            return np.frombuffer((text + "\n" * end).encode(), dtype=np.uint8).astype(np.int64).tobytes()
+        ids = list(self._tokenizer.encode(text, add_special_tokens=False, verbose=False))
+        last = self._tokenizer.eos_token_id
+        return np.array(ids + [last] * (end and last is not None), dtype=np.int64).tobytes()
+
+
+def _tokenizer(folder: Path) -> Any:
+    if importlib.util.find_spec("transformers") is None:
+        raise Refused("--tokenizer: needs transformers: pip install 'zsl_kernels[checkpoints]'")
+    if not folder.is_dir():
+        raise Refused(f"--tokenizer: expected a folder of transformers, got {folder}")
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # there is no common kind
+        raise Refused(f"--tokenizer: transformers cannot load {folder}: {' '.join(str(error).split())}") from error

@@ -1,0 +1,245 @@
+"""Zero-sum learning at checkpoints: gradients at one, and loss changes by a step from it or since the one before.
+
+The metrics of a checkpoint, over the evaluation set but for ``train.*``:
+
+====================  ==========================================================================================================
+``loss``              the mean loss of its tokens
+``D_grad``, …         of per-example gradients, see :func:`zerosum.metrics.gradient_metrics`
+``C_g``, C_uG, C_ug   along an update Δ
+``first_order.*``     C, D and M of the examples' first-order changes along Δ
+``held_out.*``        C, D, M and mean of the tokens' loss changes by one step
+``train.*``           the same, on the batch that the step was computed from
+``interval.*``        the same, from the checkpoint before to this one
+====================  ==========================================================================================================
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from time import perf_counter
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from zerosum.checkpoints import Checkpoint, Loaded, Series
+from zerosum.evaluation import Sample
+from zerosum.metrics import Metric, number_interference
+from zerosum.probe import Probe
+from zerosum.records import Record, record
+from zerosum.report import Coverage
+from zerosum.training.run import Refused
+from zerosum.updates import MICRO_BATCH, Update, gradient_update, optimizer_update
+
+EXAMPLES = ("sequence", "position", "token")
+UPDATES = ("optimizer", "gradient", "next", "none")
+
+Metrics = dict[str, Metric]
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How checkpoints are measured.
+
+    Attributes:
+        examples: what an example of the gradient metrics is. "sequence": ℓ_i is the mean loss of a sequence's tokens. "position":
+            what one backward pass tells of each position, a cheap proxy. "token": the loss of one predicted token, the paper's.
+        sample: how many tokens to sample for "token"; all of them, exactly, if None.
+        update: what Δ is. "optimizer": the step that the checkpoint's own optimizer makes from a training batch. "gradient": minus
+            the gradient of one. "next": the way to the next checkpoint. "none": there is none.
+        learning_rate: of the step; the state's own for "optimizer", none for "gradient", whose changes by a step are then left out.
+        clip: the norm that the step's gradient is clipped to.
+        seed: fixes the tokens that are sampled.
+    """
+
+    examples: str = "sequence"
+    sample: int | None = None
+    update: str = "optimizer"
+    learning_rate: float | None = None
+    clip: float = 1.0
+    seed: int = 0
+
+
+class GradientReport(Protocol):
+    """What :class:`zerosum.Report` and the one of :mod:`zerosum.tokens` have in common."""
+
+    @property
+    def metrics(self) -> Metrics: ...
+
+    @property
+    def coverage(self) -> Coverage: ...
+
+
+class Measurement:
+    """Measures checkpoints of a series, one after another, on one evaluation set.
+
+    Args:
+        series: all of its checkpoints, those that are not measured too: an interval begins at the one before.
+        settings: how.
+        evaluation: the sequences to measure on.
+        batch: the training batch that steps are computed from; None where ``settings.update`` needs none.
+        memory: what per-token gradients may take, in bytes.
+    """
+
+    def __init__(
+        self, series: Series, settings: Settings, evaluation: Sample, batch: Sample | None = None, memory: int = 2 * 10**9
+    ) -> None:
+        if settings.examples not in EXAMPLES:
+            raise ValueError(f"examples: expected one of {', '.join(EXAMPLES)}, got {settings.examples!r}")
+        if settings.update not in UPDATES:
+            raise ValueError(f"update: expected one of {', '.join(UPDATES)}, got {settings.update!r}")
+        if (batch is None) != (settings.update in ("next", "none")):
+            raise ValueError(f"batch: expected {'none' if batch else 'one'} for update={settings.update!r}")
+        if settings.sample is not None and settings.examples != "token":
+            raise ValueError(f"sample: expected None for examples={settings.examples!r}, got {settings.sample}")
+        self.series = series
+        self.settings = settings
+        self.evaluation = evaluation
+        self.batch = batch
+        self._memory = memory
+        self._before: tuple[Checkpoint, Tensor] | None = None  # the last measured, and its token losses
+
+    def identity(self, checkpoint: Checkpoint) -> dict[str, Any]:
+        """Everything in a checkpoint's record that was not measured: what says that two records are of the same measurement."""
+        before = self._neighbour(checkpoint, -1)
+        return {
+            "run": self.series.run,
+            "checkpoint": self.series.name(checkpoint),
+            "evaluation": self.evaluation.describe(),
+            "train": self.batch.describe() if self.batch else None,
+            "examples": self.settings.examples,
+            "sampled": self.settings.sample,
+            "update": None if self.settings.update == "none" else self.settings.update,
+            "interval": None if before is None else [before.step, checkpoint.step],
+            "settings": asdict(self.settings),
+        }
+
+    def measure(self, checkpoint: Checkpoint, progress: Progress | None = None) -> Record:
+        """The checkpoint's record, of kind "checkpoint".
+
+        ``progress`` is called with (tokens done, tokens) where examples are tokens.
+
+        Raises:
+            Refused: a checkpoint cannot be used; the message names it.
+        """
+        start = perf_counter()
+        loaded = checkpoint.load(optimizer=self.settings.update == "optimizer")
+        losses = _token_losses(loaded, self.evaluation)
+        update = self._update(checkpoint, loaded)
+        report = self._gradients(loaded, update, progress)
+        found = {"loss": Metric(losses.double().mean().item(), losses.numel())} | self._renamed(report.metrics)
+        if self.batch is not None and update is not None and self._is_step:
+            found |= self._step_changes(loaded, update, losses)
+        if (before := self._neighbour(checkpoint, -1)) is not None:
+            found |= _changes("interval", self._losses_at(before), losses)
+        self._before = checkpoint, losses
+        coverage = report.coverage
+        about = {"covered": coverage.share, "not_covered": coverage.not_covered, "seconds": round(perf_counter() - start, 3)}
+        return record("checkpoint", checkpoint.step, found, **self.identity(checkpoint), **about)
+
+    @property
+    def _is_step(self) -> bool:
+        """Whether the update has the length of one step."""
+        return self.settings.update == "optimizer" or (
+            self.settings.update == "gradient" and self.settings.learning_rate is not None
+        )
+
+    def _neighbour(self, checkpoint: Checkpoint, by: int) -> Checkpoint | None:
+        index = self.series.checkpoints.index(checkpoint) + by
+        return self.series.checkpoints[index] if 0 <= index < len(self.series.checkpoints) else None
+
+    def _update(self, checkpoint: Checkpoint, loaded: Loaded) -> Update | None:
+        if self.settings.update == "none":
+            return None
+        if self.settings.update == "next":
+            after = self._neighbour(checkpoint, 1)
+            if after is None:
+                raise Refused(f"{checkpoint.path}: it is the last checkpoint: there is no way to a next one")
+            there = after.load().weights()
+            if there.keys() != loaded.weights().keys():
+                raise Refused(f"{after.path}: its parameters are not those of {checkpoint.path}")
+            return {name: there[name] - x for name, x in loaded.weights().items()}
+        assert self.batch is not None
+        make = optimizer_update if self.settings.update == "optimizer" else gradient_update
+        try:
+            return make(loaded, self.batch, self.settings.clip, self.settings.learning_rate)
+        except Refused as reason:
+            raise Refused(f"{checkpoint.path}: {reason}") from None
+
+    def _gradients(self, loaded: Loaded, update: Update | None, progress: Progress | None) -> GradientReport:
+        x, y = self.evaluation.x, self.evaluation.y
+        if self.settings.examples == "token":
+            from zerosum.tokens import token_report  # here, not above: the others do without it
+
+            return token_report(
+                loaded.model,
+                x,
+                y,
+                losses=loaded.losses,
+                direction=update,
+                sample=self.settings.sample,
+                memory=self._memory,
+                seed=self.settings.seed,
+                progress=progress,
+            )
+        sequences = self.settings.examples == "sequence"
+        probe = Probe(loaded.model, self.settings.examples, direction=update, gram=sequences)
+        try:
+            with probe:
+                losses = loaded.losses(loaded.model, x, y)
+                (losses.mean(1) if sequences else losses).sum().backward()
+        finally:
+            loaded.model.zero_grad()
+        return probe.report()
+
+    def _renamed(self, metrics: Metrics) -> Metrics:
+        """C, D and M of the first-order changes say so in their names; without a step's length M has none to be in."""
+        measured = self._is_step or self.settings.update == "next"
+        first_order = {"C", "D"} | ({"M"} if measured else set())
+        return {
+            f"first_order.{name}" if name in first_order else name: metric
+            for name, metric in metrics.items()
+            if measured or name != "M"
+        }
+
+    def _step_changes(self, loaded: Loaded, update: Update, losses: Tensor) -> Metrics:
+        assert self.batch is not None
+        train = _token_losses(loaded, self.batch)
+        with _moved(loaded, update):
+            return _changes("train", train, _token_losses(loaded, self.batch)) | _changes(
+                "held_out", losses, _token_losses(loaded, self.evaluation)
+            )
+
+    def _losses_at(self, checkpoint: Checkpoint) -> Tensor:
+        if self._before is not None and self._before[0] == checkpoint:
+            return self._before[1]
+        return _token_losses(checkpoint.load(), self.evaluation)
+
+
+@torch.no_grad()
+def _token_losses(loaded: Loaded, sample: Sample) -> Tensor:
+    """The loss of each token, (N, T)."""
+    parts = zip(sample.x.split(MICRO_BATCH), sample.y.split(MICRO_BATCH), strict=True)
+    return torch.cat([loaded.losses(loaded.model, x, y).float() for x, y in parts])
+
+
+def _changes(name: str, before: Tensor, after: Tensor) -> Metrics:
+    found = number_interference(after.double() - before.double())
+    return {f"{name}.{key}": metric for key, metric in found.items()}
+
+
+@contextmanager
+def _moved(loaded: Loaded, update: Update) -> Iterator[None]:
+    """The model after an update, for a while."""
+    weights = loaded.weights()
+    before = {name: x.clone() for name, x in weights.items()}
+    try:
+        for name, x in weights.items():
+            x.add_(update[name])
+        yield
+    finally:
+        for name, x in weights.items():
+            x.copy_(before[name])
