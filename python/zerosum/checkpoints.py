@@ -283,15 +283,15 @@ def find(path: Path, options: Options | None = None, step: int | None = None) ->
         found = list(_found(path, options, step))
     except OSError as error:
         raise Refused(f"{error.filename or path}: cannot read: {error.strerror or error}") from error
-    found.sort(key=lambda checkpoint: checkpoint.step)
-    for first, second in pairwise(found):
-        if first.step == second.step:
-            raise Refused(f"{path}: two checkpoints of step {first.step}: {first.path.name} and {second.path.name}")
     if not found:
         kinds = "a run of `zerosum demo`, folders of transformers, or state dicts (" + ", ".join(WEIGHTS) + ")"
         raise Refused(f"{path}: no checkpoint there: expected {kinds}")
     if step is not None and (len(found) > 1 or isinstance(found[0], DemoCheckpoint)):
         raise Refused(f"--step: it is for a single checkpoint whose name does not say its step, not for {path}")
+    found.sort(key=lambda checkpoint: checkpoint.step)
+    for first, second in pairwise(found):
+        if first.step == second.step:
+            raise Refused(f"{path}: two checkpoints of step {first.step}: {first.path.name} and {second.path.name}")
     root = path if path.is_dir() else path.parent
     run = root.parent if root.name == KEPT else root
     single = path.is_file() and not isinstance(found[0], DemoCheckpoint)
@@ -320,7 +320,8 @@ def read(path: Path, unsafe_pickle: bool = False) -> Any:
             return load_file(path)
         except SafetensorError as error:
             raise Refused(f"{path}: damaged: {_line(error)}") from error
-    whole = zipfile.is_zipfile(path)
+    with path.open("rb") as file:  # what cannot be read is no damage
+        whole = zipfile.is_zipfile(file)
     try:
         return torch.load(path, map_location="cpu", weights_only=not unsafe_pickle, mmap=whole)
     except pickle.UnpicklingError as error:
@@ -330,9 +331,7 @@ def read(path: Path, unsafe_pickle: bool = False) -> Any:
             f"{path}: it holds more than tensors and numbers, and loading it could run any code. Save the model's state_dict(); "
             "or, if you trust whoever wrote the file, ask for it: --unsafe-pickle"
         ) from error
-    except OSError:
-        raise
-    except Exception as error:  # an unrestricted pickle raises what its code raises
+    except Exception as error:  # a file that ends early may be an OSError, and a pickle raises what its code raises
         raise Refused(f"{path}: damaged, or not a file of torch.save: {_line(error)}") from error
 
 

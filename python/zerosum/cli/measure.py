@@ -217,9 +217,8 @@ def unmeasured(measurement: Measurement, selected: Sequence[Checkpoint], file: R
 def introduce(measurement: Measurement, selected: Sequence[Checkpoint], waiting: Sequence[Checkpoint]) -> None:
     series, evaluation, settings = measurement.series, measurement.evaluation, measurement.settings
     sequences, positions = evaluation.x.shape
-    parts = [
-        f"{len(selected)} checkpoint{'s' * (len(selected) > 1)} of {series.run}, steps {selected[0].step} to {selected[-1].step}"
-    ]
+    several = f"{len(selected)} checkpoints of {series.run}, steps {selected[0].step} to {selected[-1].step}"
+    parts = [several if len(selected) > 1 else f"One checkpoint of {series.run}, step {selected[0].step}"]
     if len(waiting) < len(selected):
         parts.append(f"{len(selected) - len(waiting)} measured already")
     print("; ".join(parts) + ".")
