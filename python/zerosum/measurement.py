@@ -174,17 +174,11 @@ class Measurement:
         if self.settings.examples == "token":
             from zerosum.tokens import token_report  # here, not above: the others do without it
 
-            return token_report(
-                loaded.model,
-                x,
-                y,
-                losses=loaded.losses,
-                direction=update,
-                sample=self.settings.sample,
-                memory=self._memory,
-                seed=self.settings.seed,
-                progress=progress,
-            )
+            how = {"sample": self.settings.sample, "memory": self._memory, "seed": self.settings.seed, "progress": progress}
+            try:
+                return token_report(loaded.model, x, y, losses=loaded.losses, direction=update, **how)
+            except ValueError as error:  # a memory that is too small for one token
+                raise Refused(f"--examples token: {error}") from error
         sequences = self.settings.examples == "sequence"
         probe = Probe(loaded.model, self.settings.examples, direction=update, gram=sequences)
         try:

@@ -87,7 +87,7 @@ def add(commands: Any) -> None:
 
     add = parser.add_argument_group("what to measure").add_argument
     add("--examples", choices=("sequence", "position", "token"), default="sequence", help="(%(default)s)")
-    add("--sample", type=whole(2), metavar="N", help="tokens to sample, for --examples token (all, exactly)")
+    add("--sample", type=whole(8), metavar="N", help="tokens to sample, for --examples token (all, exactly)")
     add("--update", choices=("optimizer", "gradient", "next", "none"), help="(optimizer where its state is there, or gradient)")
     add("--learning-rate", type=positive, metavar="X", help="of the step (the optimizer's; a gradient's has none)")
     add("--clip", type=positive, default=1.0, metavar="X", help="norm that the step's gradient is clipped to (%(default)s)")
