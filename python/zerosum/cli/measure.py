@@ -258,13 +258,16 @@ def finish(records: list[Record], out: Path) -> None:
     names = [name for name in COLUMNS if any(name in entry["metrics"] for entry in records)]
     records = sorted(records, key=lambda entry: entry["step"])
     rows = [["step", *names], *([str(entry["step"]), *(_cell(entry, name) for name in names)] for entry in records)]
-    # Those of the last step that has the metric.
-    nulls = {name: entry["metrics"][name].get("null") for entry in records for name in names if name in entry["metrics"]}
-    rows.append(["random signs", *("" if nulls[name] is None else _number(nulls[name]) for name in names)])
+    # Of the last step that has the metric.
+    last = {name: entry["metrics"][name] for entry in records for name in names if name in entry["metrics"]}
+    below = [["random signs", *(_number(last[name].get("null"), "") for name in names)]]
+    if any("error" in metric for metric in last.values()):
+        below.append(["standard error", *(_number(last[name].get("error"), "") for name in names)])
+    rows += below
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ["  ".join(map(str.rjust, row, widths)) for row in rows]
     rule = "─" * len(lines[0])
-    print("\n".join(["", lines[0], rule, *lines[1:-1], rule, lines[-1]]))
+    print("\n".join(["", lines[0], rule, *lines[1 : -len(below)], rule, *lines[-len(below) :]]))
     counts = {n for entry in records if (n := (entry["metrics"].get("D_grad") or {}).get("n"))}
     over = f"D_grad and C are over {_counts(counts)} {records[-1]['examples']}s" if counts else "No gradient was covered"
     evaluation = records[-1]["evaluation"]
@@ -284,8 +287,8 @@ def _cell(entry: Record, name: str) -> str:
     return "" if metric is None else _number(metric["value"])
 
 
-def _number(x: float | None) -> str:
-    return "—" if x is None or not math.isfinite(x) else f"{x:.4f}"
+def _number(x: float | None, none: str = "—") -> str:
+    return none if x is None or not math.isfinite(x) else f"{x:.4f}"
 
 
 def _counts(counts: set[int]) -> str:
