@@ -406,7 +406,7 @@ def test_a_transformers_folder_and_a_demos_run(
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"sample": 5}, "--sample: only --examples token samples, not --examples sequence"),
+        ({"sample": 20}, "--sample: only --examples token samples, not --examples sequence"),
         ({"positions": 13}, "--positions: expected at most 12"),
         ({"sequences": 1000}, "val.npy: expected at least 26000 tokens for 2000 sequences of 13 tokens"),
         ({"data": "none.npy"}, "none.npy: cannot read: No such file"),
