@@ -131,7 +131,7 @@ class Checkpoint(ABC):
                 model, state = self._load(optimizer)
         except OSError as error:
             raise Refused(f"{self.path}: cannot read: {error.strerror or error}") from error
-        model.float().eval()
+        model.eval()
         losses: Losses = next_token_losses if self.options.losses is None else _function(self.options.losses, "--losses")
         return Loaded(model, losses, self._vocab(model), _positions(model), state)
 
@@ -230,7 +230,7 @@ class StateDictCheckpoint(Checkpoint):
         if not isinstance(model, nn.Module):
             raise Refused(f"--model: expected {self.options.model} to return a torch.nn.Module, got {type(model).__name__}")
         content = self._content()
-        _fill(model, self._tensors(content), self.path)
+        _fill(model.float(), self._tensors(content), self.path)  # before: what is copied into bfloat16 is rounded
         if not optimizer:
             return model, None
         state = self._optimizer(content)

@@ -43,6 +43,10 @@ def build(**sizes: int) -> GPT:
     return GPT(GPTConfig(**{**vars(CONFIG), **sizes}))
 
 
+def build_bfloat16() -> GPT:
+    return build().bfloat16()
+
+
 def build_tied() -> Tied:
     return Tied()
 
@@ -159,10 +163,11 @@ def test_wrappings_of_a_state_dict(key: str | None, prefix: str, tmp_path: Path)
 
 
 def test_weights_are_measured_in_float32(tmp_path: Path) -> None:
-    model = seeded().bfloat16()
-    torch.save(model.state_dict(), tmp_path / "step5.pt")
-    loaded = find(tmp_path, BUILD).checkpoints[0].load()
-    assert_same(loaded.weights(), {name: x.float() for name, x in model.state_dict().items()}, rtol=0, atol=0)
+    for model in (seeded(), seeded(build_bfloat16)):
+        torch.save(model.state_dict(), tmp_path / "step5.pt")
+        for options in (BUILD, Options(model=f"{__name__}:build_bfloat16")):
+            weights = find(tmp_path, options).checkpoints[0].load().weights()
+            assert_same(weights, {name: x.float() for name, x in model.state_dict().items()}, rtol=0, atol=0)
 
 
 def test_safetensors_with_tied_weights(tmp_path: Path) -> None:
