@@ -7,7 +7,8 @@ The metrics of a checkpoint, over the evaluation set but for ``train.*``:
 ``D_grad``, …         of per-example gradients, see :func:`zerosum.metrics.gradient_metrics`
 ``C_g``, C_uG, C_ug   along an update Δ
 ``first_order.*``     C, D and M of the examples' first-order changes along Δ
-``held_out.*``        C, D, M and mean of the tokens' loss changes by one step
+``held_out.*``        C, D, M and mean of the tokens' loss changes by one step; ``held_out.first_order.*`` how far they are from
+                      those to first order
 ``train.*``           the same, on the batch that the step was computed from
 ``interval.*``        the same, from the checkpoint before to this one
 ====================  ==========================================================================================================
@@ -15,25 +16,26 @@ The metrics of a checkpoint, over the evaluation set but for ``train.*``:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from time import perf_counter
 from typing import Any, Protocol
 
-import torch
 from torch import Tensor
 
+from zerosum.changes import change_metrics, evaluate, first_order_changes, first_order_metrics, prefixed
 from zerosum.checkpoints import Checkpoint, Loaded, Series
 from zerosum.evaluation import Sample
-from zerosum.metrics import Metric, number_interference
+from zerosum.metrics import Metric
 from zerosum.probe import Probe
 from zerosum.records import Record, record
 from zerosum.report import Coverage
+from zerosum.tokens import token_report
 from zerosum.training.run import Refused
-from zerosum.updates import MICRO_BATCH, Update, gradient_update, optimizer_update
+from zerosum.updates import Update, gradient_update, optimizer_update
 
 EXAMPLES = ("sequence", "position", "token")
+_AGREEMENT = ("relative_error", "sign_agreement", "correlation")
 UPDATES = ("optimizer", "gradient", "next", "none")
 
 Metrics = dict[str, Metric]
@@ -71,6 +73,9 @@ class GradientReport(Protocol):
 
     @property
     def coverage(self) -> Coverage: ...
+
+    @property
+    def dot(self) -> Tensor | None: ...
 
 
 class Measurement:
@@ -131,13 +136,18 @@ class Measurement:
         update = self._update(checkpoint, loaded)
         report = self._gradients(loaded, update, progress)
         found = {"loss": Metric(losses.double().mean().item(), losses.numel())} | self._renamed(report.metrics)
+        about: dict[str, Any] = {"covered": report.coverage.share, "not_covered": report.coverage.not_covered}
         if self.batch is not None and update is not None and self._is_step:
-            found |= self._step_changes(loaded, update, losses)
+            changes, found_changes = self._step_changes(loaded, update, losses)
+            found |= found_changes
+            try:
+                found |= self._first_order(loaded, update, changes, report)
+            except NotImplementedError as error:
+                about["first_order"] = str(error)
         if (before := self._neighbour(checkpoint, -1)) is not None:
-            found |= _changes("interval", self._losses_at(before), losses)
+            found |= prefixed("interval", change_metrics(self._losses_at(before), losses))
         self._before = checkpoint, losses
-        coverage = report.coverage
-        about = {"covered": coverage.share, "not_covered": coverage.not_covered, "seconds": round(perf_counter() - start, 3)}
+        about["seconds"] = round(perf_counter() - start, 3)
         return record("checkpoint", checkpoint.step, found, **self.identity(checkpoint), **about)
 
     @property
@@ -172,12 +182,19 @@ class Measurement:
     def _gradients(self, loaded: Loaded, update: Update | None, progress: Progress | None) -> GradientReport:
         x, y = self.evaluation.x, self.evaluation.y
         if self.settings.examples == "token":
-            from zerosum.tokens import token_report  # here, not above: the others do without it
-
-            how = {"sample": self.settings.sample, "memory": self._memory, "seed": self.settings.seed, "progress": progress}
             try:
-                return token_report(loaded.model, x, y, losses=loaded.losses, direction=update, **how)
-            except ValueError as error:  # a memory that is too small for one token
+                return token_report(
+                    loaded.model,
+                    x,
+                    y,
+                    losses=loaded.losses,
+                    direction=update,
+                    sample=self.settings.sample,
+                    memory=self._memory,
+                    seed=self.settings.seed,
+                    progress=progress,
+                )
+            except (ValueError, NotImplementedError) as error:  # a memory that is too small for one token, a model that cannot
                 raise Refused(f"--examples token: {error}") from error
         sequences = self.settings.examples == "sequence"
         probe = Probe(loaded.model, self.settings.examples, direction=update, gram=sequences)
@@ -199,13 +216,24 @@ class Measurement:
             if measured or name != "M"
         }
 
-    def _step_changes(self, loaded: Loaded, update: Update, losses: Tensor) -> Metrics:
+    def _step_changes(self, loaded: Loaded, update: Update, losses: Tensor) -> tuple[Tensor, Metrics]:
+        """The change of the evaluation set's losses by the step, and the metrics of that and of the batch's own."""
         assert self.batch is not None
-        train = _token_losses(loaded, self.batch)
-        with _moved(loaded, update):
-            return _changes("train", train, _token_losses(loaded, self.batch)) | _changes(
-                "held_out", losses, _token_losses(loaded, self.evaluation)
-            )
+        after = {name: x + update[name] for name, x in loaded.weights().items()}
+        held_out = _token_losses(loaded, self.evaluation, after)
+        train = change_metrics(_token_losses(loaded, self.batch), _token_losses(loaded, self.batch, after))
+        return held_out - losses, prefixed("train", train) | prefixed("held_out", change_metrics(losses, held_out))
+
+    def _first_order(self, loaded: Loaded, update: Update, changes: Tensor, report: GradientReport) -> Metrics:
+        """How far the tokens' first-order changes are from their true ones."""
+        if self.settings.examples == "token" and report.dot is not None and report.dot.numel() == changes.numel():
+            first_order = report.dot.view_as(changes)
+        else:
+            x, y = self.evaluation.x, self.evaluation.y
+            first_order = first_order_changes(loaded.model, x, y, update, losses=loaded.losses)
+        found = first_order_metrics(changes, first_order)
+        chosen = {name: metric for name, metric in found.items() if name.rpartition(".")[2] in _AGREEMENT}
+        return prefixed("held_out", chosen)
 
     def _losses_at(self, checkpoint: Checkpoint) -> Tensor:
         if self._before is not None and self._before[0] == checkpoint:
@@ -213,27 +241,6 @@ class Measurement:
         return _token_losses(checkpoint.load(), self.evaluation)
 
 
-@torch.no_grad()
-def _token_losses(loaded: Loaded, sample: Sample) -> Tensor:
-    """The loss of each token, (N, T)."""
-    parts = zip(sample.x.split(MICRO_BATCH), sample.y.split(MICRO_BATCH), strict=True)
-    return torch.cat([loaded.losses(loaded.model, x, y).float() for x, y in parts])
-
-
-def _changes(name: str, before: Tensor, after: Tensor) -> Metrics:
-    found = number_interference(after.double() - before.double())
-    return {f"{name}.{key}": metric for key, metric in found.items()}
-
-
-@contextmanager
-def _moved(loaded: Loaded, update: Update) -> Iterator[None]:
-    """The model after an update, for a while."""
-    weights = loaded.weights()
-    before = {name: x.clone() for name, x in weights.items()}
-    try:
-        for name, x in weights.items():
-            x.add_(update[name])
-        yield
-    finally:
-        for name, x in weights.items():
-            x.copy_(before[name])
+def _token_losses(loaded: Loaded, sample: Sample, at: Update | None = None) -> Tensor:
+    """The loss of each token, (N, T), at other weights if they are given."""
+    return evaluate(loaded.model, sample.x, sample.y, losses=loaded.losses, at=at)

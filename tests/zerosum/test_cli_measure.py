@@ -8,7 +8,6 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -19,8 +18,6 @@ from torch import Tensor, nn
 from tests.zerosum.test_checkpoints import BUILD, POSITIONS, VOCAB, build, seeded
 from zerosum import cli
 from zerosum.evaluation import TokenData
-from zerosum.metrics import Metric
-from zerosum.report import Coverage
 from zerosum.training.model import token_losses
 
 pytest.importorskip("tqdm")
@@ -188,31 +185,23 @@ def test_positions_are_examples_too(run: Path) -> None:
     assert all(entry["metrics"]["D_grad"]["n"] == 36 for entry in lines())
 
 
-def test_tokens_go_to_their_own_module(run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    calls: list[dict[str, Any]] = []
-
-    def token_report(model: nn.Module, x: Tensor, y: Tensor, **options: Any) -> object:
-        options.pop("progress")(36, 36)
-        calls.append({"x": x, "names": options.pop("direction").keys(), "losses": options.pop("losses")(model, x, y), **options})
-        metrics = {"D_grad": Metric(0.5, 36, 0.4, error=0.01), "M": Metric(0.1, 36)}
-        coverage = Coverage({}, {"head.weight": "why not"}, {"head.weight": 3})
-        return SimpleNamespace(metrics=metrics, coverage=coverage, num_examples=36)
-
-    module = ModuleType("zerosum.tokens")
-    module.token_report = token_report  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "zerosum.tokens", module)
-    assert measure(examples="token", sample=20, memory="64MiB", seed=4) == 0
-    assert len(calls) == 3
-    for call in calls:
-        x, losses = call.pop("x"), call.pop("losses")
-        assert x.shape == losses.shape == (3, POSITIONS)
-        assert call == {"names": dict(build(layers=2).named_parameters()).keys(), "sample": 20, "memory": 64 * 2**20, "seed": 4}
-    entry = lines()[0]
-    assert (entry["examples"], entry["sampled"]) == ("token", 20)
-    assert entry["metrics"]["D_grad"] == {"value": 0.5, "n": 36, "null": 0.4, "error": 0.01}
-    assert entry["metrics"]["first_order.M"]["value"] == 0.1
-    assert (entry["covered"], entry["not_covered"]) == (0.0, {"head.weight": "why not"})
-    assert "not: head.weight (why not)" in capsys.readouterr().out
+def test_examples_are_tokens(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert measure(examples="token", memory="64MiB") == 0
+    exact = lines()[0]
+    assert (exact["examples"], exact["sampled"], exact["covered"]) == ("token", None, 1.0)
+    assert exact["metrics"]["D_grad"]["n"] == exact["metrics"]["first_order.D"]["n"] == 36
+    assert "error" not in exact["metrics"]["D_grad"]
+    assert measure(examples="token", sample=40, seed=0, out="sampled.jsonl") == 0
+    sampled = lines("sampled.jsonl")[0]
+    assert (sampled["examples"], sampled["sampled"]) == ("token", 40)
+    for name in ("D_grad", "C_g"):
+        found, truth = (entry["metrics"][name] for entry in (sampled, exact))
+        assert 0 < found["error"] < 0.2
+        assert abs(found["value"] - truth["value"]) < 4 * found["error"]
+    # What needs no token's own gradient is exact.
+    for name in ("C_uG", "first_order.C", "first_order.M", "held_out.D", "held_out.first_order.correlation"):
+        assert sampled["metrics"][name]["value"] == pytest.approx(exact["metrics"][name]["value"], rel=1e-4)
+    assert "standard error" in capsys.readouterr().out
 
 
 def test_the_same_command_gives_the_same_lines(run: Path) -> None:
