@@ -109,6 +109,7 @@ class Curve:
     values: np.ndarray
     nulls: np.ndarray
     n: int  # the examples that each value is over
+    errors: np.ndarray | None = None  # standard errors, NaN where a value has none
 
     def __len__(self) -> int:
         return len(self.steps)
@@ -117,9 +118,9 @@ class Curve:
 def curve(records: Iterable[Record], kind: str, name: str) -> Curve:
     """The curve of metric ``name`` in the records of one kind, in their order."""
     found = [(entry["step"], entry["metrics"][name]) for entry in records if entry["kind"] == kind and name in entry["metrics"]]
-    columns = [[math.nan if m[key] is None else m[key] for _, m in found] for key in ("value", "null")]
-    values, nulls = (np.array(column, dtype=float) for column in columns)
-    return Curve(np.array([step for step, _ in found], dtype=int), values, nulls, found[-1][1]["n"] if found else 0)
+    columns = [[math.nan if m.get(key) is None else m[key] for _, m in found] for key in ("value", "null", "error")]
+    values, nulls, errors = (np.array(column, dtype=float) for column in columns)
+    return Curve(np.array([step for step, _ in found], dtype=int), values, nulls, found[-1][1]["n"] if found else 0, errors)
 
 
 def smooth(values: np.ndarray) -> np.ndarray:

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 
 import zsl_kernels as zk
-from zerosum.cli import demo, doctor, measure
+from zerosum.cli import demo, doctor, measure, plot
 
 DESCRIPTION = """\
 Zero-sum learning, measured while a model trains: how far examples' gradients, and the
@@ -16,9 +16,10 @@ changes of their losses, cancel.
   zerosum doctor    says what works on this machine, and what to do about what does not
   zerosum demo      trains a small GPT on text that is here already, and measures it
   zerosum measure   measures checkpoints: of the demo, of transformers, or your own
+  zerosum plot      draws the figures of one run or several
 """
 
-COMMANDS = (demo, doctor, measure)
+COMMANDS = (demo, measure, plot, doctor)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -85,9 +85,15 @@ def summarize(records: Sequence[Record]) -> Summary:
 
 
 def ratio(above: Curve, below: Curve) -> Curve:
-    """C_uG / C_ug. A sign for each example leaves C_ug as it is, so the null's denominator is the same."""
+    """C_uG / C_ug. A sign for each example leaves C_ug as it is, so the null's denominator is the same.
+
+    Its standard error takes those of the two as independent; one that has none is exact.
+    """
     with np.errstate(divide="ignore", invalid="ignore"):
-        return replace(above, values=above.values / below.values, nulls=above.nulls / below.values)
+        values = above.values / below.values
+        relative = [np.nan_to_num(np.zeros(1) if c.errors is None else c.errors / c.values) for c in (above, below)]
+        errors = np.abs(values) * np.hypot(*relative)
+        return replace(above, values=values, nulls=above.nulls / below.values, errors=np.where(errors > 0, errors, np.nan))
 
 
 _ROWS = (

@@ -1,0 +1,88 @@
+"""``zerosum plot``: draws the paper's figures of one run or several."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+from zerosum.cli.arguments import add_command, missing, positive, refuse
+
+FIGURES = ("loss", "interference", "plane", "gradients", "decomposition")
+DESCRIPTION = """\
+Draws the figures of the paper on zero-sum learning, with all the runs in each of them.
+
+  loss           log-log loss, the two straight segments of its fit and the break between them
+  interference   D and M of the tokens' loss changes against steps: over one step, between checkpoints
+  plane          D against M, with lines of equal |change of the mean loss| = M (1 - D)
+  gradients      D of the gradients against steps, on an axis that shows the last per cent
+  decomposition  C_g and C_(u,G) / C_(u,g) along the update against steps
+
+A RUN is a folder of `zerosum demo`, a file of `zerosum measure`, or a loss curve: CSV, JSON
+lines, NumPy or TensorBoard, which the loss figure alone can use. Dashed lines are what random
+signs would give. Each panel says what it is over; runs that differ in that are told apart.
+"""
+
+EXAMPLES = """\
+examples:
+  zerosum plot runs/demo-1a2b3c4d
+  zerosum plot 14M.jsonl 78M.jsonl 285M.jsonl --out figures
+  zerosum plot runs/a runs/b --labels "plain AdamW" "with Muon" --figures loss plane
+  zerosum plot loss.csv --figures loss --format svg
+"""
+
+
+def add(commands: Any) -> None:
+    parser = add_command(commands, "plot", run, "draw the figures of one run or several", DESCRIPTION, EXAMPLES)
+    add = parser.add_argument
+    add("runs", nargs="+", type=Path, metavar="RUN", help="a run's folder, a file of records, or a loss curve")
+    add("--out", type=Path, default=Path("figures"), metavar="DIR", help="folder of the figures (%(default)s)")
+    add("--figures", nargs="+", choices=FIGURES, default=FIGURES, metavar="NAME", help="which of the above (all)")
+    add("--format", nargs="+", choices=("png", "svg"), default=("png", "svg"), metavar="KIND", help="png, svg or both (both)")
+    add("--labels", nargs="+", default=(), metavar="LABEL", help="a name for each RUN (what its file says)")
+    add("--first", type=positive, default=100.0, metavar="STEP", help="fit the loss of later steps than this (100)")
+    add("--smoothed", action="store_true", help="the loss curves are moving averages already")
+    add("--step", metavar="COLUMN", help="the column of a loss curve's steps (the obvious one)")
+    add("--loss", metavar="COLUMN", help="the column, or TensorBoard's tag, of its losses (the obvious one)")
+
+
+def run(options: argparse.Namespace) -> int:
+    if absent := missing("matplotlib", "scipy"):
+        return refuse("plot", absent)
+    # Here, not above: `zerosum doctor` must work without them.
+    from zerosum.plots import paper, save
+    from zerosum.runs import read_runs
+
+    try:
+        chosen = {"smoothed": options.smoothed, "step": options.step, "loss": options.loss}
+        runs, notes = read_runs(options.runs, options.labels, **chosen)
+        options.out.mkdir(parents=True, exist_ok=True)
+    except (ValueError, ModuleNotFoundError) as error:
+        return refuse("plot", str(error))
+    except OSError as error:
+        return refuse("plot", f"--out: cannot use {options.out}: {error.strerror or error}")
+    for note in notes:
+        print(f"zerosum plot: {note}", file=sys.stderr)
+    print("Runs: " + ", ".join(run.name for run in runs))
+    drawn = 0
+    for name in dict.fromkeys(options.figures):
+        able = [run for run in runs if paper.drawable(name, run)]
+        if able:
+            figure = paper.loss(runs, options.first) if name == "loss" else paper.FIGURES[name].draw(runs)
+            paths = [options.out / f"{name}.{kind}" for kind in dict.fromkeys(options.format)]
+            try:
+                for path in paths:
+                    save(figure, path)
+            except OSError as error:
+                print(f"zerosum plot: {path}: {error.strerror or error}", file=sys.stderr)
+                return 1
+            drawn += 1
+        print(f"{name:<14} {', '.join(map(str, paths)) if able else 'left out'}")
+        for run in runs:
+            if lacking := paper.lacking(name, run):
+                print(f"{'':<14}   {run.name} {'is not in it' if run not in able else 'is in part of it'}: no {', '.join(lacking)}")
+    if not drawn:
+        print("zerosum plot: no run has what any of these figures needs", file=sys.stderr)
+        return 1
+    return 0

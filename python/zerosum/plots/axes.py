@@ -1,0 +1,216 @@
+"""What the figures share: colours, panels, axes, legends, and how a figure gets into a file."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+from pathlib import Path
+from textwrap import wrap
+from typing import Any, NamedTuple
+
+import numpy as np
+from matplotlib import rc_context
+from matplotlib.artist import Artist
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
+from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullFormatter, NullLocator
+
+from zerosum.records import Curve
+
+# Okabe and Ito's colours, which colour-blind readers can tell apart; without yellow, which is hard to see on white. The order
+# keeps the first four apart in grey as well. Markers tell apart what colours do not: their number is prime to that of the
+# colours, so that a pair comes back after 56 runs only.
+PALETTE = ("#0072B2", "#E69F00", "#009E73", "#000000", "#D55E00", "#CC79A7", "#56B4E9")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
+BLUE, VERMILION, GREEN, BLACK, GREY = "#0072B2", "#D55E00", "#009E73", "#222222", "#666666"
+
+
+class Style(NamedTuple):
+    color: str
+    marker: str
+
+
+class Entry(NamedTuple):
+    """A line of a legend."""
+
+    handle: Artist
+    label: str
+
+
+def styles(count: int) -> list[Style]:
+    return [Style(PALETTE[i % len(PALETTE)], MARKERS[i % len(MARKERS)]) for i in range(count)]
+
+
+def panels(rows: int, columns: int, width: float, height: float) -> tuple[Figure, list[list[Axes]]]:
+    """Panels in a grid; those above each other share their steps, those beside each other what they show."""
+    figure = Figure(figsize=(width, height), layout=ConstrainedLayoutEngine(w_pad=0.12, wspace=0.03))
+    grid = figure.subplots(rows, columns, squeeze=False)
+    for axes in grid.flat:
+        axes.grid(color="#dddddd", linewidth=0.6)
+        axes.set_axisbelow(True)
+        axes.spines[["top", "right"]].set_visible(False)
+    return figure, [list(row) for row in grid]
+
+
+def measured(axes: Axes, c: Curve, style: Style, label: str | None = None) -> None:
+    """The values with their standard errors, and their null."""
+    axes.plot(c.steps, c.values, "-", color=style.color, marker=style.marker, markersize=4, label=label)
+    axes.plot(
+        c.steps, c.nulls, "--", color=style.color, linewidth=1.2, alpha=0.8, label=label and f"{label.split(' (')[0]}, random signs"
+    )
+    if c.errors is not None and np.isfinite(c.errors).any():
+        axes.errorbar(c.steps, c.values, yerr=c.errors, fmt="none", ecolor=style.color, elinewidth=1.0, capsize=2.5)
+
+
+def positive(values: np.ndarray) -> np.ndarray:
+    """What a log axis can show; the rest becomes a gap."""
+    return np.where(np.isfinite(values) & (values > 0), values, np.nan)
+
+
+def step_axis(axes: Axes, steps: np.ndarray, label: str = "optimizer step") -> None:
+    """Log steps along x. Step 0, which a log axis has no place for, stands one short stretch before step 1."""
+    low, high = (float(steps.min()), float(steps.max())) if len(steps) else (1.0, 10.0)
+    if low == 0:
+        axes.set_xscale("symlog", linthresh=1, linscale=0.4)
+        axes.set_xlim(-0.15, max(high, 1) * 1.25)
+    else:
+        axes.set_xscale("log")
+        axes.set_xlim(low / 1.25, high * 1.25)
+    first = max(low, 1.0)
+    decades = math.log10(max(high, 1.0) / first)
+    parts = (1, 2, 5) if decades < 2.5 else (1,)
+    marks = [m * 10.0**k for k in range(math.floor(math.log10(first)), math.ceil(math.log10(max(high, 10))) + 1) for m in parts]
+    axes.xaxis.set_major_locator(
+        FixedLocator(([0.0] if low == 0 else []) + (marks if decades > 0.7 else [float(s) for s in steps]))
+    )
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda step, _: count(step)))
+    axes.set_xlabel(label)
+
+
+def count(x: float) -> str:
+    """1, 10, 100, 1k, 10k, 1M."""
+    for size, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if x >= size:
+            return f"{x / size:.6g}{unit}"
+    return f"{x:.6g}"
+
+
+def value_axis(axes: Axes, values: np.ndarray, along: str = "y") -> None:
+    """A log axis whose ticks can be read: matplotlib's own has none over less than a decade."""
+    axis = axes.yaxis if along == "y" else axes.xaxis
+    (axes.set_yscale if along == "y" else axes.set_xscale)("log")
+    values = values[positive(values) > 0]
+    if not len(values):
+        return
+    margin = max((values.max() / values.min()) ** 0.05, 1.05)
+    low, high = values.min() / margin, values.max() * margin
+    (axes.set_ylim if along == "y" else axes.set_xlim)(low, high)
+    decades = 10.0 ** np.arange(np.floor(np.log10(low)), np.ceil(np.log10(high)) + 1)
+    marks = np.asarray(MaxNLocator(6, steps=[1, 2, 5, 10]).tick_values(low, high))
+    if high / low >= 3:
+        spaced = [(decades[:, None] * np.array(parts)).ravel() for parts in ((1, 1.5, 2, 3, 4, 5, 7), (1, 2, 5), (1, 3), (1,))]
+        room = 8 if along == "y" else 6
+        marks = next(
+            (marks for marks in spaced if np.sum((marks >= low) & (marks <= high)) <= room), decades[:: len(decades) // 6 + 1]
+        )
+    _fix(axes, along, marks[marks > 0], lambda x, _: f"{x:g}")
+    axis.set_minor_formatter(NullFormatter())
+
+
+def interference_axis(axes: Axes, values: np.ndarray, label: str) -> None:
+    """D along y, spaced by log(1 − D): as far from 0.9 to 0.99 as from 0.99 to 0.999. The ticks say D. D = 1 has no place on it."""
+    values = values[np.isfinite(values) & (values < 1)]
+    away = 1 - values if len(values) else np.array([0.1, 1.0])
+    low, high = max(away.min() / 1.3, 1e-15), min(away.max() * 1.3, max(1.0, away.max()) * 1.02)
+    axes.set_yscale("function", functions=(_nines, lambda y: 1 - 10.0**-y))
+    axes.set_ylim(1 - high, 1 - low)
+    decades = 10.0 ** np.arange(np.floor(np.log10(low)), 1)
+    if high / low < 4:
+        marks = np.asarray(MaxNLocator(6, steps=[1, 2, 5, 10]).tick_values(1 - high, 1 - low))
+    else:
+        marks = 1 - (decades[:, None] * (np.array([1, 2, 5]) if high / low < 1e4 else np.array([1]))).ravel()
+    _fix(axes, "y", marks[marks < 1], lambda d, _: f"{d:.10g}".replace("-", "−"))
+    axes.set_ylabel(label)
+
+
+def _nines(d: np.ndarray) -> np.ndarray:
+    """−log₁₀(1 − D): how many nines D has."""
+    return -np.log10(np.maximum(1 - np.asarray(d), 1e-300))
+
+
+def _fix(axes: Axes, along: str, marks: np.ndarray, words: Callable[[float, int | None], str]) -> None:
+    """Ticks at those of the marks that are in sight, and nowhere else."""
+    axis, (low, high) = (axes.yaxis, axes.get_ylim()) if along == "y" else (axes.xaxis, axes.get_xlim())
+    axis.set_major_locator(FixedLocator([float(mark) for mark in np.unique(marks) if low <= mark <= high]))
+    axis.set_major_formatter(FuncFormatter(words))
+    axis.set_minor_locator(NullLocator())
+
+
+def titles(titled: Sequence[tuple[Axes, str, str]], characters: int = 72, gap: int = 6) -> None:
+    """Titles of panels beside each other, and below them in smaller letters what their values are over, ``gap`` points above the
+    panel."""
+    below = [wrap(plain(over), characters) for _, _, over in titled]
+    most = max(map(len, below))
+    for (axes, text, _), lines in zip(titled, below, strict=True):
+        axes.set_title(text, fontsize=11, loc="left", pad=gap + 2 + 11 * most)
+        said = "\n".join(lines + [""] * (most - len(lines)))
+        style: dict[str, Any] = {"fontsize": 8, "color": "#444444", "va": "bottom"}
+        axes.annotate(said, (0, 1), xytext=(0, gap), xycoords="axes fraction", textcoords="offset points", **style)
+
+
+def plain(text: str) -> str:
+    """Text that is no mathematics, whatever a run is called."""
+    return text.replace("$", r"\$")
+
+
+def legend(figure: Figure, entries: Sequence[Entry], title: str | None = None, columns: int = 4) -> None:
+    """Below the panels, where it hides no data; the figure grows by what it takes."""
+    letters = int(figure.get_figwidth() * 13)  # that fit into a line
+    labels = ["\n".join(wrap(plain(entry.label), letters - 8)) for entry in entries]
+    lengths = [max(map(len, label.split("\n"))) + 8 for label in labels]
+    columns = next(n for n in range(min(columns, len(entries)), 0, -1) if n == 1 or _width(lengths, n) <= letters)
+    rows = math.ceil(len(entries) / columns)
+    lines = rows * max((label.count("\n") + 1 for label in labels), default=0) + bool(title)
+    figure.set_figheight(figure.get_figheight() + 0.19 * lines + 0.1)
+    made = figure.legend(
+        [entry.handle for entry in entries],
+        [label if not label.startswith("_") else f" {label}" for label in labels],  # matplotlib hides labels that start with _
+        loc="outside lower center",
+        ncols=columns,
+        frameon=False,
+        fontsize=9,
+        title=title and plain(title),
+        title_fontsize=9,
+    )
+    made.set_alignment("left")
+
+
+def _width(lengths: Sequence[int], columns: int) -> int:
+    """Of a legend whose columns are filled one after the other, as evenly as they can be."""
+    rows, long = divmod(len(lengths), columns)
+    starts = np.cumsum([0] + [rows + (column < long) for column in range(columns)])
+    return sum(max(lengths[start:end]) for start, end in pairwise(starts))
+
+
+def legend_of(figure: Figure, axes: Axes, columns: int) -> None:
+    """The panel's own lines, below the panels."""
+    handles, labels = axes.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=columns, frameon=False)
+
+
+def save(figure: Figure, path: Path) -> None:
+    """Writes a figure as PNG or SVG, as the path's ending says, and replaces the file as a whole. The same figure gives the same
+    bytes."""
+    new = path.with_name(f"{path.name}.new")
+    kind = path.suffix.removeprefix(".")
+    metadata = {"Date": None} if kind == "svg" else None
+    try:
+        with rc_context({"svg.hashsalt": "zerosum"}):
+            figure.savefig(new, format=kind, dpi=150, metadata=metadata)
+        os.replace(new, path)
+    finally:
+        new.unlink(missing_ok=True)

@@ -1,0 +1,339 @@
+"""The figures of Mircea et al. (2025), of one run or several: loss with its deceleration, interference D and magnitude M of loss
+changes, gradient interference, and the agreement of gradients along the update.
+
+Each is a function from :class:`zerosum.runs.Run` to a figure. A colour and a marker are a run's. What a panel's values are over
+stands under its title; where that differs between runs, in the legend, run by run. A run that lacks a panel's metrics is not in
+it: :func:`lacking` says which.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+
+from zerosum.curves import CurveError
+from zerosum.deceleration import Deceleration, fit
+from zerosum.plots.axes import (
+    BLACK,
+    GREY,
+    Entry,
+    Style,
+    interference_axis,
+    legend,
+    measured,
+    panels,
+    positive,
+    step_axis,
+    styles,
+    titles,
+    value_axis,
+)
+from zerosum.records import Curve, smooth
+from zerosum.runs import Run
+from zerosum.training.summary import ratio
+
+WIDTH = 4.9  # inches of a panel
+# The three ways in which the change of the tokens' losses is measured.
+CHANGES = {
+    "train": "Δt = 1, on the step's own batch",
+    "held_out": "Δt = 1, on the evaluation set",
+    "interval": "Between checkpoints, on the evaluation set",
+}
+DASHES = (0, (4, 1.5))
+POINTS = 3000  # of a raw loss curve: more cannot be seen, and make an SVG large
+
+
+class Panel(NamedTuple):
+    axes: Axes
+    title: str
+    metric: str  # whose examples it is over
+
+
+def loss(runs: Sequence[Run], first: float = 100) -> Figure:
+    """Loss against steps, log-log: every training step, the moving average that is fitted, and the fit's two straight segments
+    with the break (t_d, L_d) where they meet; and the loss of checkpoints on their evaluation set, which is not fitted.
+
+    Args:
+        first: fit later steps than this, as in :func:`zerosum.deceleration.fit`.
+    """
+    figure, ((axes,),) = panels(1, 1, 8.6, 5.4)
+    entries, shown, steps = [], [np.array([])], [np.array([])]
+    over = {run.name: _over_training(run) for run in runs if run.loss is not None}
+    common, broken = len(set(over.values())) == 1, False
+    for run, style in zip(runs, styles(len(runs)), strict=True):
+        if run.loss is not None:
+            deceleration, said = _fit(run, first)
+            average = _draw_training(axes, run, style)
+            steps.append(run.loss.steps)
+            shown.append(average)
+            if deceleration is not None:
+                _draw_fit(axes, run.loss.steps, deceleration, style, first)
+                broken = broken or deceleration.found
+            entries.append(
+                Entry(
+                    Line2D([], [], color=style.color, linewidth=2, marker=style.marker),
+                    f"{run.name}: {said}{'' if common else f'; {over[run.name]}'}",
+                )
+            )
+        if run.has("loss"):
+            c = run.curve("loss")
+            axes.plot(c.steps, positive(c.values), style.marker, color=style.color, markersize=6, fillstyle="none")
+            open_marker = Line2D([], [], color=style.color, linestyle="none", marker=style.marker, fillstyle="none")
+            entries.append(Entry(open_marker, f"{run.name}: checkpoints, {run.over('loss', runs)[0]}"))
+            steps.append(c.steps)
+            shown.append(c.values)
+    if any(run.loss is not None and not run.smoothed for run in runs):
+        entries.append(
+            Entry(Line2D([], [], color=GREY, linewidth=0.8, alpha=0.5), "every step; the strong line is its moving average")
+        )
+    if broken:
+        entries.append(Entry(Line2D([], [], color=BLACK, linestyle=DASHES, linewidth=1.2), "the fit's two straight segments"))
+    step_axis(axes, np.concatenate(steps))
+    value_axis(axes, np.concatenate(shown))
+    axes.set_ylabel("loss (nats per token)")
+    titles([(axes, "Loss", next(iter(over.values())) if common else "")], 110)
+    legend(figure, entries, columns=1)
+    return figure
+
+
+def interference(runs: Sequence[Run]) -> Figure:
+    """D = 1 − |Σ Δℓ| / Σ |Δℓ| and M = mean |Δℓ| of the tokens' loss changes against steps, with D's null, one column for each way
+    in which the change was measured."""
+    kinds = _changes(runs)
+    figure, (upper, lower) = panels(2, len(kinds), WIDTH * len(kinds) + 1, 6.4)
+    top = [Panel(axes, CHANGES[kind], f"{kind}.D") for axes, kind in zip(upper, kinds, strict=True)]
+    sizes: dict[str, list[np.ndarray]] = {"one step": [], "interval": []}  # two scales: the magnitudes of the two differ widely
+    for d_axes, m_axes, kind in zip(upper, lower, kinds, strict=True):
+        steps = [np.array([], dtype=int)]
+        for run, style in _with(runs, f"{kind}.D", f"{kind}.M"):
+            d, m = run.curve(f"{kind}.D"), run.curve(f"{kind}.M")
+            measured(d_axes, d, style)
+            measured(m_axes, m, style)
+            steps += [d.steps, m.steps]
+            sizes[_scale(kind)] += _seen(m)
+        for axes in (d_axes, m_axes):
+            step_axis(axes, np.concatenate(steps), "optimizer step t" if kind == "interval" else "optimizer step")
+        d_axes.set_xlabel("")
+        d_axes.set_ylim(-0.03, 1.03)
+    for axes, kind in zip(lower, kinds, strict=True):
+        value_axis(axes, np.concatenate(sizes[_scale(kind)]))
+    upper[0].set_ylabel("D of loss changes (no unit)")
+    lower[0].set_ylabel("M = mean |Δℓ| (nats)")
+    _explain(figure, runs, top)
+    return figure
+
+
+def plane(runs: Sequence[Run]) -> Figure:
+    """D against M with lines of equal |ΔL| = M (1 − D), one panel for each way in which the change was measured; the first step
+    is a hollow marker, the last one a large one."""
+    kinds = _changes(runs)
+    figure, (row,) = panels(1, len(kinds), WIDTH * len(kinds) + 1, 4.6)
+    spans: dict[str, list[int]] = {}
+    for axes, kind in zip(row, kinds, strict=True):
+        all_d, all_m = [], []
+        for run, style in _with(runs, f"{kind}.D", f"{kind}.M"):
+            d, m = run.curve(f"{kind}.D"), run.curve(f"{kind}.M")
+            axes.plot(m.values, d.values, "-", color=style.color, marker=style.marker, markersize=3.5, linewidth=1.2)
+            both = np.flatnonzero(np.isfinite(d.values) & np.isfinite(m.values))[[0, -1]]
+            for end, size, face in zip(both, (7, 10), ("white", style.color), strict=True):
+                axes.plot(m.values[end], d.values[end], style.marker, markersize=size, color=style.color, markerfacecolor=face)
+            spans.setdefault(run.name, []).extend(int(d.steps[end]) for end in both)
+            all_d.append(d.values)
+            all_m.append(m.values)
+        value_axis(axes, np.concatenate(all_m), "x")
+        interference_axis(axes, np.concatenate(all_d), "D of loss changes, spaced by log(1 − D)" if axes is row[0] else "")
+        axes.grid(False)
+        _iso_lines(axes)
+        axes.set_xlabel("M = mean |Δℓ| (nats)")
+    iso = Entry(Line2D([], [], color="#aaaaaa", linewidth=0.8), "equal |ΔL| = M (1 − D), in nats")
+    ends = {name: f"steps {min(steps):,} (hollow) to {max(steps):,} (large)" for name, steps in spans.items()}
+    shown = [Panel(axes, CHANGES[kind], f"{kind}.D") for axes, kind in zip(row, kinds, strict=True)]
+    _explain(figure, runs, shown, ends, [iso], gap=16)  # above the lines' values
+    return figure
+
+
+def gradients(runs: Sequence[Run]) -> Figure:
+    """D(∇ℓ), the mean over coordinates of the gradients' interference, against steps, with its null. The axis is spaced by log(1
+    − D): late values lie between 0.98 and 0.995, where a plain axis shows nothing."""
+    figure, ((axes,),) = panels(1, 1, 7.4, 4.6)
+    shown, steps = [np.array([])], [np.array([])]
+    for run, style in _with(runs, "D_grad"):
+        c = run.curve("D_grad")
+        measured(axes, c, style)
+        shown += _seen(c)
+        steps.append(c.steps)
+    step_axis(axes, np.concatenate(steps))
+    interference_axis(axes, np.concatenate(shown), "D(∇ℓ), spaced by log(1 − D)")
+    _explain(figure, runs, [Panel(axes, "Gradient interference, mean over coordinates", "D_grad")])
+    return figure
+
+
+def decomposition(runs: Sequence[Run]) -> Figure:
+    """C_g and C_(u,G) / C_(u,g) along the update against steps, with their nulls. Their product is C of the first-order loss
+    changes."""
+    figure, ((left, right),) = panels(1, 2, 2 * WIDTH + 1, 4.6)
+    for axes, name in ((left, "C_g"), (right, "ratio")):
+        shown, steps = [np.array([])], [np.array([])]
+        for run, style in _with(runs, *(("C_g",) if name == "C_g" else ("C_uG", "C_ug"))):
+            c = run.curve("C_g") if name == "C_g" else ratio(run.curve("C_uG"), run.curve("C_ug"))
+            measured(axes, c, style)
+            shown += _seen(c)
+            steps.append(c.steps)
+        step_axis(axes, np.concatenate(steps))
+        value_axis(axes, np.concatenate(shown))
+    left.set_ylabel("C_g (no unit)")
+    right.set_ylabel("C_(u,G) / C_(u,g) (no unit)")
+    _explain(figure, runs, [Panel(left, "Agreement of examples, C_g", "C_g"), Panel(right, "Agreement of coordinates", "C_uG")])
+    return figure
+
+
+class Drawing(NamedTuple):
+    """A figure, and the sets of metrics of which a run needs one to be in it; none at all where it needs a training loss."""
+
+    draw: Callable[[Sequence[Run]], Figure]
+    needs: tuple[tuple[str, ...], ...]
+
+
+FIGURES = {
+    "loss": Drawing(loss, (("loss",),)),
+    "interference": Drawing(interference, tuple((f"{kind}.D", f"{kind}.M") for kind in CHANGES)),
+    "plane": Drawing(plane, tuple((f"{kind}.D", f"{kind}.M") for kind in CHANGES)),
+    "gradients": Drawing(gradients, (("D_grad",),)),
+    "decomposition": Drawing(decomposition, (("C_g",), ("C_uG", "C_ug"))),
+}
+
+
+def lacking(name: str, run: Run) -> list[str]:
+    """The metrics without which a run is not, or not fully, in the figure ``name``."""
+    if name == "loss" and run.loss is not None:
+        return []
+    return [metric for metrics in FIGURES[name].needs for metric in metrics if not run.has(metric)]
+
+
+def drawable(name: str, run: Run) -> bool:
+    """The run has what one panel at least of the figure ``name`` needs."""
+    return (name == "loss" and run.loss is not None) or any(run.has(*metrics) for metrics in FIGURES[name].needs)
+
+
+def _with(runs: Sequence[Run], *metrics: str) -> list[tuple[Run, Style]]:
+    return [(run, style) for run, style in zip(runs, styles(len(runs)), strict=True) if run.has(*metrics)]
+
+
+def _scale(kind: str) -> str:
+    return "interval" if kind == "interval" else "one step"
+
+
+def _seen(c: Curve) -> list[np.ndarray]:
+    """All that is drawn of a curve."""
+    errors = np.array([]) if c.errors is None else np.concatenate((c.values + c.errors, c.values - c.errors))
+    return [c.values, c.nulls, errors]
+
+
+def _changes(runs: Sequence[Run]) -> list[str]:
+    return [kind for kind in CHANGES if any(run.has(f"{kind}.D", f"{kind}.M") for run in runs)]
+
+
+def _explain(
+    figure: Figure,
+    runs: Sequence[Run],
+    shown: Sequence[Panel],
+    notes: Mapping[str, str] | None = None,
+    others: Sequence[Entry] = (),
+    gap: int = 6,
+) -> None:
+    """Titles, what the panels are over, and the legend. ``notes`` has more to say about a run, by its name."""
+    added: dict[str, list[str]] = {run.name: [] for run in runs if any(run.has(panel.metric) for panel in shown)}
+    titled = []
+    for panel in shown:
+        over = {run.name: run.over(panel.metric, runs) for run in runs if run.has(panel.metric)}
+        alike = [len(set(parts)) == 1 for parts in zip(*over.values(), strict=True)]
+        below = [part for part, same in zip(next(iter(over.values()), ()), alike, strict=True) if part and same]
+        if not all(alike):
+            below.append("the runs differ in what this is over: see the legend")
+        titled.append((panel.axes, panel.title, ", ".join(below)))
+        for name, parts in over.items():
+            added[name] += [part for part, same in zip(parts, alike, strict=True) if part and not same and part not in added[name]]
+    titles(titled, gap=gap)
+    entries = []
+    for run, style in zip(runs, styles(len(runs)), strict=True):
+        if run.name in added:
+            said = "; ".join([*([notes[run.name]] if notes and run.name in notes else []), *added[run.name]])
+            handle = Line2D([], [], color=style.color, marker=style.marker, markersize=5)
+            entries.append(Entry(handle, f"{run.name}: {said}" if said else run.name))
+    drawn = [panel.axes for panel in shown]
+    if any(line.get_linestyle() == "--" and np.isfinite(line.get_ydata()).any() for axes in drawn for line in axes.lines):
+        entries.append(Entry(Line2D([], [], color=GREY, linestyle="--", linewidth=1.2), "what random signs would give (null)"))
+    if any(axes.containers for axes in drawn):
+        entries.append(
+            Entry(Line2D([], [], color=GREY, linestyle="none", marker="|", markersize=9), "± one standard error of the sampling")
+        )
+    legend(figure, [*entries, *others])
+
+
+def _over_training(run: Run) -> str:
+    n = run.loss.n if run.loss is not None else 0
+    said = f"training loss before each step, N = {n:,} tokens" if n else "training loss, N not given"
+    return f"{said}, a moving average" if run.smoothed else said
+
+
+def _fit(run: Run, first: float) -> tuple[Deceleration | None, str]:
+    """The fit of a run's training loss, and what to say about it."""
+    assert run.loss is not None
+    try:
+        found = fit(run.loss.steps, run.loss.values, smoothed=run.smoothed, first=first, bootstrap=0)
+    except CurveError as error:
+        return None, f"not fitted: {error}"
+    if not found.found:
+        return found, found.verdict
+    numbers = (("L_d", found.L_d, ".2f"), ("t_d", found.t_d, ",.0f"), ("r_d", found.r_d, ".4f"))
+    return found, ", ".join(f"{name} = {x:{form}}{_error(found.errors[name])}" for name, x, form in numbers)
+
+
+def _error(x: float) -> str:
+    return f" ± {x:.1g}" if x < 10 else f" ± {x:,.0f}" if np.isfinite(x) else ""
+
+
+def _draw_training(axes: Axes, run: Run, style: Style) -> np.ndarray:
+    """The losses and their moving average; returns all that is shown."""
+    assert run.loss is not None
+    steps, values = run.loss.steps, run.loss.values
+    average = values if run.smoothed else smooth(values)
+    kept = np.unique(np.geomspace(1, len(steps), POINTS).astype(int)) - 1
+    if not run.smoothed:
+        axes.plot(steps[kept], positive(values[kept]), "-", color=style.color, alpha=0.3, linewidth=0.8)
+    axes.plot(steps[kept], positive(average[kept]), "-", color=style.color, linewidth=2.2)
+    return average[kept] if run.smoothed else np.concatenate((values[kept], average[kept]))
+
+
+def _draw_fit(axes: Axes, steps: np.ndarray, found: Deceleration, style: Style, first: float) -> None:
+    start, end = max(float(steps[0]), first), float(steps[-1])
+    if not found.found:
+        axes.plot([start, end], found.one([start, end]), ":", color=BLACK, linewidth=1.2)
+        return
+    segment: dict[str, Any] = {"linestyle": DASHES, "color": BLACK, "linewidth": 1.2}
+    axes.plot([start, found.t_d], found.early([start, found.t_d]), **segment)
+    axes.plot([found.t_d, end], found.late([found.t_d, end]), **segment)
+    axes.plot([found.t_d], [found.L_d], style.marker, color=style.color, markersize=9, markeredgecolor="white", zorder=4)
+
+
+def _iso_lines(axes: Axes) -> None:
+    """Where M (1 − D) is the same, at powers of ten, with its value where the line leaves the panel."""
+    (low, high), (bottom, top) = axes.get_xlim(), axes.get_ylim()
+    least, most = low * (1 - top), high * (1 - bottom)
+    steps = (1,) if most / least > 1000 else (1, 3) if most / least > 15 else (1, 2, 3, 5, 7)
+    m = np.array([low, high])
+    for level in (s * 10.0**k for k in range(math.floor(math.log10(least)), math.ceil(math.log10(most)) + 1) for s in steps):
+        if not least < level < most:
+            continue
+        axes.plot(m, 1 - level / m, "-", color="#bbbbbb", linewidth=0.8, zorder=0.5, scalex=False, scaley=False)
+        by_the_top = level / (1 - top) < high
+        where = (level / (1 - top), top) if by_the_top else (high, 1 - level / high)
+        offset, align = ((0, 2), ("center", "bottom")) if by_the_top else ((3, 0), ("left", "center"))
+        style: dict[str, Any] = {"fontsize": 7, "color": GREY, "ha": align[0], "va": align[1]}
+        axes.annotate(f"{level:g}", where, xytext=offset, textcoords="offset points", annotation_clip=False, **style)

@@ -1,0 +1,351 @@
+"""Runs as they are drawn: what the records of a file or a folder say, by what they were measured on and how.
+
+A :class:`Run` is of one evaluation set, one granularity and one kind of update: records that differ in these are different runs,
+so no curve ever goes from one to the other.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from zerosum.curves import read_curve
+from zerosum.records import Curve, Record, curve
+
+KINDS = ("step", "probe", "cost", "checkpoint")
+UPDATES = {"optimizer": "the optimizer's step", "gradient": "a gradient step", "next": "the change to the next checkpoint"}
+ON_TOKENS = ("train.", "held_out.", "interval.", "loss")  # measured on tokens' losses, whatever the examples of the gradients are
+ALONG_UPDATE = ("train.", "held_out.", "C_")
+
+
+class RunError(ValueError):
+    """A file or a folder has no run that can be drawn; the message names it, and the line."""
+
+
+@dataclass(frozen=True)
+class Data:
+    """A set of sequences that something was measured on."""
+
+    name: str
+    sequences: int | None = None
+    positions: int | None = None
+    digest: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.name} ({self.sequences:,} × {self.positions:,})" if self.sequences and self.positions else self.name
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What a run's metrics are over.
+
+    Attributes:
+        evaluation: of ``held_out.*``, ``interval.*`` and ``loss``. train: of ``train.*``. gradients: of the gradient metrics.
+        examples: of the gradient metrics: "sequence", "position" or "token".
+        sampled: their examples are a sample of ``gradients``.
+        update: the direction of C_g, C_uG and C_ug, and the step of ``train.*`` and ``held_out.*``: a key of ``UPDATES``.
+    """
+
+    evaluation: Data
+    train: Data | None
+    gradients: Data
+    examples: str
+    sampled: bool
+    update: str | None
+
+    def parts(self) -> tuple[str, ...]:
+        """What tells two settings apart, for people; empty where it has nothing to say."""
+        train = f"batches of {self.train}" if self.train else ""
+        update = f"along {UPDATES[self.update]}" if self.update else ""
+        return str(self.evaluation), train, f"{self.examples}s, {'sampled' if self.sampled else 'exact'}", update
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run's training loss, and what was measured at some of its steps.
+
+    Attributes:
+        loss: of every training step, if it is known. smoothed: it is a moving average already.
+        points: the records of the kind "probe" or "checkpoint", by step.
+        setting: of the points; None where there are none.
+    """
+
+    name: str
+    source: Path
+    loss: Curve | None = None
+    smoothed: bool = False
+    points: tuple[Record, ...] = ()
+    setting: Setting | None = None
+
+    def curve(self, metric: str) -> Curve:
+        """At the steps where the metric was measured. The change between two checkpoints stands at the first of the two."""
+        found = [entry for entry in self.points if metric in entry["metrics"]]
+        if metric.startswith("interval."):
+            found = [{**entry, "step": entry["interval"][0]} if entry.get("interval") else entry for entry in found]
+        kind = found[0]["kind"] if found else ""
+        return curve(found, kind, metric)
+
+    def has(self, *metrics: str) -> bool:
+        """Every one of the metrics has a finite value somewhere."""
+        return all(np.isfinite(self.curve(metric).values).any() for metric in metrics)
+
+    def over(self, metric: str, runs: Sequence[Run] = ()) -> tuple[str, str, str]:
+        """What the metric is over: N examples of which set; whether these are a sample; and along which update or over which steps.
+        Empty where there is nothing to say. ``runs`` are those that it is compared with: sets that differ although they have the
+        same name and size are told apart by their digests."""
+        setting = self.setting
+        if setting is None:
+            return "", "", ""
+        on_tokens = metric.startswith(ON_TOKENS)
+        data = setting.evaluation if on_tokens else setting.gradients
+        if metric.startswith("train."):
+            data = setting.train or Data("training batches")
+        others = [other for run in runs if run.setting for other in (run.setting.evaluation, run.setting.train) if other]
+        digest = f" [{data.digest[:8]}]" if any(str(o) == str(data) and o.digest != data.digest for o in others) else ""
+        found = self._with(metric)
+        examples = "token" if on_tokens else setting.examples
+        which = f"N = {self._range(entry['metrics'][metric]['n'] for entry in found)} {examples}s of {data}{digest}"
+        sample = "" if on_tokens else f"{self._range(entry['sampled'] for entry in found)} sampled" if setting.sampled else "exact"
+        if metric.startswith("interval."):
+            doubling = all(after == 2 * before for before, after in (entry.get("interval") or (0, 0) for entry in found))
+            return which, sample, "Δt = t" if doubling else "each to the next checkpoint"
+        if setting.update and metric.startswith(ALONG_UPDATE):
+            return which, sample, f"{'along' if metric.startswith('C_') else 'by'} {UPDATES[setting.update]}"
+        return which, sample, ""
+
+    def _with(self, metric: str) -> list[Record]:
+        return [entry for entry in self.points if metric in entry["metrics"]]
+
+    @staticmethod
+    def _range(numbers: Iterator[int]) -> str:
+        found = sorted(set(numbers))
+        return f"{found[0]:,}" if len(found) == 1 else f"{found[0]:,} to {found[-1]:,}"
+
+
+def read_runs(
+    paths: Sequence[Path],
+    labels: Sequence[str] = (),
+    *,
+    smoothed: bool = False,
+    step: str | None = None,
+    loss: str | None = None,
+) -> tuple[list[Run], list[str]]:
+    """The runs of files and folders, ordered by size (as in "14M", "1.3B") and name, and what there is to say about the reading.
+
+    Args:
+        paths: each a run's folder, its ``metrics.jsonl``, what ``zerosum measure`` wrote, or a loss curve that
+            :func:`zerosum.curves.read_curve` reads.
+        labels: a name for each path, in place of those that the files give.
+        smoothed, step, loss: of the loss curves, as in :func:`zerosum.deceleration.fit` and ``read_curve``.
+
+    Raises:
+        RunError, CurveError: a file has no run; the message names it, and the line.
+        ModuleNotFoundError: TensorBoard's event files need ``tensorboard``.
+    """
+    if labels and len(labels) != len(paths):
+        raise RunError(f"labels: expected one for each of the {len(paths)} runs, got {len(labels)}")
+    found: list[Run] = []
+    notes: list[str] = []
+    for i, path in enumerate(paths):
+        file = path / "metrics.jsonl" if (path / "metrics.jsonl").is_file() else path
+        if _has_records(file):
+            entries, cut = _read_records(file)
+            notes += [cut] if cut else []
+            runs = _runs_of(file, entries)
+        else:
+            steps, losses = read_curve(path, step=step, loss=loss)
+            nothing = np.full(len(steps), math.nan)
+            runs = [Run(path.stem, path, Curve(steps, losses, nothing, 0), smoothed)]
+        if labels:
+            names = {run.name for run in runs}
+            runs = [replace(run, name=labels[i] if len(names) == 1 else f"{labels[i]}, {run.name}") for run in runs]
+        found += runs
+    return sorted(_distinct(found), key=lambda run: _order(run.name)), notes
+
+
+def _has_records(file: Path) -> bool:
+    """Lines of JSON whose first is a record: it says of which kind."""
+    if file.suffix.lower() not in (".jsonl", ".ndjson"):
+        return False
+    try:
+        with file.open(encoding="utf-8") as lines:
+            first = next((line for line in lines if line.strip()), "")
+    except OSError as error:
+        raise RunError(f"{file}: cannot be read: {error.strerror or error}") from error
+    except UnicodeDecodeError:
+        raise RunError(f"{file}: expected UTF-8 text, and its bytes are not") from None
+    if not first:
+        raise RunError(f"{file}: is empty")
+    try:
+        entry = json.loads(first)
+    except ValueError:
+        return True  # what is wrong with it is for the reader of records to say
+    return isinstance(entry, dict) and ("kind" in entry or "metrics" in entry)
+
+
+def _read_records(file: Path) -> tuple[list[Record], str]:
+    """The records, checked, and a note where the last line was cut off: a run that is still going, or that crashed."""
+    found = []
+    note = ""
+    lines = file.read_text(encoding="utf-8").splitlines(keepends=True)
+    for number, line in enumerate(lines, 1):
+        where = f"{file} line {number}"
+        if not line.strip():
+            continue
+        try:
+            entry = json.loads(line)
+        except ValueError as error:
+            if number == len(lines) and not line.endswith("\n"):
+                note = f"{where}: is cut off, left out"
+                continue
+            raise RunError(f"{where}: expected JSON: {error}") from None
+        _check(entry, where)
+        found.append(entry)
+    if not found:
+        raise RunError(f"{file}: has no whole record")
+    return found, note
+
+
+def _check(entry: Any, where: str) -> None:
+    if not isinstance(entry, dict):
+        raise RunError(f"{where}: expected a JSON object, got {json.dumps(entry)[:40]}")
+    if entry.get("kind") not in KINDS:
+        raise RunError(f"{where}: kind: expected one of {', '.join(KINDS)}, got {json.dumps(entry.get('kind'))}")
+    if not _whole(entry.get("step")):
+        raise RunError(f"{where}: step: expected a whole number >= 0, got {json.dumps(entry.get('step'))}")
+    metrics = entry.get("metrics")
+    if not isinstance(metrics, dict):
+        raise RunError(f"{where}: metrics: expected an object, got {json.dumps(metrics)[:40]}")
+    for name, metric in metrics.items():
+        numbers = [metric.get(key) for key in ("value", "null", "error")] if isinstance(metric, dict) else [""]
+        if not all(x is None or (isinstance(x, int | float) and not isinstance(x, bool)) for x in numbers) or not _whole(
+            metric.get("n")
+        ):
+            expected = 'numbers {"value", "n", "null", "error"}'
+            raise RunError(f"{where}: metrics: {name}: expected {expected}, got {json.dumps(metric)[:60]}")
+    if entry["kind"] == "checkpoint":
+        _check_checkpoint(entry, where)
+
+
+def _check_checkpoint(entry: Record, where: str) -> None:
+    for key, expected, good in (
+        ("run", "a name", isinstance(entry.get("run"), str)),
+        ("evaluation", 'an object with a "name"', _is_data(entry.get("evaluation"))),
+        ("train", 'null or an object with a "name"', entry.get("train") is None or _is_data(entry.get("train"))),
+        ("examples", '"sequence", "position" or "token"', entry.get("examples") in ("sequence", "position", "token")),
+        ("sampled", "null or a whole number", entry.get("sampled") is None or _whole(entry.get("sampled"))),
+        ("update", f"null or one of {', '.join(UPDATES)}", entry.get("update") is None or entry.get("update") in UPDATES),
+        ("interval", "null or two steps", entry.get("interval") is None or _is_interval(entry["interval"])),
+    ):
+        if not good:
+            raise RunError(f"{where}: {key}: expected {expected}, got {json.dumps(entry.get(key))[:60]}")
+
+
+def _whole(x: Any) -> bool:
+    return isinstance(x, int) and not isinstance(x, bool) and x >= 0
+
+
+def _is_data(x: Any) -> bool:
+    sizes = [x.get(key) for key in ("sequences", "positions")] if isinstance(x, dict) else [""]
+    return all(size is None or _whole(size) for size in sizes) and isinstance(x.get("name"), str)
+
+
+def _is_interval(x: Any) -> bool:
+    return isinstance(x, list) and len(x) == 2 and all(map(_whole, x))
+
+
+def _runs_of(file: Path, entries: Sequence[Record]) -> list[Run]:
+    """Of one file: the run of a demo, and one for each run and setting that was measured."""
+    runs = []
+    loss = curve(entries, "step", "train.loss")
+    probes = [entry for entry in entries if entry["kind"] == "probe"]
+    if len(loss) or probes:
+        name = file.resolve().parent.name if file.name == "metrics.jsonl" else file.stem
+        setting = _demo_setting(file) if probes else None
+        runs.append(Run(name, file, loss if len(loss) else None, points=_by_step(file, probes), setting=setting))
+    groups: dict[tuple[str, Setting], list[Record]] = {}
+    for entry in entries:
+        if entry["kind"] == "checkpoint":
+            groups.setdefault((entry["run"], _setting(entry)), []).append(entry)
+    for key, found in _with_their_update(groups).items():
+        runs.append(Run(key[0], file, points=_by_step(file, found), setting=key[1]))
+    if not runs:
+        raise RunError(f"{file}: has no training step, probe or checkpoint")
+    return runs
+
+
+def _with_their_update(groups: dict[tuple[str, Setting], list[Record]]) -> dict[tuple[str, Setting], list[Record]]:
+    """Checkpoints without an update, as the last one is where the update is the change to the next, join the others of their
+    kind."""
+    joined = {key: found for key, found in groups.items() if key[1].update is not None}
+    for (name, setting), found in groups.items():
+        if setting.update is None:
+            others = [key for key in joined if key[0] == name and replace(key[1], update=None) == setting]
+            key = others[0] if len(others) == 1 else (name, setting)
+            joined[key] = joined.get(key, []) + found
+    return joined
+
+
+def _by_step(file: Path, entries: Sequence[Record]) -> tuple[Record, ...]:
+    found = sorted(entries, key=lambda entry: entry["step"])
+    for before, after in pairwise(found):
+        if before["step"] == after["step"]:
+            raise RunError(f"{file}: step {after['step']} was measured twice in the same way: leave one of the two lines")
+    return tuple(found)
+
+
+def _setting(entry: Record) -> Setting:
+    evaluation = _data(entry["evaluation"])
+    train = _data(entry["train"]) if entry.get("train") else None
+    return Setting(evaluation, train, evaluation, entry["examples"], entry.get("sampled") is not None, entry.get("update"))
+
+
+def _data(found: dict[str, Any]) -> Data:
+    return Data(found["name"], found.get("sequences"), found.get("positions"), str(found.get("digest") or ""))
+
+
+def _demo_setting(file: Path) -> Setting:
+    """The demo measures held-out text and the step's own batch; its ``config.json`` fixes which these are."""
+    config: dict[str, Any] = {}
+    if (there := file.parent / "config.json").is_file():
+        try:
+            config = json.loads(there.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise RunError(f"{there}: expected JSON: {error}") from None
+    digest = " ".join(str(config.get(key, "")) for key in ("text", "seed", "positions")).strip()
+    train = Data("training batches", digest=digest)
+    return Setting(Data("held-out text", digest=digest), train, train, "sequence", False, "optimizer")
+
+
+def _distinct(runs: Sequence[Run]) -> list[Run]:
+    """Each with a name of its own: runs of the same name add what they were measured on, or where they come from."""
+    found = []
+    for run in runs:
+        same = [other for other in runs if other.name == run.name and other is not run]
+        added = []
+        if run.setting:
+            beside = [other.setting for other in same if other.source == run.source and other.setting]
+            pairs = zip(run.setting.parts(), *(setting.parts() for setting in beside), strict=True)
+            added = [parts[0] for parts in pairs if parts[0] and len(set(parts)) > 1]
+            if beside and not added:
+                added = [f"set {run.setting.evaluation.digest[:8]}"]
+        if any(other.source != run.source for other in same):
+            added.append(str(run.source))
+        found.append(replace(run, name=f"{run.name} ({', '.join(added)})") if added else run)
+    return found
+
+
+def _order(name: str) -> tuple[float, list[tuple[int, float, str]]]:
+    """By the number of parameters in the name, then by the name with its numbers as numbers."""
+    size = re.search(r"(\d+(?:\.\d+)?) ?([KMBT])(?![A-Za-z0-9])", name, re.IGNORECASE)
+    parameters = float(size[1]) * 1000 ** ("KMBT".index(size[2].upper()) + 1) if size else 0.0
+    pieces = re.split(r"(\d+)", name.lower())  # every other one is a number
+    return parameters, [(1, float(piece), "") if i % 2 else (0, 0.0, piece) for i, piece in enumerate(pieces)]
