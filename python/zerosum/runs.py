@@ -87,15 +87,18 @@ class Run:
 
     def curve(self, metric: str) -> Curve:
         """At the steps where the metric was measured. The change between two checkpoints stands at the first of the two."""
-        found = [entry for entry in self.points if metric in entry["metrics"]]
-        if metric.startswith("interval."):
+        return self.curves(metric)[0]
+
+    def curves(self, *metrics: str) -> list[Curve]:
+        """The same for several, at the steps where all of them were measured."""
+        found = [entry for entry in self.points if all(metric in entry["metrics"] for metric in metrics)]
+        if any(metric.startswith("interval.") for metric in metrics):
             found = [{**entry, "step": entry["interval"][0]} if entry.get("interval") else entry for entry in found]
-        kind = found[0]["kind"] if found else ""
-        return curve(found, kind, metric)
+        return [curve(found, found[0]["kind"] if found else "", metric) for metric in metrics]
 
     def has(self, *metrics: str) -> bool:
-        """Every one of the metrics has a finite value somewhere."""
-        return all(np.isfinite(self.curve(metric).values).any() for metric in metrics)
+        """At some step every one of the metrics has a finite value."""
+        return bool(np.isfinite([c.values for c in self.curves(*metrics)]).all(0).any())
 
     def over(self, metric: str, runs: Sequence[Run] = ()) -> tuple[str, str, str]:
         """What the metric is over: N examples of which set; whether these are a sample; and along which update or over which steps.
@@ -141,8 +144,8 @@ def read_runs(
     """The runs of files and folders, ordered by size (as in "14M", "1.3B") and name, and what there is to say about the reading.
 
     Args:
-        paths: each a run's folder, its ``metrics.jsonl``, what ``zerosum measure`` wrote, or a loss curve that
-            :func:`zerosum.curves.read_curve` reads.
+        paths: each a run's folder, a folder of such folders, a run's ``metrics.jsonl``, what ``zerosum measure`` wrote, or a loss
+            curve that :func:`zerosum.curves.read_curve` reads.
         labels: a name for each path, in place of those that the files give.
         smoothed, step, loss: of the loss curves, as in :func:`zerosum.deceleration.fit` and ``read_curve``.
 
@@ -155,15 +158,15 @@ def read_runs(
     found: list[Run] = []
     notes: list[str] = []
     for i, path in enumerate(paths):
-        file = path / "metrics.jsonl" if (path / "metrics.jsonl").is_file() else path
-        if _has_records(file):
-            entries, cut = _read_records(file)
-            notes += [cut] if cut else []
-            runs = _runs_of(file, entries)
-        else:
-            steps, losses = read_curve(path, step=step, loss=loss)
-            nothing = np.full(len(steps), math.nan)
-            runs = [Run(path.stem, path, Curve(steps, losses, nothing, 0), smoothed)]
+        runs: list[Run] = []
+        for file in _files(path):
+            if _has_records(file):
+                entries, cut = _read_records(file)
+                notes += [cut] if cut else []
+                runs += _runs_of(file, entries)
+            else:
+                steps, losses = read_curve(file, step=step, loss=loss)
+                runs.append(Run(file.stem, file, Curve(steps, losses, np.full(len(steps), math.nan), 0), smoothed))
         if labels:
             names = {run.name for run in runs}
             runs = [replace(run, name=labels[i] if len(names) == 1 else f"{labels[i]}, {run.name}") for run in runs]
@@ -171,18 +174,25 @@ def read_runs(
     return sorted(_distinct(found), key=lambda run: _order(run.name)), notes
 
 
+def _files(path: Path) -> list[Path]:
+    """Where the runs of a path are: in it, or in the records of the folder or of its folders."""
+    if not path.is_dir():
+        return [path]
+    if (own := path / "metrics.jsonl").is_file():
+        return [own]
+    if any(".tfevents." in file.name for file in path.iterdir()):
+        return [path]
+    if not (below := sorted(path.glob("*/metrics.jsonl"))):
+        raise RunError(f"{path}: expected a run's metrics.jsonl in this folder or in its folders, or TensorBoard's event files")
+    return below
+
+
 def _has_records(file: Path) -> bool:
     """Lines of JSON whose first is a record: it says of which kind."""
     if file.suffix.lower() not in (".jsonl", ".ndjson"):
         return False
-    try:
-        with file.open(encoding="utf-8") as lines:
-            first = next((line for line in lines if line.strip()), "")
-    except OSError as error:
-        raise RunError(f"{file}: cannot be read: {error.strerror or error}") from error
-    except UnicodeDecodeError:
-        raise RunError(f"{file}: expected UTF-8 text, and its bytes are not") from None
-    if not first:
+    first = next((line for line in _lines(file) if line.strip()), None)
+    if first is None:
         raise RunError(f"{file}: is empty")
     try:
         entry = json.loads(first)
@@ -191,11 +201,22 @@ def _has_records(file: Path) -> bool:
     return isinstance(entry, dict) and ("kind" in entry or "metrics" in entry)
 
 
+def _lines(file: Path) -> list[str]:
+    """What stands between line feeds, and nothing else: a name may have other characters at which Python ends a line. The last one
+    is empty where the last line is whole."""
+    try:
+        return file.read_bytes().decode().split("\n")
+    except OSError as error:
+        raise RunError(f"{file}: cannot be read: {error.strerror or error}") from error
+    except UnicodeDecodeError:
+        raise RunError(f"{file}: expected UTF-8 text, and its bytes are not") from None
+
+
 def _read_records(file: Path) -> tuple[list[Record], str]:
     """The records, checked, and a note where the last line was cut off: a run that is still going, or that crashed."""
     found = []
     note = ""
-    lines = file.read_text(encoding="utf-8").splitlines(keepends=True)
+    lines = _lines(file)
     for number, line in enumerate(lines, 1):
         where = f"{file} line {number}"
         if not line.strip():
@@ -203,10 +224,10 @@ def _read_records(file: Path) -> tuple[list[Record], str]:
         try:
             entry = json.loads(line)
         except ValueError as error:
-            if number == len(lines) and not line.endswith("\n"):
-                note = f"{where}: is cut off, left out"
-                continue
-            raise RunError(f"{where}: expected JSON: {error}") from None
+            if number < len(lines):
+                raise RunError(f"{where}: expected JSON: {error}") from None
+            note = f"{where}: is cut off, left out"
+            continue
         _check(entry, where)
         found.append(entry)
     if not found:
@@ -345,7 +366,7 @@ def _distinct(runs: Sequence[Run]) -> list[Run]:
 
 def _order(name: str) -> tuple[float, list[tuple[int, float, str]]]:
     """By the number of parameters in the name, then by the name with its numbers as numbers."""
-    size = re.search(r"(\d+(?:\.\d+)?) ?([KMBT])(?![A-Za-z0-9])", name, re.IGNORECASE)
+    size = re.search(r"(?<![A-Za-z0-9.])(\d+(?:\.\d+)?) ?([KMBT])(?![A-Za-z0-9])", name, re.IGNORECASE)
     parameters = float(size[1]) * 1000 ** ("KMBT".index(size[2].upper()) + 1) if size else 0.0
     pieces = re.split(r"(\d+)", name.lower())  # every other one is a number
     return parameters, [(1, float(piece), "") if i % 2 else (0, 0.0, piece) for i, piece in enumerate(pieces)]

@@ -19,9 +19,10 @@ Draws the figures of the paper on zero-sum learning, with all the runs in each o
   gradients      D of the gradients against steps, on an axis that shows the last per cent
   decomposition  C_g and C_(u,G) / C_(u,g) along the update against steps
 
-A RUN is a folder of `zerosum demo`, a file of `zerosum measure`, or a loss curve: CSV, JSON
-lines, NumPy or TensorBoard, which the loss figure alone can use. Dashed lines are what random
-signs would give. Each panel says what it is over; runs that differ in that are told apart.
+A RUN is a folder of `zerosum demo`, or a folder of such folders, a file of `zerosum measure`,
+or a loss curve: CSV, JSON lines, NumPy or TensorBoard, which the loss figure alone can use.
+Dashed lines are what random signs would give. Each panel says what it is over; runs that
+differ in that are told apart. What a run lacks is said, and the rest of it is drawn.
 """
 
 EXAMPLES = """\
@@ -51,7 +52,7 @@ def run(options: argparse.Namespace) -> int:
     if absent := missing("matplotlib", "scipy"):
         return refuse("plot", absent)
     # Here, not above: `zerosum doctor` must work without them.
-    from zerosum.plots import paper, save
+    from zerosum.plots import paper
     from zerosum.runs import read_runs
 
     try:
@@ -65,24 +66,20 @@ def run(options: argparse.Namespace) -> int:
     for note in notes:
         print(f"zerosum plot: {note}", file=sys.stderr)
     print("Runs: " + ", ".join(run.name for run in runs))
-    drawn = 0
+    written = []
     for name in dict.fromkeys(options.figures):
-        able = [run for run in runs if paper.drawable(name, run)]
-        if able:
-            figure = paper.loss(runs, options.first) if name == "loss" else paper.FIGURES[name].draw(runs)
-            paths = [options.out / f"{name}.{kind}" for kind in dict.fromkeys(options.format)]
-            try:
-                for path in paths:
-                    save(figure, path)
-            except OSError as error:
-                print(f"zerosum plot: {path}: {error.strerror or error}", file=sys.stderr)
-                return 1
-            drawn += 1
-        print(f"{name:<14} {', '.join(map(str, paths)) if able else 'left out'}")
+        try:
+            paths = paper.write(runs, options.out, [name], tuple(dict.fromkeys(options.format)), options.first)
+        except OSError as error:
+            print(f"zerosum plot: {error.filename}: {error.strerror}", file=sys.stderr)
+            return 1
+        written += paths
+        print(f"{name:<14} {', '.join(map(str, paths)) or 'left out'}")
         for run in runs:
             if lacking := paper.lacking(name, run):
-                print(f"{'':<14}   {run.name} {'is not in it' if run not in able else 'is in part of it'}: no {', '.join(lacking)}")
-    if not drawn:
+                where = "is in part of it" if paper.drawable(name, run) else "is not in it"
+                print(f"{'':<14}   {run.name} {where}: no {', '.join(lacking)}")
+    if not written:
         print("zerosum plot: no run has what any of these figures needs", file=sys.stderr)
         return 1
     return 0

@@ -16,7 +16,7 @@ from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
-from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullFormatter, NullLocator
+from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
 
 from zerosum.records import Curve
 
@@ -81,31 +81,31 @@ def step_axis(axes: Axes, steps: np.ndarray, label: str = "optimizer step") -> N
         axes.set_xlim(low / 1.25, high * 1.25)
     first = max(low, 1.0)
     decades = math.log10(max(high, 1.0) / first)
-    parts = (1, 2, 5) if decades < 2.5 else (1,)
-    marks = [m * 10.0**k for k in range(math.floor(math.log10(first)), math.ceil(math.log10(max(high, 10))) + 1) for m in parts]
-    axes.xaxis.set_major_locator(
-        FixedLocator(([0.0] if low == 0 else []) + (marks if decades > 0.7 else [float(s) for s in steps]))
-    )
-    axes.xaxis.set_minor_locator(NullLocator())
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda step, _: count(step)))
+    powers = 10.0 ** np.arange(math.floor(math.log10(first)), math.log10(max(high, 10)) + 1)
+    marks = (powers[:, None] * np.array([1, 2, 5] if decades < 2.5 else [1])).ravel()
+    if decades < 0.7:
+        own = np.unique(steps)
+        marks = own if 0 < len(own) <= 6 else np.asarray(MaxNLocator(7, integer=True, steps=[1, 2, 5, 10]).tick_values(first, high))
+    _fix(axes, "x", np.append(marks, 0.0) if low == 0 else marks, lambda step, _: count(step))
     axes.set_xlabel(label)
 
 
 def count(x: float) -> str:
-    """1, 10, 100, 1k, 10k, 1M."""
+    """1, 10, 100, 1k, 10k, 1M; 2,048 where it is not as round."""
     for size, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
         if x >= size:
-            return f"{x / size:.6g}{unit}"
-    return f"{x:.6g}"
+            short = f"{x / size:.10g}{unit}"
+            return short if len(short) <= 4 else f"{x:,.10g}"
+    return f"{x:.10g}"
 
 
 def value_axis(axes: Axes, values: np.ndarray, along: str = "y") -> None:
-    """A log axis whose ticks can be read: matplotlib's own has none over less than a decade."""
-    axis = axes.yaxis if along == "y" else axes.xaxis
-    (axes.set_yscale if along == "y" else axes.set_xscale)("log")
+    """A log axis whose ticks can be read: matplotlib has none over less than a decade. What is not positive becomes a gap; where
+    nothing is, the axis stays linear."""
     values = values[positive(values) > 0]
     if not len(values):
         return
+    (axes.set_yscale if along == "y" else axes.set_xscale)("log", nonpositive="mask")
     margin = max((values.max() / values.min()) ** 0.05, 1.05)
     low, high = values.min() / margin, values.max() * margin
     (axes.set_ylim if along == "y" else axes.set_xlim)(low, high)
@@ -118,7 +118,6 @@ def value_axis(axes: Axes, values: np.ndarray, along: str = "y") -> None:
             (marks for marks in spaced if np.sum((marks >= low) & (marks <= high)) <= room), decades[:: len(decades) // 6 + 1]
         )
     _fix(axes, along, marks[marks > 0], lambda x, _: f"{x:g}")
-    axis.set_minor_formatter(NullFormatter())
 
 
 def interference_axis(axes: Axes, values: np.ndarray, label: str) -> None:
@@ -204,7 +203,11 @@ def legend_of(figure: Figure, axes: Axes, columns: int) -> None:
 
 def save(figure: Figure, path: Path) -> None:
     """Writes a figure as PNG or SVG, as the path's ending says, and replaces the file as a whole. The same figure gives the same
-    bytes."""
+    bytes.
+
+    Raises:
+        OSError: the file cannot be written; ``filename`` is its path.
+    """
     new = path.with_name(f"{path.name}.new")
     kind = path.suffix.removeprefix(".")
     metadata = {"Date": None} if kind == "svg" else None
@@ -212,5 +215,7 @@ def save(figure: Figure, path: Path) -> None:
         with rc_context({"svg.hashsalt": "zerosum"}):
             figure.savefig(new, format=kind, dpi=150, metadata=metadata)
         os.replace(new, path)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from error
     finally:
         new.unlink(missing_ok=True)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -29,6 +30,7 @@ from zerosum.plots.axes import (
     measured,
     panels,
     positive,
+    save,
     step_axis,
     styles,
     titles,
@@ -45,6 +47,20 @@ CHANGES = {
     "held_out": "Δt = 1, on the evaluation set",
     "interval": "Between checkpoints, on the evaluation set",
 }
+
+
+class Part(NamedTuple):
+    """A factor of C of the first-order loss changes: a metric, or the ratio of two."""
+
+    title: str
+    label: str
+    metrics: tuple[str, ...]
+
+
+PARTS = (
+    Part("Agreement of examples", "C_g (no unit)", ("C_g",)),
+    Part("Agreement of coordinates", "C_(u,G) / C_(u,g) (no unit)", ("C_uG", "C_ug")),
+)
 DASHES = (0, (4, 1.5))
 POINTS = 3000  # of a raw loss curve: more cannot be seen, and make an SVG large
 
@@ -63,7 +79,8 @@ def loss(runs: Sequence[Run], first: float = 100) -> Figure:
         first: fit later steps than this, as in :func:`zerosum.deceleration.fit`.
     """
     figure, ((axes,),) = panels(1, 1, 8.6, 5.4)
-    entries, shown, steps = [], [np.array([])], [np.array([])]
+    _expect([run for run in runs if drawable("loss", run)], "a training loss, or the loss of checkpoints")
+    entries, shown, steps = [], [], []
     over = {run.name: _over_training(run) for run in runs if run.loss is not None}
     common, broken = len(set(over.values())) == 1, False
     for run, style in zip(runs, styles(len(runs)), strict=True):
@@ -110,9 +127,9 @@ def interference(runs: Sequence[Run]) -> Figure:
     top = [Panel(axes, CHANGES[kind], f"{kind}.D") for axes, kind in zip(upper, kinds, strict=True)]
     sizes: dict[str, list[np.ndarray]] = {"one step": [], "interval": []}  # two scales: the magnitudes of the two differ widely
     for d_axes, m_axes, kind in zip(upper, lower, kinds, strict=True):
-        steps = [np.array([], dtype=int)]
+        steps = []
         for run, style in _with(runs, f"{kind}.D", f"{kind}.M"):
-            d, m = run.curve(f"{kind}.D"), run.curve(f"{kind}.M")
+            d, m = run.curves(f"{kind}.D", f"{kind}.M")
             measured(d_axes, d, style)
             measured(m_axes, m, style)
             steps += [d.steps, m.steps]
@@ -138,7 +155,7 @@ def plane(runs: Sequence[Run]) -> Figure:
     for axes, kind in zip(row, kinds, strict=True):
         all_d, all_m = [], []
         for run, style in _with(runs, f"{kind}.D", f"{kind}.M"):
-            d, m = run.curve(f"{kind}.D"), run.curve(f"{kind}.M")
+            d, m = run.curves(f"{kind}.D", f"{kind}.M")
             axes.plot(m.values, d.values, "-", color=style.color, marker=style.marker, markersize=3.5, linewidth=1.2)
             both = np.flatnonzero(np.isfinite(d.values) & np.isfinite(m.values))[[0, -1]]
             for end, size, face in zip(both, (7, 10), ("white", style.color), strict=True):
@@ -161,8 +178,9 @@ def plane(runs: Sequence[Run]) -> Figure:
 def gradients(runs: Sequence[Run]) -> Figure:
     """D(∇ℓ), the mean over coordinates of the gradients' interference, against steps, with its null. The axis is spaced by log(1
     − D): late values lie between 0.98 and 0.995, where a plain axis shows nothing."""
+    _expect(_with(runs, "D_grad"), "D_grad")
     figure, ((axes,),) = panels(1, 1, 7.4, 4.6)
-    shown, steps = [np.array([])], [np.array([])]
+    shown, steps = [], []
     for run, style in _with(runs, "D_grad"):
         c = run.curve("D_grad")
         measured(axes, c, style)
@@ -177,19 +195,21 @@ def gradients(runs: Sequence[Run]) -> Figure:
 def decomposition(runs: Sequence[Run]) -> Figure:
     """C_g and C_(u,G) / C_(u,g) along the update against steps, with their nulls. Their product is C of the first-order loss
     changes."""
-    figure, ((left, right),) = panels(1, 2, 2 * WIDTH + 1, 4.6)
-    for axes, name in ((left, "C_g"), (right, "ratio")):
-        shown, steps = [np.array([])], [np.array([])]
-        for run, style in _with(runs, *(("C_g",) if name == "C_g" else ("C_uG", "C_ug"))):
-            c = run.curve("C_g") if name == "C_g" else ratio(run.curve("C_uG"), run.curve("C_ug"))
+    shown = [part for part in PARTS if any(run.has(*part.metrics) for run in runs)]
+    _expect(shown, "C_g, or C_uG and C_ug")
+    figure, (row,) = panels(1, len(shown), WIDTH * len(shown) + 1, 4.6)
+    for axes, part in zip(row, shown, strict=True):
+        seen, steps = [], []
+        for run, style in _with(runs, *part.metrics):
+            curves = run.curves(*part.metrics)
+            c = ratio(*curves) if len(curves) == 2 else curves[0]
             measured(axes, c, style)
-            shown += _seen(c)
+            seen += _seen(c)
             steps.append(c.steps)
         step_axis(axes, np.concatenate(steps))
-        value_axis(axes, np.concatenate(shown))
-    left.set_ylabel("C_g (no unit)")
-    right.set_ylabel("C_(u,G) / C_(u,g) (no unit)")
-    _explain(figure, runs, [Panel(left, "Agreement of examples, C_g", "C_g"), Panel(right, "Agreement of coordinates", "C_uG")])
+        value_axis(axes, np.concatenate(seen))
+        axes.set_ylabel(part.label)
+    _explain(figure, runs, [Panel(axes, part.title, part.metrics[0]) for axes, part in zip(row, shown, strict=True)])
     return figure
 
 
@@ -205,8 +225,35 @@ FIGURES = {
     "interference": Drawing(interference, tuple((f"{kind}.D", f"{kind}.M") for kind in CHANGES)),
     "plane": Drawing(plane, tuple((f"{kind}.D", f"{kind}.M") for kind in CHANGES)),
     "gradients": Drawing(gradients, (("D_grad",),)),
-    "decomposition": Drawing(decomposition, (("C_g",), ("C_uG", "C_ug"))),
+    "decomposition": Drawing(decomposition, tuple(part.metrics for part in PARTS)),
 }
+
+
+def write(
+    runs: Sequence[Run],
+    folder: Path,
+    names: Sequence[str] = tuple(FIGURES),
+    kinds: Sequence[str] = ("png", "svg"),
+    first: float = 100,
+) -> list[Path]:
+    """Draws those of the figures that a run has the metrics for, each with all the runs that have; returns the paths.
+
+    Args:
+        folder: where they go, as NAME.KIND. A file is replaced as a whole.
+        names: keys of ``FIGURES``. kinds: "png", "svg".
+        first: as in :func:`loss`.
+
+    Raises:
+        OSError: a file cannot be written; ``filename`` says which.
+    """
+    paths = []
+    for name in names:
+        if any(drawable(name, run) for run in runs):
+            figure = loss(runs, first) if name == "loss" else FIGURES[name].draw(runs)
+            for kind in kinds:
+                paths.append(folder / f"{name}.{kind}")
+                save(figure, paths[-1])
+    return paths
 
 
 def lacking(name: str, run: Run) -> list[str]:
@@ -236,7 +283,14 @@ def _seen(c: Curve) -> list[np.ndarray]:
 
 
 def _changes(runs: Sequence[Run]) -> list[str]:
-    return [kind for kind in CHANGES if any(run.has(f"{kind}.D", f"{kind}.M") for run in runs)]
+    kinds = [kind for kind in CHANGES if any(run.has(f"{kind}.D", f"{kind}.M") for run in runs)]
+    _expect(kinds, " or ".join(f"{kind}.D and {kind}.M" for kind in CHANGES))
+    return kinds
+
+
+def _expect(found: Sequence[object], metrics: str) -> None:
+    if not found:
+        raise ValueError(f"runs: expected one at least that has {metrics}")
 
 
 def _explain(
@@ -255,7 +309,7 @@ def _explain(
         alike = [len(set(parts)) == 1 for parts in zip(*over.values(), strict=True)]
         below = [part for part, same in zip(next(iter(over.values()), ()), alike, strict=True) if part and same]
         if not all(alike):
-            below.append("the runs differ in what this is over: see the legend")
+            below.append(f"{'the rest' if below else 'what this is over'} differs between runs: see the legend")
         titled.append((panel.axes, panel.title, ", ".join(below)))
         for name, parts in over.items():
             added[name] += [part for part, same in zip(parts, alike, strict=True) if part and not same and part not in added[name]]
@@ -325,6 +379,8 @@ def _draw_fit(axes: Axes, steps: np.ndarray, found: Deceleration, style: Style, 
 def _iso_lines(axes: Axes) -> None:
     """Where M (1 − D) is the same, at powers of ten, with its value where the line leaves the panel."""
     (low, high), (bottom, top) = axes.get_xlim(), axes.get_ylim()
+    if axes.get_xscale() != "log":  # every M is 0
+        return
     least, most = low * (1 - top), high * (1 - bottom)
     steps = (1,) if most / least > 1000 else (1, 3) if most / least > 15 else (1, 2, 3, 5, 7)
     m = np.array([low, high])
