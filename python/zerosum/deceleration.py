@@ -1,0 +1,335 @@
+"""Loss deceleration: where a loss curve, straight on log-log axes, bends and goes on flatter.
+
+The curve is a smoothly broken power law with one break and no offset (Caballero et al. 2023), fitted as Mircea et al. (2025) do:
+
+    ln L(t) = ln b − c0 ln t − c1 f1 ln(1 + exp((ln t − ln d1) / f1))
+
+Before the break its log-log slope is −c0, after it −(c0 + c1); f1 is how many e-folds of t the bend takes. At a deceleration c1 < 0.
+Needs scipy, which ``pip install 'zsl_kernels[demo]'`` brings.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from zerosum.curves import CurveError, check, thin
+from zerosum.records import smooth
+
+FEWEST = 12  # points to fit five numbers to
+BESIDE = 3  # of them on either side of a break, for it to be one
+PUBLISHED_SPLIT = 6000.0  # where the published fits start from
+SHARPEST = 1e-3  # of f1: less than the distance of two points, so that they cannot tell
+LEVEL = 0.95  # of the bootstrap's intervals
+NAMES = ("b", "c0", "c1", "log_d1", "f1")
+# scipy's own defaults would stop 1e-8 short, far less than any error here; the bootstrap needs no more than this.
+TOLERANCE, ROUGH = 1e-10, 1e-6
+
+
+@dataclass(frozen=True)
+class Deceleration:
+    """The fit of one curve.
+
+    ``errors`` and ``intervals`` have one entry for each of b, c0, c1, log_d1, f1, L_d, t_d, r_d and L_T_hat.
+
+    Attributes:
+        b, c0, c1, log_d1, f1: the curve's parameters, log_d1 = ln d1.
+        L_d, t_d: where the two straight segments meet, L_d = b t_d^−c0 at step t_d = ⌊d1⌋. The smooth curve lies above L_d there.
+        r_d: the slope after it, c0 + c1: L falls as t^−r_d.
+        L_T: the last point of the curve that was fitted. L_T_hat: L_d (T / t_d)^−r_d at step T = ``final``.
+        rsle: root mean squared error of ln L.
+        errors: standard errors, from the covariance of least squares, which the correlation of the residuals widens: n residuals are
+            worth ``n_effective``. NaN where the data do not tell: the width f1 of a break sharper than the points are spaced.
+        intervals: 95 % percentile intervals of the bootstrap; empty without one.
+        n: points fitted. n_effective: independent ones that they are worth, n over the residuals' autocorrelation time.
+        one_b, one_c: the single segment L = one_b t^−one_c that the curve is compared with.
+        bic_one, bic_two: n_effective ln(RSS/n) + k ln(n_effective), k = 2 and 5; the lower one is the better description.
+        found: a deceleration: two segments describe the curve better, it falls before the break and less steeply after it, and the
+            break has points on both sides.
+        verdict: the same in words, or what was found instead.
+    """
+
+    b: float
+    c0: float
+    c1: float
+    log_d1: float
+    f1: float
+    L_d: float
+    t_d: int
+    r_d: float
+    L_T: float
+    L_T_hat: float
+    final: float
+    rsle: float
+    errors: Mapping[str, float]
+    intervals: Mapping[str, tuple[float, float]]
+    n: int
+    n_effective: float
+    one_b: float
+    one_c: float
+    bic_one: float
+    bic_two: float
+    found: bool
+    verdict: str
+
+    @property
+    def d1(self) -> float:
+        return math.exp(self.log_d1)
+
+    def at(self, steps: ArrayLike) -> np.ndarray:
+        """The fitted losses at ``steps``."""
+        return np.exp(_curve(np.log(np.asarray(steps, dtype=float)), *self._parameters()))
+
+    def early(self, steps: ArrayLike) -> np.ndarray:
+        """The segment before the break, b t^−c0."""
+        return self.b * np.asarray(steps, dtype=float) ** -self.c0
+
+    def late(self, steps: ArrayLike) -> np.ndarray:
+        """The segment after it, L_d (t / t_d)^−r_d."""
+        return self.L_d * (np.asarray(steps, dtype=float) / self.t_d) ** -self.r_d
+
+    def one(self, steps: ArrayLike) -> np.ndarray:
+        """The single segment."""
+        return self.one_b * np.asarray(steps, dtype=float) ** -self.one_c
+
+    def __str__(self) -> str:
+        if not self.found:
+            return f"{self.verdict}; RSLE {self.rsle:.4f} over {self.n} points"
+        parts = (f"{name} = {getattr(self, name):.4g} ± {self.errors[name]:.2g}" for name in ("L_d", "t_d", "r_d"))
+        return f"{self.verdict}: {', '.join(parts)}; RSLE {self.rsle:.4f} over {self.n} points"
+
+    def _parameters(self) -> tuple[float, ...]:
+        return math.log(self.b), self.c0, self.c1, self.log_d1, self.f1
+
+
+def fit(
+    steps: ArrayLike,
+    losses: ArrayLike,
+    *,
+    smoothed: bool = False,
+    first: float = 100,
+    final: float | None = None,
+    bootstrap: int = 200,
+    seed: int = 0,
+) -> Deceleration:
+    """``scipy.optimize.curve_fit`` of ln L(t), dogbox, from several starts of which the best fit is kept.
+
+    The losses are first averaged over a log-scaled window (:func:`zerosum.records.smooth`; it looks back, so a break comes some 9 % of its
+    step late, as in the published numbers), then thinned (:func:`zerosum.curves.thin`).
+
+    Args:
+        steps: (n,), increasing.
+        losses: (n,), > 0, in any unit.
+        smoothed: the losses are averages already, or of whole evaluation sets: take every row as it is.
+        first: take only later steps than this.
+        final: the step T of L_T_hat; the last step if None.
+        bootstrap: resamples behind the intervals, of the residuals in moving blocks, for neighbours err together; 0 for none.
+        seed: fixes them.
+
+    Raises:
+        CurveError: the curve is too short, or has a NaN, a loss <= 0 or a step that does not increase; the message says where.
+        ModuleNotFoundError: scipy is missing.
+    """
+    x, y, final = _points(steps, losses, smoothed, first, final)
+    best = _fit(x, y, _starts(x, y), TOLERANCE)
+    residuals = y - _curve(x, *best)
+    one = np.polyfit(x, y, 1)
+    n_effective = len(x) / _autocorrelation_time(residuals)
+    bics = [_bic(y - fitted, n_effective, k) for fitted, k in ((np.polyval(one, x), 2), (_curve(x, *best), 5))]
+    found, verdict = _verdict(x, best, -float(one[0]), *bics)
+    derived = _derived(best, final)
+    resampled = _resample(x, best, residuals, n_effective, bootstrap, seed, final)
+    edges = np.percentile(resampled, [50 * (1 - LEVEL), 50 * (1 + LEVEL)], axis=0).T if bootstrap else []
+    return Deceleration(
+        **derived | {"t_d": int(derived["t_d"])},  # type: ignore[arg-type]
+        L_T=float(np.exp(y[-1])),
+        final=final,
+        rsle=float(np.sqrt(np.mean(residuals**2))),
+        errors=_errors(x, best, residuals, n_effective, derived, final),
+        intervals={name: (float(low), float(high)) for name, (low, high) in zip(derived, edges, strict=False)},
+        n=len(x),
+        n_effective=n_effective,
+        one_b=float(np.exp(one[1])),
+        one_c=-float(one[0]),
+        bic_one=bics[0],
+        bic_two=bics[1],
+        found=found,
+        verdict=verdict,
+    )
+
+
+def _points(
+    steps: ArrayLike, losses: ArrayLike, smoothed: bool, first: float, final: float | None
+) -> tuple[np.ndarray, np.ndarray, float]:
+    """ln t and ln L of the points to fit, and the step of the prediction."""
+    t, y = np.asarray(steps, dtype=float), np.asarray(losses, dtype=float)
+    if t.ndim != 1 or t.shape != y.shape:
+        raise CurveError(f"steps, losses: expected two arrays of the same length, got shapes {t.shape} and {y.shape}")
+    if not 0 <= first < math.inf:
+        raise CurveError(f"first: expected a step >= 0, got {first}")
+    check(t, y, lambda i: f"row {i}")
+    if not smoothed and len(t):
+        kept = thin(t)
+        t, y = t[kept], smooth(y)[kept]
+    t, y = t[t > first], y[t > first]
+    if len(t) < FEWEST:
+        raise CurveError(f"the curve is too short: expected at least {FEWEST} points after step {first:g}, got {len(t)}")
+    if final is not None and not 0 < final < math.inf:
+        raise CurveError(f"final: expected a step > 0, got {final}")
+    return np.log(t), np.log(y), float(t[-1] if final is None else final)
+
+
+def _curve(x: np.ndarray, log_b: float, c0: float, c1: float, log_d1: float, f1: float) -> np.ndarray:
+    return log_b - c0 * x - c1 * f1 * np.logaddexp(0.0, (x - log_d1) / f1)
+
+
+def _jacobian(x: np.ndarray, log_b: float, c0: float, c1: float, log_d1: float, f1: float) -> np.ndarray:
+    """Of the curve by its parameters, (n, 5)."""
+    z = (x - log_d1) / f1
+    after = 0.5 * (1 + np.tanh(0.5 * z))  # the share of the bend that is done, 1 / (1 + e^−z)
+    bend = np.logaddexp(0.0, z)
+    return np.stack((np.ones_like(x), -x, -f1 * bend, c1 * after, -c1 * (bend - z * after)), axis=1)
+
+
+class _Start(NamedTuple):
+    rss: float
+    parameters: np.ndarray
+
+
+def _starts(x: np.ndarray, y: np.ndarray) -> list[np.ndarray]:
+    """The published start, where its split is inside the curve, and the best few of a grid of breaks.
+
+    At a given log_d1 and f1 the curve is linear in the other three: a grid costs a small least-squares problem for each point.
+    """
+    grid = []
+    for log_d1 in np.linspace(x[0], x[-1], 18)[1:-1]:
+        for f1 in (0.03, 0.2, 0.8):
+            design = np.stack((np.ones_like(x), -x, -f1 * np.logaddexp(0.0, (x - log_d1) / f1)), axis=1)
+            solution = np.linalg.lstsq(design, y, rcond=None)[0]
+            rss = float(np.sum((y - design @ solution) ** 2))
+            grid.append(_Start(rss, np.array([*solution, log_d1, f1])))
+    starts = [start.parameters for start in sorted(grid, key=lambda start: start.rss)[:4]]
+    split = math.log(PUBLISHED_SPLIT)
+    before, after = x < split, x >= split
+    if min(before.sum(), after.sum()) >= 2:
+        early, late = ((y[part][-1] - y[part][0]) / (x[part][-1] - x[part][0]) for part in (before, after))
+        starts.append(np.array([y[0] - early * x[0], -early, early - late, split, 0.3]))
+    return starts
+
+
+def _fit(x: np.ndarray, y: np.ndarray, starts: list[np.ndarray], tolerance: float) -> np.ndarray:
+    """The best of the fits from ``starts``."""
+    # Here, not above: `import zerosum` must work without it.
+    from scipy.optimize import OptimizeWarning, curve_fit
+
+    # A break far outside of the points, or wider than all of them, could be anything.
+    reach = x[-1] - x[0]
+    lower = [-np.inf, -np.inf, -np.inf, x[0] - 1, SHARPEST]
+    upper = [np.inf, np.inf, np.inf, x[-1] + 1, max(reach, 1.0)]
+    fits = []
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", OptimizeWarning)  # of a covariance that is singular: `_errors` makes its own
+        for start in starts:
+            try:
+                inside = np.clip(start, lower, upper)
+                options = {"ftol": tolerance, "xtol": tolerance, "gtol": tolerance, "max_nfev": 500}
+                found, _ = curve_fit(_curve, x, y, inside, bounds=(lower, upper), method="dogbox", jac=_jacobian, **options)
+            except RuntimeError:  # no convergence from here
+                continue
+            fits.append(_Start(float(np.sum((y - _curve(x, *found)) ** 2)), found))
+    if not fits:
+        raise CurveError("the fit did not converge from any start")
+    return min(fits, key=lambda fitted: fitted.rss).parameters
+
+
+def _derived(parameters: np.ndarray, final: float) -> dict[str, float]:
+    """The parameters and what follows from them, in the order of the errors and the intervals."""
+    log_b, c0, c1, log_d1, f1 = map(float, parameters)
+    t_d = max(int(math.exp(log_d1)), 1)
+    L_d, r_d = math.exp(log_b) * t_d**-c0, c0 + c1
+    own = dict(zip(NAMES, (math.exp(log_b), c0, c1, log_d1, f1), strict=True))
+    return own | {"L_d": L_d, "t_d": math.exp(log_d1), "r_d": r_d, "L_T_hat": L_d * (final / t_d) ** -r_d}
+
+
+def _errors(
+    x: np.ndarray, parameters: np.ndarray, residuals: np.ndarray, n_effective: float, derived: dict[str, float], final: float
+) -> dict[str, float]:
+    """Standard errors by the delta method; NaN for what the data do not determine."""
+    jacobian = _jacobian(x, *parameters)
+    _, c0, c1, log_d1, f1 = parameters
+    told = np.linalg.norm(jacobian, axis=0) > 1e-9
+    if f1 <= SHARPEST * 1.01:
+        told[4] = False
+    free = max(len(x) - int(told.sum()), 1)
+    variance = float(np.sum(residuals**2)) / free * len(x) / n_effective
+    covariance = np.full((5, 5), np.nan)
+    covariance[np.ix_(told, told)] = variance * np.linalg.pinv(jacobian[:, told].T @ jacobian[:, told])
+    # The gradient of each result by (ln b, c0, c1, ln d1, f1).
+    rows = {name: row for name, row in zip(NAMES, np.eye(5), strict=True)}
+    rows["b"] = rows["b"] * derived["b"]
+    rows["L_d"] = derived["L_d"] * np.array([1, -log_d1, 0, -c0, 0])
+    rows["t_d"] = derived["t_d"] * rows["log_d1"]
+    rows["r_d"] = rows["c0"] + rows["c1"]
+    rows["L_T_hat"] = derived["L_T_hat"] * np.array([1, -math.log(final), log_d1 - math.log(final), c1, 0])
+    errors = {}
+    for name in derived:
+        row = rows[name]
+        used = row != 0
+        errors[name] = float(np.sqrt(np.maximum(row[used] @ covariance[np.ix_(used, used)] @ row[used], 0)))
+    return errors
+
+
+def _autocorrelation_time(residuals: np.ndarray) -> float:
+    """1 + 2 Σ ρ_h over the lags before the first that is not positive: how many neighbours say the same thing."""
+    centered = residuals - residuals.mean()
+    power = float(centered @ centered)
+    time = 1.0
+    for lag in range(1, len(centered)):
+        correlation = float(centered[lag:] @ centered[:-lag]) / power if power else 0.0
+        if correlation <= 0:
+            break
+        time += 2 * correlation
+    return time
+
+
+def _bic(residuals: np.ndarray, n_effective: float, k: int) -> float:
+    rounding = 1e-12**2  # of the logarithms: below it a residual says nothing
+    return n_effective * math.log(float(np.mean(residuals**2)) + rounding) + k * math.log(n_effective)
+
+
+def _verdict(x: np.ndarray, parameters: np.ndarray, slope: float, bic_one: float, bic_two: float) -> tuple[bool, str]:
+    _, c0, c1, log_d1, _ = parameters
+    if bic_one <= bic_two:
+        return False, f"no break found: one segment, L ∝ t^{-slope:.3g}, describes the curve as well"
+    inside = min((x < log_d1).sum(), (x > log_d1).sum()) >= BESIDE
+    if not inside:
+        return False, "no break found inside the curve: it bends, but towards its first or last points only"
+    slopes = f"slope {-c0:.3g} before and {-(c0 + c1):.3g} after step {int(math.exp(log_d1))}"
+    if c0 <= 0:
+        return False, f"no deceleration: the loss does not fall before the break, {slopes}"
+    if c1 >= 0:
+        return False, f"no deceleration: the loss falls faster after the break, {slopes}"
+    return True, "deceleration found"
+
+
+def _resample(
+    x: np.ndarray, parameters: np.ndarray, residuals: np.ndarray, n_effective: float, resamples: int, seed: int, final: float
+) -> np.ndarray:
+    """The results of fits to the fitted curve plus residuals drawn in blocks of neighbours, (resamples, 9)."""
+    generator = np.random.default_rng(seed)
+    n, fitted = len(x), _curve(x, *parameters)
+    block = max(round(n ** (1 / 3)), min(math.ceil(2 * n / n_effective), n // 4), 1)
+    centered = residuals - residuals.mean()
+    results = []
+    for _ in range(resamples):
+        starts = generator.integers(0, n - block + 1, math.ceil(n / block))
+        drawn = centered[(starts[:, None] + np.arange(block)).ravel()[:n]]
+        found = _fit(x, fitted + drawn, [parameters], ROUGH)
+        results.append(list(_derived(found, final).values()))
+    return np.array(results)
