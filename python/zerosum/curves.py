@@ -1,7 +1,7 @@
 """Loss curves: what a curve must be, which of its rows a fit takes, and reading one from a file.
 
-:func:`read_curve` takes CSV, JSON lines (also a run's own ``metrics.jsonl``), JSON, NumPy's ``.npy`` and ``.npz``, and TensorBoard's event
-files or the folder that has them (with the ``tensorboard`` package, ``pip install 'zsl_kernels[demo]'``).
+:func:`read_curve` takes CSV, JSON lines (also a run's own ``metrics.jsonl``), JSON, NumPy's ``.npy`` and ``.npz``, and
+TensorBoard's event files or the folder that has them (with the ``tensorboard`` package, ``pip install 'zsl_kernels[demo]'``).
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-# Names of columns that mean the same wherever they are met, the most telling first; compared in lower case and without / _ or spaces.
+# Names of columns that mean the same wherever they are met, the most telling first; compared as lower-case letters and digits.
 STEPS = ("step", "steps", "globalstep", "trainstep", "iteration", "iterations", "iter", "update", "t")
 LOSSES = ("loss", "trainloss", "trainingloss", "lmloss", "crossentropy", "nll", "value")
 # A record's metrics are {"metrics": {"train.loss": {"value": ...}}}: the name in the middle is what one calls the column.
@@ -70,7 +70,7 @@ def read_curve(
         raise CurveError(f"{path}: expected UTF-8 text, and its bytes are not") from None
     loss_name = _choose(path, table, "loss", loss, LOSSES)
     losses = _one_kind(table.columns[loss_name], table.kinds)
-    steps = _steps(path, table, losses, step)
+    steps = _steps(path, table, loss_name, losses, step)
 
     def where(i: int) -> str:
         return f"{path} {table.unit} {losses[i].line}"
@@ -86,7 +86,9 @@ def read_curve(
         check(x, y, where)
     except CurveError as error:
         if "increase" in str(error):
-            raise CurveError(f"{error}; if the run was restarted there, --last-of-repeats keeps what was written last") from None
+            raise CurveError(
+                f"{error}; if the run was restarted there, last_of_repeats (--last-of-repeats) keeps what came last"
+            ) from None
         raise
     return x, y
 
@@ -105,7 +107,7 @@ def check(steps: np.ndarray, losses: np.ndarray, where: Callable[[int], str]) ->
 
 
 def thin(steps: np.ndarray) -> np.ndarray:
-    """The rows to keep for a fit: the first at or after steps 10 to 99 by 1, to 999 by 10, to 9999 by 100, on by 1000; and the last."""
+    """The rows to fit: the first at or after each of the steps 10–99 by 1, 100s by 10, 1000s by 100, on by 1000; and the last."""
     marks = np.concatenate([np.arange(10**k, 10 ** (k + 1), 10 ** (k - 1)) for k in (1, 2, 3)])
     marks = np.concatenate((marks, np.arange(10_000, max(steps[-1], 10_000) + 1, 1000)))
     rows = np.searchsorted(steps, marks)
@@ -141,9 +143,9 @@ def _jsonl(path: Path) -> Table:
     def entries() -> Iterator[tuple[int, Any]]:
         with path.open(encoding="utf-8") as file:
             for number, line in enumerate(file, 1):
-                if line.endswith("\n") or _whole(line):  # a last line that a crash cut off is no line
-                    if line.strip():
-                        yield number, _parse(line, f"{path} line {number}")
+                # A last line that a crash cut off is no line.
+                if line.strip() and (line.endswith("\n") or _whole(line)):
+                    yield number, _parse(line, f"{path} line {number}")
 
     return _rows(path, entries(), "line")
 
@@ -237,16 +239,16 @@ def _tensorboard(path: Path, tag: str | None) -> Table:
     return Table(columns, {}, "event of step")
 
 
-def _choose(path: Path, table: Table, what: str, wanted: str | None, known: Sequence[str]) -> str:
-    """The column named, or else the obvious one."""
+def _choose(path: Path, table: Table, what: str, wanted: str | None, known: Sequence[str], beside: str = "") -> str:
+    """The column named, or else the obvious one: by the names ``known``, with or without the prefix of the column ``beside`` it."""
     names = [name for name, cells in table.columns.items() if cells]
     if wanted is not None:
         found = [name for name in names if wanted in (name, _short(name))]
         problem = f"no column {wanted!r}"
     else:
-        plain = {name: _plain(_short(name)) for name in names}
+        plain = {name: _plain(_short(name).removeprefix(beside)) for name in names}
         ranked = [[name for name in names if plain[name] == word] for word in known]
-        related = [name for name in names if known[0] in plain[name]]
+        related = [name for name in names if known[0] in _plain(_short(name).rpartition(".")[2])]
         found = next((matching for matching in ranked if matching), related)
         problem = f"which column has the {what} is not clear" if found else f"no column looks like a {what}"
     if len(found) == 1:
@@ -273,12 +275,12 @@ def _one_kind(cells: list[Cell], kinds: Kinds) -> list[Cell]:
     return [cell for cell in cells if kinds.get(cell.line) == kind]
 
 
-def _steps(path: Path, table: Table, losses: list[Cell], wanted: str | None) -> list[Cell]:
+def _steps(path: Path, table: Table, loss_name: str, losses: list[Cell], wanted: str | None) -> list[Cell]:
     if table.unit == "event of step":
         return [Cell(cell.line, cell.line) for cell in losses]
     if wanted is None and len(table.columns) == 1:
         return [Cell(cell.line, i) for i, cell in enumerate(losses, 1)]
-    name = _choose(path, table, "step", wanted, STEPS)
+    name = _choose(path, table, "step", wanted, STEPS, beside=loss_name[: loss_name.rfind(".") + 1])
     steps = {cell.line: cell for cell in table.columns[name]}
     if missing := [cell.line for cell in losses if cell.line not in steps]:
         raise CurveError(f"{path} {table.unit} {missing[0]}: a loss without a step ({_short(name)})")

@@ -4,8 +4,8 @@ The curve is a smoothly broken power law with one break and no offset (Caballero
 
     ln L(t) = ln b − c0 ln t − c1 f1 ln(1 + exp((ln t − ln d1) / f1))
 
-Before the break its log-log slope is −c0, after it −(c0 + c1); f1 is how many e-folds of t the bend takes. At a deceleration c1 < 0.
-Needs scipy, which ``pip install 'zsl_kernels[demo]'`` brings.
+Before the break its log-log slope is −c0, after it −(c0 + c1); f1 is how many e-folds of t the bend takes. At a deceleration
+c1 < 0. Needs scipy, which ``pip install 'zsl_kernels[demo]'`` brings.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -24,12 +25,17 @@ from zerosum.records import smooth
 
 FEWEST = 12  # points to fit five numbers to
 BESIDE = 3  # of them on either side of a break, for it to be one
+# A difference of BICs from which evidence is called strong (Kass and Raftery 1995): the break's place was searched for too.
+STRONG = 6.0
 PUBLISHED_SPLIT = 6000.0  # where the published fits start from
 SHARPEST = 1e-3  # of f1: less than the distance of two points, so that they cannot tell
 LEVEL = 0.95  # of the bootstrap's intervals
 NAMES = ("b", "c0", "c1", "log_d1", "f1")
-# scipy's own defaults would stop 1e-8 short, far less than any error here; the bootstrap needs no more than this.
+RESULTS = (*NAMES, "L_d", "t_d", "r_d", "L_T_hat")
+# Where the fit stops: relative changes of the squared errors and the parameters. The bootstrap needs no more than three digits.
 TOLERANCE, ROUGH = 1e-10, 1e-6
+
+HEAD = ["L_d", "t_d", "r_d", "L̂_T", "L_T", "RSLE", "n", "verdict"]
 
 
 @dataclass(frozen=True)
@@ -44,14 +50,17 @@ class Deceleration:
         r_d: the slope after it, c0 + c1: L falls as t^−r_d.
         L_T: the last point of the curve that was fitted. L_T_hat: L_d (T / t_d)^−r_d at step T = ``final``.
         rsle: root mean squared error of ln L.
-        errors: standard errors, from the covariance of least squares, which the correlation of the residuals widens: n residuals are
-            worth ``n_effective``. NaN where the data do not tell: the width f1 of a break sharper than the points are spaced.
-        intervals: 95 % percentile intervals of the bootstrap; empty without one.
-        n: points fitted. n_effective: independent ones that they are worth, n over the residuals' autocorrelation time.
+        errors: standard errors, from the covariance of least squares with ``n_effective`` for n: averaged losses err together. NaN
+            where the data do not tell: the width f1 of a break sharper than the points are spaced.
+        intervals: 95 % percentile intervals of the bootstrap; empty without one. Like the errors they are about noise around this
+            curve, not about another form of it; with fewer than some 30 effective points both are too narrow.
+        n: points fitted. n_effective: independent ones that they are worth, by the autocorrelation of the residuals and by how
+            unevenly these are spread over the curve: the average over a log-scaled window is noisiest at its beginning.
         one_b, one_c: the single segment L = one_b t^−one_c that the curve is compared with.
-        bic_one, bic_two: n_effective ln(RSS/n) + k ln(n_effective), k = 2 and 5; the lower one is the better description.
-        found: a deceleration: two segments describe the curve better, it falls before the break and less steeply after it, and the
-            break has points on both sides.
+        bic_one, bic_two: ν ln(RSS/n) + k ln ν, with k = 2 and 5 and ν = n_effective − 5; the lower one is the better description.
+        found: a deceleration: two segments describe the curve better, by a BIC that is lower by 6; it falls before the break, less
+            steeply after it, and the break has points on both sides. Of simulated curves without a break, with independent,
+            autocorrelated or averaged noise, 0 to 5 % were called one.
         verdict: the same in words, or what was found instead.
     """
 
@@ -104,6 +113,12 @@ class Deceleration:
         parts = (f"{name} = {getattr(self, name):.4g} ± {self.errors[name]:.2g}" for name in ("L_d", "t_d", "r_d"))
         return f"{self.verdict}: {', '.join(parts)}; RSLE {self.rsle:.4f} over {self.n} points"
 
+    def cells(self) -> list[str]:
+        """Its line of a table under ``HEAD``. Where there is no deceleration its parameters would say nothing: they are left out."""
+        broken = [_with_error(getattr(self, key), self.errors[key]) for key in ("L_d", "t_d", "r_d")] + [f"{self.L_T_hat:.4g}"]
+        verdict = "deceleration" if self.found else self.verdict.split(":")[0]
+        return [*(broken if self.found else ["–"] * 4), f"{self.L_T:.4g}", f"{self.rsle:.4f}", str(self.n), verdict]
+
     def _parameters(self) -> tuple[float, ...]:
         return math.log(self.b), self.c0, self.c1, self.log_d1, self.f1
 
@@ -120,8 +135,9 @@ def fit(
 ) -> Deceleration:
     """``scipy.optimize.curve_fit`` of ln L(t), dogbox, from several starts of which the best fit is kept.
 
-    The losses are first averaged over a log-scaled window (:func:`zerosum.records.smooth`; it looks back, so a break comes some 9 % of its
-    step late, as in the published numbers), then thinned (:func:`zerosum.curves.thin`).
+    The losses are first averaged over a log-scaled window (:func:`zerosum.records.smooth`), then thinned
+    (:func:`zerosum.curves.thin`). The window looks back, so a break comes some 9 % of its step late, as in the published numbers.
+    The procedure is that of Mircea et al. (2025).
 
     Args:
         steps: (n,), increasing.
@@ -140,7 +156,7 @@ def fit(
     best = _fit(x, y, _starts(x, y), TOLERANCE)
     residuals = y - _curve(x, *best)
     one = np.polyfit(x, y, 1)
-    n_effective = len(x) / _autocorrelation_time(residuals)
+    n_effective = _effective(residuals)
     bics = [_bic(y - fitted, n_effective, k) for fitted, k in ((np.polyval(one, x), 2), (_curve(x, *best), 5))]
     found, verdict = _verdict(x, best, -float(one[0]), *bics)
     derived = _derived(best, final)
@@ -197,6 +213,14 @@ def _jacobian(x: np.ndarray, log_b: float, c0: float, c1: float, log_d1: float, 
     return np.stack((np.ones_like(x), -x, -f1 * bend, c1 * after, -c1 * (bend - z * after)), axis=1)
 
 
+def _with_error(value: float, error: float) -> str:
+    """Both to the error's second digit."""
+    if not (math.isfinite(error) and error > 0):
+        return f"{value:.4g}"
+    digits = max(1 - math.floor(math.log10(error)), 0)
+    return f"{value:.{digits}f} ± {error:.{digits}f}"
+
+
 class _Start(NamedTuple):
     rss: float
     parameters: np.ndarray
@@ -208,13 +232,13 @@ def _starts(x: np.ndarray, y: np.ndarray) -> list[np.ndarray]:
     At a given log_d1 and f1 the curve is linear in the other three: a grid costs a small least-squares problem for each point.
     """
     grid = []
-    for log_d1 in np.linspace(x[0], x[-1], 18)[1:-1]:
+    for log_d1 in np.linspace(x[0], x[-1], 18):
         for f1 in (0.03, 0.2, 0.8):
             design = np.stack((np.ones_like(x), -x, -f1 * np.logaddexp(0.0, (x - log_d1) / f1)), axis=1)
             solution = np.linalg.lstsq(design, y, rcond=None)[0]
             rss = float(np.sum((y - design @ solution) ** 2))
             grid.append(_Start(rss, np.array([*solution, log_d1, f1])))
-    starts = [start.parameters for start in sorted(grid, key=lambda start: start.rss)[:4]]
+    starts = [start.parameters for start in sorted(grid, key=lambda start: start.rss)[:6]]
     split = math.log(PUBLISHED_SPLIT)
     before, after = x < split, x >= split
     if min(before.sum(), after.sum()) >= 2:
@@ -236,25 +260,24 @@ def _fit(x: np.ndarray, y: np.ndarray, starts: list[np.ndarray], tolerance: floa
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", OptimizeWarning)  # of a covariance that is singular: `_errors` makes its own
         for start in starts:
-            try:
-                inside = np.clip(start, lower, upper)
-                options = {"ftol": tolerance, "xtol": tolerance, "gtol": tolerance, "max_nfev": 500}
-                found, _ = curve_fit(_curve, x, y, inside, bounds=(lower, upper), method="dogbox", jac=_jacobian, **options)
-            except RuntimeError:  # no convergence from here
-                continue
+            found = np.clip(start, lower, upper)
+            # A curve without a break leaves log_d1 and f1 free, and there may be no end to it: the start stands for itself then.
+            with suppress(RuntimeError):
+                options = {"ftol": tolerance, "xtol": tolerance, "gtol": tolerance, "max_nfev": 200}
+                found, _ = curve_fit(_curve, x, y, found, bounds=(lower, upper), method="dogbox", jac=_jacobian, **options)
             fits.append(_Start(float(np.sum((y - _curve(x, *found)) ** 2)), found))
-    if not fits:
-        raise CurveError("the fit did not converge from any start")
     return min(fits, key=lambda fitted: fitted.rss).parameters
 
 
 def _derived(parameters: np.ndarray, final: float) -> dict[str, float]:
     """The parameters and what follows from them, in the order of the errors and the intervals."""
-    log_b, c0, c1, log_d1, f1 = map(float, parameters)
-    t_d = max(int(math.exp(log_d1)), 1)
-    L_d, r_d = math.exp(log_b) * t_d**-c0, c0 + c1
-    own = dict(zip(NAMES, (math.exp(log_b), c0, c1, log_d1, f1), strict=True))
-    return own | {"L_d": L_d, "t_d": math.exp(log_d1), "r_d": r_d, "L_T_hat": L_d * (final / t_d) ** -r_d}
+    log_b, c0, c1, log_d1, f1 = parameters
+    r_d, t_d = c0 + c1, max(math.floor(math.exp(log_d1)), 1)
+    logs = {"b": log_b, "t_d": log_d1, "L_d": log_b - c0 * math.log(t_d)}
+    logs["L_T_hat"] = logs["L_d"] - r_d * math.log(final / t_d)
+    with np.errstate(over="ignore"):  # of a fit to what is no loss curve
+        values = {"c0": c0, "c1": c1, "log_d1": log_d1, "f1": f1, "r_d": r_d} | {name: np.exp(log) for name, log in logs.items()}
+    return {name: float(values[name]) for name in RESULTS}
 
 
 def _errors(
@@ -266,23 +289,31 @@ def _errors(
     told = np.linalg.norm(jacobian, axis=0) > 1e-9
     if f1 <= SHARPEST * 1.01:
         told[4] = False
-    free = max(len(x) - int(told.sum()), 1)
-    variance = float(np.sum(residuals**2)) / free * len(x) / n_effective
+    variance = float(np.sum(residuals**2)) / _free(n_effective)
     covariance = np.full((5, 5), np.nan)
     covariance[np.ix_(told, told)] = variance * np.linalg.pinv(jacobian[:, told].T @ jacobian[:, told])
-    # The gradient of each result by (ln b, c0, c1, ln d1, f1).
-    rows = {name: row for name, row in zip(NAMES, np.eye(5), strict=True)}
-    rows["b"] = rows["b"] * derived["b"]
-    rows["L_d"] = derived["L_d"] * np.array([1, -log_d1, 0, -c0, 0])
-    rows["t_d"] = derived["t_d"] * rows["log_d1"]
+    # The gradient of each result, or of its logarithm, by (ln b, c0, c1, ln d1, f1).
+    rows = dict(zip(NAMES, np.eye(5), strict=True))
+    rows["t_d"] = rows["log_d1"]
     rows["r_d"] = rows["c0"] + rows["c1"]
-    rows["L_T_hat"] = derived["L_T_hat"] * np.array([1, -math.log(final), log_d1 - math.log(final), c1, 0])
+    rows["L_d"] = np.array([1, -log_d1, 0, -c0, 0])
+    rows["L_T_hat"] = np.array([1, -math.log(final), log_d1 - math.log(final), c1, 0])
     errors = {}
-    for name in derived:
-        row = rows[name]
-        used = row != 0
-        errors[name] = float(np.sqrt(np.maximum(row[used] @ covariance[np.ix_(used, used)] @ row[used], 0)))
+    for name in RESULTS:
+        used = rows[name] != 0
+        row = rows[name][used]
+        error = math.sqrt(max(row @ covariance[np.ix_(used, used)] @ row, 0.0))
+        errors[name] = error * derived[name] if name in ("b", "t_d", "L_d", "L_T_hat") else error
     return errors
+
+
+def _effective(residuals: np.ndarray) -> float:
+    """How many independent residuals of the same size these are worth."""
+    time = _autocorrelation_time(residuals)
+    power = np.add.reduceat(residuals**2, np.arange(0, len(residuals), math.ceil(time)))
+    # (Σ e)² / Σ e² of the squares e of k independent normal numbers is about k / 3.
+    evenly = 3 * power.sum() ** 2 / (power**2).sum() if power.any() else math.inf
+    return float(min(len(residuals) / time, evenly))
 
 
 def _autocorrelation_time(residuals: np.ndarray) -> float:
@@ -298,14 +329,19 @@ def _autocorrelation_time(residuals: np.ndarray) -> float:
     return time
 
 
+def _free(n_effective: float) -> float:
+    """The independent residuals less the five fitted numbers."""
+    return max(n_effective - len(NAMES), 1.5)
+
+
 def _bic(residuals: np.ndarray, n_effective: float, k: int) -> float:
     rounding = 1e-12**2  # of the logarithms: below it a residual says nothing
-    return n_effective * math.log(float(np.mean(residuals**2)) + rounding) + k * math.log(n_effective)
+    return _free(n_effective) * math.log(float(np.mean(residuals**2)) + rounding) + k * math.log(_free(n_effective))
 
 
 def _verdict(x: np.ndarray, parameters: np.ndarray, slope: float, bic_one: float, bic_two: float) -> tuple[bool, str]:
     _, c0, c1, log_d1, _ = parameters
-    if bic_one <= bic_two:
+    if bic_one <= bic_two + STRONG:
         return False, f"no break found: one segment, L ∝ t^{-slope:.3g}, describes the curve as well"
     inside = min((x < log_d1).sum(), (x > log_d1).sum()) >= BESIDE
     if not inside:
@@ -325,11 +361,12 @@ def _resample(
     generator = np.random.default_rng(seed)
     n, fitted = len(x), _curve(x, *parameters)
     block = max(round(n ** (1 / 3)), min(math.ceil(2 * n / n_effective), n // 4), 1)
-    centered = residuals - residuals.mean()
+    # Five numbers were fitted to the residuals, which made them smaller than the noise.
+    noise = (residuals - residuals.mean()) * math.sqrt(n_effective / _free(n_effective))
     results = []
     for _ in range(resamples):
         starts = generator.integers(0, n - block + 1, math.ceil(n / block))
-        drawn = centered[(starts[:, None] + np.arange(block)).ravel()[:n]]
+        drawn = noise[(starts[:, None] + np.arange(block)).ravel()[:n]]
         found = _fit(x, fitted + drawn, [parameters], ROUGH)
         results.append(list(_derived(found, final).values()))
     return np.array(results)

@@ -40,7 +40,7 @@ def _fields(metric: Metric) -> dict[str, Any]:
 
 def encode(entry: Record) -> str:
     """One line of JSON."""
-    return json.dumps(_finite(entry), allow_nan=False, ensure_ascii=False) + "\n"
+    return json.dumps(finite(entry), allow_nan=False, ensure_ascii=False) + "\n"
 
 
 def decode(lines: Iterable[str]) -> list[Record]:
@@ -95,9 +95,10 @@ class RecordFile:
         self.close()
 
 
-def _finite(x: Any) -> Any:
+def finite(x: Any) -> Any:
+    """What JSON can hold: null for a NaN or an infinity."""
     if isinstance(x, dict):
-        return {key: _finite(value) for key, value in x.items()}
+        return {key: finite(value) for key, value in x.items()}
     return None if isinstance(x, float) and not math.isfinite(x) else x
 
 

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 
 import zsl_kernels as zk
-from zerosum.cli import demo, doctor, measure, plot
+from zerosum.cli import demo, doctor, fit, measure, plot
 
 DESCRIPTION = """\
 Zero-sum learning, measured while a model trains: how far examples' gradients, and the
@@ -16,10 +16,11 @@ changes of their losses, cancel.
   zerosum doctor    says what works on this machine, and what to do about what does not
   zerosum demo      trains a small GPT on text that is here already, and measures it
   zerosum measure   measures checkpoints: of the demo, of transformers, or your own
+  zerosum fit       finds where a loss curve decelerates, and says how sure that is
   zerosum plot      draws the figures of one run or several
 """
 
-COMMANDS = (demo, measure, plot, doctor)
+COMMANDS = (demo, measure, fit, plot, doctor)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from zerosum import tables
 from zerosum.records import Curve, Record, curve, slopes
 
 # D and C below count as unchanged, or as equal to their null, within this much.
@@ -40,18 +41,13 @@ class Summary(NamedTuple):
 
     def text(self) -> str:
         """For the terminal."""
-        cells = self._cells()
-        widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-        lines = ["  ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])]) for line in cells]
-        lines.insert(1, "─" * len(lines[0]))
+        lines = [tables.text(self._cells())]
         for title, items in self._lists():
             lines += ["", title, *(fill(item, LINE, initial_indent="• ", subsequent_indent="  ") for item in items)]
         return "\n".join(lines)
 
     def markdown(self) -> str:
-        head, *body = self._cells()
-        rule = ["---", *["--:"] * (len(head) - 1)]
-        lines = ["| " + " | ".join(line) + " |" for line in [head, rule, *body]]
+        lines = [tables.markdown(self._cells())]
         for title, items in self._lists():
             lines += ["", f"## {title}", "", *(f"- {item}" for item in items)]
         return "\n".join(lines)
