@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 NATIVE := $(shell find csrc -type f)
+# Three sizes in about 3 minutes on 2 cores.
+DEMO_ARGS ?= --sizes 3 --layers 3
 PACKAGES := zsl_kernels python tests benchmarks setup.py
 
 .PHONY: all test demo bench gpu-report lint format clean

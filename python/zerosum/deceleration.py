@@ -25,6 +25,7 @@ from zerosum.records import smooth
 
 FEWEST = 12  # points to fit five numbers to
 BESIDE = 3  # of them on either side of a break, for it to be one
+LOCATED = 0.5  # the largest error of ln t_d with which a break has a place: a factor of 1.6
 # A difference of BICs from which evidence is called strong (Kass and Raftery 1995): the break's place was searched for too.
 STRONG = 6.0
 PUBLISHED_SPLIT = 6000.0  # where the published fits start from
@@ -58,9 +59,9 @@ class Deceleration:
             unevenly these are spread over the curve: the average over a log-scaled window is noisiest at its beginning.
         one_b, one_c: the single segment L = one_b t^−one_c that the curve is compared with.
         bic_one, bic_two: ν ln(RSS/n) + k ln ν, with k = 2 and 5 and ν = n_effective − 5; the lower one is the better description.
-        found: a deceleration: two segments describe the curve better, by a BIC that is lower by 6; it falls before the break, less
-            steeply after it, and the break has points on both sides. Of simulated curves without a break, with independent,
-            autocorrelated or averaged noise, 0 to 5 % were called one.
+        found: a deceleration: two segments describe the curve better, by a BIC that is lower by 6; it falls before the break and
+            less steeply after it; the break has points on both sides, and ln t_d an error below 0.5. Of simulated curves without a
+            break, with independent, autocorrelated or averaged noise, 0 to 5 % were called one.
         verdict: the same in words, or what was found instead.
     """
 
@@ -114,7 +115,7 @@ class Deceleration:
         return f"{self.verdict}: {', '.join(parts)}; RSLE {self.rsle:.4f} over {self.n} points"
 
     def cells(self) -> list[str]:
-        """Its line of a table under ``HEAD``. Where there is no deceleration its parameters would say nothing: they are left out."""
+        """Its line of a table under ``HEAD``. Without a deceleration its parameters would say nothing: they are left out."""
         broken = [_with_error(getattr(self, key), self.errors[key]) for key in ("L_d", "t_d", "r_d")] + [f"{self.L_T_hat:.4g}"]
         verdict = "deceleration" if self.found else self.verdict.split(":")[0]
         return [*(broken if self.found else ["–"] * 4), f"{self.L_T:.4g}", f"{self.rsle:.4f}", str(self.n), verdict]
@@ -158,8 +159,9 @@ def fit(
     one = np.polyfit(x, y, 1)
     n_effective = _effective(residuals)
     bics = [_bic(y - fitted, n_effective, k) for fitted, k in ((np.polyval(one, x), 2), (_curve(x, *best), 5))]
-    found, verdict = _verdict(x, best, -float(one[0]), *bics)
     derived = _derived(best, final)
+    errors = _errors(x, best, residuals, n_effective, derived, final)
+    found, verdict = _verdict(x, best, errors, -float(one[0]), *bics)
     resampled = _resample(x, best, residuals, n_effective, bootstrap, seed, final)
     edges = np.percentile(resampled, [50 * (1 - LEVEL), 50 * (1 + LEVEL)], axis=0).T if bootstrap else []
     return Deceleration(
@@ -167,7 +169,7 @@ def fit(
         L_T=float(np.exp(y[-1])),
         final=final,
         rsle=float(np.sqrt(np.mean(residuals**2))),
-        errors=_errors(x, best, residuals, n_effective, derived, final),
+        errors=errors,
         intervals={name: (float(low), float(high)) for name, (low, high) in zip(derived, edges, strict=False)},
         n=len(x),
         n_effective=n_effective,
@@ -339,7 +341,9 @@ def _bic(residuals: np.ndarray, n_effective: float, k: int) -> float:
     return _free(n_effective) * math.log(float(np.mean(residuals**2)) + rounding) + k * math.log(_free(n_effective))
 
 
-def _verdict(x: np.ndarray, parameters: np.ndarray, slope: float, bic_one: float, bic_two: float) -> tuple[bool, str]:
+def _verdict(
+    x: np.ndarray, parameters: np.ndarray, errors: Mapping[str, float], slope: float, bic_one: float, bic_two: float
+) -> tuple[bool, str]:
     _, c0, c1, log_d1, _ = parameters
     if bic_one <= bic_two + STRONG:
         return False, f"no break found: one segment, L ∝ t^{-slope:.3g}, describes the curve as well"
@@ -351,6 +355,9 @@ def _verdict(x: np.ndarray, parameters: np.ndarray, slope: float, bic_one: float
         return False, f"no deceleration: the loss does not fall before the break, {slopes}"
     if c1 >= 0:
         return False, f"no deceleration: the loss falls faster after the break, {slopes}"
+    if not errors["log_d1"] < LOCATED:
+        step = f"{math.exp(log_d1):.2g} ± {errors['t_d']:.2g}"
+        return False, f"no break located: the loss decelerates, but too gradually for so short a curve to say where, t_d = {step}"
     return True, "deceleration found"
 
 

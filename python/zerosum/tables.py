@@ -1,21 +1,30 @@
-"""Tables of words and numbers: a head, then lines of as many cells."""
+"""Tables of words and numbers, and lists of sentences below them, for the terminal and for Markdown."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from textwrap import fill
 
-Cells = Sequence[Sequence[str]]
+LINE = 110
+
+Cells = Sequence[Sequence[str]]  # a head, then lines of as many cells
+Lists = Sequence[tuple[str, Sequence[str]]]  # a title and its sentences
 
 
-def text(cells: Cells) -> str:
+def text(cells: Cells, lists: Lists = ()) -> str:
     """For the terminal: the first column to the left, the others to the right."""
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     lines = ["  ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])]) for line in cells]
     lines.insert(1, "─" * len(lines[0]))
+    for title, items in lists:
+        lines += ["", title, *(fill(item, LINE, initial_indent="• ", subsequent_indent="  ") for item in items)]
     return "\n".join(lines)
 
 
-def markdown(cells: Cells) -> str:
+def markdown(cells: Cells, lists: Lists = ()) -> str:
     head, *body = cells
     rule = ["---", *["--:"] * (len(head) - 1)]
-    return "\n".join("| " + " | ".join(line) + " |" for line in [head, rule, *body])
+    lines = ["| " + " | ".join(line) + " |" for line in [head, rule, *body]]
+    for title, items in lists:
+        lines += ["", f"## {title}", "", *(f"- {item}" for item in items)]
+    return "\n".join(lines)

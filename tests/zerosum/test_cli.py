@@ -129,6 +129,83 @@ def test_a_second_interrupt_stops_at_once_and_the_run_goes_on_from_its_checkpoin
     assert [entry["step"] for entry in records(tmp_path / "run") if entry["kind"] == "step"] == list(range(1, 13))
 
 
+SIZES = {"sizes": 2, "width": 64}
+
+
+def test_sizes_end_with_their_table(text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("scipy")
+    out = tmp_path / "runs"
+    assert demo(text, out, steps=70, **SIZES) == 0
+    said = capsys.readouterr().out
+    table = said[said.index("\nwidth ") :].splitlines()[1:5]
+    assert table[0].split() == ["width", "L_d", "t_d", "r_d", "L̂_T", "L_T", "RSLE", "n", "D_grad", "random", "signs", "verdict"]
+    for line, width in zip(table[2:], ("32", "64"), strict=True):
+        found = records(out / f"width-{width}")
+        last = [entry for entry in found if entry["kind"] == "probe"][-1]["metrics"]["D_grad"]
+        assert line.split()[0] == width
+        assert f"  {last['value']:.3f}" in line
+        assert f"  {last['null']:.3f}" in line
+        assert " 20 " in line  # steps 51 to 70
+        assert f"Width {width}: " in said
+    report = (out / "report.md").read_text()
+    for words in ("| width | L_d | t_d | r_d |", "[width 32](width-32/report.md)", "| width | [32, 64] |", "4 sequences"):
+        assert words in report
+    # Nothing but the width differs: each is the run that it would be alone.
+    assert demo(text, tmp_path / "alone", steps=70, width=32) == 0
+    assert records(tmp_path / "alone") == records(out / "width-32")
+
+
+def test_interrupted_sizes_go_on_with_what_is_left(
+    text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("scipy")
+    assert demo(text, tmp_path / "whole", **SIZES) == 0
+    step = Trainer.step
+
+    def interrupting(self: Trainer, number: int) -> Any:
+        if number == 5 and self.settings.width == 64:
+            os.kill(os.getpid(), signal.SIGINT)
+        return step(self, number)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "step", interrupting)
+        assert demo(text, tmp_path / "runs", **SIZES) == 130
+    assert "Stopped after step 5 of 12. The same command goes on from there." in capsys.readouterr().out
+    assert not (tmp_path / "runs" / "report.md").exists()
+    assert demo(text, tmp_path / "runs", **SIZES) == 0
+    said = capsys.readouterr().out
+    assert "complete already" in said
+    assert "Resuming after step 5." in said
+    assert "not fitted, the curve is too short: expected at least 12 points after step 50, got 0" in said
+    for width in (32, 64):
+        assert records(tmp_path / "runs" / f"width-{width}") == records(tmp_path / "whole" / f"width-{width}")
+
+
+def test_sizes_that_diverge_are_not_lost(text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("scipy")
+    assert demo(text, tmp_path / "runs", learning_rate=1e38, **SIZES) == 1
+    said = capsys.readouterr().out
+    assert said.count("the loss is not finite") == 2
+    assert "Width 64: not fitted, " in said
+
+
+@pytest.mark.parametrize(("sizes", "width", "unit"), [(3, 64, 128), (2, 96, 64)])
+def test_a_width_that_cannot_be_halved_is_refused(
+    sizes: int, width: int, unit: int, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("scipy")
+    assert demo(text, tmp_path / "runs", sizes=sizes, width=width) == 2
+    assert f"--sizes {sizes}: expected --width to be a multiple of {unit}, for it is halved, got {width}" in capsys.readouterr().err
+    assert not (tmp_path / "runs").exists()
+
+
+def test_sizes_and_a_single_run_do_not_share_a_folder(text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("scipy")
+    assert demo(text, tmp_path / "run", steps=2, width=64) == 0
+    assert demo(text, tmp_path / "run", steps=2, **SIZES) == 2
+    assert "width is 64 there and [32, 64] here" in capsys.readouterr().err
+
+
 def test_the_seed_fixes_the_run(text: Path, tmp_path: Path) -> None:
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
         assert demo(text, tmp_path / name, steps=3, seed=seed) == 0

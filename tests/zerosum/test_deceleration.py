@@ -162,6 +162,9 @@ def test_what_is_found_in_place_of_a_deceleration_is_said() -> None:
     assert (faster.found, faster.verdict.split(",")[0]) == (False, "no deceleration: the loss falls faster after the break")
     rising = fit(steps, curve(steps, **TRUTH | {"c0": -0.05, "c1": -0.1}) * wiggle, smoothed=True, bootstrap=0)
     assert (rising.found, rising.verdict.split(",")[0]) == (False, "no deceleration: the loss does not fall before the break")
+    begun = [column[:850] for column in read_curve(OWN_CURVE)]
+    gradual = fit(*begun, first=50, bootstrap=0)
+    assert (gradual.found, gradual.verdict.split(":")[0]) == (False, "no break located")
     few = spaced(30)
     spike = 12 * few**-0.15 * np.exp(0.001 * noise(len(few), 0))
     spike[-1] *= 1.2
@@ -200,7 +203,7 @@ def test_the_seed_fixes_the_intervals_and_nothing_else_depends_on_it() -> None:
 
 
 def test_a_small_run_of_our_own() -> None:
-    """``zerosum demo --width 32 --steps 1500`` on Python 3.11's library: train.loss of each step. The numbers are those of this fit."""
+    """``zerosum demo --width 32 --steps 1500`` on Python 3.11's library: train.loss of each step. The numbers are of this fit."""
     steps, losses = read_curve(OWN_CURVE)
     found = fit(steps, losses, first=50)
     assert found.found

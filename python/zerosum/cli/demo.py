@@ -15,7 +15,8 @@ from zerosum.cli.arguments import add_command, missing, positive, refuse, whole,
 DESCRIPTION = """\
 Trains a small GPT and measures zero-sum learning at log-spaced steps, in about 3 minutes
 on 2 cores. Nothing is downloaded: the text is the Python standard library's own sources,
-or yours. The run's folder gets a report, plots and every number.
+or yours. The run's folder gets a report, plots and every number. With --sizes 3, three widths
+learn from the same batches, and their decelerations and interference are compared.
 
 Ctrl-C leaves a readable folder; the same command goes on from there. The same options
 give the same numbers on the same machine.
@@ -25,6 +26,7 @@ EXAMPLES = """\
 examples:
   zerosum demo
   zerosum demo --steps 200 --out runs/short
+  zerosum demo --sizes 3 --layers 3
   zerosum demo --text war-and-peace.txt --seed 1
 """
 
@@ -34,6 +36,7 @@ def add(commands: Any) -> None:
     add = parser.add_argument
     add("--text", nargs="+", type=Path, default=[], metavar="FILE", help="text to learn (the standard library's sources)")
     add("--out", type=Path, metavar="DIR", help="folder of the run (runs/demo-NAME, named after the options)")
+    add("--sizes", type=whole(1), default=1, metavar="N", help="models to train and compare: --width, half of it, … (%(default)s)")
     add("--steps", type=whole(1), default=1000, metavar="N", help="optimizer steps (%(default)s)")
     add("--seed", type=whole(0), default=0, metavar="N", help="fixes the weights and the batches (%(default)s)")
     add("--threads", type=whole(1, os.cpu_count() or 1), metavar="N", help="processor threads (torch's choice)")
@@ -46,7 +49,7 @@ def add(commands: Any) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    if absent := missing("matplotlib", "tqdm"):
+    if absent := missing("matplotlib", "tqdm", *(["scipy"] if options.sizes > 1 else [])):
         return refuse("demo", absent)
     # Here, not above: `zerosum doctor` must work without them.
     from zerosum.training.demo import demo
@@ -57,9 +60,8 @@ def run(options: argparse.Namespace) -> int:
         torch.set_num_threads(options.threads)
     names = ("steps", "seed", "width", "layers", "sequences", "positions", "learning_rate")
     try:
-        return demo(
-            Settings(**{name: getattr(options, name) for name in names}), options.text, options.out, options.keep_checkpoints
-        )
+        settings = Settings(**{name: getattr(options, name) for name in names})
+        return demo(settings, options.text, options.out, options.sizes, options.keep_checkpoints)
     except Refused as refusal:
         return refuse("demo", str(refusal))
     except OSError as error:  # a disk that fills up on the way

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -18,34 +18,90 @@ from tqdm import tqdm
 import zsl_kernels
 from zerosum import plots
 from zerosum.interrupt import Interrupt
-from zerosum.records import record
+from zerosum.records import Record, record
 from zerosum.training.data import Corpus, standard_library
-from zerosum.training.loop import Settings, Trainer, probe_steps
-from zerosum.training.run import Refused, RunFolder, fingerprint
-from zerosum.training.summary import summarize
+from zerosum.training.loop import HEAD_SIZE, Settings, Trainer, probe_steps
+from zerosum.training.run import Folder, Refused, RunFolder, fingerprint
+from zerosum.training.sizes import compare_sizes
+from zerosum.training.summary import Summary, summarize
 
 DONE, DIVERGED, INTERRUPTED = 0, 1, 130
 
 
-def demo(settings: Settings, text: Sequence[Path] = (), out: Path | None = None, keep_checkpoints: bool = False) -> int:
-    """Runs, or goes on with, the run that the arguments describe; returns the process's exit code.
+def demo(
+    settings: Settings, text: Sequence[Path] = (), out: Path | None = None, sizes: int = 1, keep_checkpoints: bool = False
+) -> int:
+    """Runs, or goes on with, what the arguments describe; returns the process's exit code.
 
     Args:
         settings: what fixes the run, with the text and torch's number of threads.
         text: files to train on; the standard library's sources where there are none.
-        out: the run's folder; one named after the configuration under ``runs`` if None.
+        out: the folder of the run or, of several, of their folders; one named after the configuration under ``runs`` if None.
+        sizes: the models to train on the same batches: the one of ``settings`` and, before it, those half as wide each.
         keep_checkpoints: whether to keep the checkpoint of every measured step, not the newest alone.
 
     Raises:
-        Refused: the text or the folder cannot be used; the message says why.
+        Refused: the text, the folder or the sizes cannot be used; the message says why.
     """
+    widths = halvings(settings.width, sizes)
     corpus = read(text, settings.positions)
     config = configuration(settings, corpus)
-    folder = RunFolder(out or Path("runs") / f"demo-{fingerprint(config)}", config)
+    source = " given" if text else " of the Python standard library"
+    if sizes == 1:
+        folder = RunFolder(out or Path("runs") / f"demo-{fingerprint(config)}", config)
+        ended, summary = run(settings, corpus, folder, config, source, keep_checkpoints)
+        print(f"\n{summary.text()}\n\nIn {folder.path}: {written(folder)}")
+        return ended
+    config["width"] = widths
+    return compare([replace(settings, width=width) for width in widths], corpus, config, source, out, keep_checkpoints)
+
+
+def compare(
+    settings: Sequence[Settings], corpus: Corpus, config: dict[str, Any], source: str, out: Path | None, keep_checkpoints: bool
+) -> int:
+    """Runs each of the settings in a folder of its own, and ends with their table; the same command goes on with what is left."""
+    folder = Folder(out or Path("runs") / f"demo-{fingerprint(config)}", config)
+    runs: dict[int, Sequence[Record]] = {}
+    worst = DONE
+    for number, one in enumerate(settings, 1):
+        print(f"Size {number} of {len(settings)}: width {one.width}.")
+        own = configuration(one, corpus)
+        own_folder = RunFolder(folder.path / f"width-{one.width}", own)
+        ended, _ = run(one, corpus, own_folder, own, source, keep_checkpoints)
+        if ended == INTERRUPTED:
+            return ended
+        print(f"In {own_folder.path}: {written(own_folder)}\n")
+        runs[one.width] = own_folder.records
+        worst = max(worst, ended)
+    comparison = compare_sizes(runs)
+    listed = "\n".join(f"- [width {width}](width-{width}/report.md)" for width in runs)
+    parts = [
+        "# Zero-sum learning in small GPTs of several widths",
+        comparison.markdown(),
+        f"## Runs\n\n{listed}",
+        settings_table(config),
+    ]
+    folder.write("report.md", "\n\n".join(parts) + "\n")
+    print(f"{comparison.text()}\n\nIn {folder.path}: report.md")
+    return worst
+
+
+def halvings(width: int, sizes: int) -> list[int]:
+    """``sizes`` widths up to this one, each half of the next."""
+    unit = HEAD_SIZE << (sizes - 1)
+    if width % unit:
+        raise Refused(f"--sizes {sizes}: expected --width to be a multiple of {unit}, for it is halved, got {width}")
+    return [width >> halved for halved in reversed(range(sizes))]
+
+
+def run(
+    settings: Settings, corpus: Corpus, folder: RunFolder, config: dict[str, Any], source: str, keep_checkpoints: bool
+) -> tuple[int, Summary]:
+    """One run, to its end or to Ctrl-C: the exit code, and what it says."""
     trainer = Trainer(settings, corpus)
     if folder.state:
         trainer.load_state_dict(folder.state)
-    introduce(trainer, " given" if text else " of the Python standard library")
+    introduce(trainer, source)
     print(f"Folder: {folder.path}")
     try:
         if any(entry["kind"] == "cost" for entry in folder.records):
@@ -55,10 +111,9 @@ def demo(settings: Settings, text: Sequence[Path] = (), out: Path | None = None,
             if folder.step:
                 print(f"Resuming after step {folder.step}.")
             ended = train(trainer, folder, keep_checkpoints)
-        finish(folder, config)
+        return ended, finish(folder, config)
     finally:
         folder.close()
-    return ended
 
 
 def introduce(trainer: Trainer, source: str) -> None:
@@ -133,13 +188,22 @@ def advance(trainer: Trainer, folder: RunFolder, step: int, probed: bool, shown:
     return loss
 
 
-def finish(folder: RunFolder, config: dict[str, Any]) -> None:
-    """Draws and writes what the records say, and prints it."""
+def finish(folder: RunFolder, config: dict[str, Any]) -> Summary:
+    """Draws and writes what the records say."""
     summary = summarize(folder.records)
     figures = plots.write(folder.records, folder.path) if summary.rows else []
-    settings = "\n".join(f"| {key} | {value} |" for key, value in config.items())
     images = "\n\n".join(f"![{path.stem}]({path.name})" for path in figures)
-    parts = ["# Zero-sum learning in a small GPT", summary.markdown(), images, f"## Settings\n\n| | |\n| --- | --- |\n{settings}"]
+    parts = ["# Zero-sum learning in a small GPT", summary.markdown(), images, settings_table(config)]
     folder.write("report.md", "\n\n".join(parts) + "\n")
-    names = ["report.md", *(path.name for path in figures), "metrics.jsonl"]
-    print(f"\n{summary.text()}\n\nIn {folder.path}: {', '.join(names)}")
+    return summary
+
+
+def settings_table(config: dict[str, Any]) -> str:
+    settings = "\n".join(f"| {key} | {value} |" for key, value in config.items())
+    return f"## Settings\n\n| | |\n| --- | --- |\n{settings}"
+
+
+def written(folder: RunFolder) -> str:
+    """The files to look at."""
+    figures = sorted(path.name for path in folder.path.glob("*.png"))
+    return ", ".join(["report.md", *figures, "metrics.jsonl"])

@@ -39,13 +39,8 @@ def differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> str:
     return "; ".join(f"{key} is {there.get(key)!r} there and {here.get(key)!r} here" for key in differing)
 
 
-class RunFolder:
-    """Opens ``path`` for the run that ``config`` describes: a new one, or the same one again.
-
-    Attributes:
-        step: the last step that is done, 0 for a new run. Records of later steps, which no checkpoint knows, are dropped.
-        records: what was measured up to it.
-        state: the checkpoint's state, None for a new run.
+class Folder:
+    """Opens ``path`` for what ``config`` describes, one run or several: a new folder, or the same one again.
 
     Raises:
         Refused: the folder holds another run, or something else, or cannot be used.
@@ -55,13 +50,51 @@ class RunFolder:
         self.path = path
         try:
             self._claim(config)
-            checkpoint = self._load()
-            self.step: int = checkpoint["step"] if checkpoint else 0
-            self.state: dict[str, Any] | None = checkpoint["state"] if checkpoint else None
-            self.records: list[Record] = self._keep_up_to(self.step)
-            self._file: TextIO = self.metrics.open("a", encoding="utf-8")
+            self._open()
         except OSError as error:
             raise Refused(f"--out: cannot use {path}: {error.strerror or error}") from error
+
+    def write(self, name: str, text: str) -> None:
+        """Replaces a text file as a whole."""
+        new = self.path / f"{name}.new"
+        new.write_text(text, encoding="utf-8")
+        os.replace(new, self.path / name)
+
+    def _open(self) -> None:
+        """What else there is to read of a folder that is ours."""
+
+    def _claim(self, config: Mapping[str, Any]) -> None:
+        """Writes the configuration into a new folder, or compares it with the one that is there."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        file = self.path / "config.json"
+        if not file.exists():
+            if any(entry.suffix != ".new" for entry in self.path.iterdir()):
+                raise Refused(f"--out: {self.path} has files in it that are not of a run; choose another folder")
+            self.write(file.name, json.dumps(dict(config), indent=2, ensure_ascii=False) + "\n")
+            return
+        try:
+            differing = differences(json.loads(file.read_text(encoding="utf-8")), config)
+        except (ValueError, AttributeError):
+            raise Refused(f"--out: {file} is not the configuration of a run; choose another folder") from None
+        if differing:
+            raise Refused(f"--out: {self.path} holds another run, which these options cannot resume: {differing}")
+
+
+class RunFolder(Folder):
+    """One run's folder.
+
+    Attributes:
+        step: the last step that is done, 0 for a new run. Records of later steps, which no checkpoint knows, are dropped.
+        records: what was measured up to it.
+        state: the checkpoint's state, None for a new run.
+    """
+
+    def _open(self) -> None:
+        checkpoint = self._load()
+        self.step: int = checkpoint["step"] if checkpoint else 0
+        self.state: dict[str, Any] | None = checkpoint["state"] if checkpoint else None
+        self.records: list[Record] = self._keep_up_to(self.step)
+        self._file: TextIO = self.metrics.open("a", encoding="utf-8")
 
     @property
     def metrics(self) -> Path:
@@ -85,30 +118,8 @@ class RunFolder:
             os.replace(kept.with_suffix(".new"), kept)
         os.replace(new, self.path / "checkpoint.pt")
 
-    def write(self, name: str, text: str) -> None:
-        """Replaces a text file as a whole."""
-        new = self.path / f"{name}.new"
-        new.write_text(text, encoding="utf-8")
-        os.replace(new, self.path / name)
-
     def close(self) -> None:
         self._file.close()
-
-    def _claim(self, config: Mapping[str, Any]) -> None:
-        """Writes the configuration into a new folder, or compares it with the one that is there."""
-        self.path.mkdir(parents=True, exist_ok=True)
-        file = self.path / "config.json"
-        if not file.exists():
-            if any(entry.suffix != ".new" for entry in self.path.iterdir()):
-                raise Refused(f"--out: {self.path} has files in it that are not of a run; choose another folder")
-            self.write(file.name, json.dumps(dict(config), indent=2, ensure_ascii=False) + "\n")
-            return
-        try:
-            differing = differences(json.loads(file.read_text(encoding="utf-8")), config)
-        except (ValueError, AttributeError):
-            raise Refused(f"--out: {file} is not the configuration of a run; choose another folder") from None
-        if differing:
-            raise Refused(f"--out: {self.path} holds another run, which these options cannot resume: {differing}")
 
     def _load(self) -> dict[str, Any] | None:
         file = self.path / "checkpoint.pt"

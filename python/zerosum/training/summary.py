@@ -6,7 +6,6 @@ import math
 from collections.abc import Sequence
 from dataclasses import replace
 from statistics import median
-from textwrap import fill
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -19,7 +18,6 @@ SAME = 0.02
 # |Σ ε_i x_i| of random signs is half-normal: 95% of it lies below 1.96 / √(2/π) times its mean, the null.
 CHANCE_95 = 1.96 / math.sqrt(2 / math.pi)
 COLUMNS = 4
-LINE = 110
 
 
 class Row(NamedTuple):
@@ -41,16 +39,10 @@ class Summary(NamedTuple):
 
     def text(self) -> str:
         """For the terminal."""
-        lines = [tables.text(self._cells())]
-        for title, items in self._lists():
-            lines += ["", title, *(fill(item, LINE, initial_indent="• ", subsequent_indent="  ") for item in items)]
-        return "\n".join(lines)
+        return tables.text(self._cells(), self._lists())
 
     def markdown(self) -> str:
-        lines = [tables.markdown(self._cells())]
-        for title, items in self._lists():
-            lines += ["", f"## {title}", "", *(f"- {item}" for item in items)]
-        return "\n".join(lines)
+        return tables.markdown(self._cells(), self._lists())
 
     def _cells(self) -> list[list[str]]:
         head = ["", *(f"step {step}" for step in self.steps), "random signs", "examples"]
