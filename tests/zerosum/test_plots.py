@@ -268,6 +268,8 @@ def test_a_loss_without_a_break_says_so() -> None:
     assert "the fit's two straight segments" not in entries(figure)
     raw, average, one = figure.axes[0].lines
     assert one.get_linestyle() == ":"
+    assert np.diff(np.log(one.get_ydata())) == pytest.approx(np.diff(np.log(one.get_xdata())) * -0.2, rel=0.05)
+    assert entries(figure)[-1] == "the fit, where no deceleration was found"
     jumps = [np.abs(np.diff(xy(line)[1])[-500:]).mean() for line in (raw, average)]
     assert jumps[0] > 5 * jumps[1]
 
@@ -385,6 +387,8 @@ def test_odd_runs_have_whole_figures(name: str, case: str, tmp_path: Path) -> No
         assert low < high
         assert [x for x in axes.get_xticks() if low <= x <= high]
     assert len(entries(figure)) >= len(names)
+    assert all("with$odd$" in entry for entry in entries(figure)[: len(names)])
+    assert not any(text.get_parse_math() for text in figure.legends[0].get_texts())
 
 
 @pytest.mark.parametrize(

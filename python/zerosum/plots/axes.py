@@ -152,28 +152,24 @@ def _fix(axes: Axes, along: str, marks: np.ndarray, words: Callable[[float, int 
 def titles(titled: Sequence[tuple[Axes, str, str]], characters: int = 72, gap: int = 6) -> None:
     """Titles of panels beside each other, and below them in smaller letters what their values are over, ``gap`` points above the
     panel."""
-    below = [wrap(plain(over), characters) for _, _, over in titled]
+    below = [wrap(over, characters) for _, _, over in titled]
     most = max(map(len, below))
     for (axes, text, _), lines in zip(titled, below, strict=True):
         axes.set_title(text, fontsize=11, loc="left", pad=gap + 2 + 11 * most)
         said = "\n".join(lines + [""] * (most - len(lines)))
-        style: dict[str, Any] = {"fontsize": 8, "color": "#444444", "va": "bottom"}
+        style: dict[str, Any] = {"fontsize": 8, "color": "#444444", "va": "bottom", "parse_math": False}
         axes.annotate(said, (0, 1), xytext=(0, gap), xycoords="axes fraction", textcoords="offset points", **style)
 
 
-def plain(text: str) -> str:
-    """Text that is no mathematics, whatever a run is called."""
-    return text.replace("$", r"\$")
-
-
-def legend(figure: Figure, entries: Sequence[Entry], title: str | None = None, columns: int = 4) -> None:
+def legend(figure: Figure, entries: Sequence[Entry], columns: int = 4) -> None:
     """Below the panels, where it hides no data; the figure grows by what it takes."""
     letters = int(figure.get_figwidth() * 13)  # that fit into a line
-    labels = ["\n".join(wrap(plain(entry.label), letters - 8)) for entry in entries]
+    labels = ["\n".join(wrap(entry.label, letters - 8)) for entry in entries]
     lengths = [max(map(len, label.split("\n"))) + 8 for label in labels]
     columns = next(n for n in range(min(columns, len(entries)), 0, -1) if n == 1 or _width(lengths, n) <= letters)
     rows = math.ceil(len(entries) / columns)
-    lines = rows * max((label.count("\n") + 1 for label in labels), default=0) + bool(title)
+    heights = [label.count("\n") + 1 for label in labels]
+    lines = sum(heights) if columns == 1 else rows * max(heights)
     figure.set_figheight(figure.get_figheight() + 0.19 * lines + 0.1)
     made = figure.legend(
         [entry.handle for entry in entries],
@@ -182,10 +178,9 @@ def legend(figure: Figure, entries: Sequence[Entry], title: str | None = None, c
         ncols=columns,
         frameon=False,
         fontsize=9,
-        title=title and plain(title),
-        title_fontsize=9,
     )
-    made.set_alignment("left")
+    for text in made.get_texts():
+        text.set_parse_math(False)  # a $ in a run's name is no mathematics
 
 
 def _width(lengths: Sequence[int], columns: int) -> int:

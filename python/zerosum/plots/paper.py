@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from zerosum.curves import CurveError
-from zerosum.deceleration import Deceleration, fit
+from zerosum.deceleration import STRONG, Deceleration, fit
 from zerosum.plots.axes import (
     BLACK,
     GREY,
@@ -82,7 +82,7 @@ def loss(runs: Sequence[Run], first: float = 100) -> Figure:
     _expect([run for run in runs if drawable("loss", run)], "a training loss, or the loss of checkpoints")
     entries, shown, steps = [], [], []
     over = {run.name: _over_training(run) for run in runs if run.loss is not None}
-    common, broken = len(set(over.values())) == 1, False
+    common, found = len(set(over.values())) == 1, set()
     for run, style in zip(runs, styles(len(runs)), strict=True):
         if run.loss is not None:
             deceleration, said = _fit(run, first)
@@ -91,7 +91,7 @@ def loss(runs: Sequence[Run], first: float = 100) -> Figure:
             shown.append(average)
             if deceleration is not None:
                 _draw_fit(axes, run.loss.steps, deceleration, style, first)
-                broken = broken or deceleration.found
+                found.add(deceleration.found)
             entries.append(
                 Entry(
                     Line2D([], [], color=style.color, linewidth=2, marker=style.marker),
@@ -109,7 +109,9 @@ def loss(runs: Sequence[Run], first: float = 100) -> Figure:
         entries.append(
             Entry(Line2D([], [], color=GREY, linewidth=0.8, alpha=0.5), "every step; the strong line is its moving average")
         )
-    if broken:
+    if False in found:
+        entries.append(Entry(Line2D([], [], color=BLACK, linestyle=":", linewidth=1.4), "the fit, where no deceleration was found"))
+    if True in found:
         entries.append(Entry(Line2D([], [], color=BLACK, linestyle=DASHES, linewidth=1.2), "the fit's two straight segments"))
     step_axis(axes, np.concatenate(steps))
     value_axis(axes, np.concatenate(shown))
@@ -368,7 +370,9 @@ def _draw_training(axes: Axes, run: Run, style: Style) -> np.ndarray:
 def _draw_fit(axes: Axes, steps: np.ndarray, found: Deceleration, style: Style, first: float) -> None:
     start, end = max(float(steps[0]), first), float(steps[-1])
     if not found.found:
-        axes.plot([start, end], found.one([start, end]), ":", color=BLACK, linewidth=1.2)
+        marks = np.geomspace(start, end, 200)
+        straight = found.bic_one <= found.bic_two + STRONG  # where it bends, but without a break, the curve itself is drawn
+        axes.plot(marks, found.one(marks) if straight else found.at(marks), ":", color=BLACK, linewidth=1.4)
         return
     segment: dict[str, Any] = {"linestyle": DASHES, "color": BLACK, "linewidth": 1.2}
     axes.plot([start, found.t_d], found.early([start, found.t_d]), **segment)
