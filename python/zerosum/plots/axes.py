@@ -124,14 +124,15 @@ def interference_axis(axes: Axes, values: np.ndarray, label: str) -> None:
     """D along y, spaced by log(1 − D): as far from 0.9 to 0.99 as from 0.99 to 0.999. The ticks say D. D = 1 has no place on it."""
     values = values[np.isfinite(values) & (values < 1)]
     away = 1 - values if len(values) else np.array([0.1, 1.0])
-    low, high = max(away.min() / 1.3, 1e-15), min(away.max() * 1.3, max(1.0, away.max()) * 1.02)
+    low, high = max(away.min() / 1.3, 1e-15), min(away.max() * 1.3, max(1.0, away.max()) * 1.08)
     axes.set_yscale("function", functions=(_nines, lambda y: 1 - 10.0**-y))
     axes.set_ylim(1 - high, 1 - low)
     decades = 10.0 ** np.arange(np.floor(np.log10(low)), 1)
     if high / low < 4:
         marks = np.asarray(MaxNLocator(6, steps=[1, 2, 5, 10]).tick_values(1 - high, 1 - low))
     else:
-        marks = 1 - (decades[:, None] * (np.array([1, 2, 5]) if high / low < 1e4 else np.array([1]))).ravel()
+        parts = [1, 2, 3, 5, 7] if high / low < 30 else [1, 2, 5] if high / low < 1e4 else [1]
+        marks = 1 - (decades[:, None] * np.array(parts)).ravel()
     _fix(axes, "y", marks[marks < 1], lambda d, _: f"{d:.10g}".replace("-", "−"))
     axes.set_ylabel(label)
 
