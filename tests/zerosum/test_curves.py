@@ -141,12 +141,12 @@ def test_after_a_restart_the_last_writing_can_be_kept(tmp_path: Path) -> None:
     np.testing.assert_array_equal(read_curve(path, last_of_repeats=True), ([1, 2, 3, 6], [9, 5, 4, 3]))
 
 
-def write_events(folder: Path, rows: list[tuple[int, float]], new_style: bool = False) -> None:
+def write_events(folder: Path, rows: list[tuple[int, float]], new_style: bool = False, purge_step: int | None = None) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         from torch.utils.tensorboard import SummaryWriter
 
-    with SummaryWriter(str(folder)) as writer:
+    with SummaryWriter(str(folder), purge_step=purge_step, filename_suffix=f".{purge_step}") as writer:
         for step, loss in rows:
             writer.add_scalar("train/loss", loss, step, new_style=new_style)
             writer.add_scalar("lr", 0.1, step, new_style=new_style)
@@ -172,7 +172,8 @@ def test_more_events_than_tensorboard_keeps_by_itself_are_read(tmp_path: Path) -
 
 def test_a_restart_in_events_is_seen(tmp_path: Path) -> None:
     pytest.importorskip("tensorboard")
-    write_events(tmp_path, [(1, 4.0), (2, 3.0), (3, 2.5), (2, 3.5), (3, 3.25)])
+    write_events(tmp_path, [(1, 4.0), (2, 3.0), (3, 2.5)])
+    write_events(tmp_path, [(2, 3.5), (3, 3.25)], purge_step=2)
     with pytest.raises(CurveError, match="event of step 2: step: expected steps that increase, got 2 after 3; if the run"):
         read_curve(tmp_path)
     np.testing.assert_array_equal(read_curve(tmp_path, last_of_repeats=True), ([1, 2, 3], [4, 3.5, 3.25]))

@@ -113,6 +113,17 @@ def test_intervals_and_errors_cover_the_truth(correlation: float) -> None:
     assert 0.82 <= everything < 1
 
 
+def test_errors_are_as_large_as_the_estimates_spread() -> None:
+    steps = spaced(150)
+    fits = [
+        fit(steps, curve(steps, **TRUTH) * np.exp(0.01 * noise(len(steps), seed)), smoothed=True, bootstrap=0, final=1e7)
+        for seed in range(60)
+    ]
+    for name in fits[0].errors:
+        ratio = np.mean([one.errors[name] for one in fits]) / np.std([getattr(one, name) for one in fits])
+        assert 0.75 < ratio < 1.35, (name, ratio)
+
+
 def test_errors_shrink_with_the_noise_and_not_with_copies_of_it() -> None:
     steps = spaced(200)
     quiet, loud = (fit(steps, curve(steps, **TRUTH) * np.exp(s * noise(len(steps), 1)), smoothed=True) for s in (0.001, 0.01))
