@@ -18,11 +18,13 @@ from tqdm import tqdm
 import zsl_kernels
 from zerosum import plots
 from zerosum.interrupt import Interrupt
+from zerosum.plots import paper
 from zerosum.records import Record, record
+from zerosum.runs import read_runs
 from zerosum.training.data import Corpus, standard_library
 from zerosum.training.loop import HEAD_SIZE, Settings, Trainer, probe_steps
 from zerosum.training.run import Folder, Refused, RunFolder, fingerprint
-from zerosum.training.sizes import compare_sizes
+from zerosum.training.sizes import FIRST, compare_sizes
 from zerosum.training.summary import Summary, summarize
 
 DONE, DIVERGED, INTERRUPTED = 0, 1, 130
@@ -75,14 +77,16 @@ def compare(
         worst = max(worst, ended)
     comparison = compare_sizes(runs)
     listed = "\n".join(f"- [width {width}](width-{width}/report.md)" for width in runs)
+    figures = paper.write(read_runs([folder.path])[0], folder.path, ("loss", "gradients"), ("png",), FIRST)
     parts = [
         "# Zero-sum learning in small GPTs of several widths",
         comparison.markdown(),
+        "\n\n".join(f"![{path.stem}]({path.name})" for path in figures),
         f"## Runs\n\n{listed}",
         settings_table(config),
     ]
     folder.write("report.md", "\n\n".join(parts) + "\n")
-    print(f"{comparison.text()}\n\nIn {folder.path}: report.md")
+    print(f"{comparison.text()}\n\nIn {folder.path}: {', '.join(['report.md', *(path.name for path in figures)])}")
     return worst
 
 
