@@ -111,7 +111,7 @@ class Deceleration:
     def __str__(self) -> str:
         if not self.found:
             return f"{self.verdict}; RSLE {self.rsle:.4f} over {self.n} points"
-        parts = (f"{name} = {getattr(self, name):.4g} ± {self.errors[name]:.2g}" for name in ("L_d", "t_d", "r_d"))
+        parts = (f"{name} = {_with_error(getattr(self, name), self.errors[name])}" for name in ("L_d", "t_d", "r_d"))
         return f"{self.verdict}: {', '.join(parts)}; RSLE {self.rsle:.4f} over {self.n} points"
 
     def cells(self) -> list[str]:
@@ -163,7 +163,8 @@ def fit(
     errors = _errors(x, best, residuals, n_effective, derived, final)
     found, verdict = _verdict(x, best, errors, -float(one[0]), *bics)
     resampled = _resample(x, best, residuals, n_effective, bootstrap, seed, final)
-    edges = np.percentile(resampled, [50 * (1 - LEVEL), 50 * (1 + LEVEL)], axis=0).T if bootstrap else []
+    with np.errstate(invalid="ignore"):  # between infinities, of a fit to what is no loss curve
+        edges = np.percentile(resampled, [50 * (1 - LEVEL), 50 * (1 + LEVEL)], axis=0).T if bootstrap else []
     return Deceleration(
         **derived | {"t_d": int(derived["t_d"])},  # type: ignore[arg-type]
         L_T=float(np.exp(y[-1])),
@@ -194,7 +195,10 @@ def _points(
     check(t, y, lambda i: f"row {i}")
     if not smoothed and len(t):
         kept = thin(t)
-        t, y = t[kept], smooth(y)[kept]
+        t, averaged = t[kept], smooth(y)[kept]
+        if (averaged <= 0).any():  # what a running sum has left of 1 after 10^16
+            raise CurveError(f"the losses, from {y.min():g} to {y.max():g}, are too far apart to be averaged")
+        y = averaged
     t, y = t[t > first], y[t > first]
     if len(t) < FEWEST:
         raise CurveError(f"the curve is too short: expected at least {FEWEST} points after step {first:g}, got {len(t)}")
@@ -356,8 +360,8 @@ def _verdict(
     if c1 >= 0:
         return False, f"no deceleration: the loss falls faster after the break, {slopes}"
     if not errors["log_d1"] < LOCATED:
-        step = f"{math.exp(log_d1):.2g} ± {errors['t_d']:.2g}"
-        return False, f"no break located: the loss decelerates, but too gradually for so short a curve to say where, t_d = {step}"
+        step = _with_error(math.exp(log_d1), errors["t_d"])
+        return False, f"no break located: the loss decelerates, but too gradually for this curve to say where, t_d = {step}"
     return True, "deceleration found"
 
 

@@ -99,6 +99,8 @@ def finite(x: Any) -> Any:
     """What JSON can hold: null for a NaN or an infinity."""
     if isinstance(x, dict):
         return {key: finite(value) for key, value in x.items()}
+    if isinstance(x, list | tuple):
+        return [finite(value) for value in x]
     return None if isinstance(x, float) and not math.isfinite(x) else x
 
 

@@ -119,9 +119,14 @@ def test_errors_are_as_large_as_the_estimates_spread() -> None:
         fit(steps, curve(steps, **TRUTH) * np.exp(0.01 * noise(len(steps), seed)), smoothed=True, bootstrap=0, final=1e7)
         for seed in range(60)
     ]
-    for name in fits[0].errors:
-        ratio = np.mean([one.errors[name] for one in fits]) / np.std([getattr(one, name) for one in fits])
-        assert 0.75 < ratio < 1.35, (name, ratio)
+    ratios = {
+        name: np.mean([one.errors[name] for one in fits]) / np.std([getattr(one, name) for one in fits]) for name in fits[0].errors
+    }
+    # The noise's size is guessed alike for all of them, with some caution; what each makes of it is no guess.
+    middle = np.median(list(ratios.values()))
+    assert 0.9 < middle < 1.3
+    for name, ratio in ratios.items():
+        assert ratio == pytest.approx(middle, rel=0.1), name
 
 
 def test_errors_shrink_with_the_noise_and_not_with_copies_of_it() -> None:
@@ -282,6 +287,8 @@ def test_a_curve_that_is_too_short_is_refused() -> None:
         fit([], [])
     with pytest.raises(CurveError, match=r"same length, got shapes \(3,\) and \(2,\)"):
         fit([1, 2, 3], [1, 2])
+    with pytest.raises(CurveError, match="too far apart to be averaged"):
+        fit(np.arange(1, 200), np.where(np.arange(1, 200) == 50, 1e30, 1.0))
     for option in ("first", "final"):
         with pytest.raises(CurveError, match=f"^{option}: expected a step"):
             fit(*GOOD, **{option: -1.0})  # type: ignore[arg-type]

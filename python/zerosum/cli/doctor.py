@@ -24,9 +24,9 @@ def run(options: argparse.Namespace) -> int:
     for impl in ("cpu", "triton", "cuda"):
         print(f"  {impl:<10} {live.get(impl, 'live') if info[impl] == 'live' else f'not live: {info[impl]}'}")
     print(f"  {'chunked':<10} {live['chunked']}")
-    for name in ("matplotlib", "tqdm"):
+    for name, command in (("matplotlib", "demo"), ("tqdm", "demo"), ("scipy", "fit")):
         found = importlib.util.find_spec(name) is not None
-        print(f"  {name:<10} {'live' if found else 'not live: `zerosum demo` needs it, pip install zsl_kernels[demo]'}")
+        print(f"  {name:<10} {'live' if found else f'not live: `zerosum {command}` needs it, pip install zsl_kernels[demo]'}")
     # Not built is a choice; built and not loading is a fault.
     broken = info["cpu"] != "live" and not str(info["cpu"]).startswith("it was not built")
     print("\nChecked against the reference:")
