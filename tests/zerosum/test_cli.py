@@ -135,7 +135,7 @@ SIZES = {"sizes": 2, "width": 64}
 def test_sizes_end_with_their_table(text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("scipy")
     out = tmp_path / "runs"
-    assert demo(text, out, steps=70, **SIZES) == 0
+    assert demo(text, out, steps=230, **SIZES) == 0
     said = capsys.readouterr().out
     table = said[said.index("\nwidth ") :].splitlines()[1:5]
     assert table[0].split() == ["width", "L_d", "t_d", "r_d", "L̂_T", "L_T", "RSLE", "n", "D_grad", "random", "signs", "verdict"]
@@ -145,14 +145,11 @@ def test_sizes_end_with_their_table(text: Path, tmp_path: Path, capsys: pytest.C
         assert line.split()[0] == width
         assert f"  {last['value']:.3f}" in line
         assert f"  {last['null']:.3f}" in line
-        assert " 20 " in line  # steps 51 to 70
+        assert " 13 " in line  # every tenth step from 110 to 230
         assert f"Width {width}: " in said
     report = (out / "report.md").read_text()
     for words in ("| width | L_d | t_d | r_d |", "[width 32](width-32/report.md)", "| width | [32, 64] |", "4 sequences"):
         assert words in report
-    # Nothing but the width differs: each is the run that it would be alone.
-    assert demo(text, tmp_path / "alone", steps=70, width=32) == 0
-    assert records(tmp_path / "alone") == records(out / "width-32")
 
 
 def test_interrupted_sizes_go_on_with_what_is_left(
@@ -160,6 +157,9 @@ def test_interrupted_sizes_go_on_with_what_is_left(
 ) -> None:
     pytest.importorskip("scipy")
     assert demo(text, tmp_path / "whole", **SIZES) == 0
+    # Nothing but the width differs: each is the run that it would be alone.
+    assert demo(text, tmp_path / "alone", width=32) == 0
+    assert records(tmp_path / "alone") == records(tmp_path / "whole" / "width-32")
     step = Trainer.step
 
     def interrupting(self: Trainer, number: int) -> Any:
@@ -176,7 +176,7 @@ def test_interrupted_sizes_go_on_with_what_is_left(
     said = capsys.readouterr().out
     assert "complete already" in said
     assert "Resuming after step 5." in said
-    assert "not fitted, the curve is too short: expected at least 12 points after step 50, got 0" in said
+    assert "not fitted, the curve is too short: expected at least 12 points after step 100, got 0" in said
     for width in (32, 64):
         assert records(tmp_path / "runs" / f"width-{width}") == records(tmp_path / "whole" / f"width-{width}")
 

@@ -31,7 +31,7 @@ comes some 9 % late, as in published fits), then thinned; --smoothed takes every
 
 EXAMPLES = """\
 examples:
-  zerosum fit runs/demo-1a2b3c4d/metrics.jsonl --first 30
+  zerosum fit runs/demo-1a2b3c4d/metrics.jsonl
   zerosum fit small.csv large.csv --step iteration --loss lm_loss --json fits.json
   zerosum fit lightning_logs/version_0 --loss train/loss
   zerosum fit validation.csv --smoothed --final 1000000

@@ -8,10 +8,9 @@ from typing import NamedTuple
 from zerosum import deceleration, tables
 from zerosum.curves import CurveError
 from zerosum.records import Curve, Record, curve
-from zerosum.training.loop import WARMUP
 
-# The warm-up shapes the loss for a while after its end, and the moving average looks back.
-FIRST = 5 * WARMUP // 2
+# As in the published fits; well after the warm-up, which shapes the loss for a while, and the moving average looks back.
+FIRST = 100
 
 
 class Comparison(NamedTuple):
