@@ -101,6 +101,7 @@ def lift(capture: Capture, ref: Ref, weight: Tensor, like: Tensor, layout: Layou
         layout.lead != 1
         or layout.per is not None
         or layout.ids is not None
+        or capture.provenance.inseparable
         or weight is ref.source.tensor is ref.source.parameters[0].tensor
     ):
         raise Uncovered("a weight whose first dimension would be the examples")

@@ -34,7 +34,7 @@ def call(capture: Capture, func: Any, args: tuple[Any, ...], kwargs: dict[str, A
     examples = capture.provenance.examples
     repeated = [ref.piece.size[:1] == (examples,) and ref.piece.stride[0] == 0 and len(ref.piece.size) == 3 for ref in refs]
     batched = name in ("bmm", "baddbmm", "matmul", "__matmul__")
-    if batched and all(repeated) and capture.provenance.all_standard((args, kwargs)):
+    if batched and all(repeated) and not capture.provenance.inseparable and capture.provenance.all_standard((args, kwargs)):
 
         def lifted(x: Any) -> Any:
             return x if (ref := capture.ref(x)) is None else broadcast.lift_repeated(capture, ref, name)

@@ -126,7 +126,8 @@ class _Normalize(torch.autograd.Function):
         grads: list[Tensor | None] = [None] * 3
         with torch._C.DisableTorchFunction():
             differentiable = torch.is_grad_enabled()
-            with torch.enable_grad():
+            # (The input is one, also where gradients come for several examples at once.)
+            with torch.enable_grad(), site.capture.provenance.unbatched():
                 x = x if differentiable else x.detach().requires_grad_()
                 y = call.function(x, None, None)
             b = call.rows(grad)
