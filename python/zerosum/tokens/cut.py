@@ -21,7 +21,7 @@ def separators(losses: Tensor, activations: Container[Node]) -> Iterator[Gradien
 
     ``activations`` are the nodes that made tensors which depend on data. A node's inputs were made before it: nodes taken by
     falling sequence numbers come after all that depends on them, and one of them separates the graph where nothing that is left
-    leads to another activation.
+    leads to another activation. (A node with several results, such as a split, is none: no edge has them all.)
     """
     assert losses.grad_fn is not None
     count = 0  # heapq compares what comes first alone
@@ -30,7 +30,7 @@ def separators(losses: Tensor, activations: Container[Node]) -> Iterator[Gradien
     while heap:
         _, _, node = heapq.heappop(heap)
         waiting.discard(node)
-        if node in activations and not waiting:
+        if node in activations and not waiting and len(node._input_metadata) == 1:
             yield GradientEdge(node, 0)
         for before, _ in node.next_functions:
             if before is not None and before not in waiting and _leads_to(before, activations):

@@ -12,7 +12,7 @@ from zerosum.changes import Losses, eval_mode, first_order_changes
 from zerosum.metrics import SIGN_FLIP
 from zerosum.probe import check_direction
 from zerosum.report import Coverage, Report, is_embedding
-from zerosum.tokens.passes import ChunkPass, ChunkTracked, Cut, TailPass, find_cut
+from zerosum.tokens.passes import ChunkPass, ChunkTracked, Cut, TailPass, find_cut, rounding
 from zerosum.tokens.report import ParameterEstimate, SampledReport, Scalars
 from zerosum.tokens.sampling import Draws
 from zerosum.tracking import Results, Tracked
@@ -137,7 +137,8 @@ class _Measurement:
         size = self._chunk_size()
         for start in range(0, len(tokens), size):
             at, factors = tokens[start : start + size], weights[start : start + size]
-            upto = int(at[-1]) + 1 if self.causal else self.x.shape[1]
+            # Of a single position the dimension of positions could not be told from that of sequences.
+            upto = max(int(at[-1]) + 1, 2) if self.causal else self.x.shape[1]
             x, y = self.x[i : i + 1, :upto], self.y[i : i + 1, :upto]
             tail = {key: value.picked(at).scaled(factors) for key, value in uses.items()}
             self.chunks.run(x, y, at, rows[at], factors, tail)
@@ -170,9 +171,8 @@ class _Measurement:
         if t.problem or total is None or exact is None:
             return None
         exact = exact.to(total.abs_sum.dtype)
-        eps = torch.finfo(t.parameter.dtype).eps
         error = float((total.grad_sum - exact).double().norm())
-        if exactly and error > min(6e-2, 1e4 * eps) * float(total.abs_sum.double().norm()):
+        if exactly and error > rounding(self.tail.eps, _size(t), max(map(_size, self.chunks.tracked))):
             t.refuse("its tokens' gradients do not add up to its gradient: some use of it was not seen")
             return None
         return exact
@@ -285,3 +285,7 @@ class _Measurement:
     def _in_order(self, tracked: list[Tracked]) -> list[Tracked]:
         places = {id(p): k for k, p in enumerate(self.model.parameters())}
         return sorted(tracked, key=lambda t: places[id(t.parameter)])
+
+
+def _size(t: ChunkTracked) -> float:
+    return 0.0 if t.total is None else float(t.total.abs_sum.double().norm())

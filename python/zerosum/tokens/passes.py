@@ -10,8 +10,9 @@ gradients (C, T, O) with these (T, K) are one wide product for the kernel.
 
 from __future__ import annotations
 
+import warnings
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -19,7 +20,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch._functorch.pyfunctorch import temporarily_pop_interpreter_stack
-from torch.autograd.graph import GradientEdge, Node, get_gradient_edge, saved_tensors_hooks
+from torch.autograd.graph import GradientEdge, Node, disable_saved_tensors_hooks, get_gradient_edge, saved_tensors_hooks
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from zerosum.capture import Capture
@@ -122,6 +123,7 @@ class TokenCapture(Capture):
         self.cut: tuple[GradientEdge, torch.Size] | None = None
         self._shape = torch.Size()
         self._seen: Counter[tuple[str, tuple[int, ...]]] = Counter()
+        self.eps = 0.0  # the unit roundoff of the least precise activation
 
     def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
         result = super().__torch_function__(func, types, args, kwargs)
@@ -133,6 +135,7 @@ class TokenCapture(Capture):
 
     def _note(self, name: str, x: Tensor) -> None:
         assert x.grad_fn is not None
+        self.eps = max(self.eps, torch.finfo(x.dtype).eps)
         lead = 2 if x.shape[:2] == self._shape else 1 if x.ndim and x.shape[0] == self._shape.numel() else 0
         key = (name, tuple(x.shape[lead:])) if lead else ("", ())
         self._seen[key] += 1
@@ -165,10 +168,16 @@ def find_cut(model: nn.Module, losses: Losses, x: Tensor, y: Tensor, generator: 
     capture = TokenCapture(model, Provenance(True, None), _no_direction)
     capture.start()
     try:
-        values = capture.forward(losses, x, y)
+        with disable_saved_tensors_hooks(
+            "token_report: the model hands its activations to a checkpoint or an offload, which cannot take part in backward "
+            "passes of many tokens at once; expected a model without (`memory` bounds what they take)"
+        ):
+            values = capture.forward(losses, x, y)
     finally:
         capture.stop()
     assert values.grad_fn is not None
+    parameters = [t.parameter for t in capture.parameters]
+    plain = torch.autograd.grad(values.sum(dtype=torch.float64), parameters, retain_graph=True, allow_unused=True)
     edges = list(separators(values, capture.activations))
     signs = torch.randint(2, values.shape, generator=generator).mul(2).sub(1).to(values.device)
     apart = row_wise(values, edges, signs)
@@ -182,11 +191,17 @@ def find_cut(model: nn.Module, losses: Losses, x: Tensor, y: Tensor, generator: 
     for cut in cuts:
         tail = TailPass(model, losses, cut, _no_direction)
         tail.run(x, y)
-        covered = all(not t.problem for t in tail.finish())
+        whole = tail.covers() and tail.adds_up(parameters, plain)
         tail.close()
-        if covered:
+        if whole:
             return cut
     raise RuntimeError("losses: expected a row-wise function of (N, T) tokens; not even the losses' own gradient is")
+
+
+def rounding(eps: float, size: float, largest: float) -> float:
+    """How much two ways to one sum of this size may differ, where the largest of the model's sums are as large as that: what
+    vanishes in exact arithmetic is rounding noise of those."""
+    return min(6e-2, 1e4 * eps) * size + 10 * eps * largest
 
 
 def _as_it_is(x: Tensor) -> Tensor:
@@ -248,7 +263,10 @@ class TailPass:
             edge, _ = capture.cut
             total = values.sum(dtype=torch.float64)
             inputs: list[Any] = [*(t.parameter for t in self.tracked), edge]
-            *grads, at_cut = torch.autograd.grad(total, inputs, allow_unused=True)
+            with warnings.catch_warnings():
+                # Of a tail that is none: :meth:`covers` tells.
+                warnings.filterwarnings("ignore", "zerosum.Probe: the examples are coupled", UserWarning)
+                *grads, at_cut = torch.autograd.grad(total, inputs, allow_unused=True)
             for t, grad in zip(self.tracked, grads, strict=True):
                 self._add(t, grad)
         finally:
@@ -275,6 +293,28 @@ class TailPass:
             # Not in place: the first one's memory is the results' too.
             before = self.sums.get(id(t.parameter))
             self.sums[id(t.parameter)] = grad.detach() if before is None else before + grad.detach()
+
+    @property
+    def eps(self) -> float:
+        return self._capture.eps
+
+    def covers(self) -> bool:
+        """Whether the probe could tell each row's part of all that is used in the tail."""
+        used = [*self.finish(), *(t for t in self._others if t.tied)]
+        return not any(t.problem for t in used)
+
+    def adds_up(self, parameters: list[nn.Parameter], gradients: Sequence[Tensor | None]) -> bool:
+        """Whether the sums are these gradients: all that leads to a weight passes through the cut, or lies behind it."""
+        pairs = [(self.sums.get(id(p)), g) for p, g in zip(parameters, gradients, strict=True)]
+        largest = max((float(g.double().norm()) for _, g in pairs if g is not None), default=0.0)
+        for found, g in pairs:
+            difference = [x.double() for x in (found, g) if x is not None]
+            if difference:
+                size = max(float(x.norm()) for x in difference)
+                error = float((difference[0] - difference[-1]).norm()) if len(difference) > 1 else size
+                if not error <= rounding(self.eps, size, largest):
+                    return False
+        return True
 
     def close(self) -> None:
         self._capture.release()
@@ -334,6 +374,13 @@ class ChunkTracked(Tracked):
             self.total = Accumulated.zeros(self.parameter)
         self.total.add(sums, self.factors)
         return sums
+
+    def on_gradient(self, grad: Tensor) -> None:
+        # What uses leave is one sum for all examples; one for each of them came by another way.
+        if not torch._C._functorch.is_batchedtensor(grad):
+            super().on_gradient(grad)
+        elif not self.problem:
+            self._refuse_unseen()
 
     def _compare(self, sums: Sums, grad: Tensor, eps: float, plain: Tensor | None) -> None:
         if self.tail is None:
