@@ -74,9 +74,13 @@ def row_wise(losses: Tensor, edges: list[GradientEdge], signs: Tensor) -> list[b
         torch.autograd.grad(losses, edges, weights.to(losses.dtype), retain_graph=True, allow_unused=True)
         for weights in (torch.ones_like(losses), signs)
     )
-    pairs = ((position_rows(x, losses.shape), position_rows(y, losses.shape)) for x, y in zip(plain, signed, strict=True))
-    by = signs.reshape(-1, 1)
-    return [x is not None and y is not None and torch.equal(y, x * by.to(x.dtype)) for x, y in pairs]
+    return [follows(x, y, signs) for x, y in zip(plain, signed, strict=True)]
+
+
+def follows(plain: Tensor | None, signed: Tensor | None, signs: Tensor) -> bool:
+    """Whether each row of a gradient has the sign of its own loss alone, for losses (N, T) with and without these signs."""
+    x, y = (position_rows(x, signs.shape) for x in (plain, signed))
+    return x is not None and y is not None and torch.equal(y, x * signs.reshape(-1, 1).to(x.dtype))
 
 
 def position_rows(x: Tensor | None, shape: torch.Size) -> Tensor | None:

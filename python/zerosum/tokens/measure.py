@@ -65,17 +65,46 @@ def token_report(
     Raises:
         TypeError, ValueError: an argument is not of these, or ``memory`` is too small for one token; the message names it.
     """
-    check_direction(model, direction)
-    if x.ndim != 2 or x.shape != y.shape or not x.numel():
-        raise ValueError(f"x, y: expected (N, T) token ids and targets, got shapes {tuple(x.shape)} and {tuple(y.shape)}")
-    if sample is not None and (not isinstance(sample, int) or sample < 8):
-        raise ValueError(f"sample: expected None or at least 8 draws, got {sample!r}")
+    _check(model, x, y, losses, direction, sample, memory)
     with eval_mode(model), torch.enable_grad():
         measurement = _Measurement(model, x, y, losses, direction, memory, seed, progress)
         try:
             return measurement.exact() if sample is None else measurement.sampled(sample)
         finally:
             measurement.close()
+
+
+def _check(
+    model: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    losses: Losses,
+    direction: Mapping[str, Tensor] | None,
+    sample: int | None,
+    memory: int,
+) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
+    for name, tokens in (("x", x), ("y", y)):
+        if not isinstance(tokens, Tensor):
+            raise TypeError(f"{name}: expected a torch.Tensor, got {type(tokens).__name__}")
+    if x.ndim != 2 or x.shape != y.shape or not x.numel():
+        raise ValueError(f"x, y: expected (N, T) token ids and targets, got shapes {tuple(x.shape)} and {tuple(y.shape)}")
+    if not callable(losses):
+        raise TypeError(f"losses: expected a function of (model, x, y), got {type(losses).__name__}")
+    check_direction(model, direction)
+    if direction is not None:
+        names: dict[nn.Parameter, list[str]] = {}
+        for name, parameter in model.named_parameters(remove_duplicate=False):
+            if parameter.requires_grad:
+                names.setdefault(parameter, []).append(name)
+        missing = [known[0] for known in names.values() if direction.keys().isdisjoint(known)]
+        if missing:
+            raise ValueError(f"direction: expected one for every trainable parameter, got none for {', '.join(missing)}")
+    if sample is not None and (not isinstance(sample, int) or sample < 8):
+        raise ValueError(f"sample: expected None or at least 8 draws, got {sample!r}")
+    if not isinstance(memory, int) or memory < 1:
+        raise ValueError(f"memory: expected a positive number of bytes, got {memory!r}")
 
 
 class _Measurement:
@@ -123,25 +152,41 @@ class _Measurement:
     def exact(self) -> Report:
         N, T = self.x.shape
         for i in range(N):
-            _, rows, uses = self.tail.run(self.x[i : i + 1], self.y[i : i + 1])
+            cut, rows, uses = self.tail.run(self.x[i : i + 1], self.y[i : i + 1])
             tokens = torch.arange(T, device=self.x.device)
-            self._take_back(i, tokens, rows, torch.ones(T, dtype=torch.float64, device=self.x.device), uses, i * T, N * T)
+            every = torch.ones(T, dtype=torch.float64, device=self.x.device)
+            self._take_back(i, tokens, cut.sizes, rows, every, uses, i * T, N * T)
+        self._refuse_strayed()
         tracked = self._in_order([*self.tail.finish(), *(self._result(t) for t in self.chunks.tracked)])
         return Report(tracked, [N * T])
 
+    def _refuse_strayed(self) -> None:
+        for t in [*self.tail.tracked, *self.chunks.tracked]:
+            if id(t.parameter) in self.tail.strayed:
+                t.refuse("not all sequences use it on one side of the last mixing of positions, as experts are used")
+
     def _take_back(
-        self, i: int, tokens: Tensor, rows: Tensor, weights: Tensor, uses: Mapping[int, Uses], done: int, total: int
+        self,
+        i: int,
+        tokens: Tensor,
+        sizes: Tensor,
+        rows: Tensor,
+        weights: Tensor,
+        uses: Mapping[int, Uses],
+        done: int,
+        total: int,
     ) -> None:
-        """Tokens (R,) of sequence i, by rising position, with these weights; ``rows`` (T, F) are the sequence's at the cut, and
-        ``uses`` those of tied weights in its tail."""
+        """Tokens (R,) of sequence i, by rising position, with these weights; ``sizes`` (T,) and ``rows`` (T, F) are the sequence's
+        at the cut, and ``uses`` those of tied weights in its tail."""
         size = self._chunk_size()
         for start in range(0, len(tokens), size):
             at, factors = tokens[start : start + size], weights[start : start + size]
             # Of a single position the dimension of positions could not be told from that of sequences.
             upto = max(int(at[-1]) + 1, 2) if self.causal else self.x.shape[1]
             x, y = self.x[i : i + 1, :upto], self.y[i : i + 1, :upto]
-            tail = {key: value.picked(at).scaled(factors) for key, value in uses.items()}
-            self.chunks.run(x, y, at, rows[at], factors, tail)
+            with torch.no_grad():
+                tail = {key: value.picked(at).scaled(factors) for key, value in uses.items()}
+            self.chunks.run(x, y, at, rows[at], factors, tail, sizes[: x.shape[1]])
             self.progress(done + start + len(at), total)
 
     def _chunk_size(self) -> int:
@@ -179,30 +224,36 @@ class _Measurement:
 
     def sampled(self, n: int) -> SampledReport:
         N = len(self.x)
-        at_cut = torch.stack([self.tail.run(self.x[i : i + 1], self.y[i : i + 1])[1] for i in range(N)])  # (N, T, F)
-        bound = torch.linalg.vector_norm(at_cut, dim=2, dtype=torch.float64).flatten()
+        at_cut, sizes = [], []
+        for i in range(N):
+            cut, rows, _ = self.tail.run(self.x[i : i + 1], self.y[i : i + 1])
+            at_cut.append(rows)
+            sizes.append(cut.sizes)
+        cuts = torch.stack(at_cut), torch.stack(sizes)  # (N, T, F) and (N, T)
+        bound = torch.linalg.vector_norm(cuts[0], dim=2, dtype=torch.float64).flatten()
         signed = self._signed_sizes()
         dot = None
         if self.direction is not None:
             dot = first_order_changes(self.model, self.x, self.y, self.direction, losses=self.losses).flatten()
         halves = Draws.proportional(bound, n, self.generator).halves()
-        self._take_back_draws(halves[0], at_cut, 0, n)
+        self._take_back_draws(halves[0], *cuts, 0, n)
         first = self.chunks.take_scalars()
         for t in self.chunks.tracked:
             t.direction = self._influence(t, len(halves[0]))
-        self._take_back_draws(halves[1], at_cut, len(halves[0]), n)
+        self._take_back_draws(halves[1], *cuts, len(halves[0]), n)
         second = self.chunks.take_scalars()
+        self._refuse_strayed()
         self.tail.finish()
         return self._estimate(halves, first, second, signed, dot)
 
-    def _take_back_draws(self, draws: Draws, at_cut: Tensor, done: int, total: int) -> None:
+    def _take_back_draws(self, draws: Draws, rows: Tensor, sizes: Tensor, done: int, total: int) -> None:
         """Sequence by sequence."""
         T, device = self.x.shape[1], self.x.device
         for i in (draws.tokens // T).unique().tolist():
             mine = (draws.tokens // T == i).nonzero().flatten()
             uses = {} if self.tied is None else self.tied.run(self.x[i : i + 1], self.y[i : i + 1])[2]
             tokens, weights = (draws.tokens[mine] % T).to(device), draws.weights[mine].to(device)
-            self._take_back(i, tokens, at_cut[i], weights, uses, done + int(mine[0]), total)
+            self._take_back(i, tokens, sizes[i], rows[i], weights, uses, done + int(mine[0]), total)
 
     def _influence(self, t: ChunkTracked, draws: int) -> Tensor | None:
         """∂(Σ_j |G_j| / A_j)/∂A_j up to its sign, for A_j = Σ_i |g_ij| as these draws tell it, which are half of all."""

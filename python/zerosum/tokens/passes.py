@@ -27,13 +27,14 @@ from zerosum.capture import Capture
 from zerosum.changes import Losses
 from zerosum.loss import Loss
 from zerosum.provenance import Layout, Moved, Provenance, Rows, flatten
-from zerosum.tokens.cut import leaves, position_rows, row_wise, separators
+from zerosum.tokens.cut import follows, leaves, position_rows, row_wise, separators
 from zerosum.tracking import Tracked
 from zerosum.uses import SCALARS, Sums, Uses
 from zsl_kernels.types import sum_dtype
 
 Direction = Callable[[list[str]], Tensor | None]
 _SUM = Loss("sum")
+_OTHERWISE = "token_report: expected a model that computes every sequence, and every beginning of one, by the same operations"
 
 
 @dataclass(frozen=True)
@@ -106,6 +107,14 @@ class Cut:
     tied: frozenset[int]
 
 
+class AtCut(NamedTuple):
+    """The activation at the cut in one forward pass. ``sizes`` (N·T,) are the norms of its rows, by which it is known again."""
+
+    edge: GradientEdge
+    shape: torch.Size
+    sizes: Tensor
+
+
 class TokenCapture(Capture):
     """A capture that also notes which nodes of the graph made activations, and finds the one at the cut."""
 
@@ -120,7 +129,7 @@ class TokenCapture(Capture):
         super().__init__(model, provenance=provenance, loss=_SUM, direction=direction, tracked=tracked)
         self._place = None if cut is None else cut.place
         self.activations: dict[Node, tuple[torch.Size, Place]] = {}
-        self.cut: tuple[GradientEdge, torch.Size] | None = None
+        self.cut: AtCut | None = None
         self._shape = torch.Size()
         self._seen: Counter[tuple[str, tuple[int, ...]]] = Counter()
         self.eps = 0.0  # the unit roundoff of the least precise activation
@@ -142,7 +151,9 @@ class TokenCapture(Capture):
         place = Place(*key, self._seen[key])
         self.activations[x.grad_fn] = (x.shape, place)
         if place == self._place:
-            self.cut = (get_gradient_edge(x), x.shape)
+            rows = position_rows(x.detach(), self._shape)
+            assert rows is not None
+            self.cut = AtCut(get_gradient_edge(x), x.shape, torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64))
             # From here on each row is its position's own, whatever was mixed before.
             N, T = self._shape
             self.provenance.declare(x, Moved(0) if lead == 2 else Rows(T, N * T))
@@ -154,12 +165,15 @@ class TokenCapture(Capture):
         self._shape, self.cut = x.shape, None
         with sdpa_kernel(SDPBackend.MATH):
             values = losses(self.model, x, y)
-        if values.shape != x.shape:
-            raise ValueError(f"losses: expected one for each token, {tuple(x.shape)}, got shape {tuple(values.shape)}")
+        if not isinstance(values, Tensor) or values.shape != x.shape:
+            got = f"shape {tuple(values.shape)}" if isinstance(values, Tensor) else type(values).__name__
+            raise ValueError(f"losses: expected one for each token, {tuple(x.shape)}, got {got}")
+        if not values.isfinite().all():
+            raise ValueError("losses: expected finite numbers, got infinities or NaN")
         if values.grad_fn is None:
             raise ValueError("losses: expected a function that autograd can differentiate, got a result without a graph")
         if self._place is not None and self.cut is None:
-            raise RuntimeError("the model does not compute every sequence by the same operations")
+            raise RuntimeError(_OTHERWISE)
         return values
 
 
@@ -242,6 +256,7 @@ class TailPass:
         self._losses, self._cut = losses, cut
         self._capture = TokenCapture(model, Provenance(True, None), direction, _TailTracked, cut)
         self.sums: dict[int, Tensor] = {}
+        self.strayed: set[int] = set()  # parameters that lie on another side of the cut than in the first sequence
         self.largest = 0  # bytes of the largest activation before the cut that is kept for a backward pass
         self.tracked: list[_TailTracked] = []
         self._others: list[_TailTracked] = []
@@ -252,36 +267,49 @@ class TailPass:
             if not (t.tied or (measure and id(t.parameter) in cut.tail)):
                 t.refuse("not asked for")
 
-    def run(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, dict[int, Uses]]:
-        """Losses (N, T) and rows at the cut (N·T, F) of sequences (N, T), and the uses of tied weights in the tail."""
+    def run(self, x: Tensor, y: Tensor) -> tuple[AtCut, Tensor, dict[int, Uses]]:
+        """What is at the cut for sequences (N, T), its gradient's rows (N·T, F), and the uses of tied weights in the tail."""
         capture = self._capture
         capture.start()
         try:
             with saved_tensors_hooks(self._weigh, _as_it_is):
                 values = capture.forward(self._losses, x, y)
-            assert capture.cut is not None
-            edge, _ = capture.cut
+            cut = capture.cut
+            assert cut is not None
+            self._look_behind(values, cut.edge)
             total = values.sum(dtype=torch.float64)
-            inputs: list[Any] = [*(t.parameter for t in self.tracked), edge]
+            inputs: list[Any] = [*(t.parameter for t in self.tracked), cut.edge]
             with warnings.catch_warnings():
                 # Of a tail that is none: :meth:`covers` tells.
                 warnings.filterwarnings("ignore", "zerosum.Probe: the examples are coupled", UserWarning)
-                *grads, at_cut = torch.autograd.grad(total, inputs, allow_unused=True)
+                *grads, at_cut = torch.autograd.grad(total, inputs, retain_graph=True, allow_unused=True)
             for t, grad in zip(self.tracked, grads, strict=True):
                 self._add(t, grad)
         finally:
             capture.stop()
             capture.activations.clear()
+        signs = (torch.arange(x.shape[1], device=x.device) % 2 * 2 - 1).expand(x.shape)
+        (signed,) = torch.autograd.grad(values, [cut.edge], signs.to(values.dtype), allow_unused=True)
+        if not follows(at_cut, signed, signs):
+            raise RuntimeError(_OTHERWISE)
         uses = {id(t.parameter): t.uses for t in self._others if t.uses}
         others = [t.parameter for t in self._others]
         if others:
-            for t, grad in zip(self._others, torch.autograd.grad([edge], others, [at_cut], allow_unused=True), strict=True):
+            for t, grad in zip(self._others, torch.autograd.grad([cut.edge], others, [at_cut], allow_unused=True), strict=True):
                 self._add(t, grad)
-                self._add(t, t.uses.grad_sum(t.parameter) if t.uses else None)
+                with torch.no_grad():
+                    self._add(t, t.uses.grad_sum(t.parameter) if t.uses else None)
                 t.uses = None
         rows = position_rows(at_cut, values.shape)
         assert rows is not None
-        return values.detach(), rows.detach(), uses
+        return cut, rows.detach(), uses
+
+    def _look_behind(self, values: Tensor, edge: GradientEdge) -> None:
+        """Whether the cut of this sequence has the same weights behind it."""
+        assert values.grad_fn is not None
+        before, behind = leaves(edge.node), leaves(values.grad_fn, stop=edge.node)
+        both, cut = behind & before, self._cut
+        self.strayed |= (behind - before - cut.tail) | (both - cut.tied) | (before & cut.tail)
 
     def _weigh(self, x: Tensor) -> Tensor:
         if self._capture.cut is None and not isinstance(x, nn.Parameter):
@@ -402,9 +430,12 @@ class ChunkPass:
             else:
                 self.tracked.append(t)
 
-    def run(self, x: Tensor, y: Tensor, tokens: Tensor, rows: Tensor, factors: Tensor, tail: Mapping[int, Uses]) -> Tensor:
+    def run(
+        self, x: Tensor, y: Tensor, tokens: Tensor, rows: Tensor, factors: Tensor, tail: Mapping[int, Uses], sizes: Tensor
+    ) -> None:
         """One chunk of the sequence x (1, T): ``tokens`` (C,) are its positions, ``rows`` (C, F) their gradients at the cut,
-        ``factors`` (C,) what each example is multiplied by, and ``tail`` the uses of tied weights there. Returns the losses."""
+        ``factors`` (C,) what each example is multiplied by, ``tail`` the uses of tied weights there, ``sizes`` (T,) those of the
+        activation at the cut in the other pass."""
         capture, C = self._capture, len(tokens)
         self._provenance.count = C
         for t in self.tracked:
@@ -414,7 +445,9 @@ class ChunkPass:
         try:
             values = capture.forward(self._losses, x, y)
             assert capture.cut is not None
-            edge, shape = capture.cut
+            edge, shape, found = capture.cut
+            if not torch.allclose(found, sizes, rtol=min(0.1, 1e3 * capture.eps), atol=0):
+                raise RuntimeError(_OTHERWISE)
             cotangents = rows.new_zeros(C, values.numel(), rows.shape[1])
             cotangents[torch.arange(C, device=rows.device), tokens] = rows * factors.to(rows.dtype).unsqueeze(1)
             parameters = [t.parameter for t in self.tracked]
@@ -427,7 +460,6 @@ class ChunkPass:
         finally:
             capture.stop()
             capture.activations.clear()
-        return values.detach()
 
     def close(self) -> None:
         self._capture.release()
