@@ -1,12 +1,24 @@
 """Zero-sum learning, measured while a model trains: :class:`Probe` takes per-example gradient statistics of a real training step,
-and :func:`token_report` those of every token's own loss.
+and :func:`token_report` those of every token's own loss. :mod:`~zerosum.changes` has loss changes, :mod:`~zerosum.deceleration`
+fits of loss curves.
 
 The mathematics is in :mod:`zerosum.metrics`, the kernels in :mod:`zsl_kernels`. On the command line: ``zerosum --help``.
 """
 
+from zerosum import changes, deceleration
 from zerosum.capture import example_ids
 from zerosum.probe import Probe
 from zerosum.report import Coverage, ParameterReport, Report
 from zerosum.tokens import SampledReport, token_report
 
-__all__ = ["Coverage", "ParameterReport", "Probe", "Report", "SampledReport", "example_ids", "token_report"]
+__all__ = [
+    "Coverage",
+    "ParameterReport",
+    "Probe",
+    "Report",
+    "SampledReport",
+    "changes",
+    "deceleration",
+    "example_ids",
+    "token_report",
+]
