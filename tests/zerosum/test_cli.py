@@ -141,14 +141,14 @@ def test_sizes_end_with_their_table(text: Path, tmp_path: Path, capsys: pytest.C
     assert table[0].split() == ["width", "L_d", "t_d", "r_d", "L̂_T", "L_T", "RSLE", "n", "D_grad", "random", "signs", "verdict"]
     for line, width in zip(table[2:], ("32", "64"), strict=True):
         found = records(out / f"width-{width}")
-        last = [entry for entry in found if entry["kind"] == "probe"][-1]["metrics"]["D_grad"]
+        last = [entry for entry in found if entry["kind"] == "probe"][-1]["metrics"]["tokens.D_grad"]
         assert line.split()[0] == width
         assert f"  {last['value']:.3f}" in line
         assert f"  {last['null']:.3f}" in line
         assert " 13 " in line  # every tenth step from 110 to 230
         assert f"Width {width}: " in said
     report = (out / "report.md").read_text()
-    for words in ("| width | L_d | t_d | r_d |", "[width 32](width-32/report.md)", "| width | [32, 64] |", "4 sequences"):
+    for words in ("| width | L_d | t_d | r_d |", "[width 32](width-32/report.md)", "| width | [32, 64] |", "64 held-out tokens"):
         assert words in report
 
 

@@ -14,11 +14,13 @@ from zerosum.changes import Step
 from zerosum.metrics import Metric
 from zerosum.probe import Probe
 from zerosum.report import Coverage
+from zerosum.tokens import token_report
 from zerosum.training.data import VOCAB, Corpus, draw
 from zerosum.training.model import GPT, GPTConfig, token_losses
 
 HEAD_SIZE = 32
 HELD_OUT_SEQUENCES = 64
+TOKEN_SEQUENCES = 4  # of the held-out ones, whose tokens' own gradients are measured
 CLIP = 1.0
 BETAS = (0.9, 0.95)
 WEIGHT_DECAY = 0.1
@@ -101,7 +103,8 @@ class Trainer:
         """The same step, with measurements in and around it.
 
         Gradient metrics are over the batch's sequences; ``train.*`` and ``held_out.*`` are over tokens, of losses before the step
-        and of their change by it; C_g, C_uG and C_ug go along the step's own update.
+        and of their change by it; C_g, C_uG and C_ug go along the step's own update. After the last step, ``tokens.D_grad`` is over
+        the gradients of held-out tokens' own losses.
         """
         start = perf_counter()
         batch = self.batch(step)
@@ -114,6 +117,10 @@ class Trainer:
             trained = self._update(step, losses)
             step_seconds = perf_counter() - step_start
         found = report.metrics | change.metrics | self._along_update(batch, change)
+        if step == self.settings.steps:
+            x, y = self.held_out
+            tokens = token_report(self.model, x[:TOKEN_SEQUENCES], y[:TOKEN_SEQUENCES])
+            found["tokens.D_grad"] = tokens.metrics["D_grad"]
         around_seconds = perf_counter() - start - step_seconds
         return ProbedStep(trained, found, report.coverage, report.finite, step_seconds, around_seconds)
 

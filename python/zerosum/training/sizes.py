@@ -36,7 +36,7 @@ def compare_sizes(runs: Mapping[int, Sequence[Record]]) -> Comparison:
     cells = [["width", *numbers, "D_grad", "random signs", verdict]]
     findings = []
     for width, records in runs.items():
-        loss, d_grad = curve(records, "step", "train.loss"), curve(records, "probe", "D_grad")
+        loss, d_grad = curve(records, "step", "train.loss"), curve(records, "probe", "tokens.D_grad")
         try:
             fit = deceleration.fit(loss.steps, loss.values, first=FIRST)
             *fitted, seen = fit.cells()
@@ -49,18 +49,18 @@ def compare_sizes(runs: Mapping[int, Sequence[Record]]) -> Comparison:
 
 
 def _last(d_grad: Curve) -> list[str]:
-    return [f"{d_grad.values[-1]:.3f}", f"{d_grad.nulls[-1]:.3f}"]
+    return [f"{d_grad.values[-1]:.3f}", f"{d_grad.nulls[-1]:.3f}"] if len(d_grad) else ["–", "–"]
 
 
 def _notes(runs: Mapping[int, Sequence[Record]]) -> list[str]:
-    d_grad = curve(next(iter(runs.values())), "probe", "D_grad")
+    n = max(curve(records, "probe", "tokens.D_grad").n for records in runs.values())
     return [
         "L_d and t_d: the loss (nats per byte, training batches) and the step where two lines on log-log axes meet; r_d: the loss "
         f"falls as t^−r_d after it. They are fitted to the steps after {FIRST}, ± one standard error. L̂_T: the loss that the "
         "second line predicts for the last step. L_T: the one there, averaged over the steps before. RSLE: the fit's error of ln L "
         "over n points.",
         "“No break found”: one line describes the curve as well; “no break located”: it bends, but too gradually to say where.",
-        f"D_grad: interference between the gradients of the {d_grad.n} sequences of the batch at the last probe of each run. "
-        "“Random signs”: what it would be if each kept its size and got a random sign.",
+        f"D_grad: interference between the gradients of the losses of {n} held-out tokens, one each, after the last step. “Random "
+        "signs”: what it would be if each kept its size and got a random sign.",
         "One seed and a few hundred steps: a difference between sizes that is not well above both errors may be chance.",
     ]

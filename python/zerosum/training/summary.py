@@ -68,7 +68,14 @@ def summarize(records: Sequence[Record]) -> Summary:
         Row(label, [float(probes[name].values[i]) for i in chosen], float(probes[name].nulls[-1]), f"{probes[name].n} {examples}")
         for label, name, examples in _ROWS
     ]
-    findings = [_loss(records, probes), _gradients(probes), *_tokens(probes), _decomposition(probes), _cost(records)]
+    findings = [
+        _loss(records, probes),
+        _gradients(probes),
+        _token_gradients(records),
+        *_tokens(probes),
+        _decomposition(probes),
+        _cost(records),
+    ]
     return Summary([int(steps[i]) for i in chosen], rows, [finding for finding in findings if finding], _notes(records, probes))
 
 
@@ -144,18 +151,32 @@ def _loss(records: Sequence[Record], probes: dict[str, Curve]) -> str:
 
 def _gradients(probes: dict[str, Curve]) -> str:
     d = probes["D_grad"]
+    return (
+        f"Between the gradients of a batch's {d.n} sequences, interference D_grad {_went(d)} (random signs: {d.nulls[-1]:.3f}): "
+        f"{_against(d, 'sequences')}."
+    )
+
+
+def _token_gradients(records: Sequence[Record]) -> str:
+    d = curve(records, "probe", "tokens.D_grad")
+    if not len(d):
+        return ""
+    return (
+        f"Between the gradients of {d.n} held-out tokens' own losses, after the last step, D_grad is {d.values[-1]:.3f} (random "
+        f"signs: {d.nulls[-1]:.3f}): {_against(d, 'tokens')}."
+    )
+
+
+def _against(d: Curve, examples: str) -> str:
+    """How the last value compares with random signs."""
     value, null = d.values[-1], d.nulls[-1]
     if math.isnan(value):
-        against = "at the last probe it had no value"
-    elif abs(value - null) <= SAME:
-        against = "there the sequences agree no better than random signs"
-    elif value < null:
-        against = "the sequences' gradients still agree better than random signs"
-    else:
-        against = "the sequences' gradients oppose each other more than random signs"
-    return (
-        f"Between the gradients of a batch's {d.n} sequences, interference D_grad {_went(d)} (random signs: {null:.3f}): {against}."
-    )
+        return "at the last probe it had no value"
+    if abs(value - null) <= SAME:
+        return f"there the {examples} agree no better than random signs"
+    if value < null:
+        return f"the {examples}' gradients still agree better than random signs"
+    return f"the {examples}' gradients oppose each other more than random signs"
 
 
 def _tokens(probes: dict[str, Curve]) -> list[str]:
