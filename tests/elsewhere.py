@@ -61,7 +61,7 @@ def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
             return func._op_dk(torch._C.DispatchKey.CompositeExplicitAutograd, *args, **kwargs)
     tensors = [x for x in tree_flatten((args, kwargs))[0] if isinstance(x, Tensor)]
     strangers = [x for x in tensors if not isinstance(x, _There) and x.ndim > 0]
-    if strangers and len(strangers) < len(tensors) and func not in _CROSS:
+    if strangers and any(isinstance(x, _There) for x in tensors) and func not in _CROSS:
         raise RuntimeError(f"{func}: tensors of {[tuple(x.shape) for x in strangers]} on the CPU meet others on {DEVICE}")
     if func in _READ or _has_unknown_size(func, args, kwargs):
         READS[0] += 1

@@ -34,6 +34,18 @@ def test_does_not_wait_for_the_device(name, lines):
     assert lines[name]["reads"] <= WITHOUT_WAITING[name]
 
 
+def test_tokens_are_measured_as_on_the_cpu(project_environment):
+    command = [sys.executable, "-m", "tests.zerosum.elsewhere_tokens_driver"]
+    done = subprocess.run(command, env=project_environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = {line["name"]: line["pairs"] for line in map(json.loads, done.stdout.splitlines())}
+    assert found.keys() == {"exact", "sampled"}
+    for pairs in found.values():
+        assert "D_grad" in pairs
+        for name, (here, there) in pairs.items():
+            assert there == pytest.approx(here, rel=1e-9), name
+
+
 def test_a_forgotten_device_would_be_noticed(project_environment):
     program = (
         "import os, torch\nfrom tests.elsewhere import elsewhere\n"
