@@ -305,9 +305,14 @@ class _Measurement:
             not_covered={t.name: t.problem for t in tracked if t.problem},
             sizes={t.name: t.parameter.numel() for t in tracked},
         )
-        l1, sq_norm = (torch.cat([first[name], second[name]]) for name in ("l1", "sq_norm"))
-        nothing = l1.new_zeros(0)
-        scalars = Scalars(l1, sq_norm, first.get("abs_dot", nothing), second.get("abs_dot", nothing), exact["l1"], exact["sq_norm"])
+        # Where all parameters are the tail's, or only embeddings are not, a half has no scalars of its own: they are zero.
+        zeros = [torch.zeros(len(half), dtype=torch.float64, device=self.x.device) for half in halves]
+        l1, sq_norm = (
+            torch.cat([part.get(name, zero) for part, zero in zip((first, second), zeros, strict=True)])
+            for name in ("l1", "sq_norm")
+        )
+        abs_dot, influence = (part.get("abs_dot", zero) for part, zero in zip((first, second), zeros, strict=True))
+        scalars = Scalars(l1, sq_norm, abs_dot, influence, exact["l1"], exact["sq_norm"])
         embeddings = {t.name for t in tracked if is_embedding(t.how, t.parameter.shape)}
         return SampledReport(parameters, coverage, embeddings, halves, scalars, dot, self.x.numel())
 
