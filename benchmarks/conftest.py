@@ -94,15 +94,19 @@ class Compare:
         target: float | None = None,
         flops: float | None = None,
         microseconds: bool = False,
+        shares: tuple[float, float] = (1, 1),
     ) -> None:
-        """With ``flops``, the rates of both are columns too; with ``microseconds``, both times are, in place of milliseconds."""
+        """With ``flops``, the rates of both are columns too; with ``microseconds``, both times are, in place of milliseconds. What
+        takes too long may run in part, if all parts cost the same: ``shares`` are those of subject and baseline that run."""
         both = self._interleave(subject, baseline)
         if both is None:  # --benchmark-disable: it ran, and that is all
             return
-        times, baseline_times = both
+        times, baseline_times = ([x / share for x in taken] for taken, share in zip(both, shares, strict=True))
         ratio = Quartiles.of([x / y for x, y in zip(times, baseline_times, strict=True)])
-        ms, baseline_ms = (Quartiles.of([1e3 * x for x in values]) for values in both)
+        ms, baseline_ms = (Quartiles.of([1e3 * x for x in values]) for values in (times, baseline_times))
         details = {"ratio": ratio, "ms": ms, "baseline": against, "baseline_ms": baseline_ms, "rounds": len(times)}
+        if shares != (1, 1):
+            details["shares"] = shares
         self._benchmark.extra_info.update({"table": table.title, "row": row, "column": column, "target": target, **details})
         if microseconds:
             table.add(row, f"{against} µs", Cell(1e3 * baseline_ms.median, "µs"))
