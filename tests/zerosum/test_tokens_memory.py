@@ -23,7 +23,8 @@ torch.manual_seed(0)
 model = GPT(GPTConfig(vocab=64, width=32, layers=2, heads=4, positions=256))
 x = torch.randint(64, (1, 256))
 chunks = []
-zerosum.token_report(model, x, x, sample=int(sys.argv[2]), memory=int(sys.argv[1]), progress=lambda done, total: chunks.append(done))
+memory, sample = map(int, sys.argv[1:])
+zerosum.token_report(model, x, x, sample=sample, memory=memory, progress=lambda done, total: chunks.append(done))
 peak = re.search(r"VmHWM:\\s*(\\d+) kB", Path("/proc/self/status").read_text())[1]
 print(max(b - a for a, b in zip([0, *chunks], chunks)), 1024 * int(peak))
 """
