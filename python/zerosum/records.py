@@ -135,31 +135,49 @@ def smooth(values: np.ndarray) -> np.ndarray:
 
 
 class Slope(NamedTuple):
-    """The log-log slope between two steps, by least squares; ``level`` is the fit's value at ``first``."""
+    """The log-log slope between two steps, by least squares; ``level`` is the fit's value at ``first``, ``error`` the slope's
+    standard error by the noise of single batches."""
 
     slope: float
     first: int
     last: int
     level: float
+    error: float
 
     def at(self, steps: np.ndarray) -> np.ndarray:
         return self.level * (steps / self.first) ** self.slope
 
+    @property
+    def surely(self) -> float:
+        """The slope is not above this, but for chance (2.5 %)."""
+        return self.slope + 2 * self.error
+
 
 def slopes(loss: Curve) -> tuple[Slope, Slope] | None:
-    """The steepest half decade of a loss per step, and the last one; None for a curve that is too short to have two."""
+    """The surely steepest half decade of a loss per step, and the last one; None for a curve that is too short to have two.
+
+    The steepest as such would be one of few noisy steps: of a flat loss too, some half decade falls.
+    """
     decade = math.sqrt(10)
     if len(loss) < 10 or not np.isfinite(loss.values).all() or (loss.values <= 0).any():
         return None
-    last = _slope(loss, loss.steps[-1] / decade)
+    # A median of differences of neighbours: the trend is small in most of them. 0.6745 is that of |x| for a normal x.
+    noise = float(np.median(np.abs(np.diff(np.log(loss.values))))) / (0.6745 * math.sqrt(2))
+    noise = max(noise, 1e-12)  # below it is rounding
+    last = _slope(loss, loss.steps[-1] / decade, noise)
     starts = [step for step in loss.steps if step * decade <= loss.steps[-1]]
-    return min((*(_slope(loss, start) for start in starts), last), key=lambda fit: fit.slope), last
+    return min((*(_slope(loss, start, noise) for start in starts), last), key=lambda fit: fit.surely), last
 
 
-def _slope(loss: Curve, first: float) -> Slope:
+def _slope(loss: Curve, first: float, noise: float) -> Slope:
     """Over half a decade from ``first``. The raw losses are fitted: an average over earlier steps would lag behind."""
     chosen = (loss.steps >= first) & (loss.steps <= first * math.sqrt(10) * 1.001)
-    steps, values = loss.steps[chosen], loss.values[chosen]
+    steps, logs = loss.steps[chosen], np.log(loss.values[chosen])
     x = np.log(steps / steps[0])
-    slope, level = np.polyfit(x, np.log(values), 1, w=1 / np.sqrt(steps))  # equal lengths of the log axis weigh the same
-    return Slope(float(slope), int(steps[0]), int(steps[-1]), float(np.exp(level)))
+    weights = 1 / steps / (1 / steps).sum()  # equal lengths of the log axis weigh the same
+    middle = float(weights @ x)
+    share = weights * (x - middle)
+    share /= share @ x
+    slope = float(share @ logs)
+    level = math.exp(float(weights @ logs) - slope * middle)
+    return Slope(slope, int(steps[0]), int(steps[-1]), level, noise * float(np.linalg.norm(share)))

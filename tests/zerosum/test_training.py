@@ -386,14 +386,60 @@ def test_words_follow_the_tokens(last: float, said: str) -> None:
     train, held_out = summarize(run_records((0.2, 0.6), (0.1, last))).findings[2:4]
     assert said in train
     assert said in held_out
-    assert "lowered the mean loss by 0.0100" in train
+    assert "lowered the mean loss by 0.010" in train
 
 
 @pytest.mark.parametrize(
-    ("slope", "said"), [(-0.1, "4.0 times flatter, it decelerated"), (-0.4, "not decelerated"), (0.1, "stopped falling")]
+    ("slope", "said"), [(-0.1, "4.0 times flatter, it decelerated"), (-0.4, "not decelerated"), (0.0, "stopped falling"), (0.1, "it rises")]
 )
 def test_words_follow_the_loss(slope: float, said: str) -> None:
     assert said in summarize(run_records((0.2, 0.6), (0.1, 0.5), slope)).findings[0]
+
+
+def loss_records(losses: np.ndarray) -> list[Record]:
+    """Those of a run, with other training losses."""
+    found = run_records((0.2, 0.6), (0.1, 0.5))
+    for entry in found:
+        if entry["kind"] == "step":
+            entry["metrics"]["train.loss"]["value"] = float(losses[entry["step"] - 1])
+    return found
+
+
+@pytest.mark.parametrize("noise", [0.005, 0.02, 0.05])
+@pytest.mark.parametrize("slope", [0.0, -0.15, -0.4])
+def test_batches_that_differ_are_no_deceleration(slope: float, noise: float) -> None:
+    steps = np.arange(1, 1001)
+    said = []
+    for seed in range(8):
+        wiggle = np.exp(noise * np.random.default_rng(seed).normal(size=1000))
+        said.append(summarize(loss_records(6 * steps**slope * wiggle)).findings[0])
+    assert not [one for one in said if "it decelerated" in one]
+    if slope:
+        assert all("it has not decelerated yet" in one for one in said)
+    broken = 6 * np.where(steps < 100, steps**-0.4, 100**-0.4 * (steps / 100) ** -0.1)
+    assert "it decelerated" in summarize(loss_records(broken * wiggle)).findings[0]
+
+
+def test_words_follow_a_loss_that_rises_or_ends() -> None:
+    steps = np.arange(1, 1001)
+    rising = 5 * np.where(steps < 100, steps**-0.4, 100**-0.4 * (steps / 100) ** 0.3)
+    assert summarize(loss_records(rising)).findings[0].endswith("between steps 317 and 1000: it rises.")
+    constant = summarize(loss_records(np.full(1000, 5.0))).findings[0]
+    assert constant.endswith("It did not fall by more than batches differ: the last log-log slope is 0.00 ± 0.00.")
+    ended = np.append(rising[:-1], math.nan)
+    assert summarize(loss_records(ended)).findings[0].endswith("Training stopped at step 1000, where it was no longer a number.")
+
+
+def test_small_numbers_are_not_shown_as_zero() -> None:
+    records = run_records((0.2, 0.6), (0.1, 0.5))
+    for entry in records:
+        if entry["kind"] == "probe":
+            entry["metrics"] |= {"train.M": {"value": 1.3e-5, "n": 64}, "train.mean": {"value": -4e-6, "n": 64, "null": 0.0}}
+    summary = summarize(records)
+    assert "Their mean size M hardly changed, 1.3e-05 to 1.3e-05; the last measured step lowered the mean loss by 4e-06" in (
+        summary.findings[2]
+    )
+    assert "1.3e-05" in summary.text().splitlines()[7]
 
 
 def test_the_table_has_values_nulls_and_examples() -> None:
@@ -420,6 +466,12 @@ def test_words_follow_the_cost() -> None:
     cost = record("cost", 1000, {}, plain_seconds=[0.1, 0.2, 0.3], probed_seconds=[0.11, 0.3, 0.3])
     said = summarize([*run_records((0.2, 0.6), (0.1, 0.5)), cost]).findings[-1]
     assert "cost +50% of a forward and backward pass (300 against 200 ms: medians of 3 in turns; the fastest of each: +10%)" in said
+
+
+def test_a_run_of_probed_steps_alone_has_no_share() -> None:
+    cost = record("cost", 1, {}, plain_seconds=[0.1], probed_seconds=[0.2])
+    records = [entry for entry in run_records((0.2, 0.6), (0.1, 0.5)) if entry["step"] == 1]
+    assert summarize([*records, cost]).findings[-1].endswith("of each: +100%).")
 
 
 def test_the_share_of_measuring() -> None:

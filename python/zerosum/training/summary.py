@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from zerosum import tables
-from zerosum.records import Curve, Record, curve, slopes
+from zerosum.records import Curve, Record, Slope, curve, slopes
 
 # D and C below count as unchanged, or as equal to their null, within this much.
 SAME = 0.02
@@ -112,7 +112,8 @@ _NAMES = (
 
 
 def _number(x: float) -> str:
-    return f"{x:.3f}"
+    """Three decimals, or two digits of what would not be seen in these."""
+    return f"{x:.2g}" if 0 < abs(x) < 0.01 else f"{x:.3f}"
 
 
 def signed(x: float) -> str:
@@ -124,29 +125,40 @@ def _went(c: Curve, same: float = SAME) -> str:
     """How a curve went from its first value to its last, with both numbers; a change up to ``same`` does not count."""
     first, last = c.values[0], c.values[-1]
     if len(c) == 1:
-        return f"was {first:.3f}"
+        return f"was {_number(first)}"
     if not np.isfinite([first, last]).all():
-        return f"went from {first:.3f} to {last:.3f}"
+        return f"went from {_number(first)} to {_number(last)}"
     if abs(last - first) <= same:
-        return f"hardly changed, {first:.3f} to {last:.3f}"
-    return f"{'rose' if last > first else 'fell'} from {first:.3f} to {last:.3f}"
+        return f"hardly changed, {_number(first)} to {_number(last)}"
+    return f"{'rose' if last > first else 'fell'} from {_number(first)} to {_number(last)}"
 
 
 def _loss(records: Sequence[Record], probes: dict[str, Curve]) -> str:
     train, held_out = (_went(probes[f"{name}.loss"]) for name in ("train", "held_out"))
     said = f"The loss {train} nats per byte on training batches; on held-out text it {held_out}."
-    found = slopes(curve(records, "step", "train.loss"))
+    loss = curve(records, "step", "train.loss")
+    if len(loss) and not math.isfinite(loss.values[-1]):
+        return said + f" Training stopped at step {loss.steps[-1]}, where it was no longer a number."
+    found = slopes(loss)
     if found is None:
         return said
     steepest, last = found
-    said += f" It fell fastest between steps {steepest.first} and {steepest.last} (log-log slope {signed(steepest.slope)})"
-    said += f" and went on with a slope of {signed(last.slope)} between steps {last.first} and {last.last}: "
-    if steepest.slope >= 0:
-        return said + "it did not fall at all."
-    share = last.slope / steepest.slope
-    if share <= 0:
-        return said + "it has stopped falling."
-    return said + (f"{1 / share:.1f} times flatter, it decelerated." if share < 0.8 else "it has not decelerated yet.")
+    if steepest.surely >= 0:
+        return said + f" It did not fall by more than batches differ: the last log-log slope is {_slope(last)}."
+    said += f" It fell fastest between steps {steepest.first} and {steepest.last} (log-log slope {_slope(steepest)})"
+    said += f" and went on with a slope of {_slope(last)} between steps {last.first} and {last.last}: "
+    if last.slope > 2 * last.error:
+        return said + "it rises."
+    # Three standard errors: the steepest was chosen among many.
+    if last.slope - steepest.slope < 3 * math.hypot(last.error, steepest.error) or last.slope < 0.8 * steepest.slope:
+        return said + "it has not decelerated yet."
+    if last.surely >= 0:
+        return said + "it has stopped falling, by more than batches differ."
+    return said + f"{steepest.slope / last.slope:.1f} times flatter, it decelerated."
+
+
+def _slope(fit: Slope) -> str:
+    return f"{signed(fit.slope)} ± {fit.error:.2f}"
 
 
 def _gradients(probes: dict[str, Curve]) -> str:
@@ -186,7 +198,7 @@ def _tokens(probes: dict[str, Curve]) -> list[str]:
         c, null = 1 - d.values[-1], 1 - d.nulls[-1]
         better = f"they add up {c / null:.1f} times as well as random signs"
         against = better if c > CHANCE_95 * null else "they cancel as fully as random signs, within the 95% that chance allows"
-        change = f"{'raised' if mean.values[-1] > 0 else 'lowered'} the mean loss by {abs(mean.values[-1]):.4f}"
+        change = f"{'raised' if mean.values[-1] > 0 else 'lowered'} the mean loss by {_number(abs(mean.values[-1]))}"
         if math.isnan(c):
             against, change = "at the last probe it had no value", "left a loss that is not a number"
         findings.append(
@@ -211,15 +223,17 @@ def _cost(records: Sequence[Record]) -> str:
     plain, probed = cost["plain_seconds"], cost["probed_seconds"]
     # Other work on the machine slows passes down but never speeds one up: the fastest show how far the medians can be trusted.
     middle, fastest = (best(probed) / best(plain) - 1 for best in (median, min))
-    return (
+    said = (
         f"Gradient sums and the Gram, fused into the backward pass, cost {middle:+.0%} of a forward and backward pass "
         f"({median(probed) * 1e3:.0f} against {median(plain) * 1e3:.0f} ms: medians of {len(plain)} in turns; the fastest "
-        f"of each: {fastest:+.0%}). All measuring took {measuring_share(records):.0%} of the run's time."
+        f"of each: {fastest:+.0%})."
     )
+    share = measuring_share(records)
+    return said if math.isnan(share) else f"{said} All measuring took {share:.0%} of the run's time."
 
 
 def measuring_share(records: Sequence[Record]) -> float:
-    """The share of a run's time that would not have been spent without probes."""
+    """The share of a run's time that would not have been spent without probes; NaN where every step was probed."""
     around = {entry["step"]: entry["seconds"] for entry in records if entry["kind"] == "probe"}
     steps = {entry["step"]: entry["seconds"] for entry in records if entry["kind"] == "step"}
     plain = [seconds for step, seconds in steps.items() if step not in around]
