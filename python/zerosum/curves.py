@@ -109,9 +109,10 @@ def check(steps: np.ndarray, losses: np.ndarray, where: Callable[[int], str]) ->
 def thin(steps: np.ndarray) -> np.ndarray:
     """The rows to fit: the first at or after each of the steps 10–99 by 1, 100s by 10, 1000s by 100, on by 1000; and the last."""
     marks = np.concatenate([np.arange(10**k, 10 ** (k + 1), 10 ** (k - 1)) for k in (1, 2, 3)])
-    marks = np.concatenate((marks, np.arange(10_000, max(steps[-1], 10_000) + 1, 1000)))
-    rows = np.searchsorted(steps, marks)
-    return np.unique(np.append(rows[rows < len(steps)], len(steps) - 1))
+    early = np.searchsorted(steps, marks)
+    # Thousands are counted by rows, for there may be billions of them, where steps are tokens.
+    late = 1 + np.flatnonzero((steps[1:] >= 10_000) & (np.diff(steps // 1000) > 0))
+    return np.unique(np.concatenate((early[early < len(steps)], late, [len(steps) - 1])))
 
 
 def _read(path: Path, tag: str | None) -> Table:

@@ -28,7 +28,9 @@ BESIDE = 3  # of them on either side of a break, for it to be one
 LOCATED = 0.5  # the largest error of ln t_d with which a break has a place: a factor of 1.6
 # A difference of BICs from which evidence is called strong (Kass and Raftery 1995): the break's place was searched for too.
 STRONG = 6.0
+UNITS = 1000  # fractions of steps below it are of another unit: t_d, a whole number, would lose its digits
 PUBLISHED_SPLIT = 6000.0  # where the published fits start from
+ENOUGH = 2000  # points to find the start of a longer curve's fit with
 SHARPEST = 1e-3  # of f1: less than the distance of two points, so that they cannot tell
 LEVEL = 0.95  # of the bootstrap's intervals
 NAMES = ("b", "c0", "c1", "log_d1", "f1")
@@ -54,14 +56,19 @@ class Deceleration:
         errors: standard errors, from the covariance of least squares with ``n_effective`` for n: averaged losses err together. NaN
             where the data do not tell: the width f1 of a break sharper than the points are spaced.
         intervals: 95 % percentile intervals of the bootstrap; empty without one. Like the errors they are about noise around this
-            curve, not about another form of it; with fewer than some 30 effective points both are too narrow.
+            curve, not about another form of it. How often they had the truth in 200 simulated curves: with independent noise and
+            200 points ± 1.96 errors 96 to 98 %, the intervals 90 to 97 %; with 30 points 91 to 97 and 75 to 88 %; with neighbours
+            correlated by 0.9, worth 27 points by ``n_effective`` and 11 in truth, 74 to 80 and 60 to 80 %. For averages of 60000
+            single steps both are too wide, 2 to 4 times, but for those of b and c0, which the noisy beginning decides: 93 and 75 %.
         n: points fitted. n_effective: independent ones that they are worth, by the autocorrelation of the residuals and by how
             unevenly these are spread over the curve: the average over a log-scaled window is noisiest at its beginning.
         one_b, one_c: the single segment L = one_b t^−one_c that the curve is compared with.
         bic_one, bic_two: ν ln(RSS/n) + k ln ν, with k = 2 and 5 and ν = n_effective − 5; the lower one is the better description.
         found: a deceleration: two segments describe the curve better, by a BIC that is lower by 6; it falls before the break and
-            less steeply after it; the break has points on both sides, and ln t_d an error below 0.5. Of simulated curves without a
-            break, with independent, autocorrelated or averaged noise, 0 to 5 % were called one.
+            less steeply after it, and does not rise there by more than two errors of r_d; the break has points on both sides, and
+            ln t_d an error below 0.5. Of simulated straight curves, with independent, autocorrelated or averaged noise, 0 to 5 %
+            were called one. A curve that bends all the way, such as E + A t^−α, has no break and may be called one too: a wide
+            f1, above 1, and a large error of r_d tell.
         verdict: the same in words, or what was found instead.
     """
 
@@ -154,7 +161,8 @@ def fit(
         ModuleNotFoundError: scipy is missing.
     """
     x, y, final = _points(steps, losses, smoothed, first, final)
-    best = _fit(x, y, _starts(x, y), TOLERANCE)
+    some = slice(None, None, max(len(x) // ENOUGH, 1))
+    best = _fit(x, y, [_fit(x[some], y[some], _starts(x[some], y[some]), TOLERANCE)], TOLERANCE)
     residuals = y - _curve(x, *best)
     one = np.polyfit(x, y, 1)
     n_effective = _effective(residuals)
@@ -193,6 +201,11 @@ def _points(
     if not 0 <= first < math.inf:
         raise CurveError(f"first: expected a step >= 0, got {first}")
     check(t, y, lambda i: f"row {i}")
+    rows = len(t)
+    if rows and t[-1] < UNITS and (fractions := t[t % 1 != 0]).size:
+        raise CurveError(
+            f"steps: expected numbers of steps, got {fractions[0]:g} and no more than {t[-1]:g}: are they epochs, or thousands?"
+        )
     if not smoothed and len(t):
         kept = thin(t)
         t, averaged = t[kept], smooth(y)[kept]
@@ -201,7 +214,10 @@ def _points(
         y = averaged
     t, y = t[t > first], y[t > first]
     if len(t) < FEWEST:
-        raise CurveError(f"the curve is too short: expected at least {FEWEST} points after step {first:g}, got {len(t)}")
+        raise CurveError(
+            f"the curve is too short: expected at least {FEWEST} points after step {first:g}, got {len(t)} "
+            f"of {rows} rows{'' if smoothed else ', which were averaged and thinned'}"
+        )
     if final is not None and not 0 < final < math.inf:
         raise CurveError(f"final: expected a step > 0, got {final}")
     return np.log(t), np.log(y), float(t[-1] if final is None else final)
@@ -220,10 +236,12 @@ def _jacobian(x: np.ndarray, log_b: float, c0: float, c1: float, log_d1: float, 
 
 
 def _with_error(value: float, error: float) -> str:
-    """Both to the error's second digit."""
+    """Both to the error's second digit, where that is no long row of digits."""
     if not (math.isfinite(error) and error > 0):
         return f"{value:.4g}"
     digits = max(1 - math.floor(math.log10(error)), 0)
+    if digits > 8 or abs(value) >= 1e7:
+        return f"{value:.6g} ± {error:.2g}"
     return f"{value:.{digits}f} ± {error:.{digits}f}"
 
 
@@ -326,13 +344,13 @@ def _autocorrelation_time(residuals: np.ndarray) -> float:
     """1 + 2 Σ ρ_h over the lags before the first that is not positive: how many neighbours say the same thing."""
     centered = residuals - residuals.mean()
     power = float(centered @ centered)
-    time = 1.0
-    for lag in range(1, len(centered)):
-        correlation = float(centered[lag:] @ centered[:-lag]) / power if power else 0.0
-        if correlation <= 0:
-            break
-        time += 2 * correlation
-    return time
+    if not power:
+        return 1.0
+    # By a Fourier transform: averages of a million rows have neighbours by the hundred thousand.
+    transformed = np.fft.rfft(centered, 2 * len(centered))
+    correlations = np.fft.irfft(np.abs(transformed) ** 2)[1 : len(centered)] / power
+    ends = np.flatnonzero(correlations <= 0)
+    return 1 + 2 * float(correlations[: ends[0] if len(ends) else None].sum())
 
 
 def _free(n_effective: float) -> float:
@@ -350,7 +368,7 @@ def _verdict(
 ) -> tuple[bool, str]:
     _, c0, c1, log_d1, _ = parameters
     if bic_one <= bic_two + STRONG:
-        return False, f"no break found: one segment, L ∝ t^{-slope:.3g}, describes the curve as well"
+        return False, f"no break found: two segments are not surely better than one, L ∝ t^{-slope:.3g}"
     inside = min((x < log_d1).sum(), (x > log_d1).sum()) >= BESIDE
     if not inside:
         return False, "no break found inside the curve: it bends, but towards its first or last points only"
@@ -359,6 +377,8 @@ def _verdict(
         return False, f"no deceleration: the loss does not fall before the break, {slopes}"
     if c1 >= 0:
         return False, f"no deceleration: the loss falls faster after the break, {slopes}"
+    if c0 + c1 < -2 * errors["r_d"]:
+        return False, f"no deceleration: the loss rises after the break, {slopes}"
     if not errors["log_d1"] < LOCATED:
         step = _with_error(math.exp(log_d1), errors["t_d"])
         return False, f"no break located: the loss decelerates, but too gradually for this curve to say where, t_d = {step}"

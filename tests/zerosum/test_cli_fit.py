@@ -36,7 +36,7 @@ def test_each_curve_has_a_line_and_a_verdict(tmp_path: Path, capsys: pytest.Capt
     assert said[2].endswith("deceleration")
     assert said[3].split()[1:5] == ["–"] * 4
     assert said[3].endswith("no break found")
-    assert f"{straight}: no break found: one segment" in said[-1]
+    assert f"{straight}: no break found: two segments are not surely better than one" in said[-1]
     found = json.loads(out.read_text())
     assert found["interval_level"] == 0.95
     assert [found["curves"][str(path)]["found"] for path in (broken, straight)] == [True, False]

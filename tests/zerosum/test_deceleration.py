@@ -13,7 +13,7 @@ import pytest
 pytest.importorskip("scipy")
 
 from zerosum.curves import CurveError, read_curve, thin
-from zerosum.deceleration import FEWEST, Deceleration, fit
+from zerosum.deceleration import FEWEST, Deceleration, _autocorrelation_time, _with_error, fit
 
 TRUTH = {"b": 20.0, "c0": 0.2, "c1": -0.17, "log_d1": math.log(5000), "f1": 0.3}
 OWN_CURVE = Path(__file__).parent.parent / "data" / "tiny_gpt_loss.csv"
@@ -178,6 +178,9 @@ def test_what_is_found_in_place_of_a_deceleration_is_said() -> None:
     assert (faster.found, faster.verdict.split(",")[0]) == (False, "no deceleration: the loss falls faster after the break")
     rising = fit(steps, curve(steps, **TRUTH | {"c0": -0.05, "c1": -0.1}) * wiggle, smoothed=True, bootstrap=0)
     assert (rising.found, rising.verdict.split(",")[0]) == (False, "no deceleration: the loss does not fall before the break")
+    diverging = fit(steps, curve(steps, **TRUTH | {"c1": -0.3}) * wiggle, smoothed=True, bootstrap=0)
+    assert (diverging.found, diverging.verdict.split(",")[0]) == (False, "no deceleration: the loss rises after the break")
+    assert diverging.cells()[:4] == ["–"] * 4
     begun = [column[:850] for column in read_curve(OWN_CURVE)]
     gradual = fit(*begun, first=50, bootstrap=0)
     assert (gradual.found, gradual.verdict.split(":")[0]) == (False, "no break located")
@@ -239,7 +242,7 @@ def test_its_words() -> None:
     assert str(found).startswith("deceleration found: L_d = 3.6")
     assert "± " in str(found)
     none = fit(steps, 12 * steps**-0.15 * np.exp(0.001 * noise(len(steps), 0)), smoothed=True, bootstrap=0)
-    assert str(none).startswith("no break found: one segment, L ∝ t^-0.15, describes the curve as well; RSLE 0.001")
+    assert str(none).startswith("no break found: two segments are not surely better than one, L ∝ t^-0.15; RSLE 0.001")
 
 
 def test_thinning_keeps_the_published_rows() -> None:
@@ -250,6 +253,36 @@ def test_thinning_keeps_the_published_rows() -> None:
     # Where a mark has no row of its own, the next one stands for it.
     sparse = np.arange(1, 5000, 50)
     assert sparse[thin(sparse)].tolist() == [51, *range(101, 1000, 50), *range(1001, 5000, 100), 4951]
+
+
+def test_thinning_takes_steps_that_count_tokens() -> None:
+    steps = np.arange(1, 2001) * 6e8  # a trillion: a mark at every thousand would not fit into memory
+    assert thin(steps).tolist() == list(range(2000))
+    assert thin(np.arange(1, 30) * 400.0).tolist() == [*range(25), 27, 28]  # 10000, then 11200 for 11000, and the last
+
+
+def test_units_that_are_no_steps_are_refused() -> None:
+    epochs = np.linspace(0.001, 3, 3000)
+    with pytest.raises(CurveError, match=r"^steps: expected numbers of steps, got 0.001 and no more than 3: are they epochs"):
+        fit(epochs, 9 * epochs**-0.1, first=0)
+
+
+def test_the_correlation_of_neighbours_is_the_sum_of_its_definition() -> None:
+    residuals = np.convolve(noise(3000, 5), np.ones(40))
+    centered = residuals - residuals.mean()
+    correlations = [centered[lag:] @ centered[:-lag] / (centered @ centered) for lag in range(1, 300)]
+    expected = 1 + 2 * sum(correlations[: next(i for i, c in enumerate(correlations) if c <= 0)])
+    assert _autocorrelation_time(residuals) == pytest.approx(expected, rel=1e-9)
+    assert _autocorrelation_time(np.zeros(20)) == 1
+    assert _autocorrelation_time(np.tile([1.0, -1.0], 10)) == 1
+
+
+def test_numbers_with_errors_are_short() -> None:
+    assert _with_error(5877.4, 906.3) == "5877 ± 906"
+    assert _with_error(0.0125, 0.0062) == "0.0125 ± 0.0062"
+    assert _with_error(3.6411284, 1e-15) == "3.64113 ± 1e-15"
+    assert _with_error(3.6e300, 1.4e298) == "3.6e+300 ± 1.4e+298"
+    assert _with_error(5.0, math.nan) == "5"
 
 
 GOOD = np.arange(1.0, 2001), 9 * np.arange(1.0, 2001) ** -0.1

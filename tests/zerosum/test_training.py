@@ -390,7 +390,8 @@ def test_words_follow_the_tokens(last: float, said: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("slope", "said"), [(-0.1, "4.0 times flatter, it decelerated"), (-0.4, "not decelerated"), (0.0, "stopped falling"), (0.1, "it rises")]
+    ("slope", "said"),
+    [(-0.1, "4.0 times flatter, it decelerated"), (-0.4, "not decelerated"), (0.0, "stopped falling"), (0.1, "it rises")],
 )
 def test_words_follow_the_loss(slope: float, said: str) -> None:
     assert said in summarize(run_records((0.2, 0.6), (0.1, 0.5), slope)).findings[0]
@@ -436,8 +437,9 @@ def test_small_numbers_are_not_shown_as_zero() -> None:
         if entry["kind"] == "probe":
             entry["metrics"] |= {"train.M": {"value": 1.3e-5, "n": 64}, "train.mean": {"value": -4e-6, "n": 64, "null": 0.0}}
     summary = summarize(records)
-    assert "Their mean size M hardly changed, 1.3e-05 to 1.3e-05; the last measured step lowered the mean loss by 4e-06" in (
-        summary.findings[2]
+    assert (
+        "Their mean size M hardly changed, 1.3e-05 to 1.3e-05; the last measured step lowered the mean loss by 4e-06"
+        in (summary.findings[2])
     )
     assert "1.3e-05" in summary.text().splitlines()[7]
 

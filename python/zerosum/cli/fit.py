@@ -19,7 +19,7 @@ from zerosum.records import finite
 DESCRIPTION = """\
 Fits a broken power law to each loss curve: two straight lines on log-log axes that meet at
 step t_d and loss L_d, after which the loss falls as t^-r_d. Says how well each number is
-known, and whether a single line does as well: "no break found".
+known, and "no break found" where two lines are not surely better than one.
 
 A CURVE is a .csv, .tsv, .jsonl, .json, .npy or .npz file, a run's own metrics.jsonl, or
 TensorBoard's event file or the folder of it. The columns called step and loss, or the like,

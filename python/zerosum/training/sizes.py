@@ -59,7 +59,7 @@ def _notes(runs: Mapping[int, Sequence[Record]]) -> list[str]:
         f"falls as t^−r_d after it. They are fitted to the steps after {FIRST}, ± one standard error. L̂_T: the loss that the "
         "second line predicts for the last step. L_T: the one there, averaged over the steps before. RSLE: the fit's error of ln L "
         "over n points.",
-        "“No break found”: one line describes the curve as well; “no break located”: it bends, but too gradually to say where.",
+        "“No break found”: two lines are not surely better than one; “no break located”: it bends, but too gradually to say where.",
         f"D_grad: interference between the gradients of the losses of {n} held-out tokens, one each, after the last step. “Random "
         "signs”: what it would be if each kept its size and got a random sign.",
         "One seed and a few hundred steps: a difference between sizes that is not well above both errors may be chance.",
