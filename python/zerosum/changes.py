@@ -162,16 +162,19 @@ class Step:
     of the trainable parameters until it is let go.
 
     Attributes, after the block:
-        weights: the trainable parameters before it, by name.
+        weights: the trainable parameters before it, by name, and the buffers that it moved, such as a batch norm's running means.
         update: Δ, what it added to them, by name, in float32 (float64 for float64 parameters): that of the parameters themselves,
             rounded to their dtype as they are, and not of master weights that an optimizer may keep.
-        before, after: (N, T) losses of each batch, by the batch's name.
+        before, after: (N, T) losses of each batch, by the batch's name; both with the buffers as they were before, for Δ is the
+            parameters'.
         metrics: C, D, M and mean of their changes as ``train.D``, and the mean loss before it as ``train.loss``, for each batch.
 
     Args:
         model: in which state the step leaves it.
         data: batches (x, y) by name, as :func:`evaluate`. Numbers about losses say nothing without the set that they are of.
-        losses, micro_batch: as :func:`evaluate`. To evaluate under autocast, have ``losses`` do so or open it around.
+        losses, micro_batch: as :func:`evaluate`. In bfloat16 or float16, of the parameters or of autocast that is open around the
+            block, the losses of a small step change by less than their rounding, which D and M then are of: a warning says so.
+            Open autocast inside the block, for your own pass, and the losses are computed in float32.
 
     Raises:
         TypeError, ValueError: as :func:`evaluate`.
@@ -200,7 +203,14 @@ class Step:
         self._micro_batch = micro_batch
 
     def __enter__(self) -> Step:
+        if low := _low_precision(self._model):
+            warnings.warn(
+                f"Step: losses are computed in {low}; a small step changes them by less than their rounding, and D and M are of "
+                "both. Open autocast inside of the block, or measure a float32 copy of the model",
+                stacklevel=2,
+            )
         self.before = self._evaluate()
+        self._buffers = {name: b.clone() for name, b in self._model.named_buffers()}
         self.weights = {name: p.detach().clone() for name, p in self._model.named_parameters() if p.requires_grad}
         return self
 
@@ -214,7 +224,10 @@ class Step:
                 "the step changed no parameter, and there is no interference to measure: its learning rate was 0, a GradScaler "
                 "skipped it, or optimizer.step() is not inside of the block"
             )
-        self.after = self._evaluate()
+        buffers = dict(self._model.named_buffers())
+        moved = {name: b for name, b in self._buffers.items() if name in buffers and not torch.equal(b, buffers[name])}
+        self.weights |= moved
+        self.after = self._evaluate(moved)
         self.metrics = {}
         for name, (_, y) in self._data.items():
             before, after = self.before[name], self.after[name]
@@ -222,9 +235,9 @@ class Step:
             found = {"loss": Metric(counted.mean().item(), counted.numel()), **change_metrics(before, after, y)}
             self.metrics |= prefixed(name, found)
 
-    def _evaluate(self) -> dict[str, Tensor]:
+    def _evaluate(self, at: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
         return {
-            name: evaluate(self._model, x, y, losses=self._losses, micro_batch=self._micro_batch)
+            name: evaluate(self._model, x, y, losses=self._losses, at=at, micro_batch=self._micro_batch)
             for name, (x, y) in self._data.items()
         }
 
@@ -267,6 +280,17 @@ def first_order_metrics(changes: Tensor, first_order: Tensor, y: Tensor | None =
 
 def prefixed(prefix: str, metrics: Mapping[str, Metric]) -> dict[str, Metric]:
     return {f"{prefix}.{name}": metric for name, metric in metrics.items()}
+
+
+def _low_precision(model: nn.Module) -> str:
+    """The dtype of less than 32 bits that the model computes in, or nothing."""
+    for p in model.parameters():
+        if p.is_floating_point():
+            autocast = torch.is_autocast_enabled(p.device.type)
+            dtype = torch.get_autocast_dtype(p.device.type) if autocast else p.dtype
+            if dtype.itemsize < 4:
+                return str(dtype).removeprefix("torch.")
+    return ""
 
 
 class _Bound(nn.Module):

@@ -273,8 +273,10 @@ def test_the_first_order_changes_of_a_small_step_are_the_measured_ones() -> None
 def test_the_update_of_low_precision_parameters_is_the_one_that_was_applied() -> None:
     model, (x, y) = gpt(torch.bfloat16), batch()
     old = copy.deepcopy(model)
-    with Step(model, {"train": (x, y)}) as step:
-        train(model, torch.optim.SGD(model.parameters(), lr=0.5), x, y)
+    with pytest.warns(UserWarning, match="losses are computed in bfloat16; .* less than their rounding"):
+        step = Step(model, {"train": (x, y)}).__enter__()
+    train(model, torch.optim.SGD(model.parameters(), lr=0.5), x, y)
+    step.__exit__(None)
     for name, u in step.update.items():
         assert u.dtype == torch.float32
         assert torch.equal(u, model.get_parameter(name).float() - old.get_parameter(name).float())
@@ -285,7 +287,7 @@ def test_autocast_that_stays_open_over_the_step_hides_nothing() -> None:
     model, (x, y) = gpt(torch.float32), batch()
     with torch.autocast("cpu", torch.bfloat16):
         expected = [evaluate(model, x, y)]
-        with Step(model, {"train": (x, y)}) as step:
+        with pytest.warns(UserWarning, match="losses are computed in bfloat16"), Step(model, {"train": (x, y)}) as step:
             train(model, torch.optim.SGD(model.parameters(), lr=1.0), x, y)
         assert all(p.grad is not None for p in model.parameters())
     with torch.autocast("cpu", torch.bfloat16):
@@ -294,6 +296,42 @@ def test_autocast_that_stays_open_over_the_step_hides_nothing() -> None:
     assert torch.equal(step.before["train"], expected[0])
     assert torch.equal(step.after["train"], expected[1])
     assert not torch.equal(*expected)
+
+
+def test_autocast_inside_of_the_block_leaves_the_losses_in_float32() -> None:
+    model, (x, y) = gpt(torch.float32), batch()
+    with Step(model, {"train": (x, y)}) as step, torch.autocast("cpu", torch.bfloat16):
+        train(model, torch.optim.SGD(model.parameters(), lr=1e-3), x, y)
+    assert torch.equal(step.before["train"], evaluate(gpt(torch.float32), x, y))
+    assert torch.equal(step.after["train"], evaluate(model, x, y))
+
+
+class Averaging(nn.Module):
+    """With a batch norm."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(1)
+        self.embedding = nn.Embedding(17, 8)
+        self.norm = nn.BatchNorm1d(8)
+        self.head = nn.Linear(8, 17)
+        self.double()
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.embedding(tokens).cumsum(1)
+        return self.head(self.norm(x.flatten(0, 1)).view(x.shape))
+
+
+def test_running_averages_that_move_are_no_part_of_the_change() -> None:
+    model, (x, y), (x2, y2) = Averaging(), batch(), batch(3, 8, seed=5)
+    buffers = {name: b.clone() for name, b in model.named_buffers()}
+    with Step(model, {"held_out": (x2, y2)}) as step:
+        train(model, torch.optim.SGD(model.parameters(), lr=1e-4), x, y)
+    assert step.weights.keys() - step.update.keys() == buffers.keys()
+    assert not torch.equal(model.norm.running_mean, buffers["norm.running_mean"])
+    changes = step.after["held_out"] - step.before["held_out"]
+    linear = first_order_changes(model, x2, y2, step.update, at=step.weights)
+    assert first_order_metrics(changes, linear)["first_order.relative_error"].value < 1e-2
 
 
 def test_a_step_goes_around_a_probe() -> None:
