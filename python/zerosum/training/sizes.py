@@ -62,5 +62,5 @@ def _notes(runs: Mapping[int, Sequence[Record]]) -> list[str]:
         "“No break found”: two lines are not surely better than one; “no break located”: it bends, but too gradually to say where.",
         f"D_grad: interference between the gradients of the losses of {n} held-out tokens, one each, after the last step. “Random "
         "signs”: what it would be if each kept its size and got a random sign.",
-        "One seed and a few hundred steps: a difference between sizes that is not well above both errors may be chance.",
+        "One seed: a difference between sizes that is not well above both errors may be chance.",
     ]
