@@ -634,10 +634,10 @@ class RareExpert(Mixing):
 
     def middle(self, x: Tensor) -> Tensor:
         x = super().middle(x)
-        return self.rare(x) if self.special else x
+        return torch.where(self.special, self.rare(x), x) if self.special.any() else x
 
     def forward(self, tokens: Tensor) -> Tensor:
-        self.special = bool(tokens[0, 0] == 2)
+        self.special = (tokens[:, :1] == 2).unsqueeze(2)
         return super().forward(tokens)
 
 

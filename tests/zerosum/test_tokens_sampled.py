@@ -99,7 +99,7 @@ def test_sums_dots_and_the_tail_are_exact(trained: Trained) -> None:
             assert not one.abs_error.any()
         else:
             assert one.abs_error.any()
-        assert one.abs_sum.shape == one.abs_error.shape == one.signed_size.shape == p.shape
+        assert one.abs_sum.shape == one.abs_error.shape == one.signed_sum.shape == p.shape
     assert trained.exact.dot is not None
     assert error(report.dot, trained.exact.dot, float(trained.exact.dot.norm())) < 1e-4
     for name in ("C_uG", "C", "D", "M", "grad_norm", "touched", "touched_all", "untouched", "untouched_all"):

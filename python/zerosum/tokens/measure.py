@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor, nn
 
-from zerosum.changes import Losses, eval_mode, first_order_changes
-from zerosum.metrics import SIGN_FLIP
+from zerosum.changes import POSITIONS, Losses, eval_mode, first_order_changes
 from zerosum.probe import check_direction
 from zerosum.report import Coverage, Report, is_embedding
 from zerosum.tokens.passes import ChunkPass, ChunkTracked, Cut, TailPass, find_cut, rounding
@@ -22,8 +20,6 @@ from zerosum.uses import Sums, Uses
 Progress = Callable[[int, int], None]
 # More tokens at once gain little: a weight's inputs are shared by a chunk, and its products are wide enough with these.
 LARGEST_CHUNK = 32
-# Random signs that the null of a sampled report is made of.
-NULL_DRAWS = 2
 # Tensors of the largest activation's size, for each token of a chunk, that a vectorized backward pass holds at once.
 HELD = 5
 
@@ -126,6 +122,7 @@ class _Measurement:
         short = min(x.shape[1], 64)
         self.cut: Cut = find_cut(model, losses, x[:1, :short], y[:1, :short], self.generator)
         self.causal = self._is_causal()
+        self.most = max(POSITIONS // x.shape[1], 1) if self._runs_together(short) else 1  # sequences in one pass over the tail
         self.tail = TailPass(model, losses, self.cut, self._direction_of)
         self.tied = TailPass(model, losses, self.cut, self._direction_of, measure=False) if self.cut.tied else None
         self.chunks = ChunkPass(model, losses, self.cut, self._direction_of)
@@ -151,14 +148,32 @@ class _Measurement:
 
     def exact(self) -> Report:
         N, T = self.x.shape
-        for i in range(N):
-            cut, rows, uses = self.tail.run(self.x[i : i + 1], self.y[i : i + 1])
-            tokens = torch.arange(T, device=self.x.device)
-            every = torch.ones(T, dtype=torch.float64, device=self.x.device)
-            self._take_back(i, tokens, cut.sizes, rows, every, uses, i * T, N * T)
+        tokens = torch.arange(T, device=self.x.device)
+        every = torch.ones(T, dtype=torch.float64, device=self.x.device)
+        # The uses of a tied head are as large as the logits: kept for one sequence at a time.
+        for which in self._micro_batches(1 if self.cut.tied else self.most):
+            cut, rows, uses = self.tail.run(self.x[which], self.y[which])
+            for k, i in enumerate(range(N)[which]):
+                mine = slice(k * T, (k + 1) * T)
+                self._take_back(i, tokens, cut.sizes[mine], rows[mine], every, uses, i * T, N * T)
         self._refuse_strayed()
         tracked = self._in_order([*self.tail.finish(), *(self._result(t) for t in self.chunks.tracked)])
         return Report(tracked, [N * T])
+
+    def _runs_together(self, short: int) -> bool:
+        """Whether several sequences in one batch can be told apart at the cut, as those of (T, N, ·) models cannot."""
+        pass_ = TailPass(self.model, self.losses, self.cut, lambda names: None, measure=False)
+        try:
+            alone, both = (pass_.run(self.x[:n, :short], self.y[:n, :short])[0].sizes for n in (1, min(len(self.x), 2)))
+        except RuntimeError:
+            return False
+        finally:
+            pass_.close()
+        return bool(torch.allclose(alone, both[:short], rtol=min(0.1, 1e3 * pass_.eps)))
+
+    def _micro_batches(self, size: int) -> list[slice]:
+        """Sequences that run together."""
+        return [slice(start, min(start + size, len(self.x))) for start in range(0, len(self.x), size)]
 
     def _refuse_strayed(self) -> None:
         for t in [*self.tail.tracked, *self.chunks.tracked]:
@@ -223,15 +238,15 @@ class _Measurement:
         return exact
 
     def sampled(self, n: int) -> SampledReport:
-        N = len(self.x)
+        N, T = self.x.shape
+        signs = torch.randint(2, (N, T), generator=self.generator).mul(2).sub(1).to(self.x.device)
         at_cut, sizes = [], []
-        for i in range(N):
-            cut, rows, _ = self.tail.run(self.x[i : i + 1], self.y[i : i + 1])
-            at_cut.append(rows)
-            sizes.append(cut.sizes)
-        cuts = torch.stack(at_cut), torch.stack(sizes)  # (N, T, F) and (N, T)
+        for which in self._micro_batches(self.most):
+            cut, rows, _ = self.tail.run(self.x[which], self.y[which], signs[which])
+            at_cut.append(rows.view(-1, T, rows.shape[1]))
+            sizes.append(cut.sizes.view(-1, T))
+        cuts = torch.cat(at_cut), torch.cat(sizes)  # (N, T, F) and (N, T)
         bound = torch.linalg.vector_norm(cuts[0], dim=2, dtype=torch.float64).flatten()
-        signed = self._signed_sizes()
         dot = None
         if self.direction is not None:
             dot = first_order_changes(self.model, self.x, self.y, self.direction, losses=self.losses).flatten()
@@ -244,7 +259,7 @@ class _Measurement:
         second = self.chunks.take_scalars()
         self._refuse_strayed()
         self.tail.finish()
-        return self._estimate(halves, first, second, signed, dot)
+        return self._estimate(halves, first, second, dot)
 
     def _take_back_draws(self, draws: Draws, rows: Tensor, sizes: Tensor, done: int, total: int) -> None:
         """Sequence by sequence."""
@@ -268,7 +283,6 @@ class _Measurement:
         halves: tuple[Draws, Draws],
         first: dict[str, Tensor],
         second: dict[str, Tensor],
-        signed: dict[int, Tensor],
         dot: Tensor | None,
     ) -> SampledReport:
         n = len(halves[0]) + len(halves[1])
@@ -295,7 +309,7 @@ class _Measurement:
                 grad_sum=grad_sum,
                 abs_sum=abs_sum,
                 abs_error=error,
-                signed_size=signed[id(t.parameter)],
+                signed_sum=self.tail.signed[id(t.parameter)],
                 direction=self._direction_of(t.names),
                 exact=not isinstance(t, ChunkTracked),
             )
@@ -315,28 +329,6 @@ class _Measurement:
         scalars = Scalars(l1, sq_norm, abs_dot, influence, exact["l1"], exact["sq_norm"])
         embeddings = {t.name for t in tracked if is_embedding(t.how, t.parameter.shape)}
         return SampledReport(parameters, coverage, embeddings, halves, scalars, dot, self.x.numel())
-
-    def _signed_sizes(self) -> dict[int, Tensor]:
-        """E|Σ_i ε_i g_i| over random signs, by the parameter's id, estimated from a few draws of them: the null of |Σ_i g_i|.
-
-        ε_i g_i add up to nearly a normal number, of which the root of a sum of squares knows more than their absolute values.
-        """
-        parameters = [p for p in self.model.parameters() if p.requires_grad]
-        shape = (NULL_DRAWS, *self.x.shape)
-        signs = torch.randint(2, shape, generator=self.generator).mul(2).sub(1).to(self.x.device)
-        sums = [{} for _ in signs]  # type: list[dict[int, Tensor]]
-        for i in range(len(self.x)):
-            values = self.losses(self.model, self.x[i : i + 1], self.y[i : i + 1])
-            for k, mine in enumerate(sums):
-                weights = signs[k, i : i + 1].to(values.dtype)
-                last = k == len(sums) - 1
-                grads = torch.autograd.grad(values, parameters, weights, allow_unused=True, retain_graph=not last)
-                for p, grad in zip(parameters, grads, strict=True):
-                    if grad is not None:
-                        mine[id(p)] = mine[id(p)].add_(grad) if id(p) in mine else grad.clone()
-        # √(Σ_k z_k²) of K normal numbers is √2 Γ((K + 1)/2) / Γ(K/2) in the mean, and |z| is √(2/π).
-        mean = math.sqrt(2) * math.exp(math.lgamma((NULL_DRAWS + 1) / 2) - math.lgamma(NULL_DRAWS / 2))
-        return {key: torch.stack([mine[key] for mine in sums]).square().sum(0).sqrt() * (SIGN_FLIP / mean) for key in sums[0]}
 
     def _in_order(self, tracked: list[Tracked]) -> list[Tracked]:
         places = {id(p): k for k, p in enumerate(self.model.parameters())}

@@ -158,6 +158,10 @@ class TokenCapture(Capture):
             N, T = self._shape
             self.provenance.declare(x, Moved(0) if lead == 2 else Rows(T, N * T))
 
+    @property
+    def sequences(self) -> int:
+        return self._shape[0]
+
     def forward(self, losses: Losses, x: Tensor, y: Tensor) -> Tensor:
         """(N, T) losses. Fused attention has no vectorized derivative; written out, it has."""
         self.activations.clear()
@@ -248,16 +252,17 @@ class _TailTracked(Tracked):
 class TailPass:
     """Ordinary passes over sequences: the gradient's sum of every weight, the tail's statistics, and each token's row at the cut.
 
-    ``sums`` are Σ_i g_i over all tokens so far, by the parameter's id; ``tracked`` are the tail's parameters. With
-    ``measure=False`` it only looks for the uses of tied weights.
+    ``sums`` are Σ_i g_i over all tokens so far, by the parameter's id, and ``signed`` Σ_i ε_i g_i where signs were given;
+    ``tracked`` are the tail's parameters. With ``measure=False`` it only looks for the uses of tied weights.
     """
 
     def __init__(self, model: nn.Module, losses: Losses, cut: Cut, direction: Direction, measure: bool = True) -> None:
         self._losses, self._cut = losses, cut
         self._capture = TokenCapture(model, Provenance(True, None), direction, _TailTracked, cut)
         self.sums: dict[int, Tensor] = {}
+        self.signed: dict[int, Tensor] = {}
         self.strayed: set[int] = set()  # parameters that lie on another side of the cut than in the first sequence
-        self.largest = 0  # bytes of the largest activation before the cut that is kept for a backward pass
+        self.largest = 0  # bytes of a sequence's largest activation before the cut that is kept for a backward pass
         self.tracked: list[_TailTracked] = []
         self._others: list[_TailTracked] = []
         for t in self._capture.parameters:
@@ -267,8 +272,11 @@ class TailPass:
             if not (t.tied or (measure and id(t.parameter) in cut.tail)):
                 t.refuse("not asked for")
 
-    def run(self, x: Tensor, y: Tensor) -> tuple[AtCut, Tensor, dict[int, Uses]]:
-        """What is at the cut for sequences (N, T), its gradient's rows (N·T, F), and the uses of tied weights in the tail."""
+    def run(self, x: Tensor, y: Tensor, signs: Tensor | None = None) -> tuple[AtCut, Tensor, dict[int, Uses]]:
+        """What is at the cut for sequences (N, T), its gradient's rows (N·T, F), and the uses of tied weights in the tail.
+
+        ``signs`` (N, T) are of the losses for ``signed``.
+        """
         capture = self._capture
         capture.start()
         try:
@@ -284,21 +292,26 @@ class TailPass:
                 warnings.filterwarnings("ignore", "zerosum.Probe: the examples are coupled", UserWarning)
                 *grads, at_cut = torch.autograd.grad(total, inputs, retain_graph=True, allow_unused=True)
             for t, grad in zip(self.tracked, grads, strict=True):
-                self._add(t, grad)
+                _add(self.sums, t, grad)
         finally:
             capture.stop()
             capture.activations.clear()
-        signs = (torch.arange(x.shape[1], device=x.device) % 2 * 2 - 1).expand(x.shape)
-        (signed,) = torch.autograd.grad(values, [cut.edge], signs.to(values.dtype), allow_unused=True)
-        if not follows(at_cut, signed, signs):
+        everything = [] if signs is None else capture.parameters
+        if signs is None:
+            signs = (torch.arange(x.shape[1], device=x.device) % 2 * 2 - 1).expand(x.shape)
+        inputs = [cut.edge, *(t.parameter for t in everything)]
+        at_cut_signed, *grads = torch.autograd.grad(values, inputs, signs.to(values.dtype), retain_graph=True, allow_unused=True)
+        if not follows(at_cut, at_cut_signed, signs):
             raise RuntimeError(_OTHERWISE)
+        for one, grad in zip(everything, grads, strict=True):
+            _add(self.signed, one, grad)
         uses = {id(t.parameter): t.uses for t in self._others if t.uses}
         others = [t.parameter for t in self._others]
         if others:
             for t, grad in zip(self._others, torch.autograd.grad([cut.edge], others, [at_cut], allow_unused=True), strict=True):
-                self._add(t, grad)
+                _add(self.sums, t, grad)
                 with torch.no_grad():
-                    self._add(t, t.uses.grad_sum(t.parameter) if t.uses else None)
+                    _add(self.sums, t, t.uses.grad_sum(t.parameter) if t.uses else None)
                 t.uses = None
         rows = position_rows(at_cut, values.shape)
         assert rows is not None
@@ -313,14 +326,8 @@ class TailPass:
 
     def _weigh(self, x: Tensor) -> Tensor:
         if self._capture.cut is None and not isinstance(x, nn.Parameter):
-            self.largest = max(self.largest, x.numel() * x.element_size())
+            self.largest = max(self.largest, x.numel() * x.element_size() // self._capture.sequences)
         return x
-
-    def _add(self, t: Tracked, grad: Tensor | None) -> None:
-        if grad is not None:
-            # Not in place: the first one's memory is the results' too.
-            before = self.sums.get(id(t.parameter))
-            self.sums[id(t.parameter)] = grad.detach() if before is None else before + grad.detach()
 
     @property
     def eps(self) -> float:
@@ -353,6 +360,13 @@ class TailPass:
             for t in self.tracked:
                 t.finish()
         return self.tracked
+
+
+def _add(sums: dict[int, Tensor], t: Tracked, grad: Tensor | None) -> None:
+    if grad is not None:
+        # Not in place: the first one's memory is the results' too.
+        before = sums.get(id(t.parameter))
+        sums[id(t.parameter)] = grad.detach() if before is None else before + grad.detach()
 
 
 @dataclass

@@ -18,7 +18,8 @@ from zerosum.tokens.sampling import Draws
 class ParameterEstimate:
     """One parameter's sums over all tokens: ``grad_sum`` exact, ``abs_sum`` and its standard error ``abs_error`` estimated.
 
-    ``signed_size`` is E|Σ_i ε_i g_i| over random signs, from a few draws. ``exact`` says that ``abs_sum`` was not estimated.
+    ``signed_sum`` is Σ_i ε_i g_i with random signs, the same for all parameters: one draw of the null, which the mean over
+    coordinates makes precise. ``exact`` says that ``abs_sum`` was not estimated.
     """
 
     name: str
@@ -26,7 +27,7 @@ class ParameterEstimate:
     grad_sum: Tensor
     abs_sum: Tensor
     abs_error: Tensor
-    signed_size: Tensor
+    signed_sum: Tensor
     direction: Tensor | None
     exact: bool
 
@@ -140,7 +141,7 @@ class SampledReport:
         ):
             touched = sum(int(p.touched.sum()) for p in chosen)
             value = _ratio(sum(float(p.ratio(p.grad_sum).sum()) for p in chosen), touched)
-            null = _ratio(sum(float(p.ratio(p.signed_size).sum()) for p in chosen), touched)
+            null = _ratio(sum(float(p.ratio(p.signed_sum).sum()) for p in chosen), touched)
             error = _ratio(self._halves[1].error(self._scalars.influence, len(self.draws)), touched) if name == "D_grad" else None
             found[name] = Metric(1 - value, self.num_examples, 1 - null, error)
             suffix = name.removeprefix("D_grad")
@@ -157,7 +158,7 @@ class SampledReport:
             size = p.direction.double().abs()
             p_sum += float((size * p.grad_sum.double().abs()).sum())
             p_abs += float((size * p.abs_sum.double()).sum())
-            p_signed += float((size * p.signed_size.double()).sum())
+            p_signed += float((size * p.signed_sum.double().abs()).sum())
         relative = _ratio(self._halves[0].error(self._scalars.abs_dot, len(self.draws)), p_abs)
         changes = number_interference(self.dot)
         total = float(self.dot.double().sum())
