@@ -19,7 +19,7 @@ from zerosum.uses import Sums, Uses
 
 Progress = Callable[[int, int], None]
 # More tokens at once gain little: a weight's inputs are shared by a chunk, and its products are wide enough with these.
-LARGEST_CHUNK = 32
+LARGEST_CHUNK = 24
 # Tensors of the largest activation's size, for each token of a chunk, that a vectorized backward pass holds at once.
 HELD = 5
 

@@ -115,6 +115,10 @@ class AtCut(NamedTuple):
     sizes: Tensor
 
 
+class _Reached(BaseException):
+    """Leaves the model at the cut. (No exception of the model's own, which it might catch.)"""
+
+
 class TokenCapture(Capture):
     """A capture that also notes which nodes of the graph made activations, and finds the one at the cut."""
 
@@ -128,6 +132,7 @@ class TokenCapture(Capture):
     ) -> None:
         super().__init__(model, provenance=provenance, loss=_SUM, direction=direction, tracked=tracked)
         self._place = None if cut is None else cut.place
+        self._stops = False
         self.activations: dict[Node, tuple[torch.Size, Place]] = {}
         self.cut: AtCut | None = None
         self._shape = torch.Size()
@@ -157,6 +162,20 @@ class TokenCapture(Capture):
             # From here on each row is its position's own, whatever was mixed before.
             N, T = self._shape
             self.provenance.declare(x, Moved(0) if lead == 2 else Rows(T, N * T))
+            if self._stops:
+                raise _Reached
+
+    def forward_to_cut(self, losses: Losses, x: Tensor, y: Tensor) -> AtCut:
+        """What :meth:`forward` computes before the cut, without the rest: a head is much of a small model."""
+        self._stops = True
+        try:
+            self.forward(losses, x, y)
+        except _Reached:
+            pass
+        finally:
+            self._stops = False
+        assert self.cut is not None  # forward raises where there is none
+        return self.cut
 
     @property
     def sequences(self) -> int:
@@ -457,12 +476,10 @@ class ChunkPass:
             t.tail = tail.get(id(t.parameter))
         capture.start()
         try:
-            values = capture.forward(self._losses, x, y)
-            assert capture.cut is not None
-            edge, shape, found = capture.cut
+            edge, shape, found = capture.forward_to_cut(self._losses, x, y)
             if not torch.allclose(found, sizes, rtol=min(0.1, 1e3 * capture.eps), atol=0):
                 raise RuntimeError(_OTHERWISE)
-            cotangents = rows.new_zeros(C, values.numel(), rows.shape[1])
+            cotangents = rows.new_zeros(C, x.numel(), rows.shape[1])
             cotangents[torch.arange(C, device=rows.device), tokens] = rows * factors.to(rows.dtype).unsqueeze(1)
             parameters = [t.parameter for t in self.tracked]
 
