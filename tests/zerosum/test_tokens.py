@@ -29,6 +29,7 @@ from tests.zerosum.oracle import (
 )
 from tests.zerosum.transformers_models import ARCHITECTURES, IGNORED, Architecture, gpt2, plain
 from zerosum.tokens.cut import separators
+from zerosum.tokens.measure import LARGEST_CHUNK
 from zerosum.tokens.passes import Cut, find_cut
 from zerosum.training.model import GPT, GPTConfig, token_losses
 
@@ -106,7 +107,7 @@ def test_our_gpt(n: int, t: int) -> None:
     assert report.metrics["D_grad"].n == n * t
 
 
-@pytest.mark.parametrize("size", [1, 3, 32])
+@pytest.mark.parametrize("size", [1, 3, LARGEST_CHUNK])
 def test_memory_sets_the_chunk_and_the_results_are_the_same(size: int) -> None:
     model, (x, y) = gpt(), batch(2, 34, VOCAB)
     each = one_token_bytes(model, x, y, token_losses)

@@ -126,6 +126,7 @@ class _Measurement:
         self.tail = TailPass(model, losses, self.cut, self._direction_of)
         self.tied = TailPass(model, losses, self.cut, self._direction_of, measure=False) if self.cut.tied else None
         self.chunks = ChunkPass(model, losses, self.cut, self._direction_of)
+        self.largest = self.chunks.largest(x[:1], y[:1])
 
     def close(self) -> None:
         for one in (self.tail, self.tied, self.chunks):
@@ -206,7 +207,7 @@ class _Measurement:
 
     def _chunk_size(self) -> int:
         """How many tokens' backward passes the memory holds."""
-        each = HELD * self.tail.largest
+        each = HELD * self.largest
         if each > self.memory:
             raise ValueError(f"memory: expected at least {each} bytes, for the backward pass of one token, got {self.memory}")
         return min(LARGEST_CHUNK, self.memory // max(each, 1))

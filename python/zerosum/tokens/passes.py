@@ -165,11 +165,17 @@ class TokenCapture(Capture):
             if self._stops:
                 raise _Reached
 
+    def forget_pass(self) -> None:
+        """Goes on as if a forward pass without a backward pass had not been."""
+        self._begin_pass()
+
     def forward_to_cut(self, losses: Losses, x: Tensor, y: Tensor) -> AtCut:
-        """What :meth:`forward` computes before the cut, without the rest: a head is much of a small model."""
+        """What :meth:`forward` computes before the cut, without the rest: a head is much of a small model. Fused attention has no
+        vectorized derivative; written out, it has."""
         self._stops = True
         try:
-            self.forward(losses, x, y)
+            with sdpa_kernel(SDPBackend.MATH):
+                self.forward(losses, x, y)
         except _Reached:
             pass
         finally:
@@ -177,17 +183,12 @@ class TokenCapture(Capture):
         assert self.cut is not None  # forward raises where there is none
         return self.cut
 
-    @property
-    def sequences(self) -> int:
-        return self._shape[0]
-
     def forward(self, losses: Losses, x: Tensor, y: Tensor) -> Tensor:
-        """(N, T) losses. Fused attention has no vectorized derivative; written out, it has."""
+        """(N, T) losses, with the nodes of activations on the way."""
         self.activations.clear()
         self._seen.clear()
         self._shape, self.cut = x.shape, None
-        with sdpa_kernel(SDPBackend.MATH):
-            values = losses(self.model, x, y)
+        values = losses(self.model, x, y)
         if not isinstance(values, Tensor) or values.shape != x.shape:
             got = f"shape {tuple(values.shape)}" if isinstance(values, Tensor) else type(values).__name__
             raise ValueError(f"losses: expected one for each token, {tuple(x.shape)}, got {got}")
@@ -241,10 +242,6 @@ def rounding(eps: float, size: float, largest: float) -> float:
     return min(6e-2, 1e4 * eps) * size + 10 * eps * largest
 
 
-def _as_it_is(x: Tensor) -> Tensor:
-    return x
-
-
 def _no_direction(names: list[str]) -> None:
     return None
 
@@ -281,7 +278,6 @@ class TailPass:
         self.sums: dict[int, Tensor] = {}
         self.signed: dict[int, Tensor] = {}
         self.strayed: set[int] = set()  # parameters that lie on another side of the cut than in the first sequence
-        self.largest = 0  # bytes of a sequence's largest activation before the cut that is kept for a backward pass
         self.tracked: list[_TailTracked] = []
         self._others: list[_TailTracked] = []
         for t in self._capture.parameters:
@@ -299,8 +295,7 @@ class TailPass:
         capture = self._capture
         capture.start()
         try:
-            with saved_tensors_hooks(self._weigh, _as_it_is):
-                values = capture.forward(self._losses, x, y)
+            values = capture.forward(self._losses, x, y)
             cut = capture.cut
             assert cut is not None
             self._look_behind(values, cut.edge)
@@ -342,11 +337,6 @@ class TailPass:
         before, behind = leaves(edge.node), leaves(values.grad_fn, stop=edge.node)
         both, cut = behind & before, self._cut
         self.strayed |= (behind - before - cut.tail) | (both - cut.tied) | (before & cut.tail)
-
-    def _weigh(self, x: Tensor) -> Tensor:
-        if self._capture.cut is None and not isinstance(x, nn.Parameter):
-            self.largest = max(self.largest, x.numel() * x.element_size() // self._capture.sequences)
-        return x
 
     @property
     def eps(self) -> float:
@@ -462,6 +452,26 @@ class ChunkPass:
                 t.refuse("the tail's")
             else:
                 self.tracked.append(t)
+
+    def largest(self, x: Tensor, y: Tensor) -> int:
+        """Bytes of the largest activation of the sequence (1, T) that is kept for a backward pass."""
+        found = 0
+
+        def weigh(x: Tensor) -> Tensor:
+            nonlocal found
+            if not isinstance(x, nn.Parameter):
+                found = max(found, x.numel() * x.element_size())
+            return x
+
+        self._capture.start()
+        try:
+            with saved_tensors_hooks(weigh, lambda x: x):
+                self._capture.forward_to_cut(self._losses, x, y)
+        finally:
+            self._capture.stop()
+            self._capture.activations.clear()
+        self._capture.forget_pass()
+        return found
 
     def run(
         self, x: Tensor, y: Tensor, tokens: Tensor, rows: Tensor, factors: Tensor, tail: Mapping[int, Uses], sizes: Tensor
