@@ -110,6 +110,8 @@ class Measurement:
     def identity(self, checkpoint: Checkpoint) -> dict[str, Any]:
         """Everything in a checkpoint's record that was not measured: what says that two records are of the same measurement."""
         before = self._neighbour(checkpoint, -1)
+        options = self.series.checkpoints[0].options
+        built = {"model": options.model, "model_config": dict(options.model_config), "losses": options.losses}
         return {
             "run": self.series.run,
             "checkpoint": self.series.name(checkpoint),
@@ -119,7 +121,7 @@ class Measurement:
             "sampled": self.settings.sample,
             "update": None if self.settings.update == "none" else self.settings.update,
             "interval": None if before is None else [before.step, checkpoint.step],
-            "settings": asdict(self.settings),
+            "settings": asdict(self.settings) | built,
         }
 
     def measure(self, checkpoint: Checkpoint, progress: Progress | None = None) -> Record:

@@ -48,6 +48,9 @@ def decode(lines: Iterable[str]) -> list[Record]:
     return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
+BEGINNING = b'{"kind": "'  # of every record, as ``record`` and ``encode`` make it
+
+
 class RecordFile:
     """A file of records that only grows, by a whole line at a time. A last line that was cut off by a crash is dropped.
 
@@ -55,7 +58,7 @@ class RecordFile:
         records: those in it.
 
     Raises:
-        ValueError: the file has something else in it; the message says where.
+        ValueError: the file has something else in it, which is left as it is; the message says where.
         OSError: the file cannot be used.
     """
 
@@ -71,6 +74,8 @@ class RecordFile:
             if not isinstance(entry, dict) or not {"kind", "step", "metrics"} <= entry.keys():
                 raise ValueError(f"{path}, line {number}: not a record")
             self.records.append(entry)
+        if not (rest.startswith(BEGINNING) or BEGINNING.startswith(rest)):
+            raise ValueError(f"{path}, line {len(lines) + 1}: not a record, nor the beginning of one")
         path.parent.mkdir(parents=True, exist_ok=True)
         if rest:
             new = path.with_name(f"{path.name}.new")
@@ -79,10 +84,21 @@ class RecordFile:
         self._file = path.open("ab", buffering=0)
 
     def append(self, entry: Record) -> None:
-        """Adds a record by one write, which no signal divides; on disk when this returns."""
+        """Adds a record by one write, which no signal divides; on disk when this returns.
+
+        Raises:
+            OSError: the disk is full, say; the file is as it was before.
+        """
         line = encode(entry)
-        self._file.write(line.encode())
-        os.fsync(self._file.fileno())
+        content = line.encode()
+        size = os.fstat(self._file.fileno()).st_size
+        try:
+            while content:  # a disk that fills up takes a part, and refuses the rest
+                content = content[self._file.write(content) :]
+            os.fsync(self._file.fileno())
+        except OSError as error:
+            self._file.truncate(size)
+            raise OSError(error.errno, error.strerror, str(self.path)) from None
         self.records += decode([line])
 
     def close(self) -> None:

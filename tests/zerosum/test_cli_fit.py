@@ -91,6 +91,18 @@ def test_a_place_that_cannot_be_written_is_refused(tmp_path: Path, capsys: pytes
     assert f"--json: cannot write {out}" in capsys.readouterr().err
 
 
+def test_what_no_fit_wrote_is_not_replaced(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    one, two = curve(tmp_path / "one.csv"), curve(tmp_path / "two.csv", seed=1)
+    (tmp_path / "curve.json").write_text('{"step": [1, 2], "loss": [3, 2]}')
+    for path in (one, tmp_path / "curve.json"):
+        before = path.read_bytes()
+        assert cli.main(["fit", "--bootstrap", "0", "--json", str(path), str(two)]) == 2
+        assert f"--json: {path} has something else in it than fits; choose another file" in capsys.readouterr().err
+        assert path.read_bytes() == before
+    for _ in range(2):  # a file of fits is
+        assert cli.main(["fit", str(two), "--bootstrap", "0", "--json", str(tmp_path / "fits.json")]) == 0
+
+
 def test_without_scipy_the_remedy_is_said(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     assert cli.main(["fit", "any.csv"]) == 2

@@ -256,6 +256,50 @@ def test_a_line_that_was_cut_off_is_measured_again(run: Path) -> None:
     assert sorted(path.name for path in run.parent.glob("out*")) == ["out.jsonl"]
 
 
+def test_a_file_that_is_no_measurement_is_left_alone(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for content in (b"one line without an end", b'{"step": 3', (run / "step_1.pt").read_bytes().replace(b"\n", b"")):
+        Path("other").write_bytes(content)
+        assert measure(out="other") == 2
+        assert "other, line 1: not a record" in capsys.readouterr().err
+        assert Path("other").read_bytes() == content
+
+
+def test_a_disk_that_fills_up_leaves_whole_lines(
+    run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from zerosum.records import RecordFile
+
+    class Full:
+        """A file that takes 10 bytes of a line, and then no more."""
+
+        def __init__(self, file: Any) -> None:
+            self.file, self.full = file, False
+
+        def write(self, content: bytes) -> int:
+            if self.full:
+                raise OSError(28, "No space left on device")
+            self.full = True
+            return self.file.write(content[:10])
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(self.file, name)
+
+    assert measure(steps="1:1") == 0
+    before, append = Path("out.jsonl").read_bytes(), RecordFile.append
+
+    def fails(self: RecordFile, entry: Any) -> None:
+        monkeypatch.setattr(self, "_file", Full(self._file))
+        append(self, entry)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RecordFile, "append", fails)
+        assert measure() == 1
+    assert capsys.readouterr().err == "zerosum measure: out.jsonl: No space left on device\n"
+    assert Path("out.jsonl").read_bytes() == before
+    assert measure() == 0
+    assert [entry["step"] for entry in lines()] == [1, 3, 10]
+
+
 @pytest.mark.parametrize(
     ("options", "said"),
     [
@@ -267,6 +311,7 @@ def test_a_line_that_was_cut_off_is_measured_again(run: Path) -> None:
         ({"train_data": "train.npy"}, "train.name is 'val.npy' there and 'train.npy' here"),
         ({"learning_rate": 0.1}, "settings.learning_rate is None there and 0.1 here"),
         ({"evaluation_name": "other"}, "evaluation.name is 'val.npy' there and 'other' here"),
+        ({"losses": "zerosum.training.model:token_losses"}, "settings.losses is None there and 'zerosum.training.model:token"),
     ],
 )
 def test_lines_of_other_settings_are_refused(
@@ -397,7 +442,7 @@ def test_a_transformers_folder_and_a_demos_run(
     [
         ({"sample": 20}, "--sample: only --examples token samples, not --examples sequence"),
         ({"positions": 13}, "--positions: expected at most 12"),
-        ({"sequences": 1000}, "val.npy: expected at least 26000 tokens for 2000 sequences of 13 tokens"),
+        ({"sequences": 1000}, "val.npy: expected at least 26000 tokens for 1000 + 1000 sequences of 13 tokens"),
         ({"data": "none.npy"}, "none.npy: cannot read: No such file"),
         ({"train_data": "none.npy"}, "none.npy: cannot read"),
         ({"steps": "100:200"}, "no checkpoint between the steps of --steps"),

@@ -26,6 +26,13 @@ def refuse(command: str, reason: str) -> int:
     return 2
 
 
+def failed(command: str, error: OSError) -> int:
+    """Says what went wrong with which file on the way, such as a disk that fills up; the exit code."""
+    said = ": ".join(str(part) for part in (error.filename, error.strerror) if part)
+    print(f"zerosum {command}: {said or error}", file=sys.stderr)
+    return 1
+
+
 def missing(*names: str) -> str:
     """Which of these packages are not installed, and how to get them; empty where all are."""
     absent = [name for name in names if importlib.util.find_spec(name) is None]

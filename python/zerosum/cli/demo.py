@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import argparse
 import os
-import sys
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from zerosum.cli.arguments import add_command, missing, positive, refuse, whole, width
+from zerosum.cli.arguments import add_command, failed, missing, positive, refuse, whole, width
 
 DESCRIPTION = """\
 Trains a small GPT and measures zero-sum learning at log-spaced steps, in about 3 minutes
@@ -64,6 +63,7 @@ def run(options: argparse.Namespace) -> int:
         return demo(settings, options.text, options.out, options.sizes, options.keep_checkpoints)
     except Refused as refusal:
         return refuse("demo", str(refusal))
-    except OSError as error:  # a disk that fills up on the way
-        print(f"zerosum demo: {error}", file=sys.stderr)
-        return 1
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        return failed("demo", error)

@@ -71,6 +71,8 @@ def run(options: argparse.Namespace) -> int:
         return refuse("fit", absent)
     fits: dict[str, Deceleration] = {}
     try:
+        if options.json:
+            _check_output(options.json)
         for path in options.curves:
             steps, losses = read_curve(path, step=options.step, loss=options.loss, last_of_repeats=options.last_of_repeats)
             names = ("smoothed", "first", "final", "bootstrap", "seed")
@@ -89,6 +91,22 @@ def run(options: argparse.Namespace) -> int:
     for name, found in fits.items():
         print(f"{name}: {found.verdict}." if len(fits) > 1 else f"{found.verdict[0].upper()}{found.verdict[1:]}.")
     return 0
+
+
+def _check_output(path: Path) -> None:
+    """Refuses to replace what no fit wrote: ``--json a.csv b.csv`` would be the end of a.csv.
+
+    Raises:
+        CurveError: it holds something else.
+    """
+    try:
+        content = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        return
+    except ValueError:
+        content = None
+    if not isinstance(content, dict) or not {"interval_level", "curves"} <= content.keys():
+        raise CurveError(f"--json: {path} has something else in it than fits; choose another file")
 
 
 def _write(path: Path, fits: Mapping[str, Deceleration], bootstrap: int) -> None:

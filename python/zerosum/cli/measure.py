@@ -6,7 +6,6 @@ import argparse
 import json
 import math
 import os
-import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from zerosum.cli.arguments import add_command, memory, missing, positive, refuse, span, whole
+from zerosum.cli.arguments import add_command, failed, memory, missing, positive, refuse, span, whole
 
 if TYPE_CHECKING:
     from zerosum.checkpoints import Checkpoint, Loaded
@@ -129,9 +128,10 @@ def run(options: argparse.Namespace) -> int:
         return ended
     except Refused as refusal:
         return refuse("measure", str(refusal))
-    except OSError as error:  # a disk that fills up on the way
-        print(f"zerosum measure: {error}", file=sys.stderr)
-        return 1
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        return failed("measure", error)
 
 
 def prepare(options: argparse.Namespace) -> tuple[Measurement, list[Checkpoint]]:
