@@ -21,6 +21,10 @@ from torch import Tensor
 from zerosum.training.run import Refused
 
 DTYPES = ("uint16", "uint32")
+# Models of bytes have few ids besides; what has more was trained on other tokens.
+LARGEST_OF_BYTES = 512
+# Ids that are looked at to tell a file's kind.
+_LOOKED_AT = 4096
 _FIELDS = ("input_ids", "tokens", "text")
 
 
@@ -45,10 +49,12 @@ class TokenData:
     Attributes:
         path: the file.
         tokens: its ids, (tokens,), mapped into memory where the file holds them as they are.
+        of_bytes: they are the bytes of text, for models of bytes.
     """
 
     path: Path
     tokens: np.ndarray
+    of_bytes: bool = False
 
     @classmethod
     def read(cls, path: Path, dtype: str = "uint16", tokenizer: Path | None = None, field: str | None = None) -> TokenData:
@@ -69,9 +75,9 @@ class TokenData:
                 return cls(path, _npy(path))
             encode = _Encoder(tokenizer)
             if path.suffix == ".jsonl":
-                return cls(path, _jsonl(path, encode, field))
+                return cls(path, _jsonl(path, encode, field), encode.to_bytes)
             if tokenizer is None:
-                return cls(path, _mapped(path, np.dtype(np.uint8)))
+                return cls(path, _bytes(path), of_bytes=True)
             return cls(path, np.frombuffer(encode(_text(path)), dtype=np.int64))
         except OSError as error:
             raise Refused(f"{path}: cannot read: {error.strerror or error}") from error
@@ -82,13 +88,19 @@ class TokenData:
         Sequences are windows of T + 1 tokens that do not overlap. The first samples do not depend on what is drawn after them.
 
         Raises:
-            Refused: the file is too short, or has an id outside of the vocabulary.
+            Refused: the file is too short, has an id outside of the vocabulary, or is text for a model of other tokens than bytes.
         """
+        if self.of_bytes and vocab is not None and vocab > LARGEST_OF_BYTES:
+            raise Refused(
+                f"{self.path}: expected token ids, or --tokenizer to make them of text, for a model with a vocabulary of {vocab}; "
+                "got text alone, whose bytes are tokens for models of bytes only"
+            )
         length, wanted = positions + 1, sum(sequences)
         windows = len(self.tokens) // length
         if windows < wanted:
+            parts = " + ".join(map(str, sequences))
             raise Refused(
-                f"{self.path}: expected at least {wanted * length} tokens for {wanted} sequences of {length} tokens "
+                f"{self.path}: expected at least {wanted * length} tokens for {parts} sequences of {length} tokens "
                 f"that do not overlap, got {len(self.tokens)}"
             )
         chosen = _choose(windows, wanted, seed)
@@ -98,7 +110,8 @@ class TokenData:
             row, column = (int(i) for i in np.argwhere(wrong)[0])
             expected = "ids >= 0" if vocab is None else f"ids from 0 to {vocab - 1}, the model's vocabulary"
             place = int(chosen[row]) * length + column
-            raise Refused(f"{self.path}: expected {expected}, got {rows[row, column]} at token {place}")
+            hint = "; a byte of text is a token here: --tokenizer makes others" if self.of_bytes else ""
+            raise Refused(f"{self.path}: expected {expected}, got {rows[row, column]} at token {place}{hint}")
         samples = np.split(rows, np.cumsum(sequences)[:-1])
         return [(torch.from_numpy(s[:, :-1].copy()), torch.from_numpy(s[:, 1:].copy()), _digest(s)) for s in samples]
 
@@ -131,7 +144,18 @@ def _mapped(path: Path, dtype: np.dtype) -> np.ndarray:
 def _bin(path: Path, dtype: str) -> np.ndarray:
     if dtype not in DTYPES:
         raise Refused(f"--dtype: expected {' or '.join(DTYPES)}, got {dtype!r}")
-    return _mapped(path, np.dtype(dtype).newbyteorder("<"))
+    tokens = _mapped(path, np.dtype(dtype).newbyteorder("<"))
+    first = tokens[:_LOOKED_AT]
+    if dtype == "uint16" and len(first) >= 64 and first[::2].any() and not first[1::2].any():
+        raise Refused(f"{path}: every second uint16 id is 0, as where ids are of 32 bits: --dtype uint32 says so")
+    return tokens
+
+
+def _bytes(path: Path) -> np.ndarray:
+    tokens = _mapped(path, np.dtype(np.uint8))
+    if not tokens[:_LOOKED_AT].all():
+        raise Refused(f"{path}: expected text, got zero bytes; ids are read from .bin, .npy and .jsonl")
+    return tokens
 
 
 def _npy(path: Path) -> np.ndarray:
@@ -201,9 +225,11 @@ class _Encoder:
 
     def __init__(self, folder: Path | None) -> None:
         self._tokenizer = None if folder is None else _tokenizer(folder)
+        self.to_bytes = False  # some text became its bytes
 
     def __call__(self, text: str, end: bool = False) -> bytes:
         if self._tokenizer is None:
+            self.to_bytes = True
             return np.frombuffer((text + "\n" * end).encode(), dtype=np.uint8).astype(np.int64).tobytes()
         ids = list(self._tokenizer.encode(text, add_special_tokens=False, verbose=False))
         last = self._tokenizer.eos_token_id

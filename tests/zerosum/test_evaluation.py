@@ -46,6 +46,7 @@ def test_big_files_are_mapped_and_not_read(name: str, tmp_path: Path) -> None:
         np.lib.format.open_memmap(path, mode="w+", dtype=np.uint16, shape=(size // 2,)).flush()
     else:
         with path.open("wb") as file:
+            file.write(b"text" * 1024 if name == "a.txt" else b"")  # text does not begin with zeros
             file.truncate(size)
     x, _, _ = TokenData.read(path).draw([7], 33, seed=0, vocab=1)[0]
     assert x.shape == (7, 33)
@@ -110,11 +111,26 @@ def test_ids_outside_of_the_vocabulary_are_refused_with_their_place(tmp_path: Pa
     assert refusal(tmp_path / "a.npy").endswith("expected ids >= 0, got -4 at token 33")
 
 
+def test_text_is_bytes_for_models_of_bytes_only(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("words " * 20)
+    (tmp_path / "a.jsonl").write_text('{"text": "words words words"}\n' * 5)
+    for name in ("a.txt", "a.jsonl"):
+        TokenData.read(tmp_path / name).draw([5], 9, 0, 512)
+        assert "expected token ids, or --tokenizer to make them of text, for a model with a vocabulary of 50257" in refusal(
+            tmp_path / name, vocab=50257
+        )
+        assert refusal(tmp_path / name, vocab=65).endswith("a byte of text is a token here: --tokenizer makes others")
+    (tmp_path / "b.jsonl").write_text('{"tokens": [1, 2, 3, 4, 5, 6, 7, 8, 9, 10]}\n' * 5)
+    TokenData.read(tmp_path / "b.jsonl").draw([5], 9, 0, 50257)
+
+
 @pytest.mark.parametrize(
     ("name", "content", "said"),
     [
         ("none.txt", None, "cannot read: No such file"),
         ("a.txt", b"", "expected at least 50 tokens for 5 sequences of 10 tokens that do not overlap, got 0"),
+        ("a.npz", b"PK\0\0" * 20, "expected text, got zero bytes; ids are read from .bin, .npy and .jsonl"),
+        ("a.bin", b"\1\2\0\0" * 40, "every second uint16 id is 0, as where ids are of 32 bits: --dtype uint32"),
         ("a.bin", b"", "got 0"),
         ("a.bin", b"123", "expected uint16 ids of 2 bytes, got 3 bytes; --dtype"),
         ("a.npy", b"", "not an array of numbers"),
