@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import signal
 import subprocess
@@ -112,7 +113,7 @@ def test_every_record_says_what_it_is(run: Path, capsys: pytest.CaptureFixture[s
     assert not any(name.startswith("interval") for name in first["metrics"])
     said = capsys.readouterr().out
     assert "3 checkpoints of run, steps 1 to 10." in said
-    assert "D_grad and C are over 3 sequences, losses and their changes over 36 tokens of validation" in said
+    assert "D_grad and C are over 3 sequences; losses and their changes over 36 tokens of validation" in said
     assert "Next: zerosum plot out.jsonl" in said
 
 
@@ -484,7 +485,55 @@ def test_losses_that_are_not_finite_are_null_and_the_rest_goes_on(run: Path, cap
     torch.save(content, "run/step_3.pt")
     assert measure(update="none") == 0
     assert [entry["metrics"]["loss"]["value"] is None for entry in lines()] == [False, True, False]
-    assert "—" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "The loss is not finite at step 3: — stands for what has no value." in said
+    assert "D_grad is over 3 sequences; losses and their changes over 36 tokens of val.npy.\n" in said
+    # There is no change since a checkpoint with such losses, so the null of that is not the last step's.
+    content["model"]["head.weight"][0] = 0.0
+    torch.save(content, "run/step_3.pt")
+    content["model"]["head.weight"][0] = float("inf")
+    torch.save(content, "run/step_10.pt")
+    assert measure(update="none", out="last.jsonl") == 0
+    _, middle, _ = lines("last.jsonl")
+    nulls = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("random signs")).split()[2:]
+    assert nulls == [f"{middle['metrics'][name]['null']:.4f}" for name in ("D_grad", "interval.D")]
+
+
+MIXES_EMBEDDINGS = """
+import torch
+from torch import nn
+
+class Model(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embedding, self.head = nn.Embedding(64, 8), nn.Linear(8, 64)
+
+    def forward(self, x):
+        return self.head(torch.tanh(self.embedding(x).cumsum(1)))
+
+def build(mixes=True):
+    return Model() if mixes else nn.Sequential(nn.Embedding(64, 8), nn.Linear(8, 64))
+"""
+
+
+@pytest.mark.parametrize("mixes", [True, False])
+def test_where_only_embeddings_are_sampled_the_rest_is_exact(mixes: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Positions mix right behind the embedding, or not at all."""
+    monkeypatch.chdir(tmp_path)
+    Path("mixes_embeddings.py").write_text(MIXES_EMBEDDINGS)
+    monkeypatch.setattr(sys, "path", [*sys.path, str(tmp_path)])
+    make = importlib.import_module("mixes_embeddings").build
+    monkeypatch.delitem(sys.modules, "mixes_embeddings")
+    torch.save(seeded(lambda: make(mixes)).state_dict(), "step_1.pt")
+    np.save("val.npy", np.random.default_rng(0).integers(0, 64, size=400))
+    words = ["measure", "step_1.pt", "--data", "val.npy", "--sequences", "3", "--positions", "9", "--threads", "1"]
+    words += ["--model", "mixes_embeddings:build", "--model-config", json.dumps({"mixes": mixes}), "--examples", "token"]
+    for out, sample in (("exact.jsonl", []), ("sampled.jsonl", ["--sample", "20"])):
+        assert cli.main([*words, "--out", out, *sample]) == 0
+    (exact,), (sampled,) = lines("exact.jsonl"), lines("sampled.jsonl")
+    d_grad = sampled["metrics"]["D_grad"]
+    assert d_grad["value"] == pytest.approx(exact["metrics"]["D_grad"]["value"], abs=1e-6)
+    assert d_grad["error"] == 0
 
 
 @pytest.mark.parametrize(

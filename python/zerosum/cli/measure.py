@@ -258,21 +258,22 @@ def finish(records: list[Record], out: Path) -> None:
     names = [name for name in COLUMNS if any(name in entry["metrics"] for entry in records)]
     records = sorted(records, key=lambda entry: entry["step"])
     rows = [["step", *names], *([str(entry["step"]), *(_cell(entry, name) for name in names)] for entry in records)]
-    # Of the last step that has the metric.
-    last = {name: entry["metrics"][name] for entry in records for name in names if name in entry["metrics"]}
-    below = [["random signs", *(_number(last[name].get("null"), "") for name in names)]]
+    found = [(name, entry["metrics"].get(name)) for entry in records for name in names]
+    # Of the last step where the metric has a value.
+    last: dict[str, dict[str, Any]] = {name: metric for name, metric in found if metric and metric["value"] is not None}
+    below = [["random signs", *(_number(last.get(name, {}).get("null"), "") for name in names)]]
     if any("error" in metric for metric in last.values()):
-        below.append(["standard error", *(_number(last[name].get("error"), "") for name in names)])
+        below.append(["standard error", *(_number(last.get(name, {}).get("error"), "") for name in names)])
     rows += below
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ["  ".join(map(str.rjust, row, widths)) for row in rows]
     rule = "─" * len(lines[0])
     print("\n".join(["", lines[0], rule, *lines[1 : -len(below)], rule, *lines[-len(below) :]]))
-    counts = {n for entry in records if (n := (entry["metrics"].get("D_grad") or {}).get("n"))}
-    over = f"D_grad and C are over {_counts(counts)} {records[-1]['examples']}s" if counts else "No gradient was covered"
-    evaluation = records[-1]["evaluation"]
-    tokens = evaluation["sequences"] * evaluation["positions"]
-    print(f"{over}, losses and their changes over {tokens} tokens of {evaluation['name']} (train: of the step's batch).")
+    print(_over(records, names))
+    if len(records) > 1:
+        print(f"{' and '.join(line[0] for line in below).capitalize()}: at the last step where a column has a value.")
+    if lost := [str(entry["step"]) for entry in records if entry["metrics"]["loss"]["value"] is None]:
+        print(f"The loss is not finite at step {', '.join(lost)}: — stands for what has no value.")
     if uncovered := {name: reason for entry in records for name, reason in entry["not_covered"].items()}:
         name, reason = next(iter(uncovered.items()))
         more = f" and {len(uncovered) - 1} more" if len(uncovered) > 1 else ""
@@ -280,6 +281,22 @@ def finish(records: list[Record], out: Path) -> None:
             f"At least {min(entry['covered'] for entry in records):.1%} of the coordinates covered; not: {name}{more} ({reason})."
         )
     print(f"\nIn {out}. Next: zerosum plot {out}")
+
+
+def _over(records: list[Record], names: Sequence[str]) -> str:
+    """What the columns are over."""
+    counts = {n for entry in records if (n := (entry["metrics"].get("D_grad") or {}).get("n"))}
+    gradients = "D_grad and C are" if "C_g" in names else "D_grad is"
+    over = f"{gradients} over {_counts(counts)} {records[-1]['examples']}s" if counts else "No gradient was covered"
+    if counts and records[-1]["sampled"] is not None:
+        over += f", estimated from {records[-1]['sampled']} draws"
+    evaluation, train = records[-1]["evaluation"], records[-1]["train"]
+    over += f"; losses and their changes over {_tokens(evaluation)}"
+    return over + (f", train.D over {_tokens(train)}, the step's batch." if "train.D" in names else ".")
+
+
+def _tokens(data: dict[str, Any]) -> str:
+    return f"{data['sequences'] * data['positions']} tokens of {data['name']}"
 
 
 def _cell(entry: Record, name: str) -> str:
