@@ -9,9 +9,11 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import json
+import os
 import pickle
 import re
 import sys
+import traceback
 import zipfile
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
@@ -132,7 +134,7 @@ class Checkpoint(ABC):
         except OSError as error:
             raise Refused(f"{self.path}: cannot read: {error.strerror or error}") from error
         model.eval()
-        losses: Losses = next_token_losses if self.options.losses is None else _function(self.options.losses, "--losses")
+        losses = next_token_losses if self.options.losses is None else _own_losses(self.options.losses)
         return Loaded(model, losses, self._vocab(model), _positions(model), state)
 
     @abstractmethod
@@ -226,7 +228,8 @@ class StateDictCheckpoint(Checkpoint):
     def _load(self, optimizer: bool) -> tuple[nn.Module, dict[str, Any] | None]:
         if self.options.model is None:
             raise Refused(f"{self.path}: a state dict does not say how to build its model: --model module:function does")
-        model = _function(self.options.model, "--model")(**self.options.model_config)
+        build = _function(self.options.model, "--model")
+        model = _call(f"--model: {self.options.model}", build, **self.options.model_config)
         if not isinstance(model, nn.Module):
             raise Refused(f"--model: expected {self.options.model} to return a torch.nn.Module, got {type(model).__name__}")
         content = self._content()
@@ -278,7 +281,7 @@ def find(path: Path, options: Options | None = None, step: int | None = None) ->
         Refused: there is none, two have the same step, a name does not say one, or a file is damaged.
     """
     options = options or Options()
-    path = path.absolute()
+    path = Path(os.path.abspath(path))  # a run's name is a folder's, not ".."
     try:
         found = list(_found(path, options, step))
     except OSError as error:
@@ -332,7 +335,7 @@ def read(path: Path, unsafe_pickle: bool = False) -> Any:
             "or, if you trust whoever wrote the file, ask for it: --unsafe-pickle"
         ) from error
     except Exception as error:  # a file that ends early may be an OSError, and a pickle raises what its code raises
-        raise Refused(f"{path}: damaged, or not a file of torch.save: {_line(error)}") from error
+        raise Refused(f"{path}: damaged, or not a file of torch.save: {type(error).__name__}: {_line(error)}") from error
 
 
 def _found(path: Path, options: Options, step: int | None) -> Iterator[Checkpoint]:
@@ -344,6 +347,8 @@ def _found(path: Path, options: Options, step: int | None) -> Iterator[Checkpoin
     if path.is_file():
         yield StateDictCheckpoint(path, _step(path, step), options)
         return
+    if options.model is None and (runs := [folder.name for folder in _folders(path) if _demo_run(folder)]):
+        raise Refused(f"{path}: expected one run, got a folder of runs of `zerosum demo`: {_listed(runs)}")
     whole = _alone(path, options)
     # A folder that is named like a checkpoint and holds none was damaged; others may have nothing to do with it.
     folders = [folder for folder in _folders(path) if step_of(folder.name) is not None or (not whole and _alone(folder, options))]
@@ -391,7 +396,8 @@ def _demo_run(path: Path) -> tuple[Path, Settings] | None:
     for folder in (path, path.parent, path.parent.parent) if path.name != KEPT else (path, path.parent):
         config = _json(folder / "config.json")
         names = {f.name for f in fields(Settings)}
-        if names | {"zsl_kernels"} <= config.keys() and (folder == path or _is_of_demo(path, folder)):
+        one = isinstance(config.get("width"), int)  # runs of several sizes have a folder each, in one that has a list
+        if one and names | {"zsl_kernels"} <= config.keys() and (folder == path or _is_of_demo(path, folder)):
             return folder, Settings(**{name: config[name] for name in names})
     return None
 
@@ -420,6 +426,10 @@ def _fill(model: nn.Module, tensors: dict[str, Tensor], path: Path) -> None:
     for prefix in ("module.", "_orig_mod.", "model.") * 2:  # of DistributedDataParallel, torch.compile and Lightning
         if all(name.startswith(prefix) for name in tensors) and not all(name.startswith(prefix) for name in own):
             tensors = {name.removeprefix(prefix): x for name, x in tensors.items()}
+    quantized = [name for name, x in tensors.items() if name in own and own[name].is_floating_point() > x.is_floating_point()]
+    if quantized:
+        got = f"{tensors[quantized[0]].dtype} in {_listed(quantized)}"
+        raise Refused(f"{path}: does not fit the model: expected floating-point weights, got {got}")
     try:
         missing, unexpected = model.load_state_dict(tensors, strict=False)
     except RuntimeError as error:  # shapes
@@ -453,9 +463,36 @@ def _function(spec: str, option: str) -> Callable[..., Any]:
         function = getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError) as error:
         raise Refused(f"{option}: cannot import {spec}: {error}") from error
+    except Exception as error:
+        raise Refused(f"{option}: cannot import {spec}: {type(error).__name__}: {_line(error)}") from error
     if not callable(function):
         raise Refused(f"{option}: expected a function, {spec} is of type {type(function).__name__}")
     return function
+
+
+def _call(what: str, function: Callable[..., Any], *arguments: Any, **keywords: Any) -> Any:
+    """The user's own function; what goes wrong in it is said with its place."""
+    try:
+        return function(*arguments, **keywords)
+    except NotImplementedError:  # of an operation without a forward-mode derivative: the rest is measured
+        raise
+    except Exception as error:
+        frames = traceback.extract_tb(error.__traceback__)[1:]  # the first is this call
+        place = f" ({frames[0].filename}, line {frames[0].lineno})" if frames else ""
+        raise Refused(f"{what} raises {type(error).__name__}: {_line(error)}{place}") from error
+
+
+def _own_losses(spec: str) -> Losses:
+    function = _function(spec, "--losses")
+
+    def losses(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+        found = _call(f"--losses: {spec}", function, model, x, y)
+        if not isinstance(found, Tensor) or found.shape != y.shape:
+            got = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
+            raise Refused(f"--losses: expected {spec} to return a loss for each token, {tuple(y.shape)}, got {got}")
+        return found
+
+    return losses
 
 
 def _positions(model: nn.Module) -> int | None:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
+import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -65,8 +68,16 @@ def own_losses(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
     return 2 * token_losses(model, x, y)
 
 
+def one_loss(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    return token_losses(model, x, y).mean()
+
+
 def build_nothing() -> str:
     return "a model"
+
+
+def build_never() -> nn.Module:
+    raise OverflowError("too\nmuch")
 
 
 def sample(n: int = 4, t: int = POSITIONS, vocab: int = VOCAB, seed: int = 5) -> Sample:
@@ -229,11 +240,38 @@ def test_keys_that_do_not_fit_are_listed(tmp_path: Path) -> None:
         (f"{__name__}:none", "has no attribute 'none'"),
         (f"{__name__}:VOCAB", "expected a function"),
         (f"{__name__}:build_nothing", "to return a torch.nn.Module, got str"),
+        (f"{__name__}:build_never", f"--model: {__name__}:build_never raises OverflowError: too much ({__file__}, line "),
     ],
 )
 def test_what_builds_no_model_is_refused(model: str | None, said: str, tmp_path: Path) -> None:
     torch.save(seeded().state_dict(), tmp_path / "step5.pt")
     assert said in refusal(tmp_path, Options(model=model))
+
+
+def test_what_goes_wrong_in_ones_own_losses_is_refused(tmp_path: Path) -> None:
+    torch.save(seeded().state_dict(), tmp_path / "step5.pt")
+    batch = sample()
+    for name, said in (
+        ("one_loss", rf"--losses: expected {__name__}:one_loss to return a loss for each token, \(4, 12\), got \(\)"),
+        ("build_nothing", r"--losses: .*:build_nothing raises TypeError: build_nothing\(\) takes 0 positional arguments"),
+    ):
+        loaded = find(tmp_path, replace(BUILD, losses=f"{__name__}:{name}")).checkpoints[0].load()
+        with pytest.raises(Refused, match=said):
+            loaded.losses(loaded.model, batch.x, batch.y)
+    (tmp_path / "broken_module.py").write_text("x = 1 / 0\n")
+    sys.path.append(str(tmp_path))
+    try:
+        assert "cannot import broken_module:build: ZeroDivisionError" in refusal(tmp_path, Options(model="broken_module:build"))
+    finally:
+        sys.path.remove(str(tmp_path))
+
+
+def test_weights_that_are_no_floating_point_numbers_are_refused(tmp_path: Path) -> None:
+    state = seeded().state_dict()
+    state["head.weight"] = state["head.weight"].mul(100).to(torch.int8)
+    torch.save(state, tmp_path / "step5.pt")
+    said = "step5.pt: does not fit the model: expected floating-point weights, got torch.int8 in head.weight"
+    assert refusal(tmp_path).endswith(said)
 
 
 def test_a_model_without_logits_for_each_position_is_refused(tmp_path: Path) -> None:
@@ -348,6 +386,18 @@ def test_the_demo_keeps_the_checkpoints_of_measured_steps(demo_run: tuple[Path, 
     loaded = find(run).checkpoints[2].load()
     assert_same(loaded.weights(), {name: p.detach() for name, p in trainer.model.named_parameters()}, rtol=1e-5, atol=1e-7)
     assert (loaded.vocab, loaded.positions) == (256, 16)
+
+
+def test_a_folder_of_runs_is_not_one_run(demo_run: tuple[Path, Trainer], tmp_path: Path) -> None:
+    """Neither a folder of runs nor that of several sizes, which has a configuration too."""
+    shutil.copytree(demo_run[0], tmp_path / "runs" / "width-32")
+    said = "expected one run, got a folder of runs of `zerosum demo`: width-32"
+    assert said in refusal(tmp_path / "runs", Options())
+    config = json.loads((demo_run[0] / "config.json").read_text())
+    (tmp_path / "runs" / "config.json").write_text(json.dumps({**config, "width": [32, 64]}))
+    assert said in refusal(tmp_path / "runs", Options())
+    assert find(tmp_path / "runs" / "width-32" / ".." / "width-32").run == "width-32"
+    assert find(tmp_path / "runs" / "width-32" / "checkpoints" / "..").run == "width-32"
 
 
 def test_the_newest_checkpoint_counts_when_it_was_not_kept(demo_run: tuple[Path, Trainer], tmp_path: Path) -> None:
