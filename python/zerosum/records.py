@@ -17,7 +17,8 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,6 +28,7 @@ import numpy as np
 from zerosum.metrics import Metric
 
 Record = dict[str, Any]
+BEGINNING = b'{"kind": "'  # of every record's line, as ``record`` and ``encode`` make it
 
 
 def record(kind: str, step: int, metrics: Mapping[str, Metric], **others: Any) -> Record:
@@ -48,7 +50,14 @@ def decode(lines: Iterable[str]) -> list[Record]:
     return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
-BEGINNING = b'{"kind": "'  # of every record, as ``record`` and ``encode`` make it
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """An OSError of the block says which file it is of, which one of writing does not."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = error.filename or str(path)
+        raise
 
 
 class RecordFile:
@@ -92,13 +101,14 @@ class RecordFile:
         line = encode(entry)
         content = line.encode()
         size = os.fstat(self._file.fileno()).st_size
-        try:
-            while content:  # a disk that fills up takes a part, and refuses the rest
-                content = content[self._file.write(content) :]
-            os.fsync(self._file.fileno())
-        except OSError as error:
-            self._file.truncate(size)
-            raise OSError(error.errno, error.strerror, str(self.path)) from None
+        with naming(self.path):
+            try:
+                while content:  # a disk that fills up takes a part, and refuses the rest
+                    content = content[self._file.write(content) :]
+                os.fsync(self._file.fileno())
+            except OSError:
+                self._file.truncate(size)
+                raise
         self.records += decode([line])
 
     def close(self) -> None:

@@ -181,6 +181,39 @@ def test_interrupted_sizes_go_on_with_what_is_left(
         assert records(tmp_path / "runs" / f"width-{width}") == records(tmp_path / "whole" / f"width-{width}")
 
 
+def test_an_interrupt_while_the_cost_is_measured_stops_before_the_next_size(
+    text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("scipy")
+    cost = Trainer.probe_cost
+
+    def interrupting(self: Trainer) -> Any:
+        os.kill(os.getpid(), signal.SIGINT)
+        return cost(self)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "probe_cost", interrupting)
+        assert demo(text, tmp_path / "runs", **SIZES) == 130
+    assert not (tmp_path / "runs" / "width-64").exists()
+    assert demo(text, tmp_path / "runs", **SIZES) == 0
+
+
+def test_a_disk_that_is_full_is_said_and_the_run_goes_on(
+    text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write = Path.write_bytes
+
+    def full(self: Path, content: Any) -> int:
+        write(self, bytes(content)[:100])
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_bytes", full)
+        assert demo(text, tmp_path / "run") == 1
+    assert capsys.readouterr().err == f"zerosum demo: {tmp_path / 'run' / 'checkpoint.pt.new'}: No space left on device\n"
+    assert demo(text, tmp_path / "run") == 0
+
+
 def test_sizes_that_diverge_are_not_lost(text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("scipy")
     assert demo(text, tmp_path / "runs", learning_rate=1e38, **SIZES) == 1
@@ -293,6 +326,15 @@ def test_ctrl_c_anywhere_else_leaves_no_traceback(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(zk, "build_info", interrupted)
     assert cli.main(["doctor"]) == 130
     assert "Interrupted." in capsys.readouterr().err
+
+
+def test_output_that_nobody_reads_leaves_no_traceback(project_environment: dict[str, str]) -> None:
+    reading, writing = os.pipe()
+    os.close(reading)
+    command = [sys.executable, "-m", "zerosum", "doctor"]
+    done = subprocess.run(command, stdout=writing, stderr=subprocess.PIPE, text=True, env=project_environment, timeout=120)
+    os.close(writing)
+    assert (done.returncode, done.stderr) == (1, "")
 
 
 def test_the_doctor_says_what_is_live(capsys: pytest.CaptureFixture[str]) -> None:

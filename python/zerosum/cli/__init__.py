@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 
@@ -27,10 +28,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command and returns the process's exit code: 0 done, 1 failed, 2 refused, 130 interrupted."""
     options = _parser().parse_args(arguments)
     try:
-        return options.run(options)
+        ended = options.run(options)
+        sys.stdout.flush()
+        return ended
     except KeyboardInterrupt:
         print("\nInterrupted.", file=sys.stderr)
         return 130
+    except BrokenPipeError:  # whoever read the output has enough, as `| head`; what is left would complain when Python ends
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
 
 
 def _parser() -> argparse.ArgumentParser:

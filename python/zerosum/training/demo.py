@@ -171,7 +171,7 @@ def train(trainer: Trainer, folder: RunFolder, keep_checkpoints: bool = False) -
                 return INTERRUPTED
         plain, with_probe = ([round(seconds, 6) for seconds in times] for times in trainer.probe_cost())
         folder.append(record("cost", steps, {}, plain_seconds=plain, probed_seconds=with_probe))
-    return DONE
+    return INTERRUPTED if interrupt.asked else DONE  # asked for while the cost was measured: other sizes are to wait
 
 
 def advance(trainer: Trainer, folder: RunFolder, step: int, probed: bool, shown: dict[str, str]) -> float:

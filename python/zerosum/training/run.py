@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import os
 import pickle
@@ -57,7 +58,8 @@ class Folder:
     def write(self, name: str, text: str) -> None:
         """Replaces a text file as a whole."""
         new = self.path / f"{name}.new"
-        new.write_text(text, encoding="utf-8")
+        with records.naming(new):
+            new.write_text(text, encoding="utf-8")
         os.replace(new, self.path / name)
 
     def _open(self) -> None:
@@ -103,14 +105,18 @@ class RunFolder(Folder):
     def append(self, entry: Record) -> None:
         """Adds a record, on disk when this returns."""
         line = records.encode(entry)
-        self._file.write(line)
-        self._file.flush()
+        with records.naming(self.metrics):
+            self._file.write(line)
+            self._file.flush()
         self.records += records.decode([line])
 
     def checkpoint(self, step: int, state: Mapping[str, Any], keep: bool = False) -> None:
         """Replaces the checkpoint, and keeps a copy if asked; an interruption leaves the one before."""
         new = self.path / "checkpoint.pt.new"
-        torch.save({"step": step, "state": dict(state)}, new)
+        content = io.BytesIO()  # torch.save itself makes a RuntimeError of a full disk's OSError
+        torch.save({"step": step, "state": dict(state)}, content)
+        with records.naming(new):
+            new.write_bytes(content.getbuffer())
         if keep:
             kept = self.path / KEPT / f"step-{step:06d}.pt"
             kept.parent.mkdir(exist_ok=True)
@@ -119,7 +125,8 @@ class RunFolder(Folder):
         os.replace(new, self.path / "checkpoint.pt")
 
     def close(self) -> None:
-        self._file.close()
+        with records.naming(self.metrics):  # it tries again what could not be written
+            self._file.close()
 
     def _load(self) -> dict[str, Any] | None:
         file = self.path / "checkpoint.pt"
