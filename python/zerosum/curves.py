@@ -1,14 +1,17 @@
 """Loss curves: what a curve must be, which of its rows a fit takes, and reading one from a file.
 
-:func:`read_curve` takes CSV, JSON lines (also a run's own ``metrics.jsonl``), JSON, NumPy's ``.npy`` and ``.npz``, and
-TensorBoard's event files or the folder that has them (with the ``tensorboard`` package, ``pip install 'zsl_kernels[demo]'``).
+:func:`read_curve` takes CSV, JSON lines (also a run's own ``metrics.jsonl``, or its folder), JSON (also ``trainer_state.json`` of
+transformers), NumPy's ``.npy`` and ``.npz``, and TensorBoard's event files or the folder that has them (with the ``tensorboard``
+package, ``pip install 'zsl_kernels[demo]'``).
 """
 
 from __future__ import annotations
 
 import csv
+import errno
 import json
 import math
+import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -51,7 +54,7 @@ def read_curve(
     """The steps and losses in a file, (n,) float64 each: steps increase, losses are finite and > 0.
 
     Args:
-        path: the file, or a folder with TensorBoard's event files.
+        path: the file, or the folder of a run or of TensorBoard's event files.
         step: the column of the steps; the obvious one if None. Names of nested keys are joined by dots. Losses that come without
             steps are those of steps 1, 2, …
         loss: the column (TensorBoard's tag) of the losses; the obvious one if None. Lines without a value in it are left out.
@@ -62,6 +65,8 @@ def read_curve(
         ModuleNotFoundError: event files need ``tensorboard``.
     """
     path = Path(path)
+    if (records := path / "metrics.jsonl").is_file():  # a run's folder
+        path = records
     try:
         table = _read(path, loss)
     except OSError as error:
@@ -116,6 +121,8 @@ def thin(steps: np.ndarray) -> np.ndarray:
 
 
 def _read(path: Path, tag: str | None) -> Table:
+    if not path.exists():
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path))
     if path.is_dir() or ".tfevents." in path.name:
         return _tensorboard(path, tag)
     readers = {".csv": _csv, ".tsv": _csv, ".jsonl": _jsonl, ".ndjson": _jsonl, ".json": _json, ".npy": _numpy, ".npz": _numpy}
@@ -168,6 +175,8 @@ def _parse(text: str, where: str) -> Any:
 
 def _json(path: Path) -> Table:
     content = _parse(path.read_text(encoding="utf-8"), str(path))
+    if isinstance(content, dict) and isinstance(content.get("log_history"), list):  # transformers' trainer_state.json
+        content = content["log_history"]
     if isinstance(content, dict):
         arrays = {name: value for name, value in _flat(content) if isinstance(value, list)}
         return Table({name: [Cell(i, x) for i, x in enumerate(array)] for name, array in arrays.items()}, {}, "element")
@@ -227,7 +236,7 @@ def _tensorboard(path: Path, tag: str | None) -> Table:
         message = f"{path}: TensorBoard's event files need tensorboard: pip install 'zsl_kernels[demo]'"
         raise ModuleNotFoundError(message, name=error.name) from None
     if not path.is_file() and not any(".tfevents." in file.name for file in path.iterdir()):
-        raise CurveError(f"{path}: no TensorBoard event file (*.tfevents.*) in this folder")
+        raise CurveError(f"{path}: no TensorBoard event file (*.tfevents.*) and no metrics.jsonl of a run in this folder")
     # 0 keeps every event. What a restart wrote again must be seen here, not dropped in silence.
     events = EventAccumulator(str(path), size_guidance={SCALARS: 0, TENSORS: 0}, purge_orphaned_data=False).Reload()
     columns: Columns = {}

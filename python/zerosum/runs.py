@@ -154,7 +154,7 @@ def read_runs(
         ModuleNotFoundError: TensorBoard's event files need ``tensorboard``.
     """
     if labels and len(labels) != len(paths):
-        raise RunError(f"labels: expected one for each of the {len(paths)} runs, got {len(labels)}")
+        raise RunError(f"labels (--labels): expected one for each of the {len(paths)} paths, got {len(labels)}")
     found: list[Run] = []
     notes: list[str] = []
     for i, path in enumerate(paths):
@@ -182,7 +182,8 @@ def _files(path: Path) -> list[Path]:
         return [own]
     if any(".tfevents." in file.name for file in path.iterdir()):
         return [path]
-    if not (below := sorted(path.glob("*/metrics.jsonl"))):
+    # A demo of several sizes has a folder of runs in it.
+    if not (below := sorted([*path.glob("*/metrics.jsonl"), *path.glob("*/*/metrics.jsonl")])):
         raise RunError(f"{path}: expected a run's metrics.jsonl in this folder or in its folders, or TensorBoard's event files")
     return below
 

@@ -110,7 +110,7 @@ def test_what_is_wrong_with_a_file_is_said(tmp_path: Path, capsys: Captured) -> 
         (write(tmp_path / "empty.jsonl"), "empty.jsonl: is empty"),
         (tmp_path / "none.jsonl", "cannot be read"),
         (tmp_path / "none.csv", "cannot be read"),
-        (tmp_path / "none.xyz", "expected one of .csv"),
+        (tmp_path / "none.xyz", "cannot be read: No such file"),
     ):
         assert plot(path, "--out", tmp_path / "out") == 2
         error = capsys.readouterr().err
@@ -121,7 +121,7 @@ def test_what_is_wrong_with_a_file_is_said(tmp_path: Path, capsys: Captured) -> 
 
 def test_labels_that_do_not_fit_are_refused(measured: Path, tmp_path: Path, capsys: Captured) -> None:
     assert plot(measured, "--out", tmp_path / "out", "--labels", "a", "b") == 2
-    assert "labels: expected one for each of the 1 runs, got 2" in capsys.readouterr().err
+    assert "labels (--labels): expected one for each of the 1 paths, got 2" in capsys.readouterr().err
 
 
 def test_a_folder_that_cannot_be_used_is_refused(measured: Path, capsys: Captured) -> None:

@@ -52,7 +52,12 @@ def run_records() -> str:
     return "".join(map(encode, found))
 
 
-FILES = {
+def run_folder(folder: Path) -> Path:
+    (folder / "metrics.jsonl").write_text(run_records())
+    return folder
+
+
+FILES: dict[str, Callable[[Path], Path]] = {
     "csv": text(".csv", lines("step,loss,lr\n", "{},{},0.1")),
     "csv with a byte order mark and spaces": text(".csv", lines("﻿Step, Train Loss\n", "{}, {}")),
     "csv of TensorBoard": text(".csv", lines("Wall time,Step,Value\n", "1.5,{},{}")),
@@ -67,6 +72,11 @@ FILES = {
     "json of objects": text(".json", json.dumps([{"step": step, "loss": loss} for step, loss in ROWS])),
     "json of pairs": text(".json", json.dumps(ROWS)),
     "json of nested arrays": text(".json", json.dumps({"small": {"step": STEPS.tolist(), "loss": LOSSES.tolist()}})),
+    "json of transformers": text(
+        ".json",
+        json.dumps({"log_history": [{"step": a, "loss": b} for a, b in ROWS] + [{"step": 13, "eval_loss": 9}], "best_metric": 1}),
+    ),
+    "a run's folder": run_folder,
     "npy": array("curve.npy", np.save, np.stack((STEPS, LOSSES), 1)),
     "npz": array("curve.npz", np.savez, step=STEPS, loss=LOSSES, lr=np.ones((2, 2))),
     "npy with names": array("curve.npy", np.save, np.array(ROWS, dtype=[("step", "i8"), ("loss", "f8")])),
@@ -95,6 +105,7 @@ def test_other_columns_are_named(tmp_path: Path) -> None:
 
 REFUSED = {
     "no such file": (lambda folder: folder / "none.csv", "none.csv: cannot be read: No such file"),
+    "no such file of an unknown kind": (lambda folder: folder / "none", "none: cannot be read: No such file"),
     "an unknown kind": (text(".parquet", ""), "expected one of .csv, .tsv, .jsonl"),
     "empty": (text(".csv", ""), "no column looks like a loss: name it with --loss; columns with numbers: none"),
     "two losses": (text(".csv", "step,a_loss,b_loss\n1,2,3\n"), "which column has the loss is not clear: name it with --loss;"),

@@ -119,6 +119,8 @@ def test_a_folder_of_folders(tmp_path: Path) -> None:
     for name in ("width-128", "width-64"):
         write(tmp_path / name / "metrics.jsonl", run_records((0.2, 0.6), (0.1, 0.5))[:5])
     assert [run.name for run in read_runs([tmp_path])[0]] == ["width-64", "width-128"]
+    write(tmp_path / "sizes" / "width-32" / "metrics.jsonl", run_records((0.2, 0.6), (0.1, 0.5))[:5])
+    assert [run.name for run in read_runs([tmp_path])[0]] == ["width-32", "width-64", "width-128"]
 
 
 def test_a_value_that_is_missing_is_nan_and_no_curve_of_nan_counts(tmp_path: Path) -> None:
@@ -208,7 +210,7 @@ def test_labels(tmp_path: Path) -> None:
     assert [run.name for run in read_runs(paths, ["with Muon", "plain"])[0]] == ["plain", "with Muon"]
     both = write(tmp_path / "both.jsonl", checkpoints("x"), checkpoints("y"))
     assert [run.name for run in read_runs([both], ["mine"])[0]] == ["mine, x", "mine, y"]
-    with pytest.raises(RunError, match="labels: expected one for each of the 2 runs, got 1"):
+    with pytest.raises(RunError, match=r"labels \(--labels\): expected one for each of the 2 paths, got 1"):
         read_runs(paths, ["one"])
 
 

@@ -21,9 +21,9 @@ Fits a broken power law to each loss curve: two straight lines on log-log axes t
 step t_d and loss L_d, after which the loss falls as t^-r_d. Says how well each number is
 known, and "no break found" where two lines are not surely better than one.
 
-A CURVE is a .csv, .tsv, .jsonl, .json, .npy or .npz file, a run's own metrics.jsonl, or
-TensorBoard's event file or the folder of it. The columns called step and loss, or the like,
-are found; --step and --loss name others.
+A CURVE is a .csv, .tsv, .jsonl, .json, .npy or .npz file, a run's folder or its metrics.jsonl,
+trainer_state.json of transformers, or TensorBoard's event file or the folder of it. The columns
+called step and loss, or the like, are found; --step and --loss name others.
 
 Losses of single batches are averaged over a window of a sixth of the steps before (so t_d
 comes some 9 % late, as in published fits), then thinned; --smoothed takes every row as it is.
@@ -31,7 +31,7 @@ comes some 9 % late, as in published fits), then thinned; --smoothed takes every
 
 EXAMPLES = """\
 examples:
-  zerosum fit runs/demo-1a2b3c4d/metrics.jsonl
+  zerosum fit runs/demo-1a2b3c4d
   zerosum fit small.csv large.csv --step iteration --loss lm_loss --json fits.json
   zerosum fit lightning_logs/version_0 --loss train/loss
   zerosum fit validation.csv --smoothed --final 1000000
