@@ -20,7 +20,7 @@ from zerosum.tokens import SampledReport
 from zerosum.training.model import GPT, GPTConfig, token_losses
 
 VOCAB, WIDTH, LAYERS, HEADS = 4096, 256, 4, 4
-STEPS, BATCH, RATE = 50, 4, 1e-3
+STEPS, BATCH, RATE = 200, 4, 1e-3
 
 
 @dataclass
