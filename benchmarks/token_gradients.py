@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 import zerosum
+from tests.zerosum.trained import train
 from zerosum.tokens import SampledReport
 from zerosum.training.model import GPT, GPTConfig, token_losses
 
@@ -74,7 +75,6 @@ def text() -> Tensor:
 def workload(sequences: int, positions: int) -> TokenWorkload:
     torch.manual_seed(0)
     model = GPT(GPTConfig(vocab=VOCAB, width=WIDTH, layers=LAYERS, heads=HEADS, positions=positions))
-    optimizer = torch.optim.AdamW(model.parameters(), lr=RATE)
     tokens = text()
 
     def batch(size: int) -> tuple[Tensor, Tensor]:
@@ -82,18 +82,7 @@ def workload(sequences: int, positions: int) -> TokenWorkload:
         rows = torch.stack([tokens[start : start + positions + 1] for start in starts.tolist()])
         return rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
 
-    def step() -> None:
-        optimizer.zero_grad()
-        token_losses(model, *batch(BATCH)).mean().backward()
-        optimizer.step()
-
-    for _ in range(STEPS):
-        step()
-    before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    step()
-    direction = {name: p.detach() - before[name] for name, p in model.named_parameters()}
-    model.load_state_dict(before, strict=False)
-    optimizer.zero_grad()
+    direction = train(model, lambda: batch(BATCH), STEPS, RATE)
     return TokenWorkload(model, *batch(sequences), direction)
 
 

@@ -23,6 +23,7 @@ import torch.autograd.forward_ad as forward_ad
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from zerosum.loss import check_shape
 from zerosum.metrics import Metric, number_interference
 from zerosum.training.model import token_losses
 
@@ -383,9 +384,7 @@ def _values(model: nn.Module, argument: str, given: Mapping[str, Tensor]) -> dic
     for name, value in given.items():
         if name not in own:
             raise ValueError(f"{argument}: {name!r} is neither a parameter nor a buffer of the model")
-        if not isinstance(value, Tensor) or value.shape != own[name].shape:
-            got = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
-            raise ValueError(f"{argument}[{name!r}]: expected a tensor of shape {tuple(own[name].shape)}, got {got}")
+        check_shape(f"{argument}[{name!r}]", value, own[name])
         known = first[id(own[name])]
         value = value.detach().to(own[name])
         if known in found and not torch.equal(found[known], value):

@@ -49,6 +49,13 @@ class Loss:
         return self.reduction == "sum" or (self.reduction == "mean" and ignored) if isinstance(self.reduction, str) else False
 
 
+def check_shape(argument: str, value: Any, like: Tensor) -> None:
+    """Raises where a user's value for ``like`` is no tensor of its shape."""
+    if not isinstance(value, Tensor) or value.shape != like.shape:
+        got = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+        raise ValueError(f"{argument}: expected a tensor of shape {tuple(like.shape)}, got {got}")
+
+
 def check_loss_reduction(d: Any) -> None:
     """Raises where ``d`` is not a reduction that :class:`Loss` knows."""
     if isinstance(d, str):

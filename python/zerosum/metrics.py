@@ -47,12 +47,12 @@ class Metric(NamedTuple):
         return self.value
 
 
-def _ratio(numerator: float, denominator: float) -> float:
+def ratio(numerator: float, denominator: float) -> float:
     """0/0 has no value: NaN, not an exception."""
     return numerator / denominator if denominator != 0 else math.nan
 
 
-def _root(x: float) -> float:
+def root(x: float) -> float:
     """The root of what estimates a square, and may therefore be negative. NaNs come through."""
     return math.sqrt(x) if not x < 0 else 0.0
 
@@ -81,13 +81,13 @@ class NumberSums:
         C and D have nulls and debiased values; M and the mean are unbiased as they are.
         """
         n = self.n
-        c, null = _ratio(abs(self.total), self.abs), _ratio(SIGN_FLIP * math.sqrt(self.sq), self.abs)
-        debiased = _ratio(_root((self.total * self.total - self.sq) * n / (n - 1)), self.abs) if n > 1 else None
+        c, null = ratio(abs(self.total), self.abs), ratio(SIGN_FLIP * math.sqrt(self.sq), self.abs)
+        debiased = ratio(root((self.total * self.total - self.sq) * n / (n - 1)), self.abs) if n > 1 else None
         return {
             "C": Metric(c, n, null, debiased=debiased),
             "D": Metric(1 - c, n, 1 - null, debiased=None if debiased is None else 1 - debiased),
-            "M": Metric(_ratio(self.abs, n), n),
-            "mean": Metric(_ratio(self.total, n), n, 0.0),
+            "M": Metric(ratio(self.abs, n), n),
+            "mean": Metric(ratio(self.total, n), n, 0.0),
         }
 
 
@@ -190,34 +190,34 @@ def gradient_metrics(
     gradients, C_uG's, which is a ratio of expectations, and the quantiles', which are those of the cosines with either sign.
     """
     n = l1.numel()
-    mean_sq, mean_grad_sq = _ratio(sums.sq, n), _ratio(sums.grad_sq, n * n)
-    pair_dot = _ratio(sums.grad_sq - sums.sq, n * (n - 1))  # mean ⟨g_i, g_k⟩ over i ≠ k: the unbiased |G|²
+    mean_sq, mean_grad_sq = ratio(sums.sq, n), ratio(sums.grad_sq, n * n)
+    pair_dot = ratio(sums.grad_sq - sums.sq, n * (n - 1))  # mean ⟨g_i, g_k⟩ over i ≠ k: the unbiased |G|²
     if non_embedding is None:
         found = _coordinate_metrics(sums, size, n)
     else:
         found = _coordinate_metrics(*non_embedding, n)
         found |= {f"{name}_all": metric for name, metric in _coordinate_metrics(sums, size, n).items()}
     found |= {
-        "grad_norm": Metric(_root(mean_grad_sq), n, _root(mean_sq / n) if n else None, debiased=_root(pair_dot) if n > 1 else None),
-        "example_norm": Metric(_root(mean_sq), n),
+        "grad_norm": Metric(root(mean_grad_sq), n, root(mean_sq / n) if n else None, debiased=root(pair_dot) if n > 1 else None),
+        "example_norm": Metric(root(mean_sq), n),
         "example_l1": Metric(l1.double().mean().item() if n else math.nan, n),
-        "noise_scale": Metric(_ratio(mean_sq - pair_dot, pair_dot), n),
-        "mean_dot_ratio": Metric(_ratio(pair_dot, mean_sq), n, 0.0),
+        "noise_scale": Metric(ratio(mean_sq - pair_dot, pair_dot), n),
+        "mean_dot_ratio": Metric(ratio(pair_dot, mean_sq), n, 0.0),
     }
     if dot is not None:
         numbers = NumberSums.of(dot)
         null_total = SIGN_FLIP * math.sqrt(numbers.sq)
-        found["C_g"] = Metric(_ratio(sums.p_sum, sums.p_abs), n, _ratio(SIGN_FLIP * sums.p_root, sums.p_abs))
-        found["C_uG"] = Metric(_ratio(abs(numbers.total), sums.p_sum), n, _ratio(null_total, SIGN_FLIP * sums.p_root))
-        found["C_ug"] = Metric(_ratio(numbers.abs, sums.p_abs), n)
+        found["C_g"] = Metric(ratio(sums.p_sum, sums.p_abs), n, ratio(SIGN_FLIP * sums.p_root, sums.p_abs))
+        found["C_uG"] = Metric(ratio(abs(numbers.total), sums.p_sum), n, ratio(null_total, SIGN_FLIP * sums.p_root))
+        found["C_ug"] = Metric(ratio(numbers.abs, sums.p_abs), n)
         found |= {key: metric for key, metric in numbers.metrics().items() if key != "mean"}
     return found if gram is None else found | _cosine_metrics(gram)
 
 
 def _coordinate_metrics(sums: CoordinateSums, size: int | None, n: int) -> dict[str, Metric]:
-    d_grad = 1 - _ratio(sums.ratio, sums.touched)
+    d_grad = 1 - ratio(sums.ratio, sums.touched)
     found = {
-        "D_grad": Metric(d_grad, n, 1 - _ratio(SIGN_FLIP * sums.root_ratio, sums.touched)),
+        "D_grad": Metric(d_grad, n, 1 - ratio(SIGN_FLIP * sums.root_ratio, sums.touched)),
         "touched": Metric(sums.touched, n),
     }
     return found if size is None else found | {"untouched": Metric(size - sums.touched, n)}

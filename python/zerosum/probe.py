@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from zerosum.capture import Capture
-from zerosum.loss import Loss, check_loss_reduction
+from zerosum.loss import Loss, check_loss_reduction, check_shape
 from zerosum.provenance import Provenance
 from zerosum.report import Report
 
@@ -154,6 +154,4 @@ def check_direction(model: nn.Module, direction: Mapping[str, Tensor] | None) ->
     for name, u in direction.items():
         if name not in parameters:
             raise ValueError(f"direction: {name!r} is not a parameter of the model")
-        if not isinstance(u, Tensor) or u.shape != parameters[name].shape:
-            got = tuple(u.shape) if isinstance(u, Tensor) else type(u).__name__
-            raise ValueError(f"direction[{name!r}]: expected a tensor of shape {tuple(parameters[name].shape)}, got {got}")
+        check_shape(f"direction[{name!r}]", u, parameters[name])

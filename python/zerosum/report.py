@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Generic, TypeVar
 
 import torch
 from torch import Tensor
@@ -13,6 +14,8 @@ from torch import Tensor
 from zerosum.metrics import Metric, add_coordinates, gradient_metrics
 from zerosum.tracking import Results, Tracked
 from zsl_kernels import CoordinateSums
+
+P = TypeVar("P")
 
 
 class ParameterReport:
@@ -122,28 +125,18 @@ class Coverage:
         return "\n".join(lines)
 
 
-class Report:
-    """The results of one probed step. ``report[name]`` is one parameter's; iteration goes over the covered names."""
+class ByName(Generic[P]):
+    """A report's parameters. ``report[name]`` is one parameter's, by any of its names; iteration goes over the covered names.
 
-    def __init__(self, tracked: list[Tracked], batches: list[int]) -> None:
-        self.num_examples = sum(batches)
-        self._names = {name: t.name for t in tracked for name in t.names}
-        self._parameters = {
-            t.name: ParameterReport(t.name, " + ".join(t.how), t.results, t.parameter.shape)
-            for t in tracked
-            if t.results is not None
-        }
-        self.coverage = Coverage(
-            covered={name: p.how for name, p in self._parameters.items()},
-            not_covered={t.name: t.problem for t in tracked if t.results is None},
-            sizes={t.name: t.parameter.numel() for t in tracked},
-        )
-        missing = [t.name for t in tracked if t.results is not None and t.direction is None]
-        self._has_direction = bool(self._parameters) and len(missing) < len(self._parameters)
-        if self._has_direction and missing:
-            raise ValueError(f"direction: expected one for every covered parameter, got none for {', '.join(missing)}")
+    ``names`` has the name that each of a parameter's names stands for.
+    """
 
-    def __getitem__(self, name: str) -> ParameterReport:
+    def __init__(self, parameters: dict[str, P], names: dict[str, str], coverage: Coverage) -> None:
+        self._parameters = parameters
+        self._names = names
+        self.coverage = coverage
+
+    def __getitem__(self, name: str) -> P:
         known = self._names.get(name, name)
         if known in self._parameters:
             return self._parameters[known]
@@ -158,6 +151,28 @@ class Report:
 
     def __contains__(self, name: object) -> bool:
         return self._names.get(str(name), name) in self._parameters
+
+
+class Report(ByName[ParameterReport]):
+    """The results of one probed step."""
+
+    def __init__(self, tracked: list[Tracked], batches: list[int]) -> None:
+        self.num_examples = sum(batches)
+        parameters = {
+            t.name: ParameterReport(t.name, " + ".join(t.how), t.results, t.parameter.shape)
+            for t in tracked
+            if t.results is not None
+        }
+        coverage = Coverage(
+            covered={name: p.how for name, p in parameters.items()},
+            not_covered={t.name: t.problem for t in tracked if t.results is None},
+            sizes={t.name: t.parameter.numel() for t in tracked},
+        )
+        super().__init__(parameters, {name: t.name for t in tracked for name in t.names}, coverage)
+        missing = [t.name for t in tracked if t.results is not None and t.direction is None]
+        self._has_direction = bool(self._parameters) and len(missing) < len(self._parameters)
+        if self._has_direction and missing:
+            raise ValueError(f"direction: expected one for every covered parameter, got none for {', '.join(missing)}")
 
     def _total(self, field: str) -> Tensor | None:
         """A scalar field over all covered parameters, in float64."""

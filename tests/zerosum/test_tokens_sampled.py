@@ -15,10 +15,11 @@ import zerosum
 from tests.zerosum.models import Tied
 from tests.zerosum.oracle import error
 from tests.zerosum.test_tokens import Mixing, batch, small, squares
+from tests.zerosum.trained import train
 from zerosum.metrics import Metric
 from zerosum.tokens import SampledReport, measure
 from zerosum.tokens.sampling import Draws
-from zerosum.training.model import GPT, GPTConfig, token_losses
+from zerosum.training.model import GPT, GPTConfig
 
 VOCAB, N, T = 29, 2, 48
 DRAWS, REPEATS = 128, 120
@@ -55,20 +56,7 @@ def trained() -> Trained:
     torch.manual_seed(0)
     generator = torch.Generator().manual_seed(1)
     model = GPT(GPTConfig(vocab=VOCAB, width=16, layers=2, heads=2, positions=T))
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
-
-    def step() -> None:
-        optimizer.zero_grad()
-        token_losses(model, *chain(generator, 16)).mean().backward()
-        optimizer.step()
-
-    for _ in range(50):
-        step()
-    before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    step()
-    direction = {name: p.detach() - before[name] for name, p in model.named_parameters()}
-    model.load_state_dict(before, strict=False)
-    optimizer.zero_grad()
+    direction = train(model, lambda: chain(generator, 16), 50, 3e-3)
     x, y = chain(generator, N)
     exact = zerosum.token_report(model, x, y, direction=direction)
     assert isinstance(exact, zerosum.Report)
@@ -138,6 +126,12 @@ def test_many_draws_of_few_tokens_come_close(kind: type[nn.Module]) -> None:
     for name in exact:
         assert error(report[name].grad_sum, exact[name].grad_sum) < 1e-9
         assert error(report[name].abs_sum, exact[name].abs_sum) < 0.2
+    for alias, _ in model.named_parameters(remove_duplicate=False):
+        assert alias in report
+        assert report[alias].name == exact[alias].name
+    found, truth = (r.metrics["grad_norm"] for r in (report, exact))
+    assert found.value == pytest.approx(truth.value, rel=1e-9)
+    assert (found.null, found.debiased) == (pytest.approx(truth.null, rel=0.1), pytest.approx(truth.debiased, rel=0.1))
     assert report.metrics["D_grad_all"].value == pytest.approx(exact.metrics["D_grad_all"].value, abs=0.03)
     assert str(report).startswith("10 tokens, estimated from 400 draws; ")
 

@@ -9,6 +9,8 @@ from collections.abc import Sequence
 
 import zsl_kernels as zk
 from zerosum.cli import demo, doctor, fit, measure, plot
+from zerosum.cli.arguments import failed, refuse
+from zerosum.training.run import Refused
 
 DESCRIPTION = """\
 Zero-sum learning, measured while a model trains: how far examples' gradients, and the
@@ -37,6 +39,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # whoever read the output has enough, as `| head`; what is left would complain when Python ends
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
+    except Refused as refusal:
+        return refuse(options.command, str(refusal))
+    except OSError as error:  # a disk that fills up on the way
+        return failed(options.command, error)
 
 
 def _parser() -> argparse.ArgumentParser:

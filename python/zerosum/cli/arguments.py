@@ -16,7 +16,7 @@ def add_command(
     """A command whose ``run`` returns the process's exit code; its texts are shown as they are written."""
     plain = argparse.RawDescriptionHelpFormatter
     parser = commands.add_parser(name, help=help, description=description, epilog=epilog, formatter_class=plain)
-    parser.set_defaults(run=run)
+    parser.set_defaults(run=run, command=name)
     return parser
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from zerosum.cli.arguments import add_command, failed, missing, positive, refuse, whole, width
+from zerosum.cli.arguments import add_command, missing, positive, refuse, whole, width
 
 DESCRIPTION = """\
 Trains a small GPT and measures zero-sum learning at log-spaced steps, in about 3 minutes
@@ -53,17 +53,9 @@ def run(options: argparse.Namespace) -> int:
     # Here, not above: `zerosum doctor` must work without them.
     from zerosum.training.demo import demo
     from zerosum.training.loop import Settings
-    from zerosum.training.run import Refused
 
     if options.threads:
         torch.set_num_threads(options.threads)
     names = ("steps", "seed", "width", "layers", "sequences", "positions", "learning_rate")
-    try:
-        settings = Settings(**{name: getattr(options, name) for name in names})
-        return demo(settings, options.text, options.out, options.sizes, options.keep_checkpoints)
-    except Refused as refusal:
-        return refuse("demo", str(refusal))
-    except BrokenPipeError:
-        raise
-    except OSError as error:
-        return failed("demo", error)
+    settings = Settings(**{name: getattr(options, name) for name in names})
+    return demo(settings, options.text, options.out, options.sizes, options.keep_checkpoints)

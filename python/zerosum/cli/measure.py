@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from zerosum.cli.arguments import add_command, failed, memory, missing, positive, refuse, span, whole
+from zerosum.cli.arguments import add_command, memory, missing, positive, refuse, span, whole
 
 if TYPE_CHECKING:
     from zerosum.checkpoints import Checkpoint, Loaded
@@ -107,31 +107,23 @@ def run(options: argparse.Namespace) -> int:
         return refuse("measure", f"--sample: only --examples token samples, not --examples {options.examples}")
     # Here, not above: `zerosum doctor` must work without them.
     from zerosum.records import RecordFile
-    from zerosum.training.run import Refused
 
     if options.threads:
         torch.set_num_threads(options.threads)
+    measurement, selected = prepare(options)
+    out = options.out or Path(f"measured-{measurement.series.run}.jsonl")
     try:
-        measurement, selected = prepare(options)
-        out = options.out or Path(f"measured-{measurement.series.run}.jsonl")
-        try:
-            file = RecordFile(out)
-        except ValueError as error:
-            return refuse("measure", f"--out: {error}; choose another file")
-        except OSError as error:
-            return refuse("measure", f"--out: cannot use {out}: {error.strerror or error}")
-        with file:
-            waiting = unmeasured(measurement, selected, file)
-            introduce(measurement, selected, waiting)
-            ended = measure(measurement, waiting, file)
-            finish([entry for entry in file.records if entry.get("run") == measurement.series.run], out)
-        return ended
-    except Refused as refusal:
-        return refuse("measure", str(refusal))
-    except BrokenPipeError:
-        raise
+        file = RecordFile(out)
+    except ValueError as error:
+        return refuse("measure", f"--out: {error}; choose another file")
     except OSError as error:
-        return failed("measure", error)
+        return refuse("measure", f"--out: cannot use {out}: {error.strerror or error}")
+    with file:
+        waiting = unmeasured(measurement, selected, file)
+        introduce(measurement, selected, waiting)
+        ended = measure(measurement, waiting, file)
+        finish([entry for entry in file.records if entry.get("run") == measurement.series.run], out)
+    return ended
 
 
 def prepare(options: argparse.Namespace) -> tuple[Measurement, list[Checkpoint]]:

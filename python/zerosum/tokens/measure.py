@@ -329,7 +329,8 @@ class _Measurement:
         abs_dot, influence = (part.get("abs_dot", zero) for part, zero in zip((first, second), zeros, strict=True))
         scalars = Scalars(l1, sq_norm, abs_dot, influence, exact["l1"], exact["sq_norm"])
         embeddings = {t.name for t in tracked if is_embedding(t.how, t.parameter.shape)}
-        return SampledReport(parameters, coverage, embeddings, halves, scalars, dot, self.x.numel())
+        names = {name: t.name for t in tracked for name in t.names}
+        return SampledReport(parameters, names, coverage, embeddings, halves, scalars, dot, self.x.numel())
 
     def _in_order(self, tracked: list[Tracked]) -> list[Tracked]:
         places = {id(p): k for k, p in enumerate(self.model.parameters())}

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from zerosum.metrics import Metric, number_interference
-from zerosum.report import Coverage
+from zerosum.metrics import SIGN_FLIP, Metric, number_interference, ratio, root
+from zerosum.report import ByName, Coverage
 from zerosum.tokens.sampling import Draws
 
 
@@ -62,7 +61,7 @@ class Scalars:
     exact_sq_norm: float
 
 
-class SampledReport:
+class SampledReport(ByName[ParameterEstimate]):
     """The results of :func:`zerosum.tokens.token_report` for a sample. ``report[name]`` is one parameter's estimate.
 
     Attributes:
@@ -75,6 +74,7 @@ class SampledReport:
     def __init__(
         self,
         parameters: list[ParameterEstimate],
+        names: dict[str, str],
         coverage: Coverage,
         embeddings: set[str],
         halves: tuple[Draws, Draws],
@@ -82,29 +82,14 @@ class SampledReport:
         dot: Tensor | None,
         num_examples: int,
     ) -> None:
-        self._parameters = {p.name: p for p in parameters}
+        super().__init__({p.name: p for p in parameters}, names, coverage)
         self._embeddings = embeddings
         self._scalars = scalars
-        self.coverage = coverage
         self.draws = halves[0].joined(halves[1])
         self._halves = halves
         self.dot = dot
         self.num_examples = num_examples
         self.metrics = self._metrics() if parameters else {}
-
-    def __getitem__(self, name: str) -> ParameterEstimate:
-        if name in self._parameters:
-            return self._parameters[name]
-        raise KeyError(f"{name}: {self.coverage.not_covered.get(name, 'not a trainable parameter of the model')}")
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._parameters)
-
-    def __len__(self) -> int:
-        return len(self._parameters)
-
-    def __contains__(self, name: object) -> bool:
-        return name in self._parameters
 
     @property
     def finite(self) -> bool:
@@ -118,15 +103,15 @@ class SampledReport:
         l1, l1_error = scalars.exact_l1 + draws.total(scalars.l1), draws.error(scalars.l1)
         mean_sq, pair_dot = sq / N, (grad_sq - sq) / (N * (N - 1)) if N > 1 else math.nan
         pair_slope = 1 / (N * (N - 1)) if N > 1 else math.nan  # how fast pair_dot falls as sq rises
-        noise_slope = _ratio(1 / N, pair_dot) + mean_sq * _ratio(pair_slope, pair_dot**2)
-        ratio_slope = _ratio(pair_slope, mean_sq) + _ratio(pair_dot, mean_sq**2) / N
+        noise_slope = ratio(1 / N, pair_dot) + mean_sq * ratio(pair_slope, pair_dot**2)
+        ratio_slope = ratio(pair_slope, mean_sq) + ratio(pair_dot, mean_sq**2) / N
         found = {
             **self._interference(parameters),
-            "grad_norm": Metric(math.sqrt(grad_sq) / N, N),
-            "example_norm": Metric(math.sqrt(mean_sq), N, error=_ratio(sq_error / N, 2 * math.sqrt(mean_sq))),
+            "grad_norm": Metric(math.sqrt(grad_sq) / N, N, root(mean_sq / N), debiased=root(pair_dot)),
+            "example_norm": Metric(math.sqrt(mean_sq), N, error=ratio(sq_error / N, 2 * math.sqrt(mean_sq))),
             "example_l1": Metric(l1 / N, N, error=l1_error / N),
-            "noise_scale": Metric(_ratio(mean_sq - pair_dot, pair_dot), N, error=sq_error * abs(noise_slope)),
-            "mean_dot_ratio": Metric(_ratio(pair_dot, mean_sq), N, 0.0, sq_error * abs(ratio_slope)),
+            "noise_scale": Metric(ratio(mean_sq - pair_dot, pair_dot), N, error=sq_error * abs(noise_slope)),
+            "mean_dot_ratio": Metric(ratio(pair_dot, mean_sq), N, 0.0, sq_error * abs(ratio_slope)),
         }
         if self.dot is not None:
             found |= self._decomposition(parameters)
@@ -140,9 +125,9 @@ class SampledReport:
             ("D_grad_all", parameters),
         ):
             touched = sum(int(p.touched.sum()) for p in chosen)
-            value = _ratio(sum(float(p.ratio(p.grad_sum).sum()) for p in chosen), touched)
-            null = _ratio(sum(float(p.ratio(p.signed_sum).sum()) for p in chosen), touched)
-            error = _ratio(self._halves[1].error(self._scalars.influence, len(self.draws)), touched) if name == "D_grad" else None
+            value = ratio(sum(float(p.ratio(p.grad_sum).sum()) for p in chosen), touched)
+            null = ratio(sum(float(p.ratio(p.signed_sum).sum()) for p in chosen), touched)
+            error = ratio(self._halves[1].error(self._scalars.influence, len(self.draws)), touched) if name == "D_grad" else None
             found[name] = Metric(1 - value, self.num_examples, 1 - null, error)
             suffix = name.removeprefix("D_grad")
             found[f"touched{suffix}"] = Metric(touched, self.num_examples)
@@ -159,14 +144,14 @@ class SampledReport:
             p_sum += float((size * p.grad_sum.double().abs()).sum())
             p_abs += float((size * p.abs_sum.double()).sum())
             p_signed += float((size * p.signed_sum.double().abs()).sum())
-        relative = _ratio(self._halves[0].error(self._scalars.abs_dot, len(self.draws)), p_abs)
+        relative = ratio(self._halves[0].error(self._scalars.abs_dot, len(self.draws)), p_abs)
         changes = number_interference(self.dot)
         total = float(self.dot.double().sum())
-        c_g, c_ug = _ratio(p_sum, p_abs), _ratio(float(self.dot.double().abs().sum()), p_abs)
-        null_total = math.sqrt(2 / math.pi) * float(self.dot.double().norm())
+        c_g, c_ug = ratio(p_sum, p_abs), ratio(float(self.dot.double().abs().sum()), p_abs)
+        null_total = SIGN_FLIP * float(self.dot.double().norm())
         return {
-            "C_g": Metric(c_g, N, _ratio(p_signed, p_abs), c_g * relative),
-            "C_uG": Metric(_ratio(abs(total), p_sum), N, _ratio(null_total, p_signed)),
+            "C_g": Metric(c_g, N, ratio(p_signed, p_abs), c_g * relative),
+            "C_uG": Metric(ratio(abs(total), p_sum), N, ratio(null_total, p_signed)),
             "C_ug": Metric(c_ug, N, error=c_ug * relative),
             **{key: metric for key, metric in changes.items() if key != "mean"},
         }
@@ -178,7 +163,3 @@ class SampledReport:
             null = "" if metric.null is None else f"   (random signs: {metric.null:.4g})"
             lines.append(f"{name:>16} {metric.value:12.5g}{error}{null}")
         return "\n".join(lines)
-
-
-def _ratio(numerator: float, denominator: float) -> float:
-    return numerator / denominator if denominator != 0 else math.nan
