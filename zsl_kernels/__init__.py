@@ -15,16 +15,18 @@ g_i = Σ_{r: example_ids[r] = i} b_r a_rᵀ, zero for an example without rows.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
-from zsl_kernels import ops, reference
+from zsl_kernels import ops, reference, shortcut
 from zsl_kernels.backends import build_info, impls_for, plan
 from zsl_kernels.checks import check_device, check_examples, check_integers, check_tensor
 from zsl_kernels.linear_cross_entropy import linear_cross_entropy
 from zsl_kernels.rows import Embedding
 from zsl_kernels.small import bias_grad, dense_interference, embedding_interference, scale_bias_grad, scale_grad
-from zsl_kernels.types import CoordinateSums, EmbeddingSums, InterferenceSums
+from zsl_kernels.types import INPUT_DTYPES, CoordinateSums, EmbeddingSums, InterferenceSums
 
 __all__ = [
     "CoordinateSums",
@@ -33,6 +35,7 @@ __all__ = [
     "bias_grad",
     "build_info",
     "coordinate_sums",
+    "coordinate_sums_of_many",
     "dense_interference",
     "dot",
     "embedding_interference",
@@ -92,9 +95,16 @@ def interference(
         RuntimeError: the named ``impl`` is not available on this machine; the message says why.
         NotImplementedError: in backward, for the derivative along ``direction`` with ``embedding``.
     """
+    kind = None
+    if example_ids is None and num_examples is None and embedding is None:
+        kind = shortcut.kind_of("interference", impl, bool(gram), a, b, direction)
+        if kind is not None and (call := shortcut.find(kind)) is not None:
+            return call(a, b, direction)
     N = _check_pair("a", a, "b", b, impl, example_ids, num_examples)
     if direction is not None:
         _check_direction(direction, a, b)
+    if kind is not None:
+        return shortcut.keep(kind, ops.interference_call(a, b, bool(gram), impl))(a, b, direction)
     tied = None if embedding is None else _check_embedding(embedding, a, b, N, example_ids is not None)
     if impl == "reference":
         return reference.interference(a, b, direction, gram, example_ids, N, tied)
@@ -204,19 +214,87 @@ def coordinate_sums(
     Reads the results of :func:`interference`: float32 or float64 tensors of one shape, any. Returns Python floats, accumulated in
     float64, and is not differentiable.
     """
-    tensors = {"grad_sum": grad_sum, "abs_sum": abs_sum, "sq_sum": sq_sum}
-    for name, x in (tensors if direction is None else {**tensors, "direction": direction}).items():
-        check_tensor(name, x)
-        if x.shape != grad_sum.shape:
-            raise ValueError(f"{name}: expected shape {tuple(grad_sum.shape)} as grad_sum, got {tuple(x.shape)}")
-        if name != "direction" and x.dtype not in (torch.float32, torch.float64):
-            raise TypeError(f"{name}: expected float32 or float64, got {x.dtype}")
-        if x.device != grad_sum.device or x.device.type == "meta":
-            raise ValueError(f"{name}: expected a tensor with data on {grad_sum.device} as grad_sum, got one on {x.device}")
-    if impl == "reference":
-        raise ValueError("impl: coordinate_sums has no reference of its own; expected 'auto', 'chunked' or 'cpu'")
+    tensors = grad_sum, abs_sum, sq_sum, direction
+    if not _are_sums(*tensors):
+        _check_sums(("grad_sum", "abs_sum", "sq_sum", "direction"), tensors)
+    _check_coordinate_impl(impl)
     with torch.no_grad():
         return CoordinateSums(*torch.ops.zsl.coordinate_sums(grad_sum, abs_sum, sq_sum, direction, impl).tolist())
+
+
+def coordinate_sums_of_many(
+    grad_sums: Sequence[Tensor],
+    abs_sums: Sequence[Tensor],
+    sq_sums: Sequence[Tensor],
+    directions: Sequence[Tensor | None] | None = None,
+    *,
+    impl: str = "auto",
+) -> Tensor:
+    """``torch.stack([(G.abs() / A).sum(), …])`` of many weights in one call: row w has the fields of :func:`coordinate_sums` of
+    ``grad_sums[w]``, ``abs_sums[w]``, ``sq_sums[w]`` and ``directions[w]``, the same bits as if it were alone.
+
+    Nothing waits for a device: the result stays where the sums are. Not differentiable.
+
+    Args:
+        grad_sums, abs_sums, sq_sums: W tensors each, float32 or float64, on one device; those of one weight have one shape, any.
+        directions: of each weight one of its shape, any floating dtype, or None; None for none at all.
+        impl: see the module's documentation.
+
+    Returns: (W, 8) float64, the columns in the order of ``CoordinateSums._fields``; those of a direction are 0 without one.
+
+    Raises:
+        TypeError: an argument is not a tensor or has another dtype.
+        ValueError: an argument has another length, shape or device, or ``impl`` is unknown.
+        RuntimeError: the named ``impl`` is not available on this machine.
+    """
+    W = len(grad_sums)
+    given = {"abs_sums": abs_sums, "sq_sums": sq_sums} | ({} if directions is None else {"directions": directions})
+    for name, found in given.items():
+        if len(found) != W:
+            raise ValueError(f"{name}: expected {W}, one for each of grad_sums, got {len(found)}")
+    device = None
+    for w, tensors in enumerate(zip(grad_sums, abs_sums, sq_sums, directions or [None] * W, strict=True)):
+        if not _are_sums(*tensors):
+            _check_sums(tuple(f"{name}[{w}]" for name in ("grad_sums", "abs_sums", "sq_sums", "directions")), tensors)
+        device = device or tensors[0].device
+        if tensors[0].device != device:
+            raise ValueError(f"grad_sums[{w}]: expected a tensor on {device} as grad_sums[0], got one on {tensors[0].device}")
+    _check_coordinate_impl(impl)
+    with torch.no_grad():
+        return ops.coordinate_sums_of_many(grad_sums, abs_sums, sq_sums, directions or (), impl)
+
+
+def _check_coordinate_impl(impl: str) -> None:
+    if impl == "reference":
+        raise ValueError("impl: coordinate_sums has no reference of its own; expected 'auto', 'chunked' or 'cpu'")
+
+
+_SUM_DTYPES = (torch.float32, torch.float64)
+
+
+def _are_sums(grad_sum: Tensor, abs_sum: Tensor, sq_sum: Tensor, direction: Tensor | None) -> bool:
+    """Whether nothing is wrong with the sums of a weight: quicker than :func:`_check_sums`, which says what is."""
+    if not isinstance(grad_sum, Tensor) or grad_sum.device.type == "meta":
+        return False
+    shape, device = grad_sum.shape, grad_sum.device
+    checked = [(grad_sum, _SUM_DTYPES), (abs_sum, _SUM_DTYPES), (sq_sum, _SUM_DTYPES)]
+    for x, dtypes in checked if direction is None else [*checked, (direction, INPUT_DTYPES)]:
+        if not isinstance(x, Tensor) or x.dtype not in dtypes or x.shape != shape or x.device != device:
+            return False
+    return True
+
+
+def _check_sums(names: tuple[str, ...], tensors: tuple[Tensor, Tensor, Tensor, Tensor | None]) -> None:
+    like_name, like = names[0], tensors[0]
+    for name, x in list(zip(names, tensors, strict=True))[: 3 if tensors[3] is None else 4]:
+        check_tensor(name, x)
+        assert x is not None
+        if x.shape != like.shape:
+            raise ValueError(f"{name}: expected shape {tuple(like.shape)} as {like_name}, got {tuple(x.shape)}")
+        if name != names[3] and x.dtype not in _SUM_DTYPES:
+            raise TypeError(f"{name}: expected float32 or float64, got {x.dtype}")
+        if x.device != like.device or x.device.type == "meta":
+            raise ValueError(f"{name}: expected a tensor with data on {like.device} as {like_name}, got one on {x.device}")
 
 
 def _check_pair(

@@ -268,3 +268,11 @@ def coordinate_sums(grad_sum: Tensor, abs_sum: Tensor, sq_sum: Tensor, direction
             parts += [grad_abs * step, size * step, root * step]
         total[: len(parts)] += torch.stack([part.sum(dtype=torch.float64) for part in parts])
     return total
+
+
+def coordinate_sums_of_many(
+    grad_sums: Sequence[Tensor], abs_sums: Sequence[Tensor], sq_sums: Sequence[Tensor], directions: Sequence[Tensor | None]
+) -> Tensor:
+    """(weights, 8); no ``directions`` at all, or one or None for each."""
+    given = directions or [None] * len(grad_sums)
+    return torch.stack([coordinate_sums(*tensors) for tensors in zip(grad_sums, abs_sums, sq_sums, given, strict=True)])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,8 +36,7 @@ def interference(
     begin: Tensor | None = None,
     added: AddedRows | None = None,
 ) -> InterferenceSums:
-    sums = torch.ops.zsl_cpu.interference(a, b, direction, gram, *plan.tile, begin, *_pointers(added))
-    return InterferenceSums(*sums).asked_for(direction, gram)
+    return InterferenceSums(*torch.ops.zsl_cpu.interference(a, b, direction, gram, *plan.tile, begin, *_pointers(added)))
 
 
 def _pointers(added: AddedRows | None) -> tuple[Tensor | None, ...]:
@@ -97,7 +97,13 @@ def backward(
 
 
 def coordinate_sums(grad_sum: Tensor, abs_sum: Tensor, sq_sum: Tensor, direction: Tensor | None) -> Tensor:
-    return torch.ops.zsl_cpu.coordinate_sums(grad_sum, abs_sum, sq_sum, direction)
+    return torch.ops.zsl_cpu.coordinate_sums.default(grad_sum, abs_sum, sq_sum, direction)
+
+
+def coordinate_sums_of_many(
+    grad_sums: Sequence[Tensor], abs_sums: Sequence[Tensor], sq_sums: Sequence[Tensor], directions: Sequence[Tensor | None]
+) -> Tensor:
+    return torch.ops.zsl_cpu.coordinate_sums_of_many.default(grad_sums, abs_sums, sq_sums, directions)
 
 
 # The small ops need no plan: their kernels take what the ops have.

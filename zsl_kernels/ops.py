@@ -11,7 +11,7 @@ weight. Ragged ``a`` and ``b`` are 2-D.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -20,7 +20,8 @@ from torch import Tensor
 from zsl_kernels import backends, chunked
 from zsl_kernels.plan import Plan
 from zsl_kernels.rows import Embedding, Groups, group
-from zsl_kernels.types import Cotangents, InterferenceSums, sum_dtype
+from zsl_kernels.shortcut import below_autograd
+from zsl_kernels.types import CoordinateSums, Cotangents, InterferenceSums, sum_dtype
 
 _library = torch.library.Library("zsl", "DEF")
 
@@ -32,6 +33,8 @@ def _outside_autocast(function: Callable) -> Callable:
 
     @functools.wraps(function)
     def run(*arguments: Any) -> Any:
+        if not torch._C._is_any_autocast_enabled():
+            return function(*arguments)
         device = next((x.device.type for x in arguments if isinstance(x, Tensor)), None)
         # A backward whose results have no cotangents has no tensor, and nothing to compute.
         if device is None or not (torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)):
@@ -137,6 +140,19 @@ def interference(
     """The op with None for what was not asked for."""
     sums = torch.ops.zsl.interference(a, b, direction, gram, impl, example_ids, num_examples, *(embedding or ()))
     return InterferenceSums(*sums).asked_for(direction, gram)
+
+
+def interference_call(a: Tensor, b: Tensor, gram: bool, impl: str) -> Callable[..., InterferenceSums]:
+    """What the op comes to for operands like these, neither ragged nor tied: a function of a, b and the direction."""
+    plan = backends.plan_call("interference", a, b, impl=impl, gram=gram)
+    if plan.impl == "cpu":
+        kernel, (rows, cols) = torch.ops.zsl_cpu.interference.default, plan.tile
+        return lambda a, b, direction: InterferenceSums._make(kernel(a, b, direction, gram, rows, cols))
+
+    def call(a: Tensor, b: Tensor, direction: Tensor | None) -> InterferenceSums:
+        return _run(plan, "interference", a, b, direction, gram)
+
+    return below_autograd(_outside_autocast(call))
 
 
 def _interference_setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -399,14 +415,52 @@ _autograd("weighted_grad", _weighted_grad_setup, _weighted_grad_grad)
 # coordinate_sums ---------------------------------------------------------------------------------------------------------------
 
 
+def _coordinate_form(like: Tensor, impl: str) -> Any:
+    owner = backends.impls_for(like.device, impl, "coordinate_sums", like.dtype)[0]
+    return chunked if owner == "chunked" else backends.module(owner)
+
+
 def _coordinate_sums(grad_sum: Tensor, abs_sum: Tensor, sq_sum: Tensor, direction: Tensor | None, impl: str) -> Tensor:
-    owner = backends.impls_for(grad_sum.device, impl, "coordinate_sums", grad_sum.dtype)[0]
-    form = chunked if owner == "chunked" else backends.module(owner)
-    return form.coordinate_sums(grad_sum, abs_sum, sq_sum, direction)
+    return _coordinate_form(grad_sum, impl).coordinate_sums(grad_sum, abs_sum, sq_sum, direction)
+
+
+def _coordinate_sums_of_many(
+    grad_sums: Sequence[Tensor],
+    abs_sums: Sequence[Tensor],
+    sq_sums: Sequence[Tensor],
+    directions: Sequence[Tensor | None],
+    impl: str,
+) -> Tensor:
+    if not grad_sums:  # on no device
+        if impl not in backends.IMPLS:
+            raise ValueError(f"impl: expected one of {', '.join(backends.IMPLS)}, got {impl!r}")
+        return torch.empty(0, len(CoordinateSums._fields), dtype=torch.float64)
+    return _coordinate_form(grad_sums[0], impl).coordinate_sums_of_many(grad_sums, abs_sums, sq_sums, directions)
+
+
+def _coordinate_sums_of_many_fake(grad_sums: Sequence[Tensor], *rest: Any) -> Tensor:
+    size = (len(grad_sums), len(CoordinateSums._fields))
+    return grad_sums[0].new_empty(size, dtype=torch.float64) if grad_sums else torch.empty(size, dtype=torch.float64)
+
+
+def coordinate_sums_of_many(
+    grad_sums: Sequence[Tensor],
+    abs_sums: Sequence[Tensor],
+    sq_sums: Sequence[Tensor],
+    directions: Sequence[Tensor | None],
+    impl: str,
+) -> Tensor:
+    """The op, whose schema wants lists."""
+    return torch.ops.zsl.coordinate_sums_of_many(list(grad_sums), list(abs_sums), list(sq_sums), list(directions), impl)
 
 
 _define(
     "coordinate_sums(Tensor grad_sum, Tensor abs_sum, Tensor sq_sum, Tensor? direction, str impl) -> Tensor",
     _coordinate_sums,
     lambda grad_sum, abs_sum, sq_sum, direction, impl: grad_sum.new_empty(8, dtype=torch.float64),
+)
+_define(
+    "coordinate_sums_of_many(Tensor[] grad_sums, Tensor[] abs_sums, Tensor[] sq_sums, Tensor?[] directions, str impl) -> Tensor",
+    _coordinate_sums_of_many,
+    _coordinate_sums_of_many_fake,
 )

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from zsl_kernels import reference, small_ops
+from zsl_kernels import reference, shortcut, small_ops
 from zsl_kernels.backends import impls_for
 from zsl_kernels.checks import check_device, check_examples, check_integers, check_size, check_tensor
 from zsl_kernels.types import EmbeddingSums, InterferenceSums
@@ -58,6 +58,11 @@ def embedding_interference(
         IndexError: an id is not below ``num_embeddings``, or an example id is not in range (on the CPU).
         RuntimeError: the named ``impl`` is not available on this machine.
     """
+    kind = None
+    if example_ids is None and num_examples is None:
+        kind = shortcut.kind_of("embedding", impl, (num_embeddings, padding_idx, bool(gram)), b, ids, direction)
+        if kind is not None and (call := shortcut.find(kind)) is not None:
+            return call(ids, b, direction)
     check_tensor("b", b)
     check_integers("ids", ids)
     V = check_size("num_embeddings", num_embeddings)
@@ -78,6 +83,9 @@ def embedding_interference(
         check_device("direction", direction, "b", b)
     N = check_examples(ids, "ids", example_ids, num_examples)
     impls_for(b.device, impl)
+    row = -1 if padding_idx is None else padding_idx % V
+    if kind is not None and impls_for(b.device, impl)[0] == "cpu":
+        return shortcut.keep(kind, small_ops.embedding_call(N, V, row, bool(gram)))(ids, b, direction)
     lead = (N, math.prod(ids.shape[1:])) if example_ids is None else (1, ids.shape[0])
     arguments = (
         ids.reshape(lead).long(),
@@ -85,7 +93,7 @@ def embedding_interference(
         None if example_ids is None else example_ids.long(),
         N,
         V,
-        -1 if padding_idx is None else padding_idx % V,
+        row,
         direction,
         bool(gram),
     )
@@ -106,8 +114,13 @@ def bias_grad(b: Tensor, *, example_ids: Tensor | None = None, num_examples: int
 
     Raises: as :func:`embedding_interference`.
     """
+    kind = None
+    if example_ids is None and num_examples is None:
+        kind = shortcut.kind_of("bias", impl, None, b)
+        if kind is not None and (call := shortcut.find(kind)) is not None:
+            return call(b, None, None, None)[1]
     N = _check_positions("b", b, example_ids, num_examples, impl)
-    _, bias = _scale_bias(None, b, None, None, example_ids, N, True, impl)
+    _, bias = _scale_bias(None, b, None, None, example_ids, N, True, impl, kind)
     return bias
 
 
@@ -135,8 +148,13 @@ def scale_grad(
 
     Raises: as :func:`embedding_interference`.
     """
+    kind = None
+    if example_ids is None and num_examples is None:
+        kind = shortcut.kind_of("scale", impl, None, b, x, mean, rstd)
+        if kind is not None and (call := shortcut.find(kind)) is not None:
+            return call(b, x, mean, rstd)[0]
     N = _check_scale(x, b, mean, rstd, example_ids, num_examples, impl)
-    scale, _ = _scale_bias(x, b, mean, rstd, example_ids, N, False, impl)
+    scale, _ = _scale_bias(x, b, mean, rstd, example_ids, N, False, impl, kind)
     return scale
 
 
@@ -151,8 +169,13 @@ def scale_bias_grad(
     impl: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     """``(b * (x - mean) * rstd).sum(1), b.sum(1)``: :func:`scale_grad` and :func:`bias_grad` in one pass over ``x`` and ``b``."""
+    kind = None
+    if example_ids is None and num_examples is None:
+        kind = shortcut.kind_of("scale and bias", impl, None, b, x, mean, rstd)
+        if kind is not None and (call := shortcut.find(kind)) is not None:
+            return call(b, x, mean, rstd)
     N = _check_scale(x, b, mean, rstd, example_ids, num_examples, impl)
-    return _scale_bias(x, b, mean, rstd, example_ids, N, True, impl)
+    return _scale_bias(x, b, mean, rstd, example_ids, N, True, impl, kind)
 
 
 def dense_interference(g: Tensor, *, direction: Tensor | None = None, gram: bool = False, impl: str = "auto") -> InterferenceSums:
@@ -169,6 +192,9 @@ def dense_interference(g: Tensor, *, direction: Tensor | None = None, gram: bool
 
     Raises: as :func:`embedding_interference`.
     """
+    kind = shortcut.kind_of("dense", impl, bool(gram), g, direction)
+    if kind is not None and (call := shortcut.find(kind)) is not None:
+        return call(g, direction)
     check_tensor("g", g)
     if g.ndim == 0:
         raise ValueError("g: expected a tensor (N, ...), one gradient for each example, got a scalar")
@@ -180,6 +206,8 @@ def dense_interference(g: Tensor, *, direction: Tensor | None = None, gram: bool
     impls_for(g.device, impl)
     if impl == "reference":
         return reference.interference_of(g.to(reference.sum_dtype(g.dtype)), direction, gram)
+    if kind is not None:
+        return shortcut.keep(kind, small_ops.dense_call(g, bool(gram), impl))(g, direction)
     return small_ops.dense_interference(g, direction, bool(gram), impl)
 
 
@@ -192,7 +220,11 @@ def _scale_bias(
     N: int,
     bias: bool,
     impl: str,
-) -> tuple[Any, Tensor]:
+    kind: shortcut.Kind | None,
+) -> tuple[Any, Any]:
+    """With a ``kind`` the call is one of it, and kept."""
+    if kind is not None:
+        return shortcut.keep(kind, small_ops.scale_bias_call(b, bias, impl))(b, x, mean, rstd)
     if example_ids is not None:
         b, example_ids = b.unsqueeze(0), example_ids.long()
         x, mean, rstd = (None if y is None else y.unsqueeze(0) for y in (x, mean, rstd))

@@ -7,14 +7,16 @@ small or sparse, and so are theirs. What depends on the values of ids is checked
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from zsl_kernels import backends, small_chunked
+from zsl_kernels import backends, cpu, small_chunked
 from zsl_kernels.checks import check_range
-from zsl_kernels.ops import Grads, _autograd, _define, _empty, _refuse_second_derivative
+from zsl_kernels.ops import Grads, _autograd, _define, _empty, _outside_autocast, _refuse_second_derivative
+from zsl_kernels.shortcut import below_autograd
 from zsl_kernels.types import Cotangents, EmbeddingSums, InterferenceSums, sum_dtype
 
 
@@ -41,6 +43,15 @@ def _dense_fake(g: Tensor, direction: Tensor | None, gram: bool, impl: str) -> t
 def dense_interference(g: Tensor, direction: Tensor | None, gram: bool, impl: str) -> InterferenceSums:
     """The op with None for what was not asked for."""
     return InterferenceSums(*torch.ops.zsl.dense_interference(g, direction, gram, impl)).asked_for(direction, gram)
+
+
+def dense_call(g: Tensor, gram: bool, impl: str) -> Callable[..., InterferenceSums]:
+    """What the op comes to for gradients like g: a function of them and of the direction."""
+    form = _form("dense_interference", g, impl)
+    if form is cpu:
+        kernel = torch.ops.zsl_cpu.dense_interference.default
+        return lambda g, direction: InterferenceSums._make(kernel(g, direction, gram))
+    return below_autograd(_outside_autocast(lambda g, direction: form.dense_interference(g, direction, gram)))
 
 
 def _dense_setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -99,11 +110,14 @@ def _embedding(
     gram: bool,
     impl: str,
 ) -> tuple[Tensor, ...]:
-    check_range("ids", ids, num_embeddings, negative=True)
-    check_range("example_ids", example_ids, num_examples)
     form = _form("embedding_interference", b, impl)
-    sums = form.embedding_interference(ids, b, example_ids, num_examples, padding_idx, direction, gram)
-    rows, *sums = sums
+    if form is cpu:  # checks the ids' values itself, as it reads them
+        found = form.embedding_interference(ids, b, example_ids, num_examples, num_embeddings, padding_idx, direction, gram)
+    else:
+        check_range("ids", ids, num_embeddings, negative=True)
+        check_range("example_ids", example_ids, num_examples)
+        found = form.embedding_interference(ids, b, example_ids, num_examples, padding_idx, direction, gram)
+    rows, *sums = found
     # The integers come last: torch's own checks of ops add results up, in the dtype of the first.
     return *(_empty(b, 0) if x is None else x for x in sums), rows
 
@@ -121,6 +135,18 @@ def embedding_interference(*arguments: Any) -> EmbeddingSums:
     *_, direction, gram, _ = arguments
     *sums, rows = torch.ops.zsl.embedding_interference(*arguments)
     return EmbeddingSums(rows, *InterferenceSums(*sums).asked_for(direction, gram))
+
+
+def embedding_call(N: int, V: int, padding_idx: int, gram: bool) -> Callable[..., EmbeddingSums]:
+    """What the op comes to on the CPU, where examples are a dimension: a function of ids, b and the direction."""
+    kernel = torch.ops.zsl_cpu.embedding_interference.default
+
+    def call(ids: Tensor, b: Tensor, direction: Tensor | None) -> EmbeddingSums:
+        if b.ndim != 3:
+            b = b.reshape(N, math.prod(ids.shape[1:]), b.shape[-1])
+        return EmbeddingSums._make(kernel(ids, b, None, N, V, padding_idx, direction, gram))
+
+    return call
 
 
 def _embedding_setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -200,6 +226,20 @@ def _scale_bias_fake(x: Tensor | None, b: Tensor, *rest: Any) -> tuple[Tensor, T
     *_, num_examples, bias, _ = rest
     like, size = _sum_like(x, b), (num_examples, b.shape[2])
     return _empty(like, *(size if x is not None else (0, 0))), _empty(like, *(size if bias else (0, 0)))
+
+
+def scale_bias_call(b: Tensor, bias: bool, impl: str) -> Callable[..., tuple[Tensor | None, Tensor | None]]:
+    """What the op comes to for tensors like b, where examples are a dimension: a function of b, x, mean and rstd."""
+    N, form = b.shape[0], _form("scale_bias_grad", b, impl)
+    if form is cpu:
+        kernel = torch.ops.zsl_cpu.scale_bias_grad.default
+        return lambda b, x, mean, rstd: kernel(x, b, mean, rstd, None, N, bias)
+
+    def call(b: Tensor, x: Tensor | None, mean: Tensor | None, rstd: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+        mean, rstd = (y.squeeze(2) if y is not None and y.ndim == 3 else y for y in (mean, rstd))
+        return form.scale_bias_grad(x, b, mean, rstd, None, N, bias)
+
+    return below_autograd(_outside_autocast(call))
 
 
 def _scale_bias_setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:

@@ -3,11 +3,13 @@
 //
 // Work is split into as many contiguous ranges as there are threads, and partial scalars are added in the order of the ranges:
 // results are bitwise repeatable for the same inputs and thread count.
+#include <ATen/DimVector.h>
 #include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
 #include <algorithm>
 #include <cstdlib>
+#include <initializer_list>
 #include <string>
 #include <tuple>
 #include <vector>
@@ -111,20 +113,44 @@ AddedRows added_rows(const OptionalTensor& begin, const OptionalTensor& index, c
   return added;
 }
 
-// (workers, …) partial sums in double → their sum in S.
-Tensor reduce(const Tensor& partial, const Tensor& a) { return partial.sum(0).to(sum_options(a).dtype()); }
+// The workers' partial sums, (workers, …) in double, and their sum in S.
+struct Partials {
+  Tensor each, total;
+  int64_t workers, size;
+
+  Partials(int64_t workers, std::initializer_list<int64_t> sizes) : workers(workers), size(c10::multiply_integers(sizes)) {
+    at::DimVector all = {workers};
+    all.append(sizes.begin(), sizes.end());
+    each = fresh(all, at::kDouble);
+    std::fill_n(data(), workers * size, 0.0);
+  }
+  double* data() const { return each.mutable_data_ptr<double>(); }
+
+  Tensor sum(const Tensor& a) const { return each.sum(0).to(sum_options(a).dtype()); }
+
+  // Of one row of (workers, rows, …) alone, a tensor of its own. A few workers' are the same bits however they are added.
+  Tensor sum_row(int64_t row, int64_t rows, const Tensor& a) {
+    if (workers > 4) {
+      if (!total.defined()) total = sum(a);
+      return total[row].clone();
+    }
+    return add_up(data() + row * (size / rows), workers, size, size / rows, sum_options(a));
+  }
+};
 
 Tensor mirror_upper(const Tensor& gram) { return gram.triu().add(gram.triu(1).transpose(0, 1)); }
 
+// A result that was not asked for is undefined: None, in Python.
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> interference(
     const Tensor& a, const Tensor& b, const OptionalTensor& direction, bool gram, int64_t tile_o, int64_t tile_k,
     const OptionalTensor& begin, const OptionalTensor& added_begin, const OptionalTensor& added_index,
     const OptionalTensor& added_values) {
+  const Plain plain;
   const Shape shape = shape_of(a, b, begin, tile_o, tile_k);
   const auto options = sum_options(a);
   const Held u(direction, options);
   Tensor sums[3];
-  for (Tensor& sum : sums) sum = at::empty({shape.O, shape.K}, options);
+  for (Tensor& sum : sums) sum = fresh({shape.O, shape.K}, options);
   const InterferenceArgs args = {shape,
                                  operand(a),
                                  operand(b),
@@ -135,55 +161,50 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> inter
                                  gram,
                                  added_rows(added_begin, added_index, added_values, shape, options)};
   const int64_t workers = gram ? gram_worker_count(shape.tiles(), shape.N * shape.N) : worker_count(shape.tiles());
-  const Tensor scalars = at::zeros({workers, 4, shape.N}, double_options(a));
-  const Tensor grams = at::zeros({gram ? workers : 0, shape.N, shape.N}, double_options(a));
-  double *scalar = scalars.mutable_data_ptr<double>(), *pairs = grams.mutable_data_ptr<double>();
+  Partials scalars(workers, {4, shape.N}), grams(gram ? workers : 0, {shape.N, shape.N});
+  double *scalar = scalars.data(), *pairs = grams.data();
   const Kernels& k = *active();
-  run_workers(workers, shape.tiles(), k.interference_workspace(args), a,
-              [&](int64_t w, int64_t begin, int64_t end, void* workspace) {
-                double* mine = scalar + w * 4 * shape.N;
-                k.interference_worker(
-                    args, begin, end, workspace,
-                    {mine, mine + shape.N, mine + 2 * shape.N, mine + 3 * shape.N, gram ? pairs + w * shape.N * shape.N : nullptr});
-              });
-  const Tensor totals = reduce(scalars, a);
-  const Tensor none = at::empty({0}, options);
-  // Clones: an op's outputs may not share storage.
+  run_workers(workers, shape.tiles(), k.interference_workspace(args), [&](int64_t w, int64_t begin, int64_t end, void* workspace) {
+    double* mine = scalar + w * 4 * shape.N;
+    k.interference_worker(
+        args, begin, end, workspace,
+        {mine, mine + shape.N, mine + 2 * shape.N, mine + 3 * shape.N, gram ? pairs + w * shape.N * shape.N : nullptr});
+  });
   return {sums[0],
           sums[1],
           sums[2],
-          totals[0].clone(),
-          totals[1].clone(),
-          direction ? totals[2].clone() : none,
-          direction ? totals[3].clone() : at::empty({0}, options),
-          gram ? mirror_upper(reduce(grams, a)) : at::empty({0, 0}, options)};
+          scalars.sum_row(0, 4, a),
+          scalars.sum_row(1, 4, a),
+          direction ? scalars.sum_row(2, 4, a) : Tensor(),
+          direction ? scalars.sum_row(3, 4, a) : Tensor(),
+          gram ? mirror_upper(grams.sum(a)) : Tensor()};
 }
 
-// sq_norm, dot and abs_dot alone: (3, N).
-Tensor scalars_direct(const Tensor& a, const Tensor& b, const OptionalTensor& direction, int64_t tile_o, int64_t tile_k,
-                      const OptionalTensor& begin) {
+// Of sq_norm, dot and abs_dot alone one, (N,).
+Tensor scalars_direct(int64_t which, const Tensor& a, const Tensor& b, const OptionalTensor& direction, int64_t tile_o,
+                      int64_t tile_k, const OptionalTensor& begin) {
+  const Plain plain;
   const Shape shape = shape_of(a, b, begin, tile_o, tile_k);
   const Held u(direction, sum_options(a));
   const InterferenceArgs args = {shape, operand(a), operand(b), u.data(), nullptr, nullptr, nullptr, false};
   const int64_t workers = worker_count(shape.tiles());
-  const Tensor partial = at::zeros({workers, 3, shape.N}, double_options(a));
-  double* out = partial.mutable_data_ptr<double>();
+  Partials partials(workers, {3, shape.N});
+  double* out = partials.data();
   const Kernels& k = *active();
-  run_workers(workers, shape.tiles(), k.interference_workspace(args), a,
-              [&](int64_t w, int64_t begin, int64_t end, void* workspace) {
-                double* mine = out + w * 3 * shape.N;
-                k.interference_worker(args, begin, end, workspace, {nullptr, mine, mine + shape.N, mine + 2 * shape.N, nullptr});
-              });
-  return reduce(partial, a);
+  run_workers(workers, shape.tiles(), k.interference_workspace(args), [&](int64_t w, int64_t begin, int64_t end, void* workspace) {
+    double* mine = out + w * 3 * shape.N;
+    k.interference_worker(args, begin, end, workspace, {nullptr, mine, mine + shape.N, mine + 2 * shape.N, nullptr});
+  });
+  return partials.sum_row(which, 3, a);
 }
 
 Tensor sq_norm_direct(const Tensor& a, const Tensor& b, int64_t tile_o, int64_t tile_k, const OptionalTensor& begin) {
-  return scalars_direct(a, b, std::nullopt, tile_o, tile_k, begin)[0].clone();
+  return scalars_direct(0, a, b, std::nullopt, tile_o, tile_k, begin);
 }
 
 Tensor dot_direct(const Tensor& a, const Tensor& b, const Tensor& direction, int64_t tile_o, int64_t tile_k,
                   const OptionalTensor& begin) {
-  return scalars_direct(a, b, direction, tile_o, tile_k, begin)[1].clone();
+  return scalars_direct(1, a, b, direction, tile_o, tile_k, begin);
 }
 
 GramArgs gram_args(const Tensor& a, const Tensor& b, const Tensor& a2, const Tensor& b2, bool self, int64_t tile_o, int64_t tile_k,
@@ -199,33 +220,34 @@ GramArgs gram_args(const Tensor& a, const Tensor& b, const Tensor& a2, const Ten
 
 Tensor gram_direct(const Tensor& a, const Tensor& b, const Tensor& a2, const Tensor& b2, bool self, int64_t tile_o, int64_t tile_k,
                    const OptionalTensor& begin) {
+  const Plain plain;
   const GramArgs args = gram_args(a, b, a2, b2, self, tile_o, tile_k, begin);
   const int64_t size = args.shape.N * args.M, workers = gram_worker_count(args.shape.tiles(), size);
-  const Tensor partial = at::zeros({workers, args.shape.N, args.M}, double_options(a));
-  double* out = partial.mutable_data_ptr<double>();
+  const Partials partials(workers, {args.shape.N, args.M});
+  double* out = partials.data();
   const Kernels& k = *active();
-  run_workers(workers, args.shape.tiles(), k.gram_workspace(args), a, [&](int64_t w, int64_t begin, int64_t end, void* workspace) {
+  run_workers(workers, args.shape.tiles(), k.gram_workspace(args), [&](int64_t w, int64_t begin, int64_t end, void* workspace) {
     k.gram_worker(args, begin, end, workspace, out + w * size);
   });
-  return self ? mirror_upper(reduce(partial, a)) : reduce(partial, a);
+  return self ? mirror_upper(partials.sum(a)) : partials.sum(a);
 }
 
 // (N, M), or (N,) with `diagonal`.
 Tensor ghost(const Tensor& a, const Tensor& b, const Tensor& a2, const Tensor& b2, bool self, bool diagonal) {
+  const Plain plain;
   const GramArgs args = gram_args(a, b, a2, b2, self, 1, 1, std::nullopt);
   const Shape& shape = args.shape;
   const bool empty = shape.N * args.M * shape.T * shape.K * shape.O == 0;
   const Kernels& k = *active();
   const int64_t blocks = empty ? 0 : k.ghost_blocks(args, diagonal);
   const int64_t size = diagonal ? shape.N : shape.N * args.M, workers = gram_worker_count(blocks, size);
-  const Tensor partial =
-      diagonal ? at::zeros({workers, shape.N}, double_options(a)) : at::zeros({workers, shape.N, args.M}, double_options(a));
-  double* out = partial.mutable_data_ptr<double>();
+  const Partials partials = diagonal ? Partials(workers, {shape.N}) : Partials(workers, {shape.N, args.M});
+  double* out = partials.data();
   if (!empty)
-    run_workers(workers, blocks, k.ghost_workspace(args), a, [&](int64_t w, int64_t begin, int64_t end, void* workspace) {
+    run_workers(workers, blocks, k.ghost_workspace(args), [&](int64_t w, int64_t begin, int64_t end, void* workspace) {
       k.ghost_worker(args, diagonal, begin, end, workspace, out + w * size);
     });
-  const Tensor total = reduce(partial, a);
+  const Tensor total = partials.sum(a);
   // Products of dot products round below zero where a norm nearly vanishes; a NaN stays one.
   if (diagonal) return total.clamp_min(0);
   if (!self) return total;
@@ -235,15 +257,16 @@ Tensor ghost(const Tensor& a, const Tensor& b, const Tensor& a2, const Tensor& b
 
 void weighted_grad_into(const WeightedArgs& args, const Tensor& a) {
   const Kernels& k = *active();
-  run_workers(worker_count(args.shape.tiles()), args.shape.tiles(), k.weighted_workspace(args), a,
+  run_workers(worker_count(args.shape.tiles()), args.shape.tiles(), k.weighted_workspace(args),
               [&](int64_t, int64_t begin, int64_t end, void* workspace) { k.weighted_worker(args, begin, end, workspace); });
 }
 
 Tensor weighted_grad(const Tensor& a, const Tensor& b, const Tensor& weights, const OptionalTensor& abs_weights,
                      const OptionalTensor& direction, int64_t tile_o, int64_t tile_k, const OptionalTensor& begin) {
+  const Plain plain;
   const Shape shape = shape_of(a, b, begin, tile_o, tile_k);
   const Held w(weights, double_options(a)), v(abs_weights, double_options(a)), u(direction, sum_options(a));
-  const Tensor out = at::empty({shape.O, shape.K}, sum_options(a));
+  const Tensor out = fresh({shape.O, shape.K}, sum_options(a));
   weighted_grad_into({shape, operand(a), operand(b), w.doubles(), v.doubles(), u.data(), out.mutable_data_ptr()}, a);
   return out;
 }
@@ -251,6 +274,7 @@ Tensor weighted_grad(const Tensor& a, const Tensor& b, const Tensor& weights, co
 // out = x y: the gradient of one example, whose positions are the inner dimension. For what torch has no product of: float sums
 // of bf16 or f16 operands.
 void product(const Tensor& x, const Tensor& y, const Tensor& out, int64_t tile_o, int64_t tile_k) {
+  const Plain plain;
   const Tensor a = y.unsqueeze(0), b = x.t().unsqueeze(0);
   const Shape shape = shape_of(a, b, std::nullopt, tile_o, tile_k);
   TORCH_CHECK(out.dim() == 2 && out.size(0) == shape.O && out.size(1) == shape.K && out.is_contiguous() &&
@@ -269,6 +293,7 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& a, const Tensor& b, co
                                             const Tensor& b2, bool want_a, bool want_b, bool want_added, int64_t tile_o,
                                             int64_t tile_k, const OptionalTensor& begin, const OptionalTensor& added_begin,
                                             const OptionalTensor& added_index, const OptionalTensor& added_values) {
+  const Plain plain;
   const Shape shape = shape_of(a, b, begin, tile_o, tile_k);
   TORCH_CHECK(!begin || !mix || (a2.sizes() == a.sizes() && b2.sizes() == b.sizes()), "expected one set of ragged rows, got two");
   const auto S = sum_options(a), D = double_options(a);
@@ -303,32 +328,14 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& a, const Tensor& b, co
   void* g2 = shared.mutable_data_ptr();
   for (int64_t tile = 0; tile < shape.tiles(); ++tile) {
     if (args.mix)
-      run_workers(worker_count(args.M), args.M, workspace_bytes, a, [&](int64_t, int64_t begin, int64_t end, void* workspace) {
+      run_workers(worker_count(args.M), args.M, workspace_bytes, [&](int64_t, int64_t begin, int64_t end, void* workspace) {
         k.backward_mix_worker(args, tile, begin, end, workspace, g2);
       });
-    run_workers(worker_count(shape.N), shape.N, workspace_bytes, a, [&](int64_t, int64_t begin, int64_t end, void* workspace) {
+    run_workers(worker_count(shape.N), shape.N, workspace_bytes, [&](int64_t, int64_t begin, int64_t end, void* workspace) {
       k.backward_worker(args, tile, begin, end, workspace, g2);
     });
   }
   return {da.to(a.scalar_type()), db.to(b.scalar_type()), d_added};
-}
-
-// The eight sums of CoordinateArgs, (8,) double.
-Tensor coordinate_sums(const Tensor& grad_sum, const Tensor& abs_sum, const Tensor& sq_sum, const OptionalTensor& direction) {
-  const auto options = grad_sum.options();
-  const Held g(grad_sum, options), a(abs_sum, options), q(sq_sum, options), u(direction, options);
-  const int64_t count = grad_sum.numel(), block = 1 << 14;  // a multiple of every block of the kernel
-  TORCH_CHECK(abs_sum.numel() == count && sq_sum.numel() == count && (!direction || direction->numel() == count),
-              "expected grad_sum, abs_sum, sq_sum and direction of one size");
-  const CoordinateArgs args = {dtype_of(grad_sum), g.data(), a.data(), q.data(), u.data()};
-  const int64_t blocks = (count + block - 1) / block, workers = worker_count(blocks);
-  const Tensor partial = at::zeros({workers, 8}, double_options(grad_sum));
-  double* out = partial.mutable_data_ptr<double>();
-  const Kernels& k = *active();
-  run_workers(workers, blocks, 0, grad_sum, [&](int64_t w, int64_t begin, int64_t end, void*) {
-    k.coordinates_worker(args, begin * block, std::min(end * block, count), out + 8 * w);
-  });
-  return partial.sum(0);
 }
 
 std::string isa() { return active()->isa; }
@@ -363,7 +370,6 @@ TORCH_LIBRARY(zsl_cpu, m) {
       "int tile_o, int tile_k, Tensor? begin=None, Tensor? added_begin=None, Tensor? added_index=None, "
       "Tensor? added_values=None) -> (Tensor, Tensor, Tensor)",
       &backward);
-  m.def("coordinate_sums(Tensor grad_sum, Tensor abs_sum, Tensor sq_sum, Tensor? direction) -> Tensor", &coordinate_sums);
   m.def("isa() -> str", &isa);
   m.def("isas() -> str[]", &isas);
   m.def("use_isa(str name) -> ()", &use_isa);

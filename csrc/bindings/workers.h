@@ -1,12 +1,18 @@
 // What the bindings share: operands from tensors, and workers on contiguous ranges of the work.
 #pragma once
 
+#include <ATen/Context.h>
+#include <ATen/EmptyTensor.h>
 #include <ATen/Parallel.h>
+#include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
+#include <c10/core/impl/LocalDispatchKeySet.h>
+#include <c10/core/impl/TorchDispatchModeTLS.h>
 
 #include <algorithm>
 #include <optional>
+#include <type_traits>
 
 #include "../cpu/kernels.h"
 
@@ -44,11 +50,31 @@ inline at::TensorOptions sum_options(const Tensor& a) {
 }
 inline at::TensorOptions double_options(const Tensor& a) { return a.options().dtype(at::kDouble); }
 
+// Every op holds one: what it does has no derivative of its own, and means the dtypes that it names.
+struct Plain {
+  at::AutoDispatchBelowADInplaceOrView no_autograd;
+  c10::impl::ExcludeDispatchKeyGuard no_autocast{c10::autocast_dispatch_keyset};
+};
+
+// at::empty without its dispatch, which would be half the time of a call on small tensors. Where torch fills new memory, and where
+// a mode watches what is made, it is the dispatched one.
+inline Tensor fresh(at::IntArrayRef sizes, at::ScalarType dtype) {
+  const at::Context& context = at::globalContext();
+  const bool filled = context.deterministicAlgorithms() && context.deterministicFillUninitializedMemory();
+  if (filled || c10::impl::TorchDispatchModeTLS::any_modes_set()) return at::empty(sizes, at::TensorOptions(dtype));
+  return at::detail::empty_cpu(sizes, dtype);
+}
+inline Tensor fresh(at::IntArrayRef sizes, const at::TensorOptions& options) {
+  return fresh(sizes, options.dtype().toScalarType());
+}
+
 // Keeps what a raw pointer points to alive, in the dtype and layout that the kernels want.
 struct Held {
   Tensor tensor;
   Held(const OptionalTensor& x, const at::TensorOptions& options) {
-    if (x.has_value()) tensor = x->to(options).contiguous();
+    if (!x.has_value()) return;
+    tensor = x->dtype() == options.dtype() && x->device() == options.device() ? *x : x->to(options);
+    if (!tensor.is_contiguous()) tensor = tensor.contiguous();
   }
   const void* data() const { return tensor.defined() ? tensor.const_data_ptr() : nullptr; }
   const double* doubles() const { return static_cast<const double*>(data()); }
@@ -56,9 +82,9 @@ struct Held {
 
 // Calls body(worker, begin, end, workspace) for contiguous ranges of [0, count), one for each worker.
 template <class Body>
-void run_workers(int64_t workers, int64_t count, size_t workspace_bytes, const Tensor& like, Body body) {
+void run_workers(int64_t workers, int64_t count, size_t workspace_bytes, Body body) {
   const int64_t stride = (static_cast<int64_t>(workspace_bytes) + 4095) / 4096 * 4096 + 64;
-  const Tensor workspace = at::empty({workers * stride}, like.options().dtype(at::kByte));
+  const Tensor workspace = fresh({workers * stride}, at::kByte);
   char* base = static_cast<char*>(workspace.mutable_data_ptr());
   at::parallel_for(0, workers, 1, [&](int64_t first, int64_t last) {
     for (int64_t w = first; w < last; ++w) body(w, count * w / workers, count * (w + 1) / workers, base + w * stride);
@@ -67,6 +93,20 @@ void run_workers(int64_t workers, int64_t count, size_t workspace_bytes, const T
 }
 
 inline int64_t worker_count(int64_t items) { return std::max<int64_t>(1, std::min<int64_t>(items, at::get_num_threads())); }
+
+// The workers' partial sums of `size` things, at a distance of `stride`, added in order.
+inline Tensor add_up(const double* partial, int64_t workers, int64_t stride, int64_t size, const at::TensorOptions& options) {
+  const Tensor out = fresh({size}, options);
+  const auto fill = [&](auto* to) {
+    for (int64_t i = 0; i < size; ++i) {
+      double sum = 0;
+      for (int64_t w = 0; w < workers; ++w) sum += partial[w * stride + i];
+      to[i] = static_cast<std::remove_pointer_t<decltype(to)>>(sum);
+    }
+  };
+  options.dtype() == at::kDouble ? fill(out.mutable_data_ptr<double>()) : fill(out.mutable_data_ptr<float>());
+  return out;
+}
 
 // Each worker adds to an (N, M) of its own; past a gigabyte of them, fewer workers.
 inline int64_t gram_worker_count(int64_t items, int64_t size) {

@@ -1,0 +1,84 @@
+"""The short way of a call that is like an earlier one and that nothing watches.
+
+A probe calls the same function once for every weight of a model. Most of these are small, and what a call costs is the time of
+Python: the checks, the plan, and a registered op, whose dispatch is there for autograd, traces, transforms and modes. The first
+call of a kind goes through all of them and leaves the function that its kernel is called by; those after it look that up. The
+kernel is the same, and so are the bits of its results.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Kind = tuple[object, ...]
+
+_PLAIN = (Tensor, torch.nn.Parameter)
+# Kernels that are emulated on tensors of the CPU come and go.
+_IMPLS = {"cpu": ("auto", "cpu", "chunked"), "cuda": ("auto", "chunked", "triton", "cuda")}
+_MOST = 4096  # kinds: shapes that change with each batch must not add up
+
+_known: dict[Kind, Callable[..., Any]] = {}
+find = _known.get
+
+_threads = torch.get_num_threads
+_is_grad_enabled = torch.is_grad_enabled
+_any_requires_grad = torch._C._any_requires_grad
+_dispatch_modes = torch._C._len_torch_dispatch_stack
+_function_modes = torch._C._is_torch_function_mode_enabled
+_transforms = torch._C._functorch.peek_interpreter_stack
+_trace = torch._C._get_tracing_state
+
+
+def kind_of(op: str, impl: str, options: object, *tensors: Tensor | None) -> Kind | None:
+    """All that the checks and the choice of a kernel depend on, or None where the call must go the long way.
+
+    It must where a derivative, a trace or a transform is wanted, where a mode or a tensor's class sees which ops run, and on
+    devices without kernels. The CPU's kernels follow ``use_isa`` by themselves. The first of ``tensors`` says the device.
+    """
+    if torch.compiler.is_compiling():
+        return None
+    parts: list[object] = [op, impl, options]
+    for x in tensors:
+        if x is None:
+            parts.append(None)
+        elif type(x) in _PLAIN and not x.is_neg():  # kernels read memory as it is
+            parts += (x.shape, x.dtype, x.device)
+        else:
+            return None
+    if (
+        (_is_grad_enabled() and _any_requires_grad(*tensors))
+        or _dispatch_modes()
+        or _function_modes()
+        or _transforms() is not None
+        or _trace() is not None
+    ):
+        return None
+    where = "" if tensors[0] is None else tensors[0].device.type
+    if impl not in _IMPLS.get(where, ()):
+        return None
+    if where == "cpu":
+        return (*parts, _threads())
+    return (*parts, os.environ.get("TRITON_INTERPRET"), os.environ.get("ZSL_GPU_ARCH"))
+
+
+def keep(kind: Kind, call: Callable[..., Any]) -> Callable[..., Any]:
+    """From now on calls of this kind, whose checks have passed, are ``call`` of their tensors."""
+    if len(_known) >= _MOST:
+        _known.clear()
+    _known[kind] = call
+    return call
+
+
+def below_autograd(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A registered op's implementation as the op runs it when nothing is differentiated."""
+
+    def run(*arguments: Any) -> Any:
+        with torch._C._AutoDispatchBelowAutograd():
+            return function(*arguments)
+
+    return run
