@@ -59,5 +59,7 @@ def check_range(name: str, ids: Tensor | None, size: int, negative: bool = False
     if ids is None or ids.device.type != "cpu" or ids.numel() == 0:
         return
     least, most = (int(x) for x in ids.long().aminmax())
+    if ids.dtype == torch.uint64 and least < 0:  # past what int64 holds
+        least, most = 0, least + (1 << 64)
     if most >= size or (least < 0 and not negative):
         raise IndexError(f"{name}: expected values in [0, {size}), got {most if most >= size else least}")

@@ -35,8 +35,9 @@ def per_example_grad(
     if embedding is None:
         return g
     embedding.check(*g.shape[:2])
-    used = embedding.ids >= 0
-    places = embedding.example_ids[used].long(), embedding.ids[used].long()
+    ids = embedding.ids.long()
+    used = ids >= 0
+    places = embedding.example_ids.long()[used], ids[used]
     return g.index_put(places, embedding.grads[used].to(dtype), accumulate=True)
 
 
@@ -103,11 +104,12 @@ def embedding_interference(
     check_range("ids", ids, num_embeddings, negative=True)
     check_range("example_ids", example_ids, num_examples)
     flat_ids, flat_b = ids.reshape(-1).long(), b.to(sum_dtype(b.dtype)).reshape(ids.numel(), b.shape[2])
-    example = torch.arange(num_examples, device=ids.device).repeat_interleave(ids.shape[1]) if example_ids is None else example_ids
+    if example_ids is None:
+        example_ids = torch.arange(num_examples, device=ids.device).repeat_interleave(ids.shape[1])
     used = (flat_ids >= 0) & (flat_ids != padding_idx)
     rows, row = torch.unique(flat_ids[used], return_inverse=True)
     g = flat_b.new_zeros(num_examples, rows.shape[0], b.shape[2])
-    g = g.index_put((example[used].long(), row), flat_b[used], accumulate=True)
+    g = g.index_put((example_ids.long()[used], row), flat_b[used], accumulate=True)
     u = None if direction is None else direction.index_select(0, rows)
     return EmbeddingSums(rows, *interference_of(g, u, gram))
 
@@ -128,7 +130,7 @@ def scale_bias_grad(
     def per_example(g: Tensor) -> Tensor:
         if example_ids is None:
             return g.sum(1)
-        return g.new_zeros(num_examples, g.shape[2]).index_add(0, example_ids, g.squeeze(0))
+        return g.new_zeros(num_examples, g.shape[2]).index_add(0, example_ids.long(), g.squeeze(0))
 
     if x is None:
         return None, per_example(b)

@@ -79,13 +79,14 @@ class Embedding(NamedTuple):
     def added(self, num_examples: int, num_rows: int, dtype: torch.dtype) -> AddedRows:
         """Summed in the sum dtype of ``dtype``."""
         self.check(num_examples, num_rows)
-        used = (self.ids >= 0).nonzero().squeeze(1)
-        keys, order = (self.example_ids[used].long() * num_rows + self.ids[used].long()).sort(stable=True)
+        ids = self.ids.long()
+        used = (ids >= 0).nonzero().squeeze(1)
+        keys, order = (self.example_ids.long()[used] * num_rows + ids[used]).sort(stable=True)
         used = used[order]
         keys, group, counts = torch.unique_consecutive(keys, return_inverse=True, return_counts=True)
         values = self.grads.to(sum_dtype(dtype))
         if keys.numel() and values.shape[1]:
             values = F.embedding_bag(used, values, counts.cumsum(0) - counts, mode="sum")
         begin = torch.searchsorted(keys, torch.arange(num_examples + 1, device=keys.device) * num_rows)
-        member = torch.full_like(self.ids, keys.numel(), dtype=torch.int64).index_copy_(0, used, group)
+        member = torch.full_like(ids, keys.numel()).index_copy_(0, used, group)
         return AddedRows(begin, keys % max(num_rows, 1), values[: keys.numel()].contiguous(), member)

@@ -88,9 +88,9 @@ def embedding_interference(
         return shortcut.keep(kind, small_ops.embedding_call(N, V, row, bool(gram)))(ids, b, direction)
     lead = (N, math.prod(ids.shape[1:])) if example_ids is None else (1, ids.shape[0])
     arguments = (
-        ids.reshape(lead).long(),
+        ids.reshape(lead),
         b.reshape(*lead, b.shape[-1]),
-        None if example_ids is None else example_ids.long(),
+        example_ids,
         N,
         V,
         row,
@@ -226,7 +226,7 @@ def _scale_bias(
     if kind is not None:
         return shortcut.keep(kind, small_ops.scale_bias_call(b, bias, impl))(b, x, mean, rstd)
     if example_ids is not None:
-        b, example_ids = b.unsqueeze(0), example_ids.long()
+        b = b.unsqueeze(0)
         x, mean, rstd = (None if y is None else y.unsqueeze(0) for y in (x, mean, rstd))
     mean, rstd = (y.squeeze(2) if y is not None and y.ndim == 3 else y for y in (mean, rstd))
     if impl == "reference":

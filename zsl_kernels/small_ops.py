@@ -26,6 +26,10 @@ def _form(op: str, x: Tensor, impl: str) -> Any:
     return small_chunked if owner == "chunked" else backends.module(owner)
 
 
+def _long(x: Tensor | None) -> Tensor | None:
+    return None if x is None else x.long()
+
+
 # dense_interference --------------------------------------------------------------------------------------------------------------
 
 
@@ -116,7 +120,7 @@ def _embedding(
     else:
         check_range("ids", ids, num_embeddings, negative=True)
         check_range("example_ids", example_ids, num_examples)
-        found = form.embedding_interference(ids, b, example_ids, num_examples, padding_idx, direction, gram)
+        found = form.embedding_interference(ids.long(), b, _long(example_ids), num_examples, padding_idx, direction, gram)
     rows, *sums = found
     # The integers come last: torch's own checks of ops add results up, in the dtype of the first.
     return *(_empty(b, 0) if x is None else x for x in sums), rows
@@ -127,7 +131,7 @@ def _embedding_fake(ids: Tensor, b: Tensor, example_ids: Tensor | None, num_exam
     U, N = torch.library.get_ctx().new_dynamic_size(), num_examples
     along = (0,) if direction is None else (N,)
     shapes = [(U, b.shape[2])] * 3 + [(N,)] * 2 + [along] * 2 + [(N, N) if gram else (0,)]
-    return *(_empty(b, *shape) for shape in shapes), ids.new_empty(U)
+    return *(_empty(b, *shape) for shape in shapes), ids.new_empty(U, dtype=torch.int64)
 
 
 def embedding_interference(*arguments: Any) -> EmbeddingSums:
@@ -175,7 +179,7 @@ def _embedding_grad(ctx: Any, *cotangents: Tensor | None) -> Grads:
 
 def _embedding_backward(ids: Tensor, b: Tensor, example_ids: Tensor | None, *rest: Any) -> tuple[Tensor, Tensor]:
     num_examples, padding_idx, direction, *cotangents, mix, want_b, want_u = rest
-    arguments = (ids, b, example_ids, num_examples, padding_idx, direction, Cotangents(*cotangents), mix)
+    arguments = (ids.long(), b, _long(example_ids), num_examples, padding_idx, direction, Cotangents(*cotangents), mix)
     db, du = small_chunked.embedding_backward(*arguments, (want_b, want_u))
     return b.new_empty(0) if db is None else db, b.new_empty(0) if du is None else du
 
@@ -216,8 +220,11 @@ def _scale_bias(
     x: Tensor | None, b: Tensor, mean: Tensor | None, rstd: Tensor | None, example_ids: Tensor | None, num_examples: int, *rest: Any
 ) -> tuple[Tensor, Tensor]:
     bias, impl = rest
-    check_range("example_ids", example_ids, num_examples)
-    scale, total = _form("scale_bias_grad", b, impl).scale_bias_grad(x, b, mean, rstd, example_ids, num_examples, bias)
+    form = _form("scale_bias_grad", b, impl)
+    if form is not cpu:  # which checks the ids' values itself, as it reads them
+        check_range("example_ids", example_ids, num_examples)
+        example_ids = _long(example_ids)
+    scale, total = form.scale_bias_grad(x, b, mean, rstd, example_ids, num_examples, bias)
     like = _sum_like(x, b)
     return _empty(like, 0, 0) if scale is None else scale, _empty(like, 0, 0) if total is None else total
 
@@ -253,7 +260,7 @@ def _scale_bias_grad(ctx: Any, c_scale: Tensor | None, c_bias: Tensor | None) ->
     need_x, need_b, need_mean, need_rstd = ctx.needs_input_grad[:4]
 
     def at_positions(c: Tensor) -> Tensor:
-        return c.unsqueeze(1) if example_ids is None else c.index_select(0, example_ids).unsqueeze(0)
+        return c.unsqueeze(1) if example_ids is None else c.index_select(0, example_ids.long()).unsqueeze(0)
 
     dx = db = dmean = drstd = None
     if x is not None and c_scale is not None:

@@ -10,6 +10,7 @@
 #include <cmath>
 #include <cstring>
 #include <limits>
+#include <string>
 #include <tuple>
 #include <utility>
 #include <vector>
@@ -94,8 +95,11 @@ struct Longs {
     data = tensor.const_data_ptr<int64_t>();
     if (!tensor.numel()) return;
     const auto [least, most] = std::minmax_element(data, data + tensor.numel());
-    TORCH_CHECK_INDEX(*most < end && (negative || *least >= 0), name, ": expected values in [0, ", end, "), got ",
-                      *most < end ? *least : *most);
+    const bool wrapped = *least < 0 && x->scalar_type() == at::kUInt64;  // past what int64 holds
+    TORCH_CHECK_INDEX(*most < end && !wrapped && (negative || *least >= 0), name, ": expected values in [0, ", end, "), got ",
+                      wrapped       ? std::to_string(static_cast<uint64_t>(*least))
+                      : *most < end ? std::to_string(*least)
+                                    : std::to_string(*most));
   }
 };
 

@@ -23,7 +23,7 @@ from zsl_kernels.configs import CUDA_SUMS_HELD, CUDA_TILES
 from zsl_kernels.gpus import GPUS, of_device
 
 CHECKS = simt.ROOT / "tests" / "native" / "simt_checks.py"
-SUITES = ("interference", "gram", "ragged", "tied", "embedding")
+SUITES = ("interference", "gram", "ragged", "tied", "embedding", "integer_operands")
 SANITIZERS = {
     "address": ("-fsanitize=address", "-O1", "-g1", "-fno-omit-frame-pointer"),
     "thread": ("-fsanitize=thread", "-O1", "-g1"),

@@ -26,6 +26,7 @@ SUITES = (
     "autograd",
     "compile",
     "embedding",
+    "integer_operands",
     "linear_cross_entropy",
 )
 FILES = [HERE / f"emulated_triton_{name}.py" for name in ("tiles", "others")] + [HERE / f"test_{name}.py" for name in SUITES]
