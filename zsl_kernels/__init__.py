@@ -16,6 +16,7 @@ g_i = Σ_{r: example_ids[r] = i} b_r a_rᵀ, zero for an example without rows.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -214,9 +215,7 @@ def coordinate_sums(
     Reads the results of :func:`interference`: float32 or float64 tensors of one shape, any. Returns Python floats, accumulated in
     float64, and is not differentiable.
     """
-    tensors = grad_sum, abs_sum, sq_sum, direction
-    if not _are_sums(*tensors):
-        _check_sums(("grad_sum", "abs_sum", "sq_sum", "direction"), tensors)
+    _check_sums((grad_sum, abs_sum, sq_sum, direction))
     _check_coordinate_impl(impl)
     with torch.no_grad():
         return CoordinateSums(*torch.ops.zsl.coordinate_sums(grad_sum, abs_sum, sq_sum, direction, impl).tolist())
@@ -247,54 +246,51 @@ def coordinate_sums_of_many(
         ValueError: an argument has another length, shape or device, or ``impl`` is unknown.
         RuntimeError: the named ``impl`` is not available on this machine.
     """
-    W = len(grad_sums)
-    given = {"abs_sums": abs_sums, "sq_sums": sq_sums} | ({} if directions is None else {"directions": directions})
-    for name, found in given.items():
-        if len(found) != W:
-            raise ValueError(f"{name}: expected {W}, one for each of grad_sums, got {len(found)}")
-    device = None
-    for w, tensors in enumerate(zip(grad_sums, abs_sums, sq_sums, directions or [None] * W, strict=True)):
-        if not _are_sums(*tensors):
-            _check_sums(tuple(f"{name}[{w}]" for name in ("grad_sums", "abs_sums", "sq_sums", "directions")), tensors)
-        device = device or tensors[0].device
-        if tensors[0].device != device:
-            raise ValueError(f"grad_sums[{w}]: expected a tensor on {device} as grad_sums[0], got one on {tensors[0].device}")
-    _check_coordinate_impl(impl)
+    us = [None] * len(grad_sums) if directions is None else directions
+    lists: list[list[Any]] = [list(x) for x in (grad_sums, abs_sums, sq_sums, us)]
     with torch.no_grad():
-        return ops.coordinate_sums_of_many(grad_sums, abs_sums, sq_sums, directions or (), impl)
+        if (sums := ops.coordinates_at_once(impl, *lists)) is not None:
+            return sums
+        _check_sums_of_many(*lists)
+        _check_coordinate_impl(impl)
+        return torch.ops.zsl.coordinate_sums_of_many(*lists, impl)
+
+
+_SUM_NAMES = ("grad_sum", "abs_sum", "sq_sum", "direction")
+_SUM_DTYPES = (torch.float32, torch.float64)
+
+
+def _check_sums_of_many(*lists: list[Any]) -> None:
+    for name, found in zip(_SUM_NAMES, lists, strict=True):
+        if len(found) != len(lists[0]):
+            raise ValueError(f"{name}s: expected {len(lists[0])}, one for each of grad_sums, got {len(found)}")
+    for w, tensors in enumerate(zip(*lists, strict=True)):
+        _check_sums(tensors, w)
+        device, first = tensors[0].device, lists[0][0].device
+        if device != first:
+            raise ValueError(f"grad_sums[{w}]: expected a tensor on {first} as grad_sums[0], got one on {device}")
+
+
+def _check_sums(tensors: tuple[Any, ...], w: int | None = None) -> None:
+    """Of the weight at place ``w`` of many."""
+    like = tensors[0]
+    for i, x in enumerate(tensors if tensors[3] is not None else tensors[:3]):
+        dtypes = INPUT_DTYPES if i == 3 else _SUM_DTYPES
+        good = isinstance(x, Tensor) and x.dtype in dtypes and x.shape == like.shape and x.device == like.device
+        if good and x.device.type != "meta":
+            continue
+        name, like_name = (n if w is None else f"{n}s[{w}]" for n in (_SUM_NAMES[i], _SUM_NAMES[0]))
+        check_tensor(name, x)
+        if x.shape != like.shape:
+            raise ValueError(f"{name}: expected shape {tuple(like.shape)} as {like_name}, got {tuple(x.shape)}")
+        if x.dtype not in dtypes:
+            raise TypeError(f"{name}: expected float32 or float64, got {x.dtype}")
+        raise ValueError(f"{name}: expected a tensor with data on {like.device} as {like_name}, got one on {x.device}")
 
 
 def _check_coordinate_impl(impl: str) -> None:
     if impl == "reference":
         raise ValueError("impl: coordinate_sums has no reference of its own; expected 'auto', 'chunked' or 'cpu'")
-
-
-_SUM_DTYPES = (torch.float32, torch.float64)
-
-
-def _are_sums(grad_sum: Tensor, abs_sum: Tensor, sq_sum: Tensor, direction: Tensor | None) -> bool:
-    """Whether nothing is wrong with the sums of a weight: quicker than :func:`_check_sums`, which says what is."""
-    if not isinstance(grad_sum, Tensor) or grad_sum.device.type == "meta":
-        return False
-    shape, device = grad_sum.shape, grad_sum.device
-    checked = [(grad_sum, _SUM_DTYPES), (abs_sum, _SUM_DTYPES), (sq_sum, _SUM_DTYPES)]
-    for x, dtypes in checked if direction is None else [*checked, (direction, INPUT_DTYPES)]:
-        if not isinstance(x, Tensor) or x.dtype not in dtypes or x.shape != shape or x.device != device:
-            return False
-    return True
-
-
-def _check_sums(names: tuple[str, ...], tensors: tuple[Tensor, Tensor, Tensor, Tensor | None]) -> None:
-    like_name, like = names[0], tensors[0]
-    for name, x in list(zip(names, tensors, strict=True))[: 3 if tensors[3] is None else 4]:
-        check_tensor(name, x)
-        assert x is not None
-        if x.shape != like.shape:
-            raise ValueError(f"{name}: expected shape {tuple(like.shape)} as {like_name}, got {tuple(x.shape)}")
-        if name != names[3] and x.dtype not in _SUM_DTYPES:
-            raise TypeError(f"{name}: expected float32 or float64, got {x.dtype}")
-        if x.device != like.device or x.device.type == "meta":
-            raise ValueError(f"{name}: expected a tensor with data on {like.device} as {like_name}, got one on {x.device}")
 
 
 def _check_pair(

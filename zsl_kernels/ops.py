@@ -17,10 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from zsl_kernels import backends, chunked
+from zsl_kernels import backends, chunked, shortcut
 from zsl_kernels.plan import Plan
 from zsl_kernels.rows import Embedding, Groups, group
-from zsl_kernels.shortcut import below_autograd
 from zsl_kernels.types import CoordinateSums, Cotangents, InterferenceSums, sum_dtype
 
 _library = torch.library.Library("zsl", "DEF")
@@ -152,7 +151,7 @@ def interference_call(a: Tensor, b: Tensor, gram: bool, impl: str) -> Callable[.
     def call(a: Tensor, b: Tensor, direction: Tensor | None) -> InterferenceSums:
         return _run(plan, "interference", a, b, direction, gram)
 
-    return below_autograd(_outside_autocast(call))
+    return shortcut.below_autograd(_outside_autocast(call))
 
 
 def _interference_setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -443,15 +442,17 @@ def _coordinate_sums_of_many_fake(grad_sums: Sequence[Tensor], *rest: Any) -> Te
     return grad_sums[0].new_empty(size, dtype=torch.float64) if grad_sums else torch.empty(size, dtype=torch.float64)
 
 
-def coordinate_sums_of_many(
-    grad_sums: Sequence[Tensor],
-    abs_sums: Sequence[Tensor],
-    sq_sums: Sequence[Tensor],
-    directions: Sequence[Tensor | None],
-    impl: str,
-) -> Tensor:
-    """The op, whose schema wants lists."""
-    return torch.ops.zsl.coordinate_sums_of_many(list(grad_sums), list(abs_sums), list(sq_sums), list(directions), impl)
+def coordinates_at_once(impl: str, *lists: list[Any]) -> Tensor | None:
+    """coordinate_sums_of_many on the CPU without the registered op. None where that is not the way, or something is wrong with the
+    arguments: to look for it takes longer than the sums."""
+    if impl not in ("auto", "cpu") or backends.why_not("cpu") is not None or not shortcut.plain(*lists):
+        return None
+    if lists[0] and (lists[0][0] is None or not lists[0][0].is_cpu):
+        return None
+    try:
+        return torch.ops.zsl_cpu.coordinate_sums_of_many.default(*lists)
+    except RuntimeError:
+        return None
 
 
 _define(

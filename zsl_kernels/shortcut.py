@@ -9,7 +9,7 @@ kernel is the same, and so are the bits of its results.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from torch import Tensor
 Kind = tuple[object, ...]
 
 _PLAIN = (Tensor, torch.nn.Parameter)
+_PLAIN_OR_NONE = {*_PLAIN, type(None)}
 # Kernels that are emulated on tensors of the CPU come and go.
 _IMPLS = {"cpu": ("auto", "cpu", "chunked"), "cuda": ("auto", "chunked", "triton", "cuda")}
 _MOST = 4096  # kinds: shapes that change with each batch must not add up
@@ -34,13 +35,25 @@ _transforms = torch._C._functorch.peek_interpreter_stack
 _trace = torch._C._get_tracing_state
 
 
+def _unseen() -> bool:
+    """Whether no trace, transform or mode sees which ops run."""
+    return not (
+        torch.compiler.is_compiling() or _dispatch_modes() or _function_modes() or _transforms() is not None or _trace() is not None
+    )
+
+
+def plain(*lists: Sequence[object]) -> bool:
+    """Whether ops on these tensors, and Nones, may go the short way where nothing is differentiated."""
+    return _unseen() and {type(x) for each in lists for x in each} <= _PLAIN_OR_NONE
+
+
 def kind_of(op: str, impl: str, options: object, *tensors: Tensor | None) -> Kind | None:
     """All that the checks and the choice of a kernel depend on, or None where the call must go the long way.
 
     It must where a derivative, a trace or a transform is wanted, where a mode or a tensor's class sees which ops run, and on
     devices without kernels. The CPU's kernels follow ``use_isa`` by themselves. The first of ``tensors`` says the device.
     """
-    if torch.compiler.is_compiling():
+    if not _unseen():
         return None
     parts: list[object] = [op, impl, options]
     for x in tensors:
@@ -50,13 +63,7 @@ def kind_of(op: str, impl: str, options: object, *tensors: Tensor | None) -> Kin
             parts += (x.shape, x.dtype, x.device)
         else:
             return None
-    if (
-        (_is_grad_enabled() and _any_requires_grad(*tensors))
-        or _dispatch_modes()
-        or _function_modes()
-        or _transforms() is not None
-        or _trace() is not None
-    ):
+    if _is_grad_enabled() and _any_requires_grad(*tensors):
         return None
     where = "" if tensors[0] is None else tensors[0].device.type
     if impl not in _IMPLS.get(where, ()):

@@ -349,12 +349,16 @@ void add_coordinates(const std::vector<Coordinates>& weights, double* out) {
     }
   });
   int64_t first = 0;
-  for (size_t i = 0; i < weights.size(); first += weights[i++].workers) {
-    const int64_t count = weights[i].workers;
+  for (const Coordinates& weight : weights) {
     // A few workers' are the same bits however they are added; more are added as torch does.
-    const Tensor total =
-        count > 4 ? partial.narrow(0, first, count).sum(0) : add_up(sums + 8 * first, count, 8, 8, partial.options());
-    std::copy_n(total.const_data_ptr<double>(), 8, out + 8 * i);
+    if (weight.workers > 4) {
+      const Tensor total = partial.narrow(0, first, weight.workers).sum(0);
+      std::copy_n(total.const_data_ptr<double>(), 8, out);
+    } else {
+      std::fill_n(out, 8, 0.0);
+      for (int64_t i = 0; i < 8 * weight.workers; ++i) out[i % 8] += sums[8 * first + i];
+    }
+    first += weight.workers, out += 8;
   }
 }
 
@@ -368,6 +372,17 @@ Tensor coordinate_sums(const Tensor& grad_sum, const Tensor& abs_sum, const Tens
   return out;
 }
 
+// All that zk.coordinate_sums_of_many promises: it asks here, and looks for what is wrong only if something is.
+void check_sums(const Tensor& g, const Tensor& a, const Tensor& q, const OptionalTensor& u) {
+  for (const Tensor& x : {g, a, q})
+    TORCH_CHECK(x.device().is_cpu() && x.sizes() == g.sizes() && (x.scalar_type() == at::kFloat || x.scalar_type() == at::kDouble),
+                "expected sums of one shape on the CPU, float32 or float64, got ", x.scalar_type(), " ", x.sizes());
+  if (!u) return;
+  dtype_of(*u);  // refuses all but the floating ones
+  TORCH_CHECK(u->device().is_cpu() && u->sizes() == g.sizes(), "expected a direction of the sums' shape on the CPU, got ",
+              u->sizes());
+}
+
 // (weights, 8); no directions at all, or one or none for each weight.
 Tensor coordinate_sums_of_many(at::TensorList grad_sums, at::TensorList abs_sums, at::TensorList sq_sums,
                                const c10::List<OptionalTensor>& directions) {
@@ -378,8 +393,11 @@ Tensor coordinate_sums_of_many(at::TensorList grad_sums, at::TensorList abs_sums
   const Tensor out = fresh({static_cast<int64_t>(count), 8}, at::kDouble);
   std::vector<Coordinates> weights;
   weights.reserve(count);
-  for (size_t i = 0; i < count; ++i)
-    weights.emplace_back(grad_sums[i], abs_sums[i], sq_sums[i], directions.empty() ? std::nullopt : directions.get(i));
+  for (size_t i = 0; i < count; ++i) {
+    const OptionalTensor direction = directions.empty() ? std::nullopt : directions.get(i);
+    check_sums(grad_sums[i], abs_sums[i], sq_sums[i], direction);
+    weights.emplace_back(grad_sums[i], abs_sums[i], sq_sums[i], direction);
+  }
   add_coordinates(weights, out.mutable_data_ptr<double>());
   return out;
 }

@@ -68,13 +68,14 @@ inline Tensor fresh(at::IntArrayRef sizes, const at::TensorOptions& options) {
   return fresh(sizes, options.dtype().toScalarType());
 }
 
-// Keeps what a raw pointer points to alive, in the dtype and layout that the kernels want.
+// Keeps what a raw pointer points to alive, in the dtype and layout that the kernels want; the sign of a negated view too.
 struct Held {
   Tensor tensor;
   Held(const OptionalTensor& x, const at::TensorOptions& options) {
     if (!x.has_value()) return;
     tensor = x->dtype() == options.dtype() && x->device() == options.device() ? *x : x->to(options);
     if (!tensor.is_contiguous()) tensor = tensor.contiguous();
+    if (tensor.is_neg()) tensor = tensor.resolve_neg();
   }
   const void* data() const { return tensor.defined() ? tensor.const_data_ptr() : nullptr; }
   const double* doubles() const { return static_cast<const double*>(data()); }
