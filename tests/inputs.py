@@ -10,21 +10,25 @@ import dataclasses
 import math
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, reduce
 
 import torch
 from torch import Tensor
 
 import zsl_kernels as zk
+from tests import error_budgets
 from tests.devices import running_on
+from tests.error_budgets import Error, Sizes, rounding_of_result
+from zsl_kernels.types import sum_dtype
 
 # The tests run the GPU's kernels on CPU tensors in processes of their own, which this names: "triton" or "cuda".
 EMULATED = os.environ.get("ZSL_TEST_EMULATED")
 
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+HALF = {torch.bfloat16, torch.float16}
 
 
 # Operands ----------------------------------------------------------------------------------------------------------------------
@@ -309,7 +313,7 @@ def running(implementation: str) -> Iterator[str]:
     """Selects the instruction set or the device; gives the name for ``impl=``."""
     impl, _, device = implementation.partition("@")
     if device or impl == EMULATED:
-        with running_on(device or "cpu"):
+        with running_on(device or "cpu"), error_budgets.computing_by(error_budgets.DEVICE) if device else nullcontext():
             yield impl
         return
     impl, _, isa = implementation.partition("-")
@@ -328,22 +332,29 @@ def running(implementation: str) -> Iterator[str]:
 # Oracles -------------------------------------------------------------------------------------------------------------------------
 
 
-# A result is a sum of terms, and each rounding on the way to it is at most half an eps of a partial sum. In units of eps × Σ|terms|
-# a chain of n additions thus errs by n/2 at worst. Rounding errors have random signs: where the partial sums grow evenly to
-# Σ|terms| the standard deviation is at most some √(n/12 · 1/3) = √n/6, and less where the terms' signs are random too. The band of
-# four units is the product's rounding, the result's, and three for a chain of some hundred. Longer chains must do as well as
-# PyTorch's.
-BAND = 4.0
-
-
 @dataclass(frozen=True)
 class Expected:
-    """One result: in float64, by plain PyTorch from the same inputs in their dtype, and the sum of its terms' magnitudes."""
+    """One result: in float64, the sum of its terms' magnitudes, and its error in units of that; tests/error_budgets.py says why."""
 
     truth: Tensor
-    plain: Tensor
     scale: Tensor
-    budget: float  # in units of eps × scale
+    error: Error
+    dtype: torch.dtype  # of the result
+    sums: torch.dtype  # in which terms are added
+    half: bool = False  # all operands have half precision
+    beside: Tensor | float = 0.0  # an absolute error that follows from another one's
+
+    def rounding(self) -> Tensor:
+        return rounding_of_result(self.truth, self.dtype)
+
+    def allowed(self) -> Tensor:
+        """Beside the rounding of the result."""
+        return self.error.units(self.sums, self.half) * torch.finfo(self.sums).eps * self.scale + self.beside
+
+    def share(self, x: Tensor) -> float:
+        """The largest error of x beyond the rounding of the result, as a part of what is allowed."""
+        beyond = ((x.double() - self.truth).abs() - self.rounding()).clamp(min=0)
+        return torch.where(beyond == 0, 0.0, beyond / self.allowed()).max().item() if beyond.numel() else 0.0
 
 
 def sums_of(g: Tensor, direction: Tensor | None = None) -> Results:
@@ -367,52 +378,62 @@ def sums_of(g: Tensor, direction: Tensor | None = None) -> Results:
 Computation = Callable[[dict[str, Tensor]], dict[str, Tensor | None]]
 
 
-def error_units(x: Tensor, truth: Tensor, scale: Tensor) -> float:
-    """The largest error in units of eps × Σ|terms|."""
-    error, unit = (x.double() - truth).abs(), torch.finfo(x.dtype).eps * scale
-    return torch.where(error == 0, 0.0, error / unit).max().item() if error.numel() else 0.0
+def expectations(
+    compute: Computation,
+    tensors: dict[str, Tensor],
+    errors: dict[str, Error],
+    dtypes: dict[str, torch.dtype] | None = None,
+    operands: torch.dtype | None = None,
+) -> dict[str, Expected]:
+    """``errors``: of each result of ``compute``; ``dtypes``: of those that do not have the dtype of the sums; ``operands``: the
+    dtype of the operands that are multiplied, without it that of all tensors."""
 
-
-def expectations(compute: Computation, tensors: dict[str, Tensor]) -> dict[str, Expected]:
-    """The budget is twice the error of plain PyTorch and the band. There is no wider truth for float64: plain PyTorch's error, in
-    units of eps, is then that of the same computation in float32, and allowed once more, for the truth's own."""
-
-    def run(change: Callable[[Tensor], Tensor] = lambda x: x) -> dict[str, Tensor | None]:
+    def run(change: Callable[[Tensor], Tensor]) -> dict[str, Tensor | None]:
         return compute({name: change(x) if x.is_floating_point() else x for name, x in tensors.items()})
 
-    plain, truth, scale = run(), run(Tensor.double), run(lambda x: x.double().abs())
-    double = any(x.dtype == torch.float64 for x in tensors.values())
-    narrow, narrow_truth = (run(Tensor.float), run(lambda x: x.float().double())) if double else (plain, truth)
-    found = {}
-    for name, x in truth.items():
-        if x is not None:
-            error = error_units(narrow[name], narrow_truth[name], scale[name])
-            found[name] = Expected(x, plain[name], scale[name], (3 if double else 2) * error + BAND)
-    return found
+    if operands is None:
+        operands = reduce(torch.promote_types, (x.dtype for x in tensors.values() if x.is_floating_point()))
+    sums, half = sum_dtype(operands), operands in HALF
+    truth, scale = run(Tensor.double), run(lambda x: x.double().abs())
+    return {
+        name: Expected(x, scale[name], errors[name], (dtypes or {}).get(name, sums), sums, half)
+        for name, x in truth.items()
+        if x is not None
+    }
+
+
+def sizes_of(problem: Problem) -> Sizes:
+    return Sizes(problem.N, problem.T, problem.K, problem.O, M=problem.M, dtype=sum_dtype(problem.dtype))
+
+
+def irregular_sizes_of(problem: Irregular) -> Sizes:
+    N, T = len(problem.lengths), max(problem.lengths, default=0)
+    return Sizes(N, T, problem.K, problem.O, S=problem.S, dtype=sum_dtype(problem.dtype))
 
 
 @lru_cache(maxsize=512)
 def expected_irregular(problem: Irregular, call: str) -> dict[str, Expected]:
-    return expectations(lambda x: IRREGULAR_CALLS[call](x, "reference"), problem.make())
+    errors = error_budgets.call(call, irregular_sizes_of(problem))
+    return expectations(lambda x: IRREGULAR_CALLS[call](x, "reference"), problem.make(), errors, operands=problem.dtype)
 
 
 @lru_cache(maxsize=512)
 def expected(problem: Problem, call: str) -> dict[str, Expected]:
-    return expectations(lambda x: CALLS[call](Inputs(**x), "reference"), problem.make().tensors())
+    errors = error_budgets.call(call, sizes_of(problem))
+    return expectations(lambda x: CALLS[call](Inputs(**x), "reference"), problem.make().tensors(), errors)
 
 
-def assert_within_budget(actual: Tensor, e: Expected, what: object = "", extra: float = 0.0) -> None:
-    """``extra``: units for a way of computing whose chains of additions are others than PyTorch's."""
-    assert actual.shape == e.plain.shape, what
-    assert actual.dtype == e.plain.dtype, what
-    error = error_units(actual, e.truth, e.scale)
-    assert error <= e.budget + extra, f"{what}: error {error:.3g} eps x scale, more than {e.budget + extra:.3g}"
+def assert_within_budget(actual: Tensor, e: Expected, what: object = "") -> None:
+    assert actual.shape == e.truth.shape, what
+    assert actual.dtype == e.dtype, what
+    share = e.share(actual)
+    assert share <= 1, f"{what}: error of {share:.3g} budgets, of {e.error.units(e.sums, e.half):.3g} eps x sum of magnitudes"
 
 
 def assert_exact(actual: Tensor, e: Expected, what: object = "") -> None:
     """Equal. The terms are integers whose magnitudes sum to what float32 represents, so no order of summation rounds."""
     assert e.scale.numel() == 0 or e.scale.max() < 2**24, f"{what}: this problem rounds"
-    torch.testing.assert_close(actual, e.truth.to(e.plain.dtype), rtol=0, atol=0, msg=lambda m: f"{what}: {m}")
+    torch.testing.assert_close(actual, e.truth.to(e.dtype), rtol=0, atol=0, msg=lambda m: f"{what}: {m}")
 
 
 # Gradients -----------------------------------------------------------------------------------------------------------------------
@@ -441,7 +462,7 @@ def irregular_gradients(call: str, x: dict[str, Tensor], impl: str, wanted: tupl
 def cotangents(problem: Problem, call: str, fields: tuple[str, ...] | None = None) -> Results:
     generator = torch.Generator().manual_seed(problem.seed + 1)
     draw = VALUES["integers" if problem.values == "integers" else "normal"]
-    results = {name: draw(tuple(e.plain.shape), generator).to(e.plain.dtype) for name, e in expected(problem, call).items()}
+    results = {name: draw(tuple(e.truth.shape), generator).to(e.dtype) for name, e in expected(problem, call).items()}
     return results if fields is None else {name: results[name] for name in fields}
 
 
@@ -454,4 +475,7 @@ def expected_gradients(problem: Problem, call: str, fields: tuple[str, ...] | No
             call, Inputs(**{name: x[name] for name in operands}), "reference", {name: x[f"c.{name}"] for name in given}
         )
 
-    return expectations(compute, {**operands, **{f"c.{name}": c for name, c in given.items()}})
+    dtypes = {name: x.dtype for name, x in operands.items()}
+    tensors = {**operands, **{f"c.{name}": c for name, c in given.items()}}
+    # Cotangents are float32 beside operands of half precision.
+    return expectations(compute, tensors, error_budgets.gradients(call, sizes_of(problem)), dtypes, problem.dtype)

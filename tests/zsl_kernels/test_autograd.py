@@ -56,18 +56,14 @@ def test_gradcheck(call, wanted, impl):
     assert torch.autograd.gradcheck(function, leaves)
 
 
-# In one precision: the tile of s_i, rounded, and its products over hundreds of features.
-EXTRA = 4.0
-
-
 @pytest.mark.parametrize("size", ["one position", "off the register tile", "past one chunk"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("call", DIFFERENTIATED)
-def test_is_as_accurate_as_autograd_through_the_reference(call, dtype, size, impl):
+def test_stays_in_the_error_budget(call, dtype, size, impl):
     problem = Problem(*SIZES[size], dtype=dtype)
     got = gradients(call, problem.make(), impl, cotangents(problem, call))
     for name, e in expected_gradients(problem, call).items():
-        assert_within_budget(got[name], e, name, extra=EXTRA)
+        assert_within_budget(got[name], e, name)
 
 
 @pytest.mark.parametrize("call", ["interference, all", "cross gram"])
@@ -182,7 +178,7 @@ def test_second_derivatives_are_right_or_refused(call, impl):
         names = OPERANDS[call]
         leaves = [getattr(x, name).detach().clone().requires_grad_() for name in names]
         results = CALLS[call](x.replace(**dict(zip(names, leaves, strict=True))), impl)
-        loss = sum((e.plain * results[name]).sum() for name, e in expected(SMALL, call).items())
+        loss = sum((e.truth.to(e.dtype) * results[name]).sum() for name, e in expected(SMALL, call).items())
         first = torch.autograd.grad(loss, leaves, create_graph=True)
         return torch.autograd.grad(sum(g.square().sum() for g in first), leaves, allow_unused=True)
 

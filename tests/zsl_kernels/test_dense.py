@@ -7,6 +7,7 @@ import torch
 from torch.library import opcheck
 
 import zsl_kernels as zk
+from tests import error_budgets
 from tests.inputs import DTYPES, LAYOUTS, VALUES, assert_exact, assert_within_budget, expectations, sums_of
 from zsl_kernels.types import sum_dtype
 
@@ -32,6 +33,14 @@ def definition(x):
     return sums_of(x["g"].to(sum_dtype(x["g"].dtype)), x["direction"])
 
 
+def errors(g):
+    return error_budgets.dense(g.shape[0], math.prod(g.shape[1:]), sum_dtype(g.dtype))
+
+
+def expected(g, u):
+    return expectations(definition, {"g": g, "direction": u}, errors(g))
+
+
 def fields(sums):
     return {name: x for name, x in sums._asdict().items() if x is not None}
 
@@ -44,12 +53,11 @@ CASES = [
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_is_as_accurate_as_plain_pytorch(case, impl):
+def test_stays_in_the_error_budget(case, impl):
     g, u = make(*case)
     got = fields(zk.dense_interference(g, direction=u, gram=True, impl=impl))
-    extra = 2 / 3 * math.sqrt(g.shape[0])  # one chain of N additions where PyTorch's is a cascade
-    for name, e in expectations(definition, {"g": g, "direction": u}).items():
-        assert_within_budget(got[name], e, name, extra if name in ("grad_sum", "abs_sum", "sq_sum") else 0.0)
+    for name, e in expected(g, u).items():
+        assert_within_budget(got[name], e, name)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -57,14 +65,14 @@ def test_is_as_accurate_as_plain_pytorch(case, impl):
 def test_is_exact_on_integers(dtype, layout, impl):
     g, u = make((9, 37, 31), dtype, layout, "integers")
     got = fields(zk.dense_interference(g, direction=u, gram=True, impl=impl))
-    for name, e in expectations(definition, {"g": g, "direction": u}).items():
+    for name, e in expected(g, u).items():
         assert_exact(got[name], e, name)
 
 
 def test_the_reference_is_the_definition():
     g, u = make((7, 3, 35))
     got = fields(zk.dense_interference(g, direction=u, gram=True, impl="reference"))
-    for name, e in expectations(definition, {"g": g, "direction": u}).items():
+    for name, e in expected(g, u).items():
         assert_within_budget(got[name], e, name)
 
 
@@ -104,8 +112,8 @@ def test_threads_change_rounding_at_most_and_repetition_nothing(shape, count, th
     threads(count)
     g, u = make(shape)
     first = fields(zk.dense_interference(g, direction=u, gram=True, impl=impl))
-    for name, e in expectations(definition, {"g": g, "direction": u}).items():
-        assert_within_budget(first[name], e, name, extra=2 / 3 * math.sqrt(shape[0]))
+    for name, e in expected(g, u).items():
+        assert_within_budget(first[name], e, name)
     for _ in range(3):
         for name, field in fields(zk.dense_interference(g, direction=u, gram=True, impl=impl)).items():
             assert torch.equal(field, first[name]), name
@@ -138,14 +146,19 @@ def test_each_fields_derivative_is_the_definitions(field, dtype, impl):
     got = torch.autograd.grad(
         getattr(zk.dense_interference(g, direction=u, gram=True, impl=impl), field).square().sum(), (g, u), allow_unused=True
     )
-    wide = [x.detach().double().requires_grad_() for x in (g, u)]
-    want = torch.autograd.grad(sums_of(*wide)[field].square().sum(), wide, allow_unused=True)
-    for x, y in zip(got, want, strict=True):
-        assert (x is None) == (y is None)
+
+    def derivatives(x):
+        leaves = [x[name].detach().requires_grad_() for name in ("g", "direction")]
+        found = torch.autograd.grad(sums_of(*leaves)[field].square().sum(), leaves, allow_unused=True)
+        return dict(zip(("g", "direction"), found, strict=True))
+
+    tensors = {"g": g.detach(), "direction": u.detach()}
+    of_square = error_budgets.gradients_of_square(field, errors(g), error_budgets.EXACT, g.shape[0])
+    want = expectations(derivatives, tensors, of_square, dict.fromkeys(tensors, dtype))
+    for name, x in zip(tensors, got, strict=True):
+        assert (x is not None) == (name in want)
         if x is not None:
-            assert x.dtype == dtype
-            eps = torch.finfo(dtype).eps if dtype != torch.float64 else 1e-14
-            torch.testing.assert_close(x.double(), y, rtol=4 * eps, atol=20 * torch.finfo(x.dtype).eps * y.abs().max().item())
+            assert_within_budget(x, want[name], name)
 
 
 @ONE_OF_EACH

@@ -11,7 +11,7 @@ NAMES = ["dot", "sq_norm", "weighted_grad"]
 
 @pytest.mark.parametrize("problem", problems(), ids=str)
 @pytest.mark.parametrize("call", NAMES)
-def test_is_as_accurate_as_plain_pytorch(call, problem, impl):
+def test_stays_in_the_error_budget(call, problem, impl):
     assert_within_budget(CALLS[call](problem.make(), impl)[call], expected(problem, call)[call])
 
 

@@ -55,7 +55,7 @@ EMPTY = {
 
 @pytest.mark.parametrize("problem", PROBLEMS, ids=str)
 @pytest.mark.parametrize("call", CALLS)
-def test_is_as_accurate_as_plain_pytorch(call, problem, impl):
+def test_stays_in_the_error_budget(call, problem, impl):
     results = IRREGULAR_CALLS[call](problem.make(), impl)
     for name, e in expected_irregular(problem, call).items():
         assert_within_budget(results[name], e, name)
