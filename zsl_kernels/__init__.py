@@ -290,7 +290,7 @@ def _check_sums(tensors: tuple[Any, ...], w: int | None = None) -> None:
 
 def _check_coordinate_impl(impl: str) -> None:
     if impl == "reference":
-        raise ValueError("impl: coordinate_sums has no reference of its own; expected 'auto', 'chunked' or 'cpu'")
+        raise ValueError("impl: coordinate_sums has no reference of its own; expected 'auto', 'chunked', 'cpu' or 'triton'")
 
 
 def _check_pair(

@@ -17,7 +17,15 @@ from zsl_kernels.types import INPUT_DTYPES, sum_dtype
 IMPLS = ("auto", "reference", "chunked", "cpu", "triton", "cuda")
 # The ops that each has kernels for. The others are plain matrix products, or of small parameters: PyTorch owns them, in `chunked`.
 _KERNELS = {
-    "triton": ("interference", "interference_backward", "gram", "sq_norm", "embedding_interference", "linear_cross_entropy"),
+    "triton": (
+        "interference",
+        "interference_backward",
+        "gram",
+        "sq_norm",
+        "embedding_interference",
+        "linear_cross_entropy",
+        "coordinate_sums",
+    ),
     "cuda": ("interference", "gram", "embedding_interference"),
 }
 

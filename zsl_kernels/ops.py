@@ -434,7 +434,17 @@ def _coordinate_sums_of_many(
         if impl not in backends.IMPLS:
             raise ValueError(f"impl: expected one of {', '.join(backends.IMPLS)}, got {impl!r}")
         return torch.empty(0, len(CoordinateSums._fields), dtype=torch.float64)
-    return _coordinate_form(grad_sums[0], impl).coordinate_sums_of_many(grad_sums, abs_sums, sq_sums, directions)
+    lists = grad_sums, abs_sums, sq_sums, directions or [None] * len(grad_sums)
+    forms = {x.dtype: _coordinate_form(x, impl) for x in grad_sums}
+    if len(set(forms.values())) == 1:
+        return forms[grad_sums[0].dtype].coordinate_sums_of_many(*lists)
+    # Of some dtypes one implementation has no kernel. The rows are put together without an index, which would wait for a device.
+    rows: dict[int, Tensor] = {}
+    for form in set(forms.values()):
+        places = [w for w, x in enumerate(grad_sums) if forms[x.dtype] is form]
+        found = form.coordinate_sums_of_many(*([x[w] for w in places] for x in lists))
+        rows.update(zip(places, found.unbind(), strict=True))
+    return torch.stack([rows[w] for w in range(len(grad_sums))])
 
 
 def _coordinate_sums_of_many_fake(grad_sums: Sequence[Tensor], *rest: Any) -> Tensor:

@@ -1,11 +1,15 @@
 """coordinate_sums against its definition."""
 
 import math
+import sys
 
 import pytest
 import torch
 
 import zsl_kernels as zk
+from tests.devices import waiting_is_an_error
+from tests.inputs import EMULATED
+from zsl_kernels import backends
 
 
 def definition(grad_sum, abs_sum, sq_sum, u):
@@ -193,3 +197,56 @@ def test_weights_of_several_devices_are_refused():
 def test_of_many_weights_by_unknown_implementations(impl, weights):
     with pytest.raises(ValueError, match="impl:"):
         zk.coordinate_sums_of_many(*[x[:weights] for x in ONE], impl=impl)
+
+
+# On devices -----------------------------------------------------------------------------------------------------------------------
+
+
+def test_a_program_that_goes_through_many_blocks(impl, monkeypatch):
+    if EMULATED != "triton":
+        pytest.skip("of Triton's kernels, whose programs are so many elsewhere")
+    kernels = sys.modules[backends.module("triton").coordinate_sums.__module__]
+    monkeypatch.setattr(kernels, "PROGRAMS", 4)
+    *tensors, directions = ([x[5]] for x in many())
+    found = assert_rows_are_those_of_single_calls(*tensors, directions, impl)
+    assert found[0].tolist() == pytest.approx(definition(*(x[0] for x in (*tensors, directions))), rel=1e-6)
+
+
+on_a_device = pytest.mark.skipif(not torch.cuda.is_available(), reason="this machine has no CUDA device that torch can use")
+
+
+@pytest.mark.gpu
+@on_a_device
+@pytest.mark.parametrize("impl", ["auto", "chunked", "triton"])
+def test_of_many_weights_nothing_waits_for_the_device(impl):
+    tensors = [[None if x is None else x.cuda() for x in each] for each in many()]
+    want = zk.coordinate_sums_of_many(*tensors, impl=impl)
+    with waiting_is_an_error():
+        found = zk.coordinate_sums_of_many(*tensors, impl=impl)
+    assert torch.equal(found, want)
+
+
+@pytest.mark.gpu
+@on_a_device
+def test_of_many_weights_in_a_graph():
+    """Which reads the sums that are there when it runs, whatever the host's memory holds by then."""
+    *tensors, directions = [[None if x is None else x.cuda() for x in each] for each in many()]
+    changed = [[x + 1 for x in each] for each in tensors]
+    want = zk.coordinate_sums_of_many(*changed, directions)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        found = zk.coordinate_sums_of_many(*tensors, directions)
+    for each, others in zip(tensors, changed, strict=True):
+        for x, y in zip(each, others, strict=True):
+            x.copy_(y)
+    graph.replay()
+    assert torch.equal(found, want)
+
+
+@pytest.mark.gpu
+@on_a_device
+def test_of_many_weights_of_dtypes_that_different_kernels_own():
+    tensors = [[None if x is None else x.cuda() for x in each] for each in many()]
+    for each in tensors[:3]:
+        each[::3] = [x.double() for x in each[::3]]
+    assert_rows_are_those_of_single_calls(*tensors, "auto")

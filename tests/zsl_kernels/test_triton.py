@@ -28,6 +28,7 @@ SUITES = (
     "embedding",
     "integer_operands",
     "linear_cross_entropy",
+    "coordinate_sums",
 )
 FILES = [HERE / f"emulated_triton_{name}.py" for name in ("tiles", "others")] + [HERE / f"test_{name}.py" for name in SUITES]
 

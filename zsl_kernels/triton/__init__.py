@@ -15,10 +15,21 @@ from zsl_kernels.rows import AddedRows
 from zsl_kernels.triton import ghost, linear_cross_entropy, rank_one
 from zsl_kernels.triton import interference as tiled
 from zsl_kernels.triton.backward import backward
+from zsl_kernels.triton.coordinates import coordinate_sums, coordinate_sums_of_many
 from zsl_kernels.triton.embedding import embedding_interference
 from zsl_kernels.types import InterferenceSums
 
-__all__ = ["backward", "embedding_interference", "gram", "interference", "linear_cross_entropy", "missing", "sq_norm"]
+__all__ = [
+    "backward",
+    "coordinate_sums",
+    "coordinate_sums_of_many",
+    "embedding_interference",
+    "gram",
+    "interference",
+    "linear_cross_entropy",
+    "missing",
+    "sq_norm",
+]
 
 _OLDEST = (8, 0)  # compute capability whose matrix units take bfloat16 and tf32
 
