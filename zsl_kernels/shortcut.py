@@ -20,7 +20,8 @@ Kind = tuple[object, ...]
 _PLAIN = (Tensor, torch.nn.Parameter)
 _PLAIN_OR_NONE = {*_PLAIN, type(None)}
 # Kernels that are emulated on tensors of the CPU come and go.
-_IMPLS = {"cpu": ("auto", "cpu", "chunked"), "cuda": ("auto", "chunked", "triton", "cuda")}
+_ON_CPU = ("auto", "cpu", "chunked")
+_ON_CUDA = ("auto", "chunked", "triton", "cuda")
 _MOST = 4096  # kinds: shapes that change with each batch must not add up
 
 _known: dict[Kind, Callable[..., Any]] = {}
@@ -65,12 +66,14 @@ def kind_of(op: str, impl: str, options: object, *tensors: Tensor | None) -> Kin
             return None
     if _is_grad_enabled() and _any_requires_grad(*tensors):
         return None
-    where = "" if tensors[0] is None else tensors[0].device.type
-    if impl not in _IMPLS.get(where, ()):
+    first = tensors[0]
+    if first is not None and first.is_cpu and impl in _ON_CPU:
+        parts.append(_threads())
+    elif first is not None and first.is_cuda and impl in _ON_CUDA:
+        parts += (os.environ.get("TRITON_INTERPRET"), os.environ.get("ZSL_GPU_ARCH"))
+    else:
         return None
-    if where == "cpu":
-        return (*parts, _threads())
-    return (*parts, os.environ.get("TRITON_INTERPRET"), os.environ.get("ZSL_GPU_ARCH"))
+    return tuple(parts)
 
 
 def keep(kind: Kind, call: Callable[..., Any]) -> Callable[..., Any]:
