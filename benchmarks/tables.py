@@ -30,7 +30,7 @@ class Cell:
     """One number of a table: a median, perhaps with a target that it should not exceed."""
 
     value: float
-    unit: str  # "×" a ratio of times, "ms", "µs", "GFLOP/s" or "MB"
+    unit: str  # "×" a ratio of times, "ms", "ms, finely", "µs", "GFLOP/s", "MB", or "" for a count
     target: float | None = None
     details: dict[str, object] = field(default_factory=dict)  # for the JSON: quartiles, rounds, what was compared
 
@@ -39,7 +39,8 @@ class Cell:
         return self.target is not None and round(self.value, 2) > self.target
 
     def __str__(self) -> str:
-        digits = 2 if self.unit == "×" else 1 if self.value < 100 else 0
+        digits = {"×": 2, "ms, finely": 3, "": 0}.get(self.unit, -1)
+        digits = digits if digits >= 0 else 1 if self.value < 100 else 0
         text = f"{self.value:.{digits}f}"
         if self.target is None:
             return text

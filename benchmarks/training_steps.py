@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -65,9 +66,20 @@ def plain(work: Workload) -> None:
     work.losses().sum().backward()
 
 
+_PROBES: WeakKeyDictionary[nn.Module, dict[bool, Probe]] = WeakKeyDictionary()
+
+
+def probe_of(model: nn.Module, gram: bool = False) -> Probe:
+    """One probe for all of a model's steps, as in training."""
+    probes = _PROBES.setdefault(model, {})
+    if gram not in probes:
+        probes[gram] = Probe(model, gram=gram)
+    return probes[gram]
+
+
 def probed(work: Workload, *, gram: bool = False) -> None:
     work.model.zero_grad()
-    probe = Probe(work.model, gram=gram)
+    probe = probe_of(work.model, gram)
     with probe:
         work.losses().sum().backward()
     report = probe.report()

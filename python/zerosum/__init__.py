@@ -6,9 +6,7 @@ The mathematics is in :mod:`zerosum.metrics`, the kernels in :mod:`zsl_kernels`.
 """
 
 from zerosum import changes, deceleration
-from zerosum.capture import example_ids
-from zerosum.probe import Probe
-from zerosum.report import Coverage, ParameterReport, Report
+from zerosum.probe import Coverage, ParameterReport, Probe, Report, auxiliary, example_ids, rule
 from zerosum.tokens import SampledReport, token_report
 
 __all__ = [
@@ -17,8 +15,10 @@ __all__ = [
     "Probe",
     "Report",
     "SampledReport",
+    "auxiliary",
     "changes",
     "deceleration",
     "example_ids",
+    "rule",
     "token_report",
 ]

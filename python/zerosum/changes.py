@@ -23,8 +23,8 @@ import torch.autograd.forward_ad as forward_ad
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from zerosum.loss import check_shape
 from zerosum.metrics import Metric, number_interference
+from zerosum.probe.loss_scale import check_shape
 from zerosum.training.model import token_losses
 
 Losses = Callable[[nn.Module, Tensor, Tensor], Tensor]

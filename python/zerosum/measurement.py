@@ -28,8 +28,8 @@ from zerosum.checkpoints import Checkpoint, Loaded, Series
 from zerosum.evaluation import Sample
 from zerosum.metrics import Metric
 from zerosum.probe import Probe
+from zerosum.probe.report import Coverage
 from zerosum.records import Record, record
-from zerosum.report import Coverage
 from zerosum.tokens import token_report
 from zerosum.training.run import Refused
 from zerosum.updates import Update, gradient_update, optimizer_update

@@ -9,13 +9,14 @@ from torch import Tensor, nn
 
 from zerosum.changes import POSITIONS, Losses, eval_mode, first_order_changes
 from zerosum.probe import check_direction
-from zerosum.report import Coverage, Report, is_embedding
-from zerosum.tokens.passes import ChunkPass, ChunkTracked, Cut, TailPass, find_cut, rounding
+from zerosum.probe.contributions import Contributions, Sums
+from zerosum.probe.parameters import ParameterProbe
+from zerosum.probe.report import Coverage, Report, is_embedding
+from zerosum.probe.results import Pass, Results, add_up
+from zerosum.tokens.passes import ChunkParameter, ChunkPass, Cut, TailPass, find_cut, rounding
 from zerosum.tokens.report import ParameterEstimate, SampledReport, Scalars
 from zerosum.tokens.sampling import Draws
-from zerosum.tracking import Results, Tracked
 from zerosum.training.model import token_losses
-from zerosum.uses import Sums, Uses
 
 Progress = Callable[[int, int], None]
 # More tokens at once gain little: a weight's inputs are shared by a chunk, and its products are wide enough with these.
@@ -159,7 +160,7 @@ class _Measurement:
                 self._take_back(i, tokens, cut.sizes[mine], rows[mine], every, uses, i * T, N * T)
         self._refuse_strayed()
         tracked = self._in_order([*self.tail.finish(), *(self._result(t) for t in self.chunks.tracked)])
-        return Report(tracked, [N * T])
+        return Report(tracked, [Pass(0, N * T)])
 
     def _runs_together(self, short: int) -> bool:
         """Whether several sequences in one batch can be told apart at the cut, as those of (T, N, ·) models cannot."""
@@ -188,7 +189,7 @@ class _Measurement:
         sizes: Tensor,
         rows: Tensor,
         weights: Tensor,
-        uses: Mapping[int, Uses],
+        uses: Mapping[int, Contributions],
         done: int,
         total: int,
     ) -> None:
@@ -212,7 +213,7 @@ class _Measurement:
             raise ValueError(f"memory: expected at least {each} bytes, for the backward pass of one token, got {self.memory}")
         return min(LARGEST_CHUNK, self.memory // max(each, 1))
 
-    def _result(self, t: ChunkTracked) -> Tracked:
+    def _result(self, t: ChunkParameter) -> ParameterProbe:
         """A parameter of the chunks, with results as those of a probe."""
         exact = self._checked(t)
         if exact is None or t.total is None:
@@ -220,11 +221,11 @@ class _Measurement:
         scalars = {name: torch.cat(parts) for name, parts in t.total.scalars.items()}
         fields = {name: scalars.get(name) for name in ("dot", "abs_dot", "gram")}
         sums = Sums(exact, t.total.abs_sum, t.total.sq_sum, scalars["l1"], scalars["sq_norm"], **fields)
-        t.results = Results(sums, 0, 1.0)
-        t.results.add_up(t)
+        t.results = Results(sums, Pass(0, self.x.numel()), t.parameter)
+        add_up([(t.results, t.direction)])
         return t
 
-    def _checked(self, t: ChunkTracked, exactly: bool = True) -> Tensor | None:
+    def _checked(self, t: ChunkParameter, exactly: bool = True) -> Tensor | None:
         """Its gradient's sum over all tokens, if it is covered. The tokens' gradients must add up to it."""
         total, exact = t.total, self.tail.sums.get(id(t.parameter))
         if not t.problem and (total is None or exact is None):
@@ -271,7 +272,7 @@ class _Measurement:
             tokens, weights = (draws.tokens[mine] % T).to(device), draws.weights[mine].to(device)
             self._take_back(i, tokens, sizes[i], rows[i], weights, uses, done + int(mine[0]), total)
 
-    def _influence(self, t: ChunkTracked, draws: int) -> Tensor | None:
+    def _influence(self, t: ChunkParameter, draws: int) -> Tensor | None:
         """∂(Σ_j |G_j| / A_j)/∂A_j up to its sign, for A_j = Σ_i |g_ij| as these draws tell it, which are half of all."""
         if t.total is None or t.problem or is_embedding(t.how, t.parameter.shape):
             return None
@@ -290,7 +291,7 @@ class _Measurement:
         parameters, tracked = [], self._in_order([*self.tail.tracked, *self.chunks.tracked])
         exact = {"l1": 0.0, "sq_norm": 0.0}
         for t in tracked:
-            if isinstance(t, ChunkTracked):
+            if isinstance(t, ChunkParameter):
                 grad_sum = self._checked(t, exactly=False)
                 if grad_sum is None or t.total is None:
                     continue
@@ -312,7 +313,7 @@ class _Measurement:
                 abs_error=error,
                 signed_sum=self.tail.signed[id(t.parameter)],
                 direction=self._direction_of(t.names),
-                exact=not isinstance(t, ChunkTracked),
+                exact=not isinstance(t, ChunkParameter),
             )
             parameters.append(estimate)
         coverage = Coverage(
@@ -332,10 +333,10 @@ class _Measurement:
         names = {name: t.name for t in tracked for name in t.names}
         return SampledReport(parameters, names, coverage, embeddings, halves, scalars, dot, self.x.numel())
 
-    def _in_order(self, tracked: list[Tracked]) -> list[Tracked]:
+    def _in_order(self, tracked: list[ParameterProbe]) -> list[ParameterProbe]:
         places = {id(p): k for k, p in enumerate(self.model.parameters())}
         return sorted(tracked, key=lambda t: places[id(t.parameter)])
 
 
-def _size(t: ChunkTracked) -> float:
+def _size(t: ChunkParameter) -> float:
     return 0.0 if t.total is None else float(t.total.abs_sum.double().norm())

@@ -13,7 +13,6 @@ from __future__ import annotations
 import warnings
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -23,13 +22,16 @@ from torch._functorch.pyfunctorch import temporarily_pop_interpreter_stack
 from torch.autograd.graph import GradientEdge, Node, disable_saved_tensors_hooks, get_gradient_edge, saved_tensors_hooks
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from zerosum.capture import Capture
 from zerosum.changes import Losses
-from zerosum.loss import Loss
-from zerosum.provenance import Layout, Moved, Provenance, Rows, flatten
+from zerosum.probe.capture import Capture
+from zerosum.probe.contributions import SCALARS, Contributions, Sums
+from zerosum.probe.layout import Layout
+from zerosum.probe.loss_scale import Loss
+from zerosum.probe.parameters import ParameterProbe
+from zerosum.probe.proof import UNSEEN, Proof, Prover, Structures
+from zerosum.probe.results import Pass
+from zerosum.probe.rules.again import leaves as tensors_of
 from zerosum.tokens.cut import follows, leaves, position_rows, row_wise, separators
-from zerosum.tracking import Tracked
-from zerosum.uses import SCALARS, Sums, Uses
 from zsl_kernels.types import sum_dtype
 
 Direction = Callable[[list[str]], Tensor | None]
@@ -37,25 +39,27 @@ _SUM = Loss("sum")
 _OTHERWISE = "token_report: expected a model that computes every sequence, and every beginning of one, by the same operations"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class SharedLayout(Layout):
     """Of an activation of one sequence, whose gradients come for several examples at once: all rows are every example's."""
 
     def rows(self, x: Tensor) -> Tensor:
-        x = self._examples(x)
+        x = self._of_examples(x)
         return x.reshape(len(x), -1, x.shape[-1]).expand(self.examples, -1, -1)
-
-    def row_ids(self, x: Tensor) -> None:
-        return None
 
     def slice(self, x: Tensor, mine: slice) -> tuple[Tensor, None]:
         return self.rows(x[mine]), None
 
-    def per_example(self, g: Tensor, keep: int) -> Tensor:
-        return self._examples(g).flatten(1, keep).sum(1).expand(self.examples, *g.shape[keep:])
+    def is_diagonal(self, shape: torch.Size, ndim: int) -> bool:
+        return False
+
+    def per_example(self, g: Tensor, shape: torch.Size) -> Tensor:
+        lead = (1,) * (g.ndim - len(shape)) + tuple(shape)
+        g = self._of_examples(g)
+        return g.sum_to_size((len(g), *lead)).reshape(len(g), *shape).expand(self.examples, *shape)
 
     @staticmethod
-    def _examples(x: Tensor) -> Tensor:
+    def _of_examples(x: Tensor) -> Tensor:
         """(E, *x.shape) of a tensor that vmap has batched, and (1, *x.shape) of another."""
         f = torch._C._functorch
         if not f.is_batchedtensor(x):
@@ -63,30 +67,20 @@ class SharedLayout(Layout):
         return f.get_unwrapped(x).movedim(f.maybe_get_bdim(x), 0)
 
 
-class SharedSequence(Provenance):
+class SharedSequence(Prover):
     """One sequence runs forward, and ``count`` examples, losses of some of its tokens, run backward."""
 
     def __init__(self) -> None:
-        super().__init__(False, 1)
-        self.inseparable = "the examples are tokens of one sequence"
+        super().__init__(loss=_SUM, structures=Structures())
         self.count = 1
 
-    @property
-    def examples(self) -> int:
-        return self.count
-
-    def unbatched(self) -> AbstractContextManager[None]:
-        """Outside of vmap: what a use leaves is not batched any more."""
-        return temporarily_pop_interpreter_stack()
-
-    def layout(self, x: Tensor, features: int) -> Layout:
-        return SharedLayout(self.count, 1)
-
-    def follow(
-        self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], tensors: list[Tensor], result: Any
-    ) -> bool:
-        super().follow(func, args, kwargs, tensors, result)  # which tensors are constants
-        return False
+    def attribute(self, capture: Capture, roots: list[GradientEdge], grads: list[Tensor | None]) -> Proof:
+        layout = SharedLayout(self.count)
+        for site in capture.sites:
+            site.layout = layout
+        self.structures.passes += 1
+        # Outside of vmap: what a use leaves is not batched any more.
+        return Proof(Pass(self.structures.passes, self.count, unbatched=temporarily_pop_interpreter_stack))
 
 
 class Place(NamedTuple):
@@ -125,12 +119,14 @@ class TokenCapture(Capture):
     def __init__(
         self,
         model: nn.Module,
-        provenance: Provenance,
+        prover: Prover,
         direction: Direction,
-        tracked: type[Tracked] = Tracked,
+        parameter_type: type[ParameterProbe] = ParameterProbe,
         cut: Cut | None = None,
     ) -> None:
-        super().__init__(model, provenance=provenance, loss=_SUM, direction=direction, tracked=tracked)
+        super().__init__(model, prover=prover, structures=prover.structures, direction=direction, parameter_type=parameter_type)
+        if isinstance(prover, SharedSequence):
+            self.inseparable = "the examples are tokens of one sequence"
         self._place = None if cut is None else cut.place
         self._stops = False
         self.activations: dict[Node, tuple[torch.Size, Place]] = {}
@@ -141,8 +137,8 @@ class TokenCapture(Capture):
 
     def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
         result = super().__torch_function__(func, types, args, kwargs)
-        if not self._in_backward and torch.is_grad_enabled():
-            for x in flatten((result,)):
+        if not self._depth and torch.is_grad_enabled():
+            for x in tensors_of(result):
                 if isinstance(x, Tensor) and x.grad_fn is not None and self.ref(x) is None:
                     self._note(getattr(func, "__name__", ""), x)
         return result
@@ -159,15 +155,12 @@ class TokenCapture(Capture):
             rows = position_rows(x.detach(), self._shape)
             assert rows is not None
             self.cut = AtCut(get_gradient_edge(x), x.shape, torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64))
-            # From here on each row is its position's own, whatever was mixed before.
-            N, T = self._shape
-            self.provenance.declare(x, Moved(0) if lead == 2 else Rows(T, N * T))
             if self._stops:
                 raise _Reached
 
     def forget_pass(self) -> None:
         """Goes on as if a forward pass without a backward pass had not been."""
-        self._begin_pass()
+        self._begin_epoch()
 
     def forward_to_cut(self, losses: Losses, x: Tensor, y: Tensor) -> AtCut:
         """What :meth:`forward` computes before the cut, without the rest: a head is much of a small model. Fused attention has no
@@ -203,7 +196,7 @@ class TokenCapture(Capture):
 
 def find_cut(model: nn.Module, losses: Losses, x: Tensor, y: Tensor, generator: torch.Generator) -> Cut:
     """The deepest separator whose gradient is row-wise, and behind which the probe can tell what each row does."""
-    capture = TokenCapture(model, Provenance(True, None), _no_direction)
+    capture = TokenCapture(model, _positions(), _no_direction)
     capture.start()
     try:
         with disable_saved_tensors_hooks(
@@ -222,7 +215,7 @@ def find_cut(model: nn.Module, losses: Losses, x: Tensor, y: Tensor, generator: 
     candidates = edges[: apart.index(False) if False in apart else None]
     cuts = []
     for edge in reversed(candidates):
-        before, behind = leaves(edge.node), leaves(values.grad_fn, stop=edge.node)
+        before, behind = (x & {id(p) for p in parameters} for x in (leaves(edge.node), leaves(values.grad_fn, stop=edge.node)))
         cuts.append(Cut(capture.activations[edge.node][1], frozenset(behind - before), frozenset(behind & before)))
     capture.activations.clear()
     capture.release()
@@ -242,22 +235,29 @@ def rounding(eps: float, size: float, largest: float) -> float:
     return min(6e-2, 1e4 * eps) * size + 10 * eps * largest
 
 
+def _positions() -> Prover:
+    """Every position is an example."""
+    return Prover(positions=True, loss=_SUM, structures=Structures())
+
+
 def _no_direction(names: list[str]) -> None:
     return None
 
 
-class _TailTracked(Tracked):
+class _TailParameter(ParameterProbe):
     """Measures what lies behind the cut; of a tied weight it keeps the uses there."""
 
     tied = False
-    uses: Uses | None = None
+    uses: Contributions | None = None
 
     def end_pass(self) -> None:
         # The backward pass went no further than the cut: what is left with a tied weight are its uses in the tail.
         if self.tied:
-            self.uses = self.take(self.capture.pass_number)
-            for late in self._late.values():
-                self.uses.extend(late)
+            self.uses = self.take()
+            if self._late is not None:
+                self.uses = self._late if self.uses is None else self.uses
+                if self.uses is not self._late:
+                    self.uses.extend(self._late)
         super().end_pass()
 
     def on_gradient(self, grad: Tensor) -> None:
@@ -274,20 +274,20 @@ class TailPass:
 
     def __init__(self, model: nn.Module, losses: Losses, cut: Cut, direction: Direction, measure: bool = True) -> None:
         self._losses, self._cut = losses, cut
-        self._capture = TokenCapture(model, Provenance(True, None), direction, _TailTracked, cut)
+        self._capture = TokenCapture(model, _positions(), direction, _TailParameter, cut)
         self.sums: dict[int, Tensor] = {}
         self.signed: dict[int, Tensor] = {}
         self.strayed: set[int] = set()  # parameters that lie on another side of the cut than in the first sequence
-        self.tracked: list[_TailTracked] = []
-        self._others: list[_TailTracked] = []
+        self.tracked: list[_TailParameter] = []
+        self._others: list[_TailParameter] = []
         for t in self._capture.parameters:
-            assert isinstance(t, _TailTracked)
+            assert isinstance(t, _TailParameter)
             t.tied = id(t.parameter) in cut.tied
             (self.tracked if id(t.parameter) in cut.tail else self._others).append(t)
             if not (t.tied or (measure and id(t.parameter) in cut.tail)):
                 t.refuse("not asked for")
 
-    def run(self, x: Tensor, y: Tensor, signs: Tensor | None = None) -> tuple[AtCut, Tensor, dict[int, Uses]]:
+    def run(self, x: Tensor, y: Tensor, signs: Tensor | None = None) -> tuple[AtCut, Tensor, dict[int, Contributions]]:
         """What is at the cut for sequences (N, T), its gradient's rows (N·T, F), and the uses of tied weights in the tail.
 
         ``signs`` (N, T) are of the losses for ``signed``.
@@ -334,7 +334,8 @@ class TailPass:
     def _look_behind(self, values: Tensor, edge: GradientEdge) -> None:
         """Whether the cut of this sequence has the same weights behind it."""
         assert values.grad_fn is not None
-        before, behind = leaves(edge.node), leaves(values.grad_fn, stop=edge.node)
+        mine = {id(t.parameter) for t in self._capture.parameters}
+        before, behind = leaves(edge.node) & mine, leaves(values.grad_fn, stop=edge.node) & mine
         both, cut = behind & before, self._cut
         self.strayed |= (behind - before - cut.tail) | (both - cut.tied) | (before & cut.tail)
 
@@ -363,15 +364,17 @@ class TailPass:
     def close(self) -> None:
         self._capture.release()
 
-    def finish(self) -> list[_TailTracked]:
+    def finish(self) -> list[_TailParameter]:
         with torch.no_grad():
-            self._capture.finish()
             for t in self.tracked:
                 t.finish()
+                if t.results is not None:
+                    t.results.finish(self._capture.passes)
+            self._capture.add_up()
         return self.tracked
 
 
-def _add(sums: dict[int, Tensor], t: Tracked, grad: Tensor | None) -> None:
+def _add(sums: dict[int, Tensor], t: ParameterProbe, grad: Tensor | None) -> None:
     if grad is not None:
         # Not in place: the first one's memory is the results' too.
         before = sums.get(id(t.parameter))
@@ -410,17 +413,17 @@ class Accumulated:
         return (self.sq_sum - self.abs_sum.square() / draws).clamp(min=0) * (draws / (draws - 1))
 
 
-class ChunkTracked(Tracked):
+class ChunkParameter(ParameterProbe):
     """Adds the chunks up. ``tail`` are this chunk's uses behind the cut, of a tied weight."""
 
     total: Accumulated | None = None
-    tail: Uses | None = None
+    tail: Contributions | None = None
     factors: Tensor
 
-    def _finish(self, pass_number: int, uses: Uses) -> Sums:
+    def _finish(self, contributions: Contributions) -> Sums:
         if self.tail is not None:
-            uses.extend(self.tail)
-        sums = uses.combine(self.parameter, self._asked(pass_number))
+            contributions.extend(self.tail)
+        sums = contributions.combine(self.parameter, self._request())
         if self.total is None:
             self.total = Accumulated.zeros(self.parameter)
         self.total.add(sums, self.factors)
@@ -431,7 +434,7 @@ class ChunkTracked(Tracked):
         if not torch._C._functorch.is_batchedtensor(grad):
             super().on_gradient(grad)
         elif not self.problem:
-            self._refuse_unseen()
+            self.refuse(UNSEEN)
 
     def _compare(self, sums: Sums, grad: Tensor, eps: float, plain: Tensor | None) -> None:
         if self.tail is None:
@@ -443,11 +446,11 @@ class ChunkPass:
 
     def __init__(self, model: nn.Module, losses: Losses, cut: Cut, direction: Direction) -> None:
         self._losses = losses
-        self._provenance = SharedSequence()
-        self._capture = TokenCapture(model, self._provenance, direction, ChunkTracked, cut)
-        self.tracked: list[ChunkTracked] = []
+        self._prover = SharedSequence()
+        self._capture = TokenCapture(model, self._prover, direction, ChunkParameter, cut)
+        self.tracked: list[ChunkParameter] = []
         for t in self._capture.parameters:
-            assert isinstance(t, ChunkTracked)
+            assert isinstance(t, ChunkParameter)
             if id(t.parameter) in cut.tail:
                 t.refuse("the tail's")
             else:
@@ -474,13 +477,13 @@ class ChunkPass:
         return found
 
     def run(
-        self, x: Tensor, y: Tensor, tokens: Tensor, rows: Tensor, factors: Tensor, tail: Mapping[int, Uses], sizes: Tensor
+        self, x: Tensor, y: Tensor, tokens: Tensor, rows: Tensor, factors: Tensor, tail: Mapping[int, Contributions], sizes: Tensor
     ) -> None:
         """One chunk of the sequence x (1, T): ``tokens`` (C,) are its positions, ``rows`` (C, F) their gradients at the cut,
         ``factors`` (C,) what each example is multiplied by, ``tail`` the uses of tied weights there, ``sizes`` (T,) those of the
         activation at the cut in the other pass."""
         capture, C = self._capture, len(tokens)
-        self._provenance.count = C
+        self._prover.count = C
         for t in self.tracked:
             t.factors = factors
             t.tail = tail.get(id(t.parameter))

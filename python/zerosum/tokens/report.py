@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from zerosum.metrics import SIGN_FLIP, Metric, number_interference, ratio, root
-from zerosum.report import ByName, Coverage
+from zerosum.probe.report import ByName, Coverage
 from zerosum.tokens.sampling import Draws
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from zerosum.changes import Step
 from zerosum.metrics import Metric
 from zerosum.probe import Probe
-from zerosum.report import Coverage
+from zerosum.probe.report import Coverage
 from zerosum.tokens import token_report
 from zerosum.training.data import VOCAB, Corpus, draw
 from zerosum.training.model import GPT, GPTConfig, token_losses
@@ -82,6 +82,8 @@ class Trainer:
         self.optimizer = torch.optim.AdamW(
             self.model.parameters(), lr=settings.learning_rate, betas=BETAS, weight_decay=WEIGHT_DECAY, fused=True
         )
+        # For all of the run's steps: what is found out about the first holds for the others.
+        self.probe, self.directed = Probe(self.model, gram=True), Probe(self.model)
         self.held_out = draw(corpus.held_out, HELD_OUT_SEQUENCES, settings.positions, settings.seed, 0)
 
     def batch(self, step: int) -> Batch:
@@ -110,10 +112,9 @@ class Trainer:
         batch = self.batch(step)
         with Step(self.model, {"train": batch, "held_out": self.held_out}, micro_batch=HELD_OUT_SEQUENCES) as change:
             step_start = perf_counter()
-            probe = Probe(self.model, gram=True, loss_reduction="mean")
-            with probe:
+            with self.probe:
                 losses = self._backward(batch)
-            report = probe.report()
+            report = self.probe.report()
             trained = self._update(step, losses)
             step_seconds = perf_counter() - step_start
         found = report.metrics | change.metrics | self._along_update(batch, change)
@@ -133,7 +134,7 @@ class Trainer:
             start = perf_counter()
             self._backward(batch)
             middle = perf_counter()
-            with Probe(self.model, gram=True, loss_reduction="mean"):
+            with self.probe:
                 self._backward(batch)
             if turn:  # the first turn warms up
                 plain.append(middle - start)
@@ -162,10 +163,10 @@ class Trainer:
 
         The update is known only after the step's gradient, hence this second pass.
         """
-        probe = Probe(self.model, direction=change.update, loss_reduction="mean")
-        with self._at(list(change.weights.values())), probe:
+        self.directed.direction = change.update
+        with self._at(list(change.weights.values())), self.directed:
             self._backward(batch)
-        found = probe.report().metrics
+        found = self.directed.report().metrics
         decomposition = {name: found[name] for name in ("C_g", "C_uG", "C_ug")}
         return decomposition | {f"first_order.{name}": found[name] for name in ("C", "D", "M")}
 

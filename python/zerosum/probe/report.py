@@ -12,7 +12,9 @@ import torch
 from torch import Tensor
 
 from zerosum.metrics import Metric, add_coordinates, gradient_metrics
-from zerosum.tracking import Results, Tracked
+from zerosum.probe.parameters import ParameterProbe
+from zerosum.probe.proof import Proof
+from zerosum.probe.results import Pass, Results, coordinate_sums
 from zsl_kernels import CoordinateSums
 
 P = TypeVar("P")
@@ -31,6 +33,11 @@ class ParameterReport:
         self._results = results
         self._sums = results.sums
         self._shape = shape
+
+    @cached_property
+    def _scale(self) -> float:
+        """Waits for the device, where the loss's factors were read there."""
+        return self._results.scale * float(self._results.common)
 
     @property
     def grad_sum(self) -> Tensor:
@@ -68,8 +75,8 @@ class ParameterReport:
 
     @cached_property
     def coordinates(self) -> CoordinateSums:
-        c, s = self._results.coordinates, self._results.scale
-        assert c is not None  # a finished one has them
+        assert self._results.coordinates is not None  # a finished one has them
+        c, s = coordinate_sums(self._results.coordinates), self._scale
         return c._replace(grad_sq=c.grad_sq * s * s, sq=c.sq * s * s, p_sum=c.p_sum * s, p_abs=c.p_abs * s, p_root=c.p_root * s)
 
     @cached_property
@@ -92,8 +99,7 @@ class ParameterReport:
         return self._scaled(x.view(self._shape), power)
 
     def _scaled(self, x: Tensor, power: int) -> Tensor:
-        scale = self._results.scale
-        return x if scale == 1 else x * scale**power
+        return x if self._scale == 1 else x * self._scale**power
 
     def __repr__(self) -> str:
         return f"ParameterReport({self.name!r}, how={self.how!r}, D_grad={self.metrics['D_grad'].value:.4f})"
@@ -125,6 +131,31 @@ class Coverage:
         return "\n".join(lines)
 
 
+@dataclass(frozen=True)
+class Evidence:
+    """How rows were attributed to examples in a block: in ``proved`` of its ``passes`` backward passes by ``extra`` more, in the
+    others as in the pass of the same structure that was proved before. ``trusted`` is what was taken for granted."""
+
+    passes: int
+    proved: int
+    extra: int
+    trusted: tuple[str, ...]
+
+    @classmethod
+    def of(cls, proofs: list[Proof]) -> Evidence:
+        new = [proof for proof in proofs if proof.passes]
+        trusted = tuple(dict.fromkeys(proof.trusted for proof in proofs if proof.trusted))
+        return cls(len(proofs), len(new), sum(proof.passes for proof in new), trusted)
+
+    def __str__(self) -> str:
+        if not self.passes:
+            return "nothing was measured"
+        said = f"attribution proved in {self.proved} of {self.passes} passes by {self.extra} extra backward passes"
+        if not self.proved:
+            said = "attribution as proved before"
+        return "; ".join([said, *(f"not proved: {what}" for what in self.trusted)])
+
+
 class ByName(Generic[P]):
     """A report's parameters. ``report[name]`` is one parameter's, by any of its names; iteration goes over the covered names.
 
@@ -154,10 +185,17 @@ class ByName(Generic[P]):
 
 
 class Report(ByName[ParameterReport]):
-    """The results of one probed step."""
+    """The results of one probed block: sums over its backward passes, and the examples of all of them one after another.
 
-    def __init__(self, tracked: list[Tracked], batches: list[int]) -> None:
-        self.num_examples = sum(batches)
+    Attributes:
+        num_examples: N.
+        coverage: which parameters are covered, and why others are not.
+        proof: how it was made sure whose rows are whose.
+    """
+
+    def __init__(self, tracked: list[ParameterProbe], passes: list[Pass], proofs: list[Proof] | None = None) -> None:
+        self.num_examples = sum(p.examples for p in passes)
+        self.proof = Evidence.of(proofs or [])
         parameters = {
             t.name: ParameterReport(t.name, " + ".join(t.how), t.results, t.parameter.shape)
             for t in tracked
@@ -228,7 +266,7 @@ class Report(ByName[ParameterReport]):
         return not self.not_finite
 
     def __str__(self) -> str:
-        lines = [f"{self.num_examples} examples; {self.coverage}"]
+        lines = [f"{self.num_examples} examples; {self.coverage}", str(self.proof)]
         if not self.finite:
             lines.append(f"NOT FINITE: {', '.join(self.not_finite)}")
         for name, metric in self.metrics.items():

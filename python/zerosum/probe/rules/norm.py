@@ -2,53 +2,42 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 import zsl_kernels as zk
-from zerosum.layers.broadcast import bias_gradients, scale_gradients
-from zerosum.layers.site import Site
-from zerosum.provenance import Uncovered
-from zerosum.tracking import Ref
-from zerosum.uses import Dense
-
-if TYPE_CHECKING:
-    from zerosum.capture import Capture
+from zerosum.probe.contributions import Dense
+from zerosum.probe.layout import Layout, Uncovered
+from zerosum.probe.parameters import Ref
+from zerosum.probe.rules.broadcast import scale_gradients
+from zerosum.probe.rules.linear import bias_gradients
+from zerosum.probe.rules.site import Rows, RuleContext, Site
 
 
-def layer_norm_rule(capture: Capture, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+def layer_norm_rule(context: RuleContext, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
     x, shape, weight, bias, eps = _layer_norm_arguments(*args, **kwargs)
     if len(shape) != 1 or torch.is_autocast_enabled(x.device.type):
         call = _Call(lambda x, weight, bias: F.layer_norm(x, shape, weight, bias, eps), len(shape), False)
-        return _normalize(capture, call, x, weight, bias, "layer_norm")
-    site, tensors = _site(capture, x, 1, weight, bias, "layer_norm")
-    return _LayerNorm.apply(x, *tensors, list(shape), eps, site)
+        return _normalize(context, call, x, weight, bias, "layer_norm")
+    site, tensors = _site(context, x, x.shape[:-1], weight, bias, "layer_norm")
+    return _LayerNorm.apply(x, *tensors, list(shape), eps, context.anchor, site)
 
 
-def rms_norm_rule(capture: Capture, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+def rms_norm_rule(context: RuleContext, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
     x, shape, weight, eps = _rms_norm_arguments(*args, **kwargs)
     call = _Call(lambda x, weight, bias: F.rms_norm(x, shape, weight, eps), len(shape), False)
-    return _normalize(capture, call, x, weight, None, "rms_norm")
+    return _normalize(context, call, x, weight, None, "rms_norm")
 
 
-def group_norm_rule(capture: Capture, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+def group_norm_rule(context: RuleContext, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
     x, groups, weight, bias, eps = _group_norm_arguments(*args, **kwargs)
     call = _Call(lambda x, weight, bias: F.group_norm(x, groups, weight, bias, eps), x.ndim - 1, True)
-    return _normalize(capture, call, x, weight, bias, "group_norm")
-
-
-def batch_norm_rule(capture: Capture, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-    if kwargs.get("training", args[5] if len(args) > 5 else False):
-        raise RuntimeError(
-            "zerosum.Probe: batch_norm in training mode couples the examples: none of them has a gradient of its own. Call "
-            "model.eval(), or use another normalization"
-        )
-    raise Uncovered("running statistics")
+    return _normalize(context, call, x, weight, bias, "group_norm")
 
 
 @dataclass(frozen=True)
@@ -62,6 +51,10 @@ class _Call:
     def rows(self, y: Tensor) -> Tensor:
         """With the weight's entries in one last dimension."""
         return y.movedim(1, -1) if self.channels else y.flatten(-self.ndim)
+
+    def lead(self, x: Tensor) -> Sequence[int]:
+        """The dimensions of the rows."""
+        return (x.shape[0], *x.shape[2:]) if self.channels else x.shape[: x.ndim - self.ndim]
 
     def use(self, g: Tensor, ref: Ref | None) -> Dense:
         """Each example's gradient (E, entries) of the weight."""
@@ -79,16 +72,22 @@ class _Call:
 
 
 def _site(
-    capture: Capture, x: Tensor, features: int, weight: Tensor | None, bias: Tensor | None, how: str
+    context: RuleContext,
+    x: Tensor,
+    lead: Sequence[int],
+    weight: Tensor | None,
+    bias: Tensor | None,
+    how: str,
+    rows_of: Rows | None = None,
 ) -> tuple[Site, list[Tensor | None]]:
-    if capture.ref(x) is not None:
+    if context.ref(x) is not None:
         raise Uncovered("an input that is a weight")
-    return Site.of(capture, capture.provenance.layout(x, features), how, weight, bias)
+    return Site.of(context, how, lead, weight, bias, rows_of=rows_of)
 
 
-def _normalize(capture: Capture, call: _Call, x: Tensor, weight: Tensor | None, bias: Tensor | None, how: str) -> Tensor:
-    site, tensors = _site(capture, x, call.ndim, weight, bias, how)
-    return _Normalize.apply(x, *tensors, call, site)
+def _normalize(context: RuleContext, call: _Call, x: Tensor, weight: Tensor | None, bias: Tensor | None, how: str) -> Tensor:
+    site, tensors = _site(context, x, call.lead(x), weight, bias, how, call.rows)
+    return _Normalize.apply(x, *tensors, call, context.anchor, site)
 
 
 def _layer_norm_arguments(
@@ -114,7 +113,7 @@ class _Normalize(torch.autograd.Function):
     """Any normalization. Its backward normalizes again, without weight and bias, and differentiates that."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, call: _Call, site: Site) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, call: _Call, anchor: Tensor, site: Site) -> Tensor:
         ctx.site, ctx.call = site, call
         ctx.save_for_backward(x, weight)
         return call.function(x, weight, bias)
@@ -122,32 +121,35 @@ class _Normalize(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
-        call, site, layout = ctx.call, ctx.site, ctx.site.layout
+        call, site = ctx.call, ctx.site
         grads: list[Tensor | None] = [None] * 3
         with torch._C.DisableTorchFunction():
+            b = call.rows(grad)
+            naming = site.named(grad)
             differentiable = torch.is_grad_enabled()
             # (The input is one, also where gradients come for several examples at once.)
-            with torch.enable_grad(), site.capture.provenance.unbatched():
+            with torch.enable_grad(), site.context.unbatched():
                 x = x if differentiable else x.detach().requires_grad_()
                 y = call.function(x, None, None)
-            b = call.rows(grad)
             if ctx.needs_input_grad[0]:
                 through = grad if weight is None else grad * call.per_row(weight, grad)
                 (grads[0],) = torch.autograd.grad(y, x, through.to(y.dtype), create_graph=differentiable)
-            if ctx.needs_input_grad[1]:
+            if ctx.needs_input_grad[1] and not naming:
                 normed = call.rows(y if differentiable else y.detach())
-                site.leave(lambda: call.use(scale_gradients(layout, normed.detach(), b.detach()), site.refs[0]))
                 grads[1] = call.weight_shaped(b * normed, grad) if site.plain() else None
-            if ctx.needs_input_grad[2]:
-                site.leave(lambda: call.use(bias_gradients(layout, b.detach()), site.refs[1]), 1)
+                own = site.leave(lambda layout: call.use(scale_gradients(layout, normed.detach(), b.detach()), site.refs[0]))
+                grads[1] = grads[1] if own is None else own
+            if ctx.needs_input_grad[2] and not naming:
                 grads[2] = call.weight_shaped(b, grad) if site.plain(1) else None
-        return *grads, None, None
+                own = site.leave(lambda layout: call.use(bias_gradients(layout, b.detach()), site.refs[1]), 1)
+                grads[2] = grads[2] if own is None else own
+        return *grads, None, None, None
 
 
 class _LayerNorm(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, shape: list[int], eps: float, site: Site
+        ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, shape: list[int], eps: float, anchor: Tensor, site: Site
     ) -> Tensor:
         ctx.site, ctx.shape = site, shape
         y, mean, rstd = torch.native_layer_norm(x, shape, weight, bias, eps)
@@ -157,20 +159,29 @@ class _LayerNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, bias, mean, rstd = ctx.saved_tensors
+        site: Site = ctx.site
         with torch._C.DisableTorchFunction():
-            site, layout = ctx.site, ctx.site.layout
+            naming = site.named(grad)
             needs = ctx.needs_input_grad[:3]
-            plain = [needs[0], needs[1] and site.plain(), needs[2] and site.plain(1)]
-            grads = torch.ops.aten.native_layer_norm_backward(grad, x, ctx.shape, mean, rstd, weight, bias, plain)
-            b = layout.rows(grad.detach())
-            if needs[1] and site.ref() is not None:
-                # One pass for both; a bias that is not wanted costs nothing to speak of.
-                moments = (layout.rows(y).squeeze(-1) for y in (mean, rstd))
-                operands = dict(zip(("mean", "rstd"), moments, strict=True)) | layout.ragged(grad)
-                scale, shift = zk.scale_bias_grad(layout.rows(x.detach()), b, **operands)
-                site.leave(lambda: Dense(scale))
-            elif needs[2] and site.ref(1) is not None:
-                shift = bias_gradients(layout, grad.detach())
-            if needs[2]:
-                site.leave(lambda: Dense(shift), 1)
-            return *(g if p else None for g, p in zip(grads, plain, strict=True)), None, None, None
+            plain = [needs[0], *(needs[k] and not naming and site.plain(k - 1) for k in (1, 2))]
+            grads = list(torch.ops.aten.native_layer_norm_backward(grad, x, ctx.shape, mean, rstd, weight, bias, plain))
+            grads = [g if p else None for g, p in zip(grads, plain, strict=True)]
+            if not naming:
+                scale, shift = (needs[k] and site.ref(k - 1) is not None for k in (1, 2))
+                if scale:
+                    # One pass for both; a bias that is not wanted costs nothing to speak of.
+                    found = _layer_norm_gradients(site.layout, x.detach(), grad.detach(), mean, rstd)
+                    grads[1] = own if (own := site.leave(lambda layout: Dense(found[0]))) is not None else grads[1]
+                    if shift:
+                        grads[2] = own if (own := site.leave(lambda layout: Dense(found[1]), 1)) is not None else grads[2]
+                elif shift:
+                    own = site.leave(lambda layout: Dense(bias_gradients(layout, grad.detach())), 1)
+                    grads[2] = grads[2] if own is None else own
+            return *grads, *[None] * 4
+
+
+def _layer_norm_gradients(layout: Layout | None, x: Tensor, grad: Tensor, mean: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor]:
+    """(E, K) gradients of the scale and of the shift."""
+    assert layout is not None
+    moments: dict[str, Any] = {name: layout.rows(y).squeeze(-1) for name, y in (("mean", mean), ("rstd", rstd))}
+    return zk.scale_bias_grad(layout.rows(x), layout.rows(grad), **moments, **layout.ragged(grad.device))

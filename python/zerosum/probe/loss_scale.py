@@ -1,4 +1,4 @@
-"""What was differentiated, and what it has to do with the examples' own losses."""
+"""What the user says that each example's loss was divided by before the losses were added."""
 
 from __future__ import annotations
 
@@ -17,10 +17,16 @@ class Loss:
     factor: float = 1.0
 
     @property
-    def _uneven(self) -> Tensor | None:
+    def uneven(self) -> Tensor | None:
         """The denominators, where they are not one number."""
         d = self.reduction
-        return d if isinstance(d, Tensor) and d.numel() > 1 and bool((d != d[0]).any()) else None
+        return d if isinstance(d, Tensor) and d.numel() > 1 and bool((d != d.flatten()[0]).any()) else None
+
+    @property
+    def shown(self) -> str:
+        return (
+            repr(self.reduction) if isinstance(self.reduction, str) else f"{float(torch.as_tensor(self.reduction).flatten()[0]):g}"
+        )
 
     def scale(self, examples: int) -> float:
         """g_i = scale · the gradient of what was differentiated, but for :meth:`scales`."""
@@ -28,12 +34,12 @@ class Loss:
         if isinstance(d, str):
             return (examples if d == "mean" else 1) / self.factor
         if isinstance(d, Tensor):
-            d = 1.0 if self._uneven is not None else float(d.flatten()[0])
+            d = 1.0 if self.uneven is not None else float(d.flatten()[0])
         return d / self.factor
 
     def scales(self, first: int, examples: int) -> Tensor | None:
         """The denominators of these examples, where they are not one number."""
-        d = self._uneven
+        d = self.uneven
         if d is not None and first + examples > len(d):
             self.check(first + examples)
         return None if d is None else d[first : first + examples]
@@ -44,10 +50,6 @@ class Loss:
         if isinstance(d, Tensor) and d.ndim and len(d) != examples:
             raise ValueError(f"loss_reduction: expected a denominator for each of {examples} examples, got shape {tuple(d.shape)}")
 
-    def couples(self, ignored: bool) -> bool:
-        """Whether a mean over all tokens, some of them ignored, is not what ``reduction`` says."""
-        return self.reduction == "sum" or (self.reduction == "mean" and ignored) if isinstance(self.reduction, str) else False
-
 
 def check_shape(argument: str, value: Any, like: Tensor) -> None:
     """Raises where a user's value for ``like`` is no tensor of its shape."""
@@ -57,9 +59,9 @@ def check_shape(argument: str, value: Any, like: Tensor) -> None:
 
 
 def check_loss_reduction(d: Any) -> None:
-    """Raises where ``d`` is not a reduction that :class:`Loss` knows."""
+    """Raises where ``d`` is not a reduction."""
     if isinstance(d, str):
-        if d in ("sum", "mean"):
+        if d in ("auto", "sum", "mean"):
             return
     elif isinstance(d, Tensor):
         if d.ndim <= 1 and d.numel() and not d.is_complex() and d.dtype != torch.bool and bool((d > 0).all()):
@@ -67,4 +69,6 @@ def check_loss_reduction(d: Any) -> None:
         d = f"a tensor of shape {tuple(d.shape)}" + (", not all of it positive" if d.ndim <= 1 else "")
     elif isinstance(d, (int, float)) and not isinstance(d, bool) and d > 0:
         return
-    raise ValueError(f"loss_reduction: expected 'sum', 'mean', or positive denominators as a number or a tensor (N,), got {d!r}")
+    raise ValueError(
+        f"loss_reduction: expected 'auto', 'sum', 'mean', or positive denominators as a number or a tensor (N,), got {d!r}"
+    )

@@ -1,4 +1,4 @@
-"""Uses of a weight: what one operation tells of every example's gradient without holding it, and how several become one result.
+"""What one use of a weight tells of every example's gradient without holding it, and how several uses become one result.
 
 A weight's per-example gradient is the sum over its uses, and every |·| and square is taken of that sum. So uses are gathered
 until all of a backward pass's have come, and only then combined, by the cheapest exact way.
@@ -69,15 +69,15 @@ class Piece(NamedTuple):
 
 
 @dataclass
-class Product:
+class OuterProduct:
     """g_i = Σ_t left_itᵀ right_it: (E, T, R) and (E, T, C), or rows (P, R) and (P, C) with the example of each."""
 
     left: Tensor
     right: Tensor
     ids: Tensor | None = None
 
-    def transposed(self) -> Product:
-        return Product(self.right, self.left, self.ids)
+    def transposed(self) -> OuterProduct:
+        return OuterProduct(self.right, self.left, self.ids)
 
     def flat(self) -> tuple[Tensor, Tensor, Tensor]:
         """As rows with their examples."""
@@ -100,20 +100,22 @@ class Product:
             torch.mm(left[mine].mT, right[mine], out=g[i])
         return g
 
-    def scaled(self, by: Tensor) -> Product:
+    def scaled(self, by: Tensor) -> OuterProduct:
         factor = by.to(self.left.dtype)
-        return Product(self.left * (factor[:, None, None] if self.ids is None else factor[self.ids, None]), self.right, self.ids)
+        return OuterProduct(
+            self.left * (factor[:, None, None] if self.ids is None else factor[self.ids, None]), self.right, self.ids
+        )
 
-    def picked(self, examples: Tensor) -> Product:
+    def picked(self, examples: Tensor) -> OuterProduct:
         """Of some of the examples alone, in this order."""
         if self.ids is None:
-            return Product(self.left[examples], self.right[examples])
+            return OuterProduct(self.left[examples], self.right[examples])
         which, ids = (self.ids[:, None] == examples).nonzero(as_tuple=True)
-        return Product(self.left[which], self.right[which], ids)
+        return OuterProduct(self.left[which], self.right[which], ids)
 
 
 @dataclass
-class Lookup:
+class RowGather:
     """g_i has the rows Σ_{t: ids_it = v} e_it: (E, T) and (E, T, K), or (P,) and (P, K) with the example of each. Negative ids are
     skipped."""
 
@@ -136,16 +138,16 @@ class Lookup:
         g.index_put_((ids, torch.where(at < 0, self.num_rows, at)), self.e.flatten(0, -2).to(dtype), accumulate=True)
         return g[:, :-1]
 
-    def scaled(self, by: Tensor) -> Lookup:
+    def scaled(self, by: Tensor) -> RowGather:
         factor = by.to(self.e.dtype)
         e = self.e * (factor[:, None, None] if self.ids is None else factor[self.ids, None])
-        return Lookup(self.rows, e, self.num_rows, self.ids)
+        return RowGather(self.rows, e, self.num_rows, self.ids)
 
-    def picked(self, examples: Tensor) -> Lookup:
+    def picked(self, examples: Tensor) -> RowGather:
         if self.ids is None:
-            return Lookup(self.rows[examples], self.e[examples], self.num_rows)
+            return RowGather(self.rows[examples], self.e[examples], self.num_rows)
         which, ids = (self.ids[:, None] == examples).nonzero(as_tuple=True)
-        return Lookup(self.rows[which], self.e[which], self.num_rows, ids)
+        return RowGather(self.rows[which], self.e[which], self.num_rows, ids)
 
 
 @dataclass
@@ -168,7 +170,7 @@ class Dense:
 
 
 @dataclass
-class Own:
+class DiagonalRows:
     """g_i is (*piece[1:]) in row i and zero in the others: of a weight that was repeated for the examples. (E, *piece[1:])."""
 
     g: Tensor
@@ -181,15 +183,15 @@ class Own:
         g.diagonal(dim1=0, dim2=1).copy_(self.g.movedim(0, -1))
         return g
 
-    def scaled(self, by: Tensor) -> Own:
-        return Own(self.g * by.to(self.g.dtype).view(-1, *[1] * (self.g.ndim - 1)))
+    def scaled(self, by: Tensor) -> DiagonalRows:
+        return DiagonalRows(self.g * by.to(self.g.dtype).view(-1, *[1] * (self.g.ndim - 1)))
 
-    def picked(self, examples: Tensor) -> Own:
+    def picked(self, examples: Tensor) -> DiagonalRows:
         raise NotImplementedError("a weight that was repeated for the examples is no weight of some of them")
 
 
 @dataclass
-class Head:
+class StreamedHead:
     """A :func:`zsl_kernels.linear_cross_entropy`: a product whose left side, the gradient of the logits, is computed a chunk of the
     vocabulary at a time."""
 
@@ -211,18 +213,18 @@ class Head:
         return torch.cat([b.flatten(0, -2).mT @ self.h.flatten(0, -2) for _, _, b in self.chunks()])
 
     def materialize(self, examples: int, dtype: torch.dtype) -> Tensor:
-        return torch.cat([Product(b, self.h).materialize(examples, dtype) for _, _, b in self.chunks()], 1)
+        return torch.cat([OuterProduct(b, self.h).materialize(examples, dtype) for _, _, b in self.chunks()], 1)
 
-    def scaled(self, by: Tensor) -> Head:
+    def scaled(self, by: Tensor) -> StreamedHead:
         c = self.c * by.to(self.c.dtype)[:, None]
-        return Head(self.h, self.weight, self.targets, self.lse, c, self.ignore_index, self.chunk)
+        return StreamedHead(self.h, self.weight, self.targets, self.lse, c, self.ignore_index, self.chunk)
 
-    def picked(self, examples: Tensor) -> Head:
+    def picked(self, examples: Tensor) -> StreamedHead:
         h, targets, lse, c = (x[examples] for x in (self.h, self.targets, self.lse, self.c))
-        return Head(h, self.weight, targets, lse, c, self.ignore_index, self.chunk)
+        return StreamedHead(h, self.weight, targets, lse, c, self.ignore_index, self.chunk)
 
 
-Use = Product | Lookup | Dense | Own | Head
+Contribution = OuterProduct | RowGather | Dense | DiagonalRows | StreamedHead
 
 
 @dataclass
@@ -246,7 +248,7 @@ WEIGHT_SHAPED = {"grad_sum": 1, "abs_sum": 1, "sq_sum": 2}
 
 
 @dataclass
-class Asked:
+class Request:
     """What is computed of a weight's gradients."""
 
     examples: int
@@ -256,16 +258,16 @@ class Asked:
 
 
 @dataclass
-class Uses:
-    """The uses of one weight in one backward pass, by the piece of the weight that was used."""
+class Contributions:
+    """What the uses of one weight leave in one backward pass, by the piece of the weight that was used."""
 
     base: Piece
-    of_piece: dict[Piece, list[Use]] = field(default_factory=dict)
+    of_piece: dict[Piece, list[Contribution]] = field(default_factory=dict)
 
-    def add(self, piece: Piece, use: Use) -> None:
-        if isinstance(use, Product) and piece.transposed:
+    def add(self, piece: Piece, use: Contribution) -> None:
+        if isinstance(use, OuterProduct) and piece.transposed:
             piece, use = piece.t(), use.transposed()
-        if isinstance(use, Own) and piece.stride[0] == 0:
+        if isinstance(use, DiagonalRows) and piece.stride[0] == 0:
             piece, use = Piece(piece.size[1:], piece.stride[1:], piece.offset), Dense(use.g)
         if isinstance(use, Dense):
             # Entries that were repeated in memory are one entry, whose gradient is the sum.
@@ -284,15 +286,15 @@ class Uses:
         """The unit roundoff of the least precise use."""
         return max((torch.finfo(dtype_of(use)).eps for uses in self.of_piece.values() for use in uses), default=0.0)
 
-    def scaled(self, by: Tensor) -> Uses:
+    def scaled(self, by: Tensor) -> Contributions:
         """With every example's gradient multiplied by its factor."""
-        return Uses(self.base, {piece: [use.scaled(by) for use in uses] for piece, uses in self.of_piece.items()})
+        return Contributions(self.base, {piece: [use.scaled(by) for use in uses] for piece, uses in self.of_piece.items()})
 
-    def picked(self, examples: Tensor) -> Uses:
+    def picked(self, examples: Tensor) -> Contributions:
         """Of some of the examples alone, in this order."""
-        return Uses(self.base, {piece: [use.picked(examples) for use in uses] for piece, uses in self.of_piece.items()})
+        return Contributions(self.base, {piece: [use.picked(examples) for use in uses] for piece, uses in self.of_piece.items()})
 
-    def extend(self, other: Uses) -> None:
+    def extend(self, other: Contributions) -> None:
         for piece, uses in other.of_piece.items():
             self.of_piece.setdefault(piece, []).extend(uses)
 
@@ -314,7 +316,7 @@ class Uses:
                 mine.add_(use.materialize(examples, dtype).reshape(examples, *piece.size))
         return total.as_strided((examples, *self.base.size), (extent, *self.base.stride))
 
-    def combine(self, like: Tensor, asked: Asked) -> Sums:
+    def combine(self, like: Tensor, asked: Request) -> Sums:
         """Every field, of the sum over the uses."""
         if asked.scale is not None:
             self.of_piece = self.scaled(asked.scale).of_piece
@@ -375,10 +377,10 @@ def _disjoint(pieces: Sequence[Piece], base: Piece) -> bool:
     return True
 
 
-def _combine_piece(piece: Piece, uses: list[Use], asked: Asked, direction: Tensor | None) -> Sums:
-    products = [use for use in uses if isinstance(use, Product)]
-    lookups = [use for use in uses if isinstance(use, Lookup)]
-    heads = [use for use in uses if isinstance(use, Head)]
+def _combine_piece(piece: Piece, uses: list[Contribution], asked: Request, direction: Tensor | None) -> Sums:
+    products = [use for use in uses if isinstance(use, OuterProduct)]
+    lookups = [use for use in uses if isinstance(use, RowGather)]
+    heads = [use for use in uses if isinstance(use, StreamedHead)]
     if len(products) == len(uses):
         return _products(products, None, asked, direction)
     if len(lookups) == len(uses):
@@ -394,29 +396,31 @@ def _combine_piece(piece: Piece, uses: list[Use], asked: Asked, direction: Tenso
     return _dense(Dense(parts[0] if len(parts) == 1 else torch.stack(parts).sum(0)), asked, direction)
 
 
-def dtype_of(use: Use) -> torch.dtype:
+def dtype_of(use: Contribution) -> torch.dtype:
     """In which its part of the gradient was computed."""
-    return (
-        use.left if isinstance(use, Product) else use.e if isinstance(use, Lookup) else use.h if isinstance(use, Head) else use.g
-    ).dtype
+    if isinstance(use, OuterProduct):
+        return use.left.dtype
+    if isinstance(use, RowGather):
+        return use.e.dtype
+    return use.h.dtype if isinstance(use, StreamedHead) else use.g.dtype
 
 
-def _one_product(uses: list[Product]) -> Product:
+def _one_product(uses: list[OuterProduct]) -> OuterProduct:
     if len(uses) == 1:
         return uses[0]
     dtype = max((use.left.dtype for use in uses), key=lambda dtype: dtype.itemsize)
-    uses = [Product(use.left.to(dtype), use.right.to(dtype), use.ids) for use in uses]
+    uses = [OuterProduct(use.left.to(dtype), use.right.to(dtype), use.ids) for use in uses]
     if all(use.ids is None for use in uses):
-        return Product(torch.cat([use.left for use in uses], 1), torch.cat([use.right for use in uses], 1))
-    return Product(*(torch.cat(parts) for parts in zip(*(use.flat() for use in uses), strict=True)))
+        return OuterProduct(torch.cat([use.left for use in uses], 1), torch.cat([use.right for use in uses], 1))
+    return OuterProduct(*(torch.cat(parts) for parts in zip(*(use.flat() for use in uses), strict=True)))
 
 
-def _one_lookup(uses: list[Lookup]) -> Lookup:
+def _one_lookup(uses: list[RowGather]) -> RowGather:
     if len(uses) == 1:
         return uses[0]
     if all(use.ids is None for use in uses):
-        return Lookup(torch.cat([use.rows for use in uses], 1), torch.cat([use.e for use in uses], 1), uses[0].num_rows)
-    return Lookup(
+        return RowGather(torch.cat([use.rows for use in uses], 1), torch.cat([use.e for use in uses], 1), uses[0].num_rows)
+    return RowGather(
         torch.cat([use.rows.flatten() for use in uses]),
         torch.cat([use.e.flatten(0, -2) for use in uses]),
         uses[0].num_rows,
@@ -424,20 +428,20 @@ def _one_lookup(uses: list[Lookup]) -> Lookup:
     )
 
 
-def _example_ids(use: Lookup) -> Tensor:
+def _example_ids(use: RowGather) -> Tensor:
     if use.ids is not None:
         return use.ids
     E, T = use.rows.shape
     return torch.arange(E, device=use.rows.device).repeat_interleave(T)
 
 
-def _products(uses: list[Product], lookup: Lookup | None, asked: Asked, direction: Tensor | None) -> Sums:
+def _products(uses: list[OuterProduct], lookup: RowGather | None, asked: Request, direction: Tensor | None) -> Sums:
     product = _one_product(uses)
     embedding: tuple[Tensor, ...] | None = None
     if lookup is not None:
         embedding = (lookup.rows, lookup.e)
         if product.ids is not None or lookup.ids is not None:
-            product = Product(*product.flat())
+            product = OuterProduct(*product.flat())
             embedding = (lookup.rows.flatten(), lookup.e.flatten(0, -2), _example_ids(lookup))
     # interference's a and b are a weight's columns and rows.
     sums = zk.interference(
@@ -452,7 +456,7 @@ def _products(uses: list[Product], lookup: Lookup | None, asked: Asked, directio
     return Sums(*sums)
 
 
-def _lookups(lookup: Lookup, asked: Asked, direction: Tensor | None) -> Sums:
+def _lookups(lookup: RowGather, asked: Request, direction: Tensor | None) -> Sums:
     sums = zk.embedding_interference(
         lookup.rows,
         lookup.e,
@@ -465,7 +469,7 @@ def _lookups(lookup: Lookup, asked: Asked, direction: Tensor | None) -> Sums:
     return Sums(**{name: getattr(sums, name) for name in (*WEIGHT_SHAPED, *SCALARS)}, rows=sums.rows)
 
 
-def _dense(use: Dense, asked: Asked, direction: Tensor | None) -> Sums:
+def _dense(use: Dense, asked: Request, direction: Tensor | None) -> Sums:
     flat = use.g.reshape(asked.examples, math.prod(use.g.shape[1:]))
     u = None if direction is None else direction.reshape(-1)
     sums = Sums(*zk.dense_interference(flat, direction=u, gram=asked.gram))
@@ -474,7 +478,7 @@ def _dense(use: Dense, asked: Asked, direction: Tensor | None) -> Sums:
     return sums
 
 
-def _head(use: Head, lookup: Lookup | None, asked: Asked, direction: Tensor | None) -> Sums:
+def _head(use: StreamedHead, lookup: RowGather | None, asked: Request, direction: Tensor | None) -> Sums:
     """The head's chunks of the vocabulary, each with the embedding's rows that fall into it."""
     sums = HeadSums(use.h, use.weight.shape[0], direction, asked.gram)
     embedding = None

@@ -6,19 +6,16 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from zerosum.layers.site import Site
-from zerosum.provenance import Uncovered
-from zerosum.tracking import Ref
-from zerosum.uses import Lookup, Piece
-
-if TYPE_CHECKING:
-    from zerosum.capture import Capture
+from zerosum.probe.contributions import Piece, RowGather
+from zerosum.probe.layout import Layout, Uncovered
+from zerosum.probe.parameters import Ref
+from zerosum.probe.rules.site import RuleContext, Site
 
 
 def plain(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
@@ -33,30 +30,28 @@ def rows(*args: Any, **kwargs: Any) -> Tensor:
     return ids if padding_idx is None else torch.where(ids == padding_idx % weight.shape[0], -1, ids)
 
 
-def rule(capture: Capture, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+def rule(context: RuleContext, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
     ids, weight, *_ = _arguments(*args, **kwargs)
-    ref = capture.ref(weight)
-    if ref is None or not plain(args, kwargs):
+    if context.ref(weight) is None or context.ref(ids) is not None or not plain(args, kwargs):
         raise Uncovered("max_norm, scale_grad_by_freq or sparse gradients")
-    site, tensors = Site.of(capture, capture.provenance.layout(ids, 0), "embedding", weight)
-    return _Embedding.apply(*tensors, ids, rows(*args, **kwargs), site)
+    site, (table,) = Site.of(context, "embedding", ids.shape, weight)
+    return _Embedding.apply(table, ids, rows(*args, **kwargs), context.anchor, site)
 
 
-def getitem_rule(capture: Capture, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+def getitem_rule(context: RuleContext, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
     """``weight[ids]``: an entry of dimension 0 for each id, of any shape."""
     weight, ids = args
-    ref = capture.ref(weight)
+    ref = context.ref(weight)
     if ref is None or not isinstance(ids, Tensor) or ids.dtype == torch.bool or ids.ndim == 0:
         raise Uncovered("an index other than a tensor of integers")
     size, stride, offset = ref.piece
     entry = math.prod(size[1:])
     if Piece(size[1:], stride[1:], 0) != Piece.of(torch.empty(size[1:], device="meta")):
         raise Uncovered("a weight whose entries are not contiguous")
-    layout = capture.provenance.layout(ids, 0)
     ref.covered_by("index")
     flat = Ref(ref.source, Piece((size[0], entry), (stride[0], 1), offset))
     at = torch.where(ids < 0, ids + size[0], ids)
-    y = _Embedding.apply(flat.tensor(), at, at, Site(capture, capture.pass_number, layout, (flat,)))
+    y = _Embedding.apply(flat.tensor(), at, at, context.anchor, Site(context, "index", (flat,), ids.shape))
     return y.view(*ids.shape, *size[1:])
 
 
@@ -75,7 +70,7 @@ def _arguments(
 
 class _Embedding(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, weight: Tensor, ids: Tensor, rows: Tensor, site: Site) -> Tensor:
+    def forward(ctx: Any, weight: Tensor, ids: Tensor, rows: Tensor, anchor: Tensor, site: Site) -> Tensor:
         ctx.site, ctx.num_rows, ctx.dtype = site, weight.shape[0], weight.dtype
         ctx.save_for_backward(rows)
         return F.embedding(ids, weight)
@@ -83,12 +78,18 @@ class _Embedding(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         (ids,) = ctx.saved_tensors
+        site: Site = ctx.site
         with torch._C.DisableTorchFunction():
-            layout, at = ctx.site.layout, ids.unsqueeze(-1)
-            e = layout.rows(grad.detach())
-            ctx.site.leave(lambda: Lookup(layout.rows(at).squeeze(-1), e, ctx.num_rows, layout.row_ids(at)))
-            if not ctx.site.plain():
-                return (None,) * 4
-            padded = torch.where(ids < 0, ctx.num_rows, ids)
-            total = grad.new_zeros(ctx.num_rows + 1, grad.shape[-1]).index_add(0, padded.flatten(), grad.flatten(0, -2))
-            return total[:-1].to(ctx.dtype), None, None, None
+            if site.named(grad):
+                return (None,) * 5
+            total = None
+            if site.plain():
+                padded = torch.where(ids < 0, ctx.num_rows, ids)
+                total = grad.new_zeros(ctx.num_rows + 1, grad.shape[-1]).index_add(0, padded.flatten(), grad.flatten(0, -2))
+                total = total[:-1].to(ctx.dtype)
+            own = site.leave(lambda layout: _gathered(layout, ids, grad.detach(), ctx.num_rows))
+            return total if own is None else own, None, None, None, None
+
+
+def _gathered(layout: Layout, ids: Tensor, grad: Tensor, num_rows: int) -> RowGather:
+    return RowGather(layout.rows(ids.unsqueeze(-1)).squeeze(-1), layout.rows(grad), num_rows, layout.ids)

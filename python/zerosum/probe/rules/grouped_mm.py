@@ -2,30 +2,27 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from zerosum.layers.site import Site
-from zerosum.provenance import Uncovered
-from zerosum.tracking import Ref
-from zerosum.uses import Piece, Product
-
-if TYPE_CHECKING:
-    from zerosum.capture import Capture
+from zerosum.probe.contributions import OuterProduct, Piece
+from zerosum.probe.layout import Uncovered
+from zerosum.probe.parameters import Ref
+from zerosum.probe.rules.site import RuleContext, Site
 
 FUNCTIONS = tuple(f for f in (getattr(F, "grouped_mm", None), getattr(torch, "_grouped_mm", None)) if f is not None)
 
 
-def rule(capture: Capture, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+def rule(context: RuleContext, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
     x, weight, offs, rest = _arguments(*args, **kwargs)
-    ref = capture.ref(weight)
-    if ref is None or capture.ref(x) is not None or x.ndim != 2 or weight.ndim != 3 or offs is None or rest:
+    ref = context.ref(weight)
+    if ref is None or context.ref(x) is not None or x.ndim != 2 or weight.ndim != 3 or offs is None or rest:
         raise Uncovered("operands other than rows, experts' matrices and offsets")
-    site, tensors = Site.of(capture, capture.provenance.layout(x, 1), "grouped_mm", weight)
-    return _Grouped.apply(x, *tensors, offs, func, site)
+    site, (matrices,) = Site.of(context, "grouped_mm", x.shape[:-1], weight, alone=False)
+    return _Grouped.apply(x, matrices, offs, func, context.anchor, site)
 
 
 def _arguments(
@@ -41,7 +38,7 @@ def _arguments(
 
 class _Grouped(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, offs: Tensor, func: Any, site: Site) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, offs: Tensor, func: Any, anchor: Tensor, site: Site) -> Tensor:
         ctx.site = site
         ctx.save_for_backward(x, weight, offs)
         return func(x, weight, offs=offs)
@@ -49,22 +46,23 @@ class _Grouped(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, offs = ctx.saved_tensors
+        site: Site = ctx.site
         with torch._C.DisableTorchFunction():
-            site = ctx.site
-            ref, plain = site.ref(), site.plain()
+            naming = site.named(grad)
+            ref, plain = (None, False) if naming else (site.ref(), site.plain())
             parts, grads, start = [], [], 0
             for expert, end in enumerate(offs.tolist()):
                 mine = slice(start, end)
                 if end > start:
                     parts.append(grad[mine] @ weight[expert].mT)
-                    if ref is not None:
+                    if ref is not None and site.layout is not None:
                         size, stride, offset = ref.piece
                         piece = Piece(size[1:], stride[1:], offset + expert * stride[0])
                         left, ids = site.layout.slice(x.detach(), mine)
                         right, _ = site.layout.slice(grad.detach(), mine)
-                        Ref(ref.source, piece).leave(site.pass_number, Product(left, right, ids))
+                        Ref(ref.source, piece).leave(OuterProduct(left, right, ids))
                 if plain:
                     grads.append(x[mine].mT @ grad[mine])
                 start = max(start, end)
             parts.append(torch.zeros_like(x[start:]))  # rows of no expert
-            return torch.cat(parts), torch.stack(grads) if plain else None, None, None, None
+            return torch.cat(parts), torch.stack(grads) if plain else None, *[None] * 4

@@ -1,0 +1,328 @@
+"""Whose is a row? Differentiate Σ_i w_i ℓ_i with weights that are signed powers of two, and read the weight off the row's gradient.
+
+Products and sums scale by a power of two without rounding. So where a row of an activation depends on no loss but ℓ_i, its
+gradient becomes exactly w_i times what it was, and the factor names the example. A row whose gradient fits no weight serves several
+examples: the proof that they meet there. Sixteen weights name 16 examples in one backward pass and 256 in two; one more pass with
+weights drawn at random makes sure that no row fits by chance.
+
+The losses are told apart at a *cut*: tensors with a dimension of examples through which all of the gradient passes
+(:func:`find_cut`). What lies between the cut and the root of the backward pass must keep examples apart as well, which its second
+derivative shows (:func:`couples`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import GradientEdge, Node
+
+from zerosum.probe.layout import Layout
+
+UNREACHED = -1  # no loss's gradient reaches the row
+MIXED = -2  # several losses' gradients reach it
+BASE = 16  # weights of one pass: ±2^k for k from -3 to 4
+PROJECTIONS = 3
+
+
+def digits(examples: int) -> int:
+    """How many passes name that many examples."""
+    count, passes = BASE, 1
+    while count < examples:
+        count, passes = count * BASE, passes + 1
+    return passes
+
+
+def weights_of_digit(examples: int, digit: int) -> Tensor:
+    """(E,) float64 weights that spell one digit of each example's number."""
+    d = torch.arange(examples) // BASE**digit % BASE
+    return _weight(d)
+
+
+def random_weights(examples: int) -> Tensor:
+    """(E,) float64 weights that are the same in every process, and of no pattern."""
+    generator = torch.Generator().manual_seed(examples)
+    return _weight(torch.randint(BASE, (examples,), generator=generator))
+
+
+def _weight(digit: Tensor) -> Tensor:
+    return torch.where(digit % 2 == 0, 1.0, -1.0).double() * 2.0 ** (digit // 2 - 3).double()
+
+
+def along(weights: Tensor, axis: int, like: Tensor) -> Tensor:
+    """(E,) weights as a tensor that broadcasts along a dimension of ``like``, or along its first two where E is their product."""
+    behind = like.ndim - axis - 1
+    if len(weights) != like.shape[axis]:
+        return weights.to(like).view(like.shape[0], like.shape[1], *[1] * (behind - 1))
+    return weights.to(like).view(-1, *[1] * behind)
+
+
+@dataclass
+class Signature:
+    """What is kept of a gradient (R, F): for each row some projections, and its norm. Both scale as the row does."""
+
+    projected: Tensor  # (R, PROJECTIONS) float64, or (R, 1) where rows are single numbers
+    norm: Tensor  # (R,)
+    lead: torch.Size
+    eps: float
+
+    @classmethod
+    def of(cls, rows: Tensor) -> Signature:
+        """``rows`` is (*lead, F)."""
+        lead, width = rows.shape[:-1], rows.shape[-1]
+        flat = rows.detach().reshape(-1, width).double()
+        if width == 1:
+            return cls(flat, flat[:, 0].abs(), lead, torch.finfo(rows.dtype).eps)
+        generator = torch.Generator().manual_seed(width)
+        directions = torch.randn(width, PROJECTIONS, generator=generator, dtype=torch.float64).to(flat.device)
+        return cls(flat @ directions, torch.linalg.vector_norm(flat, dim=1), lead, torch.finfo(rows.dtype).eps)
+
+
+def follows(plain: Signature, weighted: Signature, weights: Tensor) -> Tensor:
+    """(R,) whether each row is the plain one times its own weight, (R,), up to rounding of its dtype."""
+    error = (weighted.projected - weights[:, None] * plain.projected).abs().amax(1)
+    return error <= tolerance(plain.eps) * weights.abs() * plain.norm
+
+
+def tolerance(eps: float) -> float:
+    """Scaling by a power of two is exact. What is allowed is that two runs of one pass may sum in another order, as atomics do."""
+    return 16 * eps if eps < 1e-5 else eps
+
+
+def read_digit(plain: Signature, weighted: Signature) -> tuple[Tensor, Tensor]:
+    """(R,) the digit that each row spells, and (R,) whether it spells one."""
+    at = plain.projected.abs().argmax(1, keepdim=True)
+    ratio = (weighted.projected.gather(1, at) / plain.projected.gather(1, at))[:, 0]
+    exponent = ratio.abs().log2().round().nan_to_num(nan=99.0, posinf=99.0, neginf=99.0)
+    valid = (exponent >= -3) & (exponent <= 4)
+    digit = 2 * (exponent.clamp(-3, 4).long() + 3) + (ratio < 0)
+    return digit, valid & follows(plain, weighted, _weight(digit))
+
+
+def name_rows(plain: Signature, spelled: Sequence[Signature], checked: Signature | None, examples: int) -> Tensor:
+    """(*lead) the example of each row, or UNREACHED or MIXED."""
+    names = torch.zeros(len(plain.norm), dtype=torch.long, device=plain.norm.device)
+    fits = torch.ones_like(names, dtype=torch.bool)
+    for digit, weighted in enumerate(spelled):
+        found, valid = read_digit(plain, weighted)
+        names += found * BASE**digit
+        fits &= valid
+    fits &= names < examples
+    if checked is not None:
+        weights = random_weights(examples).to(plain.norm.device)
+        fits &= follows(plain, checked, weights[names.clamp(max=examples - 1)])
+    names[~fits] = MIXED
+    # What is left of gradients that cancel fits no weight where a pass does not repeat to the last bit. It counts for nothing.
+    largest = plain.norm.nan_to_num(posinf=0.0).max() if len(plain.norm) else plain.norm.new_zeros(())
+    quiet = plain.norm <= plain.eps * largest
+    finite = plain.norm.isfinite()
+    for weighted in spelled:
+        quiet = quiet & (weighted.norm <= BASE * plain.eps * largest)
+        finite = finite & weighted.norm.isfinite()
+    names[~fits & quiet] = UNREACHED
+    names[~finite] = UNREACHED  # infinities and NaN tell nothing
+    return names.view(plain.lead)
+
+
+def layout_of(names: Tensor, examples: int) -> tuple[Layout, bool]:
+    """The layout that names rows so, and whether it is the only one: where some rows are unreached, several may fit."""
+    if examples <= 1:
+        return Layout(examples), True
+    reached = names >= 0
+    fitting: list[tuple[tuple[int, int, int], Tensor]] = []
+    complete = bool(reached.all())
+    for axis, outer, inner in _candidates(names.shape, examples):
+        mine = torch.arange(names.shape[axis], device=names.device) // inner % examples
+        mine = mine.view(-1, *[1] * (names.ndim - axis - 1))
+        if bool(((names == mine) | ~reached).all()):
+            fitting.append(((axis, outer, inner), mine))
+            if complete:
+                break
+    if fitting:
+        (axis, outer, inner), first = fitting[0]
+        alike = all(torch.equal(first.expand(names.shape), other.expand(names.shape)) for _, other in fitting[1:])
+        return Layout(examples, axis, outer, inner), alike
+    return Layout(examples, ids=names.clamp(min=0).reshape(-1)), True
+
+
+def _candidates(lead: torch.Size, examples: int) -> Iterable[tuple[int, int, int]]:
+    """(axis, outer, inner) of the regular layouts, the usual ones first."""
+    found = []
+    for axis, size in enumerate(lead):
+        if size and size % examples == 0:
+            rest = size // examples
+            for outer in range(1, rest + 1):
+                if rest % outer == 0 and (outer == 1 or outer == rest or rest <= 64):
+                    found.append((outer != 1, axis, outer, rest // outer))
+    return [(axis, outer, inner) for _, axis, outer, inner in sorted(found)]
+
+
+# The loss end ---------------------------------------------------------------------------------------------------------------------
+
+
+def shape_of(edge: GradientEdge) -> tuple[int, ...]:
+    """Of the tensor that the edge is the gradient of."""
+    return tuple(int(n) for n in edge.node._input_metadata[edge.output_nr].shape)
+
+
+def edge_of(tensor: Tensor | GradientEdge) -> GradientEdge:
+    return tensor if isinstance(tensor, GradientEdge) else torch.autograd.graph.get_gradient_edge(tensor)
+
+
+@dataclass
+class Cut:
+    """Tensors that tell the losses apart: ``edges``, each with its dimension of examples. ``bypass``: nodes by which a part of the
+    gradient goes past them."""
+
+    edges: list[GradientEdge]
+    axes: list[int]
+    bypass: list[Node] = field(default_factory=list)
+
+    def without(self, k: int) -> Cut:
+        return Cut(self.edges[:k] + self.edges[k + 1 :], self.axes[:k] + self.axes[k + 1 :], self.bypass)
+
+
+def find_cut(
+    roots: Sequence[GradientEdge],
+    examples: int,
+    barrier: Any,
+    skip: set[tuple[Node, int]],
+    tier: int = 0,
+    ignored: Iterable[Node] = (),
+    positions: int = 0,
+) -> Cut:
+    """The last tensors before the roots that have a dimension of examples, but for those of ``skip``; with ``positions``, a second
+    one of positions. The dimension is the first in ``tier`` 0; in tier k, the k-th that has their number.
+
+    ``barrier(node)``: whether a node belongs to a use of a weight, beyond which no losses are looked for. Nodes in ``ignored`` are
+    auxiliary losses.
+    """
+    cut = Cut([], [])
+    stack, seen, ignored = list(reversed(roots)), set(), set(ignored)
+    while stack:
+        edge = stack.pop()
+        if edge.node is None or (edge.node, edge.output_nr) in seen or edge.node in ignored:
+            continue
+        seen.add((edge.node, edge.output_nr))
+        shape = shape_of(edge)
+        fitting = [d for d, n in enumerate(shape) if n == examples]
+        if positions and shape[:2] != (examples, positions):
+            fitting = []
+        leaf = getattr(edge.node, "variable", None) is not None
+        if not leaf and (edge.node, edge.output_nr) not in skip and fitting and (fitting[0] == 0 or tier):
+            cut.edges.append(edge)
+            cut.axes.append(fitting[min(max(tier - 1, 0), len(fitting) - 1)])
+            continue
+        if leaf or barrier(edge.node):
+            cut.bypass.append(edge.node)
+            continue
+        for node, number in reversed(edge.node.next_functions):
+            if node is not None:
+                stack.append(GradientEdge(node, number))
+    return cut
+
+
+class Unproved(Exception):
+    """Why nothing can be said of what lies behind a cut."""
+
+
+def derivative(
+    roots: Sequence[GradientEdge], grads: Sequence[Tensor | None], edges: Sequence[GradientEdge]
+) -> tuple[Tensor | None, ...]:
+    """What was differentiated by some tensors, to be differentiated again. A result without a graph is a constant.
+
+    Raises:
+        Unproved: an operation behind the tensors cannot be differentiated twice, or does not tell whether it can.
+    """
+    given = [
+        torch.ones(shape_of(e), device=_device(e), dtype=_dtype(e)) if g is None else g for e, g in zip(roots, grads, strict=True)
+    ]
+    with torch.enable_grad():
+        try:
+            found = torch.autograd.grad(list(roots), list(edges), given, create_graph=True, allow_unused=True)
+        except RuntimeError as problem:
+            raise Unproved(str(problem).splitlines()[0]) from problem
+    # A user's function may compute its backward pass of numbers that it kept, which says nothing of what they depend on.
+    for node in nodes_between([e.node for e in roots], {e.node for e in edges}):
+        own = any(hasattr(node, name) for name in ("site", "again", "source"))
+        if isinstance(node, torch.autograd.function.BackwardCFunction) and not own:
+            raise Unproved(f"{node.name()} is a function of the user's")
+    return found
+
+
+def nodes_between(nodes: Iterable[Node], stop: set[Node]) -> Iterable[Node]:
+    """What some nodes lead to, up to those of ``stop``."""
+    seen: set[Node] = set()
+    stack = list(nodes)
+    while stack:
+        node = stack.pop()
+        if node in seen or node in stop:
+            continue
+        seen.add(node)
+        yield node
+        stack.extend(x for x, _ in node.next_functions if x is not None)
+
+
+def couples(roots: Sequence[GradientEdge], grads: Sequence[Tensor | None], cut: Cut, examples: int) -> str:
+    """Why the gradient at one example's part of the cut depends on another's, or an empty string.
+
+    The Hessian H of what was differentiated with respect to the cut has no entries between examples exactly where H (w ∘ v), for
+    random v and weights w of the examples, is w ∘ (H v).
+    """
+    with torch.enable_grad():
+        first = derivative(roots, grads, cut.edges)
+        ordered = [g for g in first if g is not None and g.requires_grad]
+        if not ordered:
+            return ""
+        generator = torch.Generator().manual_seed(examples)
+        v = [torch.randn(g.shape, generator=generator, dtype=torch.float64).to(g) for g in ordered]
+        axes = [axis for g, axis in zip(first, cut.axes, strict=True) if g is not None and g.requires_grad]
+        weights = random_weights(examples)
+        coded = [x * along(weights, axis, x) for x, axis in zip(v, axes, strict=True)]
+        try:
+            plain, weighted = (torch.autograd.grad(ordered, cut.edges, x, retain_graph=True, allow_unused=True) for x in (v, coded))
+        except RuntimeError as problem:
+            raise Unproved(str(problem).splitlines()[0]) from problem
+    for x, y, axis in zip(plain, weighted, cut.axes, strict=True):
+        if x is None or y is None:
+            continue
+        rows, other = (z.movedim(axis, 0).reshape(examples, -1).double() for z in (x, y))  # (With positions, axis is 0.)
+        w = weights.to(rows.device)[:, None]
+        bound = 256 * torch.finfo(x.dtype).eps * w.abs() * rows.norm(dim=1, keepdim=True)
+        # Against what was summed: a product with v cancels.
+        bound = bound + 64 * torch.finfo(x.dtype).eps * rows.abs().max()
+        if not bool(((other - w * rows).abs() <= bound).all()):
+            return "the loss is not a sum over them"
+    return ""
+
+
+def _device(edge: GradientEdge) -> torch.device:
+    return edge.node._input_metadata[edge.output_nr].device
+
+
+def _dtype(edge: GradientEdge) -> torch.dtype:
+    return edge.node._input_metadata[edge.output_nr].dtype
+
+
+def reached_leaves(nodes: Iterable[Node], gathered: bool = True) -> set[int]:
+    """The ids of the leaf tensors that some nodes lead to; with ``gathered=False``, by other paths than the uses of weights that
+    the probe has seen."""
+    found: set[int] = set()
+    seen: set[Node] = set()
+    stack = list(nodes)
+    while stack:
+        node = stack.pop()
+        if node in seen or (not gathered and hasattr(node, "source")):
+            continue
+        seen.add(node)
+        if (leaf := getattr(node, "variable", None)) is not None:
+            found.add(id(leaf))
+        following = [x for x, _ in node.next_functions if x is not None and x not in seen]
+        if not gathered and (site := getattr(node, "site", None)) is not None:
+            own = {id(tensor) for tensor in site.alone_weights}
+            following = [x for x in following if id(getattr(x, "variable", None)) not in own]
+        stack.extend(following)
+    return found

@@ -1,0 +1,781 @@
+"""Sees every use of a weight while the model runs, and hands it to the rule of its operation."""
+
+from __future__ import annotations
+
+import sys
+import threading
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
+from torch.overrides import TorchFunctionMode
+from torch.utils.weak import WeakIdKeyDictionary
+
+from zerosum.probe.attribution import Signature, edge_of
+from zerosum.probe.contributions import Piece
+from zerosum.probe.derived import derive
+from zerosum.probe.layout import Uncovered
+from zerosum.probe.loss_tail import LOSSES, LossCall
+from zerosum.probe.parameters import DerivedWeight, GradSource, ParameterProbe, Ref
+from zerosum.probe.proof import Proof, Prover, Structures
+from zerosum.probe.results import Pass, add_up
+from zerosum.probe.rules import APPLIED, RULES, again
+from zerosum.probe.rules.site import Phase, Site
+
+_ACCESSORS = {"__get__", "__set__", "__delete__"}
+_VIEWS = {getattr(Tensor, name).__get__ for name in ("T", "mT", "H", "mH")}
+
+
+class Capture(TorchFunctionMode):
+    """Watches torch function calls while a probe is open. Nothing of the model is changed, but for a hook on each parameter that is
+    removed again.
+
+    An *epoch* is what runs forward until the first use of a weight after a backward pass. Its uses are known until then, so that a
+    graph may be differentiated in parts.
+    """
+
+    inseparable = ""  # why nothing is differentiated again for one example
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        prover: Prover,
+        structures: Structures,
+        direction: Callable[[list[str]], Tensor | None],
+        gram: bool = False,
+        strict: bool = False,
+        parameter_type: type[ParameterProbe] = ParameterProbe,
+    ) -> None:
+        super().__init__()
+        self.open = False
+        self.model = model
+        self.strict = strict
+        self.prover = prover
+        self.structures = structures
+        if prover.positions:
+            self.inseparable = "positions cannot be told apart in it"
+        self.phase = Phase.PLAIN
+        self.current: Pass | None = None
+        self.passes: list[Pass] = []
+        self.proofs: list[Proof] = []
+        self.epoch = 0
+        self.single, self.several = structures.single, structures.several
+        self.sites: list[Site] = []
+        self.keys: list[Any] = []
+        self.losses: list[LossCall] = []
+        self.auxiliary: set[Node] = set()
+        self.inputs: list[Tensor] = []  # the first tensor of each call of the model
+        self.extra = False  # whether the backward pass that runs is one that the training does not do
+        self.signatures: dict[Site, Signature] = {}
+        self.anchor = torch.zeros((), requires_grad=True)
+        self._depth = 0  # of backward passes inside of one another
+        self._over = False  # whether a backward pass ended this epoch
+        self._thread = threading.get_ident()
+        self._label: Any = None
+        names: dict[nn.Parameter, list[str]] = {}
+        for name, parameter in model.named_parameters(remove_duplicate=False):
+            if isinstance(parameter, nn.parameter.UninitializedParameter):
+                raise ValueError(
+                    f"model: expected initialized parameters, got {name!r} of a lazy module; run the model once before"
+                )
+            names.setdefault(parameter, []).append(name)
+        self.parameters = [parameter_type(self, known, p, direction(known), gram) for p, known in names.items() if p.requires_grad]
+        for t in self.parameters:
+            if t.parameter.is_complex():
+                t.refuse("its numbers are complex")
+        self._sources: dict[int, GradSource] = {id(t.parameter): t for t in self.parameters}
+        self._derived: list[DerivedWeight] = []
+        self.whole: dict[ParameterProbe, str] = {}  # weights whose gradients the loss is differentiated for, example by example
+        self.passes_epoch = -1  # the epoch of the last pass
+        self.mark = 0  # the sites before those that a checkpoint computes again
+        self.poison = ""
+        self.checkpoint_axis = 0  # the dimension of examples of what reentrant checkpoints take and give
+        self.warned = False
+        self._retained: list[weakref.ref[Tensor]] = []
+        # Which tensors depend on no data, while that has to be found out.
+        self._constants: WeakIdKeyDictionary | None = WeakIdKeyDictionary() if structures.tracks else None
+        if self._constants is not None:
+            own = (x for m in model.modules() for x in vars(m).values() if isinstance(x, Tensor))
+            for x in (*model.buffers(), *(p for p in names if not p.requires_grad), *own):
+                self._constants[x] = True
+        self._stack = ExitStack()
+
+    def start(self) -> None:
+        self.open = True
+        with ExitStack() as stack:
+            for t in self.parameters:
+                stack.callback(t.parameter.register_hook(_Hook(t, "on_gradient")).remove)
+            for module in self.model.modules():
+                if module._backward_hooks or module._backward_pre_hooks:
+                    for hooks in (module._backward_hooks, module._backward_pre_hooks):
+                        stack.enter_context(self._guarding(hooks))
+            if not isinstance(self.model, torch.jit.ScriptModule):
+                stack.callback(self.model.register_forward_pre_hook(_Hook(self, "before_model"), with_kwargs=True).remove)
+            for function, replacement in APPLIED.items():
+                stack.enter_context(_seen_applying(function, replacement))
+            if "torch._dynamo" in sys.modules:
+                # Compiled code would bypass the mode: inside the block it runs as it was written.
+                stack.enter_context(torch.compiler.set_stance("force_eager"))
+            stack.enter_context(self)
+            self._stack = stack.pop_all()
+
+    def stop(self) -> None:
+        self._stack.close()
+        self.open = False
+        self.phase = Phase.PLAIN
+        for t in self.parameters:
+            if not t.parameter._backward_hooks:
+                t.parameter._backward_hooks = None  # as if there had never been any
+
+    @property
+    def elsewhere(self) -> bool:
+        """Whether this is another thread, whose backward passes the mode does not see."""
+        return self.open and threading.get_ident() != self._thread
+
+    def release(self) -> None:
+        """Lets go of what refers to each other."""
+        for t in self.parameters:
+            t.release()
+            t.results = None
+        self._sources.clear()
+        self._derived.clear()
+        self.parameters.clear()
+        self.sites.clear()
+        self.losses.clear()
+        self.inputs.clear()
+        self.auxiliary.clear()
+        self.signatures.clear()
+
+    @property
+    def running(self) -> bool:
+        """Whether a backward pass runs."""
+        return self._depth > 0
+
+    @property
+    def nested(self) -> bool:
+        """Whether this is a backward pass inside of another's."""
+        return self._depth > 1
+
+    def unbatched(self) -> AbstractContextManager[Any]:
+        """In which the results of a backward pass are computed."""
+        return nullcontext() if self.current is None else self.current.unbatched()
+
+    # What a rule asks ------------------------------------------------------------------------------------------------------------
+
+    def ref(self, x: Any) -> Ref | None:
+        """The weight that ``x`` is, or is a view of."""
+        if x is None or not isinstance(x, Tensor) or not x.requires_grad:
+            return None
+        source = self._sources.get(id(x))
+        if source is not None:
+            return source.ref
+        base = x._base
+        source = None if base is None else self._sources.get(id(base))
+        if source is None or x.dtype != source.tensor.dtype or x.is_conj() or x.is_neg():
+            return None
+        piece = Piece.of(x)
+        return None if piece.overlaps else Ref(source, piece)
+
+    def enter(self, site: Site) -> None:
+        self.sites.append(site)
+
+    def sign(self, site: Site, rows: Tensor) -> None:
+        self.signatures[site] = Signature.of(rows)
+
+    def forget(self, x: Tensor) -> None:
+        """Lets a function of weights alone be what it is: a term of the loss, and no use of them."""
+        if isinstance(self._sources.get(id(x)), DerivedWeight):
+            del self._sources[id(x)]
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        """In which the mode is on again: it is off while it handles a call."""
+        with self:
+            yield
+
+    # The mode --------------------------------------------------------------------------------------------------------------------
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
+        kwargs = kwargs or {}
+        special = _SPECIAL.get(func)
+        if special is not None:
+            return special(self, func, args, kwargs)
+        if torch.is_grad_enabled() and self._touches(args, kwargs):
+            return self._weights(func, args, kwargs)
+        result = func(*args, **kwargs)
+        if self._constants is not None:
+            self._follow(func, args, kwargs, result)
+        return result
+
+    def _touches(self, args: Sequence[Any], kwargs: dict[str, Any]) -> bool:
+        """Whether a weight is among the arguments."""
+        sources = self._sources
+        for x in args:
+            if id(x) in sources:
+                return True
+            if isinstance(x, Tensor):
+                if x.requires_grad and x._base is not None and id(x._base) in sources:
+                    return True
+            elif isinstance(x, (list, tuple)) and self._touches(x, {}):
+                return True
+        return bool(kwargs) and self._touches(tuple(kwargs.values()), {})
+
+    def _follow(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
+        """Notes results that depend on no data."""
+        assert self._constants is not None
+        if getattr(func, "__name__", "") in _ACCESSORS and func not in _VIEWS:
+            return
+        operands = [x for x in again.leaves(args, kwargs) if isinstance(x, Tensor)]
+        constant = all(self.is_constant(x) for x in operands)
+        if constant or any(x.requires_grad or self._constants.get(x) is False for x in operands):
+            for r in again.leaves(result):
+                if isinstance(r, Tensor) and not r.requires_grad and r not in self._constants:
+                    self._constants[r] = constant
+
+    def is_constant(self, x: Tensor) -> bool:
+        return not x.requires_grad and (x.ndim == 0 or (self._constants is not None and self._constants.get(x) is True))
+
+    def _weights(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """A call that has weights among its operands."""
+        if (known := self._as_before(func, args, kwargs)) is not None:
+            return known[0]
+        name = getattr(func, "__name__", str(func))
+        if (name in _ACCESSORS and func not in _VIEWS) or name in ("detach", "detach_", "requires_grad_", "register_hook"):
+            result = func(*args, **kwargs)
+            if self._constants is not None and name == "detach":
+                self._constants[result] = True
+            return result
+        if torch._C._functorch.maybe_current_level() is not None or torch.autograd.forward_ad._current_level >= 0:
+            return func(*args, **kwargs)  # vmap and its kin bring examples of their own, and forward mode no gradients
+        if threading.get_ident() != self._thread:
+            return func(*args, **kwargs)
+        tensors = [x for x in again.leaves(args, kwargs) if isinstance(x, Tensor)]
+        refs = [ref for ref in map(self.ref, tensors) if ref is not None]
+        if not refs:
+            return func(*args, **kwargs)
+        if not self._depth and self._over:
+            self._begin_epoch()
+        for ref in refs:
+            for t in ref.source.parameters:
+                t.used = True
+        others = [x for x in tensors if self.ref(x) is None]
+        key = (
+            func,
+            tuple(id(ref.source.parameters[0]) for ref in refs),
+            tuple((x.shape, x.stride(), x.dtype) for x in tensors),
+        )
+        constant = not any(x.requires_grad for x in others)
+        alone = constant and self._is_alone(key, others)
+        device = refs[0].source.tensor.device.type
+        autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+        if not self._depth:
+            self.keys.append((func, tuple(x.shape for x in tensors), tensors[0].dtype, autocast, alone))
+            if not kwargs and autocast is None and not alone:
+                self.structures.remember(len(self.keys) - 1, func, args, refs, self.keys[-1])
+        if alone:
+            result = func(*args, **kwargs)
+            self._derive(func, args, kwargs, refs, result)
+            return result
+        if autocast is not None:
+            self._rounds(refs, autocast)
+        return self._use(func, args, kwargs, refs, tensors)
+
+    def _as_before(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any] | None:
+        """The result of a call that is like the one at its place in the last pass."""
+        if self._depth or kwargs or self._constants is not None:
+            return None
+        if self._over:
+            self._begin_epoch()
+        call = self.structures.calls.get(len(self.keys))
+        if call is None or call.func is not func or not call.fits(args) or torch.is_autocast_enabled(call.device):
+            return None
+        rule = RULES.get(func)
+        if rule is None or torch._C._functorch.maybe_current_level() is not None or threading.get_ident() != self._thread:
+            return None
+        if torch.autograd.forward_ad._current_level >= 0:
+            return None
+        before = len(self.sites)
+        try:
+            result = rule(self, func, args, kwargs)
+        except Uncovered:
+            return None
+        self.keys.append(call.key)
+        for ref in call.sources(self._sources):
+            for t in ref.parameters:
+                t.used = True
+        for site in self.sites[before:]:
+            if site.refs:
+                site.label = call.label
+        return (result,)
+
+    def _is_alone(self, key: Any, others: list[Tensor]) -> bool:
+        """Whether a call is a function of weights alone: what else it has does not depend on data."""
+        if not others:
+            return True
+        place = (len(self.keys), *key[:2])
+        known = self.structures.alone.get(key if self._depth else place)
+        if known is None:
+            known = self._constants is not None and all(self.is_constant(x) for x in others)
+            if self._constants is None:
+                self.structures.tracks = True  # from the next block on
+            self.structures.alone[key] = self.structures.alone[place] = known
+        return known
+
+    def _unknown(self, func: Any, refs: list[Ref], tensors: list[Tensor]) -> Any:
+        """The call, where nothing says whether its other operands depend on data."""
+        others = [x for x in tensors if self.ref(x) is None]
+        if self._constants is None or any(x.requires_grad or x in self._constants for x in others):
+            return None
+        ids = tuple(id(ref.source.parameters[0]) for ref in refs)
+        shapes = tuple((x.shape, x.stride(), x.dtype) for x in tensors)
+        return (len(self.keys) - 1, func, ids), (func, ids, shapes)
+
+    def _use(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], refs: list[Ref], tensors: list[Tensor]) -> Any:
+        """A weight's use with activations, by the rule of its operation."""
+        name = getattr(func, "__name__", str(func))
+        before = len(self.sites)
+        reason = f"used by {name}, which no rule covers"
+        covered = not any(x.is_complex() for x in tensors)
+        if not covered:
+            reason = f"used by {name} with complex numbers"
+        rule = RULES.get(func)
+        try:
+            if rule is not None and covered:
+                try:
+                    return rule(self, func, args, kwargs)
+                except Uncovered as problem:
+                    reason = f"used by {name} on {problem}"
+            self.refuse_if_strict(refs[0].source.parameters[0], reason)
+            if covered:
+                try:
+                    return again.call(self, func, args, kwargs)
+                except Uncovered as problem:
+                    reason = f"{reason}; {problem}"
+        finally:
+            unknown = self._unknown(func, refs, tensors)
+            for site in self.sites[before:]:
+                site.ambiguous = unknown
+                if site.refs:
+                    site.label = f"{name} ({', '.join(t.name for t in refs[0].source.parameters)})"
+        for ref in refs:
+            for t in ref.source.parameters:
+                self.differentiate_whole(t, reason)
+        return func(*args, **kwargs)
+
+    def differentiate_whole(self, t: ParameterProbe, reason: str) -> None:
+        """Covers a weight by differentiating the whole loss for each example, where nothing cheaper does."""
+        if self.inseparable:
+            t.refuse(f"{reason}; {self.inseparable}" if self.inseparable not in reason else reason)
+        elif t not in self.whole:
+            self.whole[t] = reason
+
+    def refuse_if_strict(self, t: ParameterProbe, reason: str) -> None:
+        if self.strict:
+            raise NotImplementedError(f"zerosum.Probe(strict=True): {t.name} is {reason}")
+
+    @staticmethod
+    def _rounds(refs: list[Ref], dtype: torch.dtype) -> None:
+        for ref in refs:
+            for t in ref.source.parameters:
+                t.eps = max(t.eps, torch.finfo(dtype).eps)
+
+    # Functions of parameters alone -----------------------------------------------------------------------------------------------
+
+    def _derive(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], refs: list[Ref], result: Any) -> None:
+        """Notes a function of parameters alone, so that its uses are the parameters'."""
+        for out in again.leaves(result):
+            if not isinstance(out, Tensor) or self.ref(out) is not None:
+                continue
+            if not out.requires_grad:
+                if self._constants is not None:
+                    self._constants[out] = True
+                continue
+            parents = list(dict.fromkeys(t for ref in refs for t in ref.source.parameters))
+            name = getattr(func, "__name__", func)
+            if Piece.of(out).overlaps or out.is_complex() or not isinstance(result, Tensor) or again.writes(str(name)):
+                for t in parents:
+                    self.refuse_if_strict(t, f"used by {name}, a function of parameters that no rule covers")
+                    self.differentiate_whole(t, f"used by {name}, a function of parameters that no rule covers")
+                return
+            self._rounds(refs, out.dtype)
+            derived = derive(self, func, args, kwargs, refs, out)
+            self._derived.append(derived)
+            self._sources[id(out)] = derived
+
+    # Backward --------------------------------------------------------------------------------------------------------------------
+
+    def _run_backward(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Runs the engine with the mode on, so that what a checkpoint computes again is seen again.
+
+        These functions hand tensors to the mode first, and a mode is off while it handles a call. Graph edges they take as they
+        are.
+        """
+        outputs, *inputs = args  # the inputs of `grad`; all else comes by keyword
+        kwargs = {("grad_tensors" if key == "gradient" else key): value for key, value in kwargs.items()}
+        if func in (Tensor.backward, torch.autograd.backward) and inputs:
+            names = ("grad_tensors", "retain_graph", "create_graph")
+            kwargs |= dict(zip(names, inputs, strict=False))
+            inputs = []
+        if kwargs.get("inputs") is not None:
+            kwargs["inputs"] = _edges(kwargs["inputs"])
+        given = kwargs.get("grad_tensors", kwargs.get("grad_outputs", inputs[1] if len(inputs) > 1 else None))
+        engine = torch.autograd.backward if func is Tensor.backward else func
+        proof = None
+        if self._watching:
+            proof = self._prepare(_roots(outputs), _given(given, outputs))
+        if proof is None:
+            return self._run(engine, outputs, inputs, kwargs, Phase.PLAIN, self.current if self._depth else None)
+        self._find_whole(proof)
+        if proof.apart:
+            # Part of the loss is no example's: what is measured is not what is accumulated.
+            self._measure_apart(proof)
+            return self._run(engine, outputs, inputs, kwargs, Phase.PLAIN, None)
+        try:
+            with proof.reading():
+                return self._run(engine, outputs, inputs, kwargs, Phase.MEASURING, proof.of)
+        except BaseException:
+            for t in self.parameters:
+                t.drop()
+                if t.results is not None and proof.of in t.results.passes:
+                    t.refuse("a backward pass failed half-way")
+            raise
+        finally:
+            self._end_pass(proof)
+
+    def _run(self, engine: Any, outputs: Any, inputs: Sequence[Any], kwargs: Any, phase: Phase, of: Pass | None) -> Any:
+        before = self.phase, self.current
+        self.phase, self.current = phase, of
+        self._depth += 1
+        if self._depth == 1:
+            self.mark, self.poison = len(self.sites), ""
+        sites = len(self.sites)
+        try:
+            with self:
+                return engine(_edges(outputs), *map(_edges, inputs), **kwargs)
+        finally:
+            self._depth -= 1
+            if not self._depth:
+                del self.sites[sites:]  # what was computed again
+            self.phase, self.current = before
+
+    def _prepare(self, roots: list[GradientEdge], grads: list[Tensor | None]) -> Proof | None:
+        """What is known of the graph that a backward pass goes through; None where it leads to no use of a weight."""
+        if self._depth:
+            return self.prover.nested(self, roots, grads) if self.phase is Phase.MEASURING else None
+        if not self.sites and not self.whole:
+            return None
+        proof = self.prover.attribute(self, roots, grads)
+        if proof is not None:
+            self.proofs.append(proof)
+            if proof.of not in self.passes:
+                self.passes.append(proof.of)
+        return proof
+
+    def extra_backward(
+        self, outputs: Sequence[GradientEdge], inputs: Sequence[Any], grads: Sequence[Tensor | None], phase: Phase
+    ) -> tuple[Tensor | None, ...]:
+        """``torch.autograd.grad`` that leaves no trace: nothing is accumulated, and no hook of the user's runs."""
+        with self.silenced(phase):
+            return self._run(
+                torch.autograd.grad,
+                list(outputs),
+                [list(inputs), list(grads)],
+                {"retain_graph": True, "allow_unused": True},
+                phase,
+                self.current,
+            )
+
+    @contextmanager
+    def silenced(self, phase: Phase) -> Iterator[None]:
+        """In which users' hooks do not run."""
+        before, self.extra, phase_before = self.extra, True, self.phase
+        self.phase = phase
+        hooks = [(h, dict(h)) for t in self.parameters if (h := t.parameter._backward_hooks)] if not before else []
+        kept = [(x, x.grad) for r in self._retained if (x := r()) is not None] if not before else []
+        for h, _ in hooks:
+            h.clear()
+        for x, _ in kept:
+            x.grad = None
+        try:
+            # (A checkpoint computes again what it did, with the mode on.)
+            with torch._C._EnableTorchFunction():
+                yield
+        finally:
+            self.extra, self.phase = before, phase_before
+            for h, saved in hooks:
+                h.update(saved)
+            for x, grad in kept:
+                x.grad = grad
+
+    def _find_whole(self, proof: Proof) -> None:
+        """The gradients of weights that nothing cheaper covers, by one backward pass of the whole loss for each example."""
+        wanted = [t for t in self.whole if not t.problem]
+        if not wanted or self._depth:
+            return
+        if proof.cut is None:
+            for t in wanted:
+                t.refuse(self.whole[t])
+            return
+        found: list[list[Tensor]] = [[] for _ in wanted]
+        for i in range(proof.of.examples):
+            mine = proof.part(i)
+            gs = self.extra_backward(proof.cut.edges, [t.parameter for t in wanted], mine, Phase.PLAIN)
+            for parts, g, t in zip(found, gs, wanted, strict=True):
+                parts.append(torch.zeros_like(t.parameter) if g is None else (g.to_dense() if g.is_sparse else g).detach())
+        for t, parts in zip(wanted, found, strict=True):
+            if parts and any(bool(part.any()) for part in parts):
+                t.covered_by("the loss, differentiated again for each example")
+                t.give(torch.stack(parts))
+                t.defer()
+
+    def _measure_apart(self, proof: Proof) -> None:
+        """Measures the examples' own losses in a backward pass of its own."""
+        assert proof.cut is not None
+        inputs = [t.parameter for t in self.parameters]
+        self.current = proof.of
+        try:
+            with self._own_hooks():
+                self._run(
+                    torch.autograd.grad,
+                    proof.cut.edges,
+                    [inputs, proof.gradients],
+                    {"retain_graph": True, "allow_unused": True},
+                    Phase.MEASURING,
+                    proof.of,
+                )
+        finally:
+            self.current = None
+            self._end_pass(proof)
+
+    @contextmanager
+    def _own_hooks(self) -> Iterator[None]:
+        """In which the probe's hooks on parameters run, and no others."""
+        self.extra = True
+        hooks = [(h, dict(h)) for t in self.parameters if (h := t.parameter._backward_hooks)]
+        for h, saved in hooks:
+            for key, hook in saved.items():
+                if not isinstance(hook, _Hook):
+                    del h[key]
+        try:
+            yield
+        finally:
+            self.extra = False
+            for h, saved in hooks:
+                h.clear()
+                h.update(saved)
+
+    def _end_pass(self, proof: Proof) -> None:
+        if self._depth:
+            return
+        self.current = proof.of
+        try:
+            for t in self.parameters:
+                t.end_pass()
+            self.add_up()
+        finally:
+            self.current = None
+        for derived in self._derived:
+            derived.drop()
+        self._over = True
+
+    def add_up(self) -> None:
+        """The sums over coordinates of what was measured."""
+        add_up((t.results, t.direction) for t in self.parameters if t.results is not None)
+
+    def _begin_epoch(self) -> None:
+        self.epoch += 1
+        self._over = False
+        self.sites.clear()
+        self.keys.clear()
+        self.losses.clear()
+        self.auxiliary.clear()
+        del self.inputs[:-1]
+        self.whole.clear()
+        for derived in self._derived:
+            self._sources.pop(id(derived.tensor), None)
+        self._derived.clear()
+
+    @property
+    def _watching(self) -> bool:
+        return self.open and not self.extra and threading.get_ident() == self._thread
+
+    def before_model(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Learns N from what enters the model."""
+        if not self._watching or self._depth or not torch.is_grad_enabled():
+            return
+        if torch._C._functorch.maybe_current_level() is not None:
+            return
+        if self._over:
+            self._begin_epoch()
+            self.inputs.clear()
+        inputs = [x for x in again.leaves(args, kwargs) if isinstance(x, Tensor)]
+        if self._constants is not None:
+            for x in inputs:
+                self._constants[x] = False  # whatever it was made of, it is data
+        if inputs:
+            self.inputs.append(inputs[0])
+            self.prover.look(self, args, kwargs)
+
+    def _loss(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """A loss function, which says what rows it is over."""
+        touches = torch.is_grad_enabled() and self._touches(args, kwargs)
+        result = self._weights(func, args, kwargs) if touches else func(*args, **kwargs)
+        if isinstance(result, Tensor) and result.grad_fn is not None and not self._depth:
+            if self._over:
+                self._begin_epoch()
+            self.losses.append(LossCall.of(func, args, kwargs, result))
+        return result
+
+    def _register_hook(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """A user's hook, which is not to see the probe's own backward passes."""
+        x, *rest = args
+        if x.is_leaf or not rest:
+            return func(*args, **kwargs)
+        return func(x, _Guarded(self, rest[0]), *rest[1:], **kwargs)
+
+    def _retain_grad(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        self._retained.append(weakref.ref(args[0]))
+        return func(*args, **kwargs)
+
+    @contextmanager
+    def _guarding(self, hooks: dict[Any, Any]) -> Iterator[None]:
+        before = dict(hooks)
+        for key, hook in before.items():
+            hooks[key] = _Guarded(self, hook)
+        try:
+            yield
+        finally:
+            for key, hook in before.items():
+                if key in hooks:
+                    hooks[key] = hook
+
+
+def example_ids(x: Tensor, ids: Tensor) -> Tensor:
+    """``x``, after telling an open probe which example each of its rows belongs to; without one, ``x`` alone.
+
+    For rows that are not (N, T, ·) and whose losses are not told apart by example either, such as sequences packed one after
+    another whose mean loss is differentiated: the loss end is then divided by these ids.
+
+    Args:
+        x: (R, …) or (1, R, …), a tensor of token ids or of activations.
+        ids: (R,) integers from 0 to N - 1, where N is the probe's ``num_examples``.
+
+    Raises:
+        ValueError: ``ids`` has another shape or other values.
+        RuntimeError: the probe does not know N.
+    """
+    for capture in _open_captures():
+        capture.prover.declare(x, ids)
+    return x
+
+
+def auxiliary(loss: Tensor) -> Tensor:
+    """``loss``, after telling an open probe that it is no example's own: a router's balance loss, a penalty on the weights.
+
+    The examples' own losses are then measured in a backward pass of their own; ``.grad`` is that of the whole loss. Call it before
+    ``backward()``, with the term as it is in the graph: ``zerosum.auxiliary(out.aux_loss); out.loss.backward()``.
+
+    Raises:
+        TypeError: ``loss`` is not a tensor.
+    """
+    if not isinstance(loss, Tensor):
+        raise TypeError(f"loss: expected a torch.Tensor, got {type(loss).__name__}")
+    if loss.grad_fn is not None:
+        for capture in _open_captures():
+            capture.auxiliary.add(loss.grad_fn)
+            capture.forget(loss)
+    return loss
+
+
+def _open_captures() -> list[Capture]:
+    return [mode for mode in torch.overrides._get_current_function_mode_stack() if isinstance(mode, Capture)]
+
+
+class _Guarded:
+    """A user's hook that sees the training's own backward passes alone."""
+
+    def __init__(self, capture: Capture, hook: Any) -> None:
+        self._capture = weakref.ref(capture)
+        self._hook = hook
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        capture = self._capture()
+        return None if capture is not None and capture.extra else self._hook(*args, **kwargs)
+
+
+class _Hook:
+    """Calls a method while its object is alive. Copies of a model that is probed may carry it away without harm."""
+
+    def __init__(self, target: Any, method: str) -> None:
+        self._target = weakref.ref(target)
+        self._method = method
+
+    def __call__(self, *args: Any) -> Any:
+        target = self._target()
+        return None if target is None else getattr(target, self._method)(*args)
+
+    def __deepcopy__(self, memo: Any) -> Callable[..., None]:
+        return _ignore
+
+    def __reduce__(self) -> tuple[Callable[[], Callable[..., None]], tuple[()]]:
+        return _inert, ()
+
+
+def _ignore(*args: Any) -> None:
+    """What is left of a hook in a copy."""
+
+
+def _inert() -> Callable[..., None]:
+    return _ignore
+
+
+@contextmanager
+def _seen_applying(function: type[torch.autograd.Function], replacement: Any) -> Iterator[None]:
+    """In which the mode sees an autograd.Function's ``apply``, by a rule of the user's."""
+    plain = function.apply
+
+    def apply(*args: Any, **kwargs: Any) -> Any:
+        for capture in reversed(_open_captures()):
+            if torch.is_grad_enabled() and capture._touches(args, kwargs):
+                return replacement(capture, plain, args, kwargs)
+        return plain(*args, **kwargs)
+
+    function.apply = staticmethod(apply)  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        del function.apply
+
+
+def _edges(tensors: Any) -> Any:
+    if isinstance(tensors, Tensor):
+        return get_gradient_edge(tensors)
+    if tensors is None or not isinstance(tensors, (list, tuple)):
+        return tensors
+    if not tensors or not all(isinstance(x, (Tensor, GradientEdge)) for x in tensors):
+        return tensors
+    return tuple(get_gradient_edge(x) if isinstance(x, Tensor) and x.requires_grad else x for x in tensors)
+
+
+def _roots(outputs: Any) -> list[GradientEdge]:
+    outputs = outputs if isinstance(outputs, (list, tuple)) and not isinstance(outputs, GradientEdge) else (outputs,)
+    return [edge_of(x) for x in outputs if isinstance(x, GradientEdge) or x.requires_grad]
+
+
+def _given(grads: Any, outputs: Any) -> list[Tensor | None]:
+    outputs = outputs if isinstance(outputs, (list, tuple)) and not isinstance(outputs, GradientEdge) else (outputs,)
+    grads = grads if isinstance(grads, (list, tuple)) else (grads,) * len(outputs)
+    return [g for x, g in zip(outputs, grads, strict=True) if isinstance(x, GradientEdge) or x.requires_grad]
+
+
+_SPECIAL: dict[Any, Any] = {
+    **dict.fromkeys((Tensor.backward, torch.autograd.backward, torch.autograd.grad), Capture._run_backward),
+    **dict.fromkeys(LOSSES, Capture._loss),
+    Tensor.register_hook: Capture._register_hook,
+    Tensor.retain_grad: Capture._retain_grad,
+}

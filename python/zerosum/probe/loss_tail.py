@@ -1,0 +1,216 @@
+"""What was differentiated, and what it has to do with the examples' own losses, read off the losses themselves.
+
+Between the root of a backward pass and the examples' losses there are reductions, weights and divisions. The gradient c at the
+losses says what they did. Where the step adds up a tensor of N losses, ℓ_i are those numbers, times c_i over the mean of all c;
+otherwise ℓ_i is made of the rows' losses ℓ_r:
+
+    ℓ_i = Σ_{r of i} c_r ℓ_r / mean_i(Σ_{r of i} c_r),
+
+so that an average example's rows weigh one. The mean is over the examples of all of a block's micro-batches. That leaves invariant
+whether one trains with a sum, a mean over examples or over all rows, divided by accumulation steps or by a number of items, or
+scaled by a gradient scaler. Rows with c_r = 0, such as ignored targets, are none, and an example without rows does not count.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.graph import GradientEdge, Node
+
+import zsl_kernels as zk
+
+# The place of `reduction` among the positional arguments.
+LOSSES: dict[Any, int] = {
+    F.cross_entropy: 6,
+    F.nll_loss: 6,
+    F.mse_loss: 4,
+    F.l1_loss: 4,
+    F.smooth_l1_loss: 4,
+    F.huber_loss: 2,
+    F.binary_cross_entropy: 5,
+    F.binary_cross_entropy_with_logits: 5,
+    F.kl_div: 4,
+    zk.linear_cross_entropy: 99,
+}
+_CLASSES = (F.cross_entropy, F.nll_loss, zk.linear_cross_entropy)
+
+
+@dataclass(eq=False)
+class LossCall:
+    """A call of a known loss function: rows' losses and their reduction."""
+
+    name: str
+    node: Node
+    reduction: str
+    shape: torch.Size  # of the result
+    targets: Tensor
+    classes: bool  # whether the targets are classes, one for each row
+    distributions: bool  # whether they are distributions over the classes
+    ignore_index: int
+    weight: Tensor | None
+
+    @classmethod
+    def of(cls, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Tensor) -> LossCall:
+        assert result.grad_fn is not None
+        place = LOSSES[func]
+        default = "none" if func is zk.linear_cross_entropy else "mean"
+        reduction = kwargs.get("reduction", args[place] if len(args) > place else default)
+        target_place = 2 if func is zk.linear_cross_entropy else 1
+        key = "targets" if func is zk.linear_cross_entropy else "target"
+        targets = args[target_place] if len(args) > target_place else kwargs[key]
+        classes = func in _CLASSES and not targets.is_floating_point()
+        distributions = func is F.cross_entropy and not classes
+        ignore_place = 3 if func is zk.linear_cross_entropy else 4
+        ignore = kwargs.get("ignore_index", args[ignore_place] if len(args) > ignore_place and classes else -100)
+        weight = kwargs.get("weight", args[2] if len(args) > 2 and func in (F.cross_entropy, F.nll_loss) else None)
+        if func is zk.linear_cross_entropy:
+            weight = None
+        return cls(func.__name__, result.grad_fn, reduction, result.shape, targets.detach(), classes, distributions, ignore, weight)
+
+    def valid(self) -> Tensor | None:
+        """Which rows count, of the targets' shape; None for all."""
+        return self.targets != self.ignore_index if self.classes else None
+
+    def rows(self, grad: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Σ_r c_r for the gradient at the result, and which rows count."""
+        grad = grad.detach().double()
+        valid = self.valid()
+        size = self._sizes(valid)
+        if self.reduction == "none":
+            return (grad if size is None else grad * size).sum(), valid
+        if self.reduction == "mean":
+            return grad.reshape(()), valid
+        count = float(self.count) if size is None else size.sum()
+        if self.reduction == "batchmean":
+            count = count / self.targets.shape[0]
+        return grad.reshape(()) * count, valid
+
+    @property
+    def count(self) -> int:
+        """Of rows; of distributions over classes, one each."""
+        classes = self.targets.shape[1 if self.targets.ndim > 1 else 0] if self.distributions else 1
+        return self.targets.numel() // max(classes, 1)
+
+    def _sizes(self, valid: Tensor | None) -> Tensor | None:
+        """The rows' own weights in the loss, 0 for those that do not count."""
+        if valid is None:
+            return None
+        if self.weight is None or self.weight.ndim != 1:
+            return valid.double()
+        return torch.where(valid, self.weight.detach().double()[torch.where(valid, self.targets, 0)], 0.0)
+
+
+@dataclass(frozen=True)
+class Term:
+    """One part of what was differentiated: the tensor at the end of ``path`` from a root.
+
+    ``call``: the number of the loss function's call that made it; None for losses with a dimension ``axis`` of examples.
+    """
+
+    path: tuple[int, ...]
+    names: tuple[str, ...]
+    axis: int
+    call: int | None
+
+
+def follow_path(roots: Sequence[GradientEdge], path: tuple[int, ...], names: tuple[str, ...]) -> GradientEdge | None:
+    """The edge at the end of a path, if the graph has the same nodes on the way."""
+    if path[0] >= len(roots):
+        return None
+    edge = roots[path[0]]
+    for step, name in zip((*path[1:], None), names, strict=True):
+        if edge.node is None or edge.node.name() != name:
+            return None
+        if step is not None:
+            following = edge.node.next_functions
+            if step >= len(following) or following[step][0] is None:
+                return None
+            node, number = following[step]
+            assert node is not None
+            edge = GradientEdge(node, number)
+    return edge
+
+
+class TailReader:
+    """Takes the gradients at the terms while a backward pass runs, and says what the factors were."""
+
+    def __init__(self, terms: Sequence[tuple[Term, GradientEdge, LossCall | None]], examples: int, labels: Tensor | None) -> None:
+        self._terms = terms
+        self._examples = examples
+        self._labels = labels
+        self._found: dict[int, Tensor] = {}
+
+    @contextmanager
+    def reading(self) -> Iterator[None]:
+        handles = []
+        for k, (_, edge, _) in enumerate(self._terms):
+
+            def keep(grads: tuple[Tensor | None, ...], k: int = k, number: int = edge.output_nr) -> None:
+                if (g := grads[number]) is not None:
+                    self._found[k] = g.detach()
+
+            handles.append(edge.node.register_prehook(keep))
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def take(self, gradients: Sequence[Tensor | None]) -> None:
+        """The gradients, where they are known otherwise."""
+        self._found = {k: g for k, g in enumerate(gradients) if g is not None}
+
+    def factors(self, rows_per_example: int = 1) -> tuple[Tensor, Tensor] | None:
+        """The number of examples with losses, and Σ c over all rows. On the device; nothing waits."""
+        total: Tensor | None = None
+        active: Tensor | None = None
+        for k, (term, _, call) in enumerate(self._terms):
+            if (grad := self._found.get(k)) is None:
+                continue
+            if call is None:
+                part = grad.double()
+                mine = self._by_example((part != 0).movedim(term.axis, 0).flatten(1).any(1) if part.ndim > 1 else part != 0)
+                part = part.sum()
+            else:
+                part, valid = call.rows(grad)
+                known = None if valid is None else self._rows_by_example(valid, term.axis)
+                mine = torch.ones(self._examples, dtype=torch.bool, device=grad.device) if known is None else known
+            total = part if total is None else total + part
+            active = mine if active is None else active | mine
+        if active is None or total is None:
+            return None
+        return active.sum().double() * rows_per_example, total
+
+    def _by_example(self, rows: Tensor) -> Tensor:
+        if self._labels is None:
+            return rows
+        return torch.zeros(self._examples, dtype=torch.long, device=rows.device).index_add_(0, self._labels, rows.long()) > 0
+
+    def _rows_by_example(self, valid: Tensor, axis: int) -> Tensor | None:
+        count = self._examples if self._labels is None else len(self._labels)
+        if not count or valid.numel() % count:
+            return None
+        rows = valid.reshape(-1, count).any(0) if axis else valid.reshape(count, -1).any(1)
+        return self._by_example(rows)
+
+    def uniform(self) -> float | None:
+        """1/c, where every row has the same c."""
+        values = []
+        for k, (_, _, call) in enumerate(self._terms):
+            if (grad := self._found.get(k)) is None:
+                continue
+            c = grad.double()
+            if call is not None and call.reduction == "mean":
+                size = call._sizes(call.valid())
+                c = c / (float(call.count) if size is None else size.sum())
+            values += [c.min(), c.max()]
+        if not values:
+            return None
+        low, high = min(values).item(), max(values).item()
+        return 1 / high if high > 0 and high - low <= 1e-6 * abs(high) else None

@@ -1,0 +1,395 @@
+"""What a probe keeps of one weight while the model runs.
+
+Every use of a weight takes the output of one autograd node, :class:`_Gather`, in its place. A use leaves its part of the weight's
+gradient with the :class:`GradSource` and returns none to autograd; the engine runs the node when every use that this backward
+pass reaches has done so, and there the gradient and its statistics are computed together, in one pass. So a use that is detached
+or never reached does not count, and one more use costs no more products.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from zerosum.probe.contributions import Contribution, Contributions, Dense, Piece, Request, Sums, densified
+from zerosum.probe.results import Pass, Results
+
+
+class Context(Protocol):
+    """What a weight has to know of the capture that it belongs to."""
+
+    epoch: int  # counts the measured backward passes
+    single: set[int]  # parameters that have had one use in a pass, and never more
+    several: set[int]  # parameters that have had more in some pass
+
+    @property
+    def current(self) -> Pass | None:
+        """The backward pass that is being measured."""
+
+    @property
+    def nested(self) -> bool:
+        """Whether this is a backward pass inside of another's."""
+
+    @property
+    def running(self) -> bool:
+        """Whether a backward pass runs, so that what runs forward is a checkpoint's."""
+
+
+class GradSource:
+    """A tensor whose per-example gradient is gathered: a parameter, or a function of parameters alone."""
+
+    def __init__(self, context: Context, tensor: Tensor) -> None:
+        self.context = context
+        self.tensor = tensor
+        self.base = Piece.of(tensor)
+        self.ref = Ref(self, self.base)
+        self._gathered: tuple[int, Tensor] | None = None
+        self.roots: list[GradSource] = [self]  # what its gradients are pulled back to, where it is a function of others
+        self._count = 0  # of uses in this epoch
+        self._left: Contributions | None = None
+
+    def gathered(self) -> Tensor:
+        """Stands for the tensor in every use of this epoch."""
+        epoch = self.context.epoch
+        if self._gathered is None or self._gathered[0] != epoch:
+            self._gathered = (epoch, _Gather.apply(self.tensor, self))
+            self._count = 0
+        self._count += 1
+        return self._gathered[1]
+
+    def stands_alone(self, piece: Piece) -> bool:
+        """Whether a use of this piece is taken for the only one in its pass, and needs no gathering node."""
+        return False
+
+    def view(self, piece: Piece) -> Tensor:
+        whole = self.gathered()
+        if piece is self.base or piece == self.base:
+            return whole
+        return whole.as_strided(piece.size, piece.stride, whole.storage_offset() + piece.offset - self.base.offset)
+
+    def add(self, piece: Piece, contribution: Contribution) -> None:
+        """Leaves one use's part of the gradient."""
+        if self._left is None:
+            self._left = Contributions(self.base)
+        self._left.add(piece, contribution)
+
+    def pull(self, piece: Piece, contribution: Contribution) -> None:
+        """Leaves a use whose part of the gradient autograd computes."""
+        raise NotImplementedError
+
+    def drop(self) -> None:
+        """Forgets what was left for a gradient that was not asked for."""
+        self._left = None
+
+    def take(self) -> Contributions | None:
+        left, self._left = self._left, None
+        return left
+
+    def gradient(self, contributions: Contributions) -> Tensor:
+        """Σ_i g_i over the uses, and on the way what else is wanted of them."""
+        raise NotImplementedError
+
+    def sole(self, piece: Piece) -> Request | None:
+        """What is asked of a use that is the only one, and of the whole, so that it may be computed at once."""
+        return None
+
+    def refuse(self, problem: str) -> None:
+        raise NotImplementedError
+
+    def gradient_of(self, contribution: Contribution) -> Tensor:
+        """:meth:`gradient` of the whole weight's only use."""
+        contributions = Contributions(self.base)
+        contributions.add(self.base, contribution)
+        return self.gradient(contributions)
+
+    @property
+    def refused(self) -> bool:
+        return all(parameter.problem for parameter in self.parameters)
+
+    @property
+    def parameters(self) -> list[ParameterProbe]:
+        """The parameters that it is made of."""
+        raise NotImplementedError
+
+
+class _Gather(torch.autograd.Function):
+    """The identity. Its backward computes the gradient from what the uses left, and adds what came through autograd."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, source: GradSource) -> Tensor:
+        ctx.set_materialize_grads(False)
+        ctx.source = source
+        return tensor.detach()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, None]:
+        left = ctx.source.take()
+        if left is None:
+            return grad, None
+        with torch.no_grad(), torch._C.DisableTorchFunction(), ctx.source.context.current.unbatched():
+            mine = ctx.source.gradient(left)
+        return (mine if grad is None else grad + mine), None
+
+
+@dataclass(frozen=True)
+class Ref:
+    """A tensor that is a source, or a view of one."""
+
+    source: GradSource
+    piece: Piece
+
+    def tensor(self) -> Tensor:
+        return self.source.view(self.piece)
+
+    def covered_by(self, how: str) -> None:
+        for parameter in self.source.parameters:
+            parameter.covered_by(how)
+
+    def leave(self, contribution: Contribution) -> None:
+        """Leaves one use's part of the gradient; with create_graph autograd computes it, since it must stay differentiable."""
+        (self.source.pull if torch.is_grad_enabled() else self.source.add)(self.piece, contribution)
+
+
+Pullback = Callable[[Contributions], Tensor]
+
+
+class DerivedWeight(GradSource):
+    """A function of parameters alone, such as ``1 + weight.float()`` or the rows of a position embedding.
+
+    ``pullback`` takes its per-example gradients on to the weights that it is made of.
+    """
+
+    pullback: Pullback
+
+    def __init__(self, context: Context, tensor: Tensor, parents: list[ParameterProbe]) -> None:
+        super().__init__(context, tensor)
+        self._parents = parents
+        for parent in parents:
+            parent.defer()
+
+    def gradient(self, contributions: Contributions) -> Tensor:
+        return self.pullback(contributions).to(self.tensor.dtype)
+
+    def pull(self, piece: Piece, contribution: Contribution) -> None:
+        contributions = Contributions(self.base)
+        contributions.add(piece, contribution)
+        self.pullback(contributions)
+
+    def refuse(self, problem: str) -> None:
+        for parent in self._parents:
+            parent.refuse(problem)
+
+    @property
+    def parameters(self) -> list[ParameterProbe]:
+        return self._parents
+
+
+class ParameterProbe(GradSource):
+    """One trainable parameter under a probe.
+
+    Where all of its uses pass through the gathering node, its gradient and statistics are one pass. Where some do not (a function
+    of the parameter, an operation that is differentiated again for each example), autograd computes the gradient as ever and the
+    statistics follow when it is complete, which a hook on the parameter tells.
+    """
+
+    def __init__(self, context: Context, names: list[str], parameter: nn.Parameter, direction: Tensor | None, gram: bool) -> None:
+        super().__init__(context, parameter)
+        self.name = names[0]
+        self.names = names
+        self.parameter = parameter
+        self.direction = direction
+        self.gram = gram
+        self.how: list[str] = []  # the rules that cover it
+        self.problem = ""  # why it is not covered
+        self.used = False  # whether a use of it was seen
+        self.eps = 0.0  # the unit roundoff of what its uses were computed in, where that is not their own
+        self.results: Results | None = None
+        self._alone = -1  # the epoch in which one use was taken for the only one
+        self._whole_piece = False
+        self._deferred = -1  # the epoch in which some use does not pass through the node
+        self._late: Contributions | None = None
+        self._whole = False  # whether what is late is all of the gradient, whatever the uses leave
+        self._partial: Tensor | None = None  # the gradient of the backward passes in this one
+        self._fused: tuple[int, int] | None = None  # where the gradient lies that the node returned, and its version
+
+    @property
+    def parameters(self) -> list[ParameterProbe]:
+        return [self]
+
+    @property
+    def refused(self) -> bool:
+        return bool(self.problem) or self._whole
+
+    def stands_alone(self, piece: Piece) -> bool:
+        if self.context.running:
+            return False
+        epoch = self.context.epoch
+        if self._alone == epoch:
+            self._refuse_another()
+            return False
+        gathered = self._gathered is not None and self._gathered[0] == epoch
+        if gathered or self._deferred == epoch or piece is not self.base or id(self.parameter) not in self.context.single:
+            return False
+        self._alone, self._count = epoch, 1
+        return True
+
+    def _refuse_another(self) -> None:
+        """One use was taken for the only one, and here is another."""
+        self.context.single.discard(id(self.parameter))
+        self.context.several.add(id(self.parameter))
+        self.refuse("used more often than in the passes before; it is measured from the next one on")
+
+    def note_uses(self) -> None:
+        """Remembers, when a pass is over, whether it was used once."""
+        key, epoch = id(self.parameter), self.context.epoch
+        if self._alone == epoch:
+            return
+        if self._gathered is None or self._gathered[0] != epoch or self._deferred == epoch or self._count != 1:
+            self.context.single.discard(key)
+            if self._count > 1:
+                self.context.several.add(key)
+        elif self._whole_piece and key not in self.context.several:
+            self.context.single.add(key)
+
+    def view(self, piece: Piece) -> Tensor:
+        self._whole_piece = piece is self.base
+        if self._alone == self.context.epoch and not self.context.running:
+            self._refuse_another()
+        return super().view(piece)
+
+    def covered_by(self, how: str) -> None:
+        if how not in self.how:
+            self.how.append(how)
+
+    def refuse(self, problem: str) -> None:
+        """The first problem is the one to tell; what was gathered is not the whole gradient."""
+        self.problem = self.problem or problem
+        self.results = None
+        self._late = None
+
+    def defer(self) -> None:
+        self._deferred = self.context.epoch
+        if self._alone == self.context.epoch and not self.context.running:
+            self._refuse_another()
+
+    def pull(self, piece: Piece, contribution: Contribution) -> None:
+        if self._whole or self.problem:
+            return
+        if self._late is None:
+            self._late = Contributions(self.base)
+        self._late.add(piece, contribution)
+
+    def give(self, gradients: Tensor) -> None:
+        """(E, *shape): all of the pass's gradients, as found by other means than its uses."""
+        self._late = Contributions(self.base)
+        self._late.add(self.base, Dense(gradients))
+        self._whole = True
+
+    def _request(self) -> Request:
+        now = self.context.current
+        assert now is not None
+        return Request(now.examples, self.direction, self.gram, now.denominators)
+
+    def _waits(self) -> bool:
+        """Whether statistics come after the gradient."""
+        now = self.context.current
+        assert now is not None
+        return self._deferred == self.context.epoch or self.context.nested or now.denominators is not None
+
+    def sole(self, piece: Piece) -> Request | None:
+        waits = self.refused or self.context.current is None or self._waits()
+        return None if waits or self._count != 1 or piece != self.base else self._request()
+
+    def gradient(self, contributions: Contributions) -> Tensor:
+        if self.refused:
+            return contributions.grad_sum(self.parameter)
+        if self._waits():
+            if self._late is None:
+                self._late = Contributions(self.base)
+            self._late.extend(contributions)
+            return contributions.grad_sum(self.parameter)
+        sums = self._finish(contributions)
+        # Autograd takes a gradient over without a copy only if it holds the sole reference to the tensor: the results keep another
+        # tensor of the same memory.
+        grad = densified(sums, self.parameter.shape[0] if self.parameter.ndim else 1).grad_sum
+        grad = grad.view(self.parameter.shape).to(self.parameter.dtype)
+        self._fused = (grad.data_ptr(), grad._version)
+        return grad
+
+    def on_gradient(self, grad: Tensor) -> None:
+        """The parameter's gradient of one backward pass is complete: finishes what had to wait, and checks that none is missing."""
+        fused, self._fused = self._fused, None
+        now = self.context.current
+        if self.problem or now is None:
+            return
+        if self.context.nested:
+            # A reentrant checkpoint has a backward pass of its own, and another may follow that uses the same weight.
+            self._partial = grad.clone() if self._partial is None else self._partial.add_(grad)
+            return
+        if self._partial is not None:
+            grad, self._partial = grad + self._partial, None
+        if fused is not None and self._late is None and (fused == (grad.data_ptr(), grad._version) or not grad.numel()):
+            return
+        with torch.no_grad(), torch._C.DisableTorchFunction():
+            if self._late is None:
+                # (With create_graph the gradient came through autograd; its statistics are late ones.)
+                self.refuse("part of its gradient came through an operation that the probe cannot see")
+                return
+            late, self._late, self._whole = self._late, None, False
+            plain = None  # the sum as it was differentiated, where that is not the results'
+            if now.denominators is not None:
+                plain = late.grad_sum(self.parameter)
+            eps = max(late.eps, torch.finfo(grad.dtype).eps, self.eps)
+            self._compare(self._finish(late), grad, eps, plain)
+
+    def end_pass(self) -> None:
+        self.note_uses()
+        if self._partial is not None:
+            grad, self._partial = self._partial, None
+            self.on_gradient(grad)
+        self._late, self._whole = None, False
+        self.drop()
+
+    def _compare(self, sums: Sums, grad: Tensor, eps: float, plain: Tensor | None) -> None:
+        """Whether the statistics' sum is the gradient: an operation that nobody saw shows here."""
+        grad = grad.to_dense() if grad.is_sparse else grad
+        total = densified(sums, grad.shape[0] if grad.ndim else 1)
+        found = total.grad_sum.view(grad.shape) if plain is None else plain
+        error = (found - grad).double().norm()
+        size = torch.linalg.vector_norm(total.abs_sum if plain is None else grad, dtype=torch.float64)
+        if error > min(6e-2, 1e4 * eps) * size:
+            self.refuse("part of its gradient came through an operation that the probe cannot see")
+
+    def _finish(self, contributions: Contributions) -> Sums:
+        now = self.context.current
+        assert now is not None
+        sums = contributions.combine(self.parameter, self._request())
+        self.take_results(Results(sums, now, self.parameter))
+        return sums
+
+    def take_results(self, results: Results) -> None:
+        """Keeps the results of one pass beside those of earlier ones."""
+        if self.results is None:
+            self.results = results
+        elif results.latest in self.results.passes:
+            self.refuse(
+                "the backward pass went through it twice, or its gradient came in parts (reentrant checkpoints of one weight)"
+            )
+        elif self.results.written_to:
+            self.refuse("its .grad was modified in place between two backward passes (zero_grad(set_to_none=False), clipping, …)")
+        else:
+            self.results.merge(results)
+
+    def release(self) -> None:
+        """Lets go of the graph, whose nodes hold this: nothing should wait for the garbage collector."""
+        self.drop()
+        self._gathered = self._partial = self._late = None
+
+    def finish(self) -> None:
+        """Says what became of it, after the block's last backward pass."""
+        if not self.problem and self.results is None:
+            self.refuse("no gradient reached it inside the probe" if self.used else "not used inside the probe")

@@ -1,0 +1,245 @@
+"""The probe: per-example gradient statistics of a real training step, taken while the step computes its gradients."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from zerosum.probe.capture import Capture
+from zerosum.probe.loss_scale import Loss, check_loss_reduction, check_shape
+from zerosum.probe.proof import Prover, Structures
+from zerosum.probe.report import Report
+from zerosum.probe.results import common_scale
+
+
+class Probe:
+    """Measures, for every trainable parameter, ``Σ_i g_i``, ``Σ_i |g_i|``, ``Σ_i g_i²`` and each example's norms and dots, where
+    ``g_i = torch.autograd.grad(losses[i], parameter)``, in place of the ordinary weight-gradient product::
+
+        probe = zerosum.Probe(model)
+        for x, y in batches:
+            with probe:
+                losses = per_example_loss(model(x), y)  # (N,)
+                losses.sum().backward()                 # .grad as always
+            report = probe.report()
+
+    Uses of parameters are seen as the model's operations run, whatever the module that they are in; nothing in the model is
+    changed. Whose row is whose is *proved* by differentiating the losses under other weights, once for each structure of the step.
+    Several forward and backward passes in one block are micro-batches: sums add, examples come one after another. What runs under
+    ``torch.no_grad`` is ignored. Compiled models run uncompiled inside of the block.
+
+    Args:
+        model: the module whose trainable parameters are to be covered.
+        examples: "sequence": an example is one index of the losses' dimension of examples. "position": an example is one
+            position, N·T in all, whose gradient is what one backward pass tells of it: the outer product of one row.
+        direction: a tensor of the parameter's shape for each parameter name, such as an update Δ; gives ``dot``, ``abs_dot`` and
+            the metrics C_g, C_uG and C_ug. Covered parameters without a direction are an error.
+        gram: whether to compute the inner products of all pairs of examples.
+        loss_reduction: what is differentiated. "auto": what the losses show (see :mod:`zerosum.probe.loss_tail`), so that a sum, a
+            mean, accumulation steps and a gradient scaler give the same results. "sum" or "mean" of the examples' losses, or what
+            each example's loss was divided by before they were added, as a number or a tensor with one entry for each example:
+            g_i is then the gradient of ℓ_i as it was before.
+        num_examples: N, where neither the first tensor that enters the model nor the losses tell.
+        strict: raise, with the parameter's name, where no rule covers a use, instead of differentiating the operation again for
+            each example; and at the end of the block, where a parameter is not covered.
+        grad_scaler: the ``torch.amp.GradScaler`` that scales the loss; results are of the loss as it was. "auto" needs none.
+        verify: "once": rows are attributed when a structure is met first, and then looked up. "always": in every pass. k: in every
+            k-th pass of a structure. "never": rows are taken to be (N, …), without proof. Rows in no regular order, such as those
+            of experts, are attributed in every pass but with "never".
+        every: measure in every k-th block alone; the others cost nothing, and :meth:`report` stays that of the last one measured.
+
+    Raises:
+        TypeError, ValueError: an argument is not of these; the message names it.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        examples: str = "sequence",
+        direction: Mapping[str, Tensor] | None = None,
+        gram: bool = False,
+        loss_reduction: str | float | Tensor = "auto",
+        *,
+        num_examples: int | None = None,
+        strict: bool = False,
+        grad_scaler: torch.amp.GradScaler | None = None,
+        verify: str | int = "once",
+        every: int = 1,
+    ) -> None:
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
+        if examples == "token":
+            raise ValueError(
+                "examples: one backward pass does not tell the gradients of tokens' own losses; measure them with "
+                "zerosum.token_report(model, x, y)"
+            )
+        if examples not in ("sequence", "position"):
+            raise ValueError(f"examples: expected 'sequence' or 'position', got {examples!r}")
+        check_loss_reduction(loss_reduction)
+        if num_examples is not None and (not isinstance(num_examples, int) or num_examples < 1):
+            raise ValueError(f"num_examples: expected a positive integer, got {num_examples!r}")
+        if grad_scaler is not None and not hasattr(grad_scaler, "get_scale"):
+            raise TypeError(f"grad_scaler: expected a torch.amp.GradScaler, got {type(grad_scaler).__name__}")
+        if verify not in ("once", "always", "never") and (
+            isinstance(verify, (bool, str)) or not isinstance(verify, int) or verify < 1
+        ):
+            raise ValueError(f"verify: expected 'once', 'always', 'never' or a positive integer, got {verify!r}")
+        _check_supported(model)
+        self._model: nn.Module = model
+        self._positions = examples == "position"
+        self.direction = direction
+        self._gram = gram
+        self._loss_reduction = loss_reduction
+        self._num_examples = num_examples
+        self._strict = strict
+        self._grad_scaler = grad_scaler
+        self._verify = verify
+        self._structures = Structures()
+        self._capture: Capture | None = None
+        self._report: Report | None = None
+        self._blocks = 0
+        self._skipping = False
+        self.every = every
+
+    @property
+    def direction(self) -> Mapping[str, Tensor] | None:
+        """What blocks from now on measure dots with; it may be set between blocks."""
+        return self._direction
+
+    @direction.setter
+    def direction(self, direction: Mapping[str, Tensor] | None) -> None:
+        check_direction(self._model, direction)
+        self._direction = direction
+
+    @property
+    def every(self) -> int:
+        """How many blocks there are for one that is measured."""
+        return self._every
+
+    @every.setter
+    def every(self, every: int) -> None:
+        if not isinstance(every, int) or isinstance(every, bool) or every < 1:
+            raise ValueError(f"every: expected a positive integer, got {every!r}")
+        self._every = every
+
+    @property
+    def measuring(self) -> bool:
+        """Whether the probe is open, and measures."""
+        return self._capture is not None
+
+    def __enter__(self) -> Probe:
+        if self._capture is not None:
+            warnings.warn(
+                "zerosum.Probe: an exception left the probe open; it is closed, and starts anew", UserWarning, stacklevel=2
+            )
+            self.close()
+        if any(isinstance(mode, Capture) for mode in _active_modes()):
+            raise RuntimeError("a probe is open already: close it before opening another")
+        self._skipping = self._blocks % self._every != 0
+        self._blocks += 1
+        if self._skipping:
+            return self
+        self._report = None
+        loss = None
+        if not (isinstance(self._loss_reduction, str) and self._loss_reduction == "auto"):
+            loss = Loss(self._loss_reduction, 1.0 if self._grad_scaler is None else self._grad_scaler.get_scale())
+        self._prover = Prover(
+            positions=self._positions,
+            num_examples=self._num_examples,
+            loss=loss,
+            verify=self._verify,
+            structures=self._structures,
+        )
+        capture = Capture(
+            self._model,
+            prover=self._prover,
+            structures=self._structures,
+            direction=self._direction_of,
+            gram=self._gram,
+            strict=self._strict,
+        )
+        capture.start()
+        self._capture = capture
+        return self
+
+    def __exit__(self, exception_type: type[BaseException] | None, *rest: Any) -> None:
+        if self._skipping:
+            self._skipping = False
+            return
+        capture, self._capture = self._capture, None
+        if capture is None:
+            return
+        capture.stop()
+        try:
+            if exception_type is None:
+                self._report = self._finish(capture)
+        finally:
+            capture.release()
+
+    def close(self) -> None:
+        """Ends a block that an exception left open; nothing is reported."""
+        capture, self._capture = self._capture, None
+        if capture is not None:
+            capture.stop()
+            capture.release()
+
+    def _finish(self, capture: Capture) -> Report:
+        passes = [p for p in capture.passes if any(t.results is not None and p in t.results.passes for t in capture.parameters)]
+        with torch.no_grad():
+            if passes and self._prover.loss is not None:
+                self._prover.loss.check(sum(p.examples for p in passes))
+            scale = common_scale(passes)
+            for parameter in capture.parameters:
+                parameter.finish()
+                if parameter.results is not None:
+                    parameter.results.finish(passes)
+                    parameter.results.common = scale
+            capture.add_up()
+        self._structures.tracks = self._structures.tracks and not capture.proofs
+        report = Report(capture.parameters, passes, capture.proofs)
+        if self._strict and report.coverage.not_covered:
+            name, reason = next(iter(report.coverage.not_covered.items()))
+            raise NotImplementedError(f"zerosum.Probe(strict=True): {name} is not covered: {reason}")
+        return report
+
+    def report(self) -> Report:
+        """The results of the last completed ``with`` block that was measured."""
+        if self._report is None:
+            state = "is still open" if self._capture is not None else "has not completed a `with` block"
+            raise RuntimeError(f"no report: the probe {state}")
+        return self._report
+
+    def _direction_of(self, names: list[str]) -> Tensor | None:
+        if self._direction is None:
+            return None
+        return next((self._direction[name] for name in names if name in self._direction), None)
+
+
+def _active_modes() -> list[Any]:
+    return torch.overrides._get_current_function_mode_stack()
+
+
+def _check_supported(model: nn.Module) -> None:
+    """Raises where parameters are shards that the probe would measure wrongly or not at all."""
+    for name, p in model.named_parameters():
+        if type(p).__name__ == "DTensor" or type(p.data).__name__ == "DTensor":
+            raise NotImplementedError(
+                f"model: {name!r} is a DTensor (tensor parallel or fully_shard); the probe measures whole parameters of one process"
+            )
+
+
+def check_direction(model: nn.Module, direction: Mapping[str, Tensor] | None) -> None:
+    """Raises where ``direction`` is not a tensor of the parameter's shape for names of the model's parameters."""
+    if direction is None:
+        return
+    if not isinstance(direction, Mapping):
+        raise TypeError(f"direction: expected a mapping from parameter names to tensors, got {type(direction).__name__}")
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    for name, u in direction.items():
+        if name not in parameters:
+            raise ValueError(f"direction: {name!r} is not a parameter of the model")
+        check_shape(f"direction[{name!r}]", u, parameters[name])

@@ -1,0 +1,1087 @@
+"""Proves, once for each structure of a step, whose rows reach every use of a weight, and keeps what was found.
+
+A *structure* is the sequence of uses with their shapes and dtypes, and the operations at the root of the backward pass. Its layouts
+are named by :mod:`~zerosum.probe.attribution` before the backward pass, then only looked up.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import GradientEdge, Node
+
+from zerosum.probe import attribution
+from zerosum.probe.attribution import MIXED, UNREACHED, Cut, Signature, along, find_cut, layout_of, shape_of
+from zerosum.probe.layout import Layout
+from zerosum.probe.loss_scale import Loss
+from zerosum.probe.loss_tail import TailReader, Term, follow_path
+from zerosum.probe.results import Pass
+from zerosum.probe.rules.site import Phase, Site
+
+if TYPE_CHECKING:
+    from zerosum.probe.capture import Capture
+
+UNSEEN = "part of its gradient came through an operation that the probe cannot see"
+REENTRANT = "CheckpointFunctionBackward"  # torch's; it refuses torch.autograd.grad
+Step = tuple[GradientEdge, tuple[int, ...], tuple[str, ...]]  # an edge with the path to it
+ATTEMPTS = 4  # cuts that are tried, each nearer to the model
+
+
+@dataclass
+class Named:
+    """What naming found for one use."""
+
+    layout: Layout | None
+    problem: str = ""
+    mixed: bool = False
+    settled: bool = True
+    reached: bool = True
+    names: Tensor | None = None
+    bypassed: bool = False  # whether a part of the loss reaches it past the cut
+
+
+@dataclass
+class Finding:
+    """A cut, with what it tells of each use."""
+
+    cut: Cut
+    examples: int
+    labels: Tensor | None  # the example of each index of the cut's dimensions, where that is not the index
+    gradients: list[Tensor]
+    named: list[Named]
+    coupled: str = ""  # why what lies behind the cut does not keep examples apart
+    passes: int = 0
+    unproved: str = ""  # what lies behind the cut could not be differentiated twice
+    first: bool = True  # whether it is the cut next to the roots
+    consistent: bool = True  # whether the first use has its examples in the first dimension
+
+    @property
+    def reached(self) -> int:
+        return sum(n.reached for n in self.named)
+
+    @property
+    def good(self) -> int:
+        return sum(n.reached and not n.mixed and not n.bypassed for n in self.named)
+
+    @property
+    def perfect(self) -> bool:
+        return bool(self.reached) and self.good == self.reached and not self.coupled and not self.cut.bypass
+
+
+@dataclass
+class Stored:
+    """What is kept of a structure."""
+
+    examples: int
+    layouts: list[Layout | None]
+    problems: list[str]
+    reached: list[bool]
+    regular: bool  # whether it need not be named again
+    labels: Tensor | None
+    cut: list[tuple[tuple[int, ...], tuple[str, ...], int]]  # paths to the edges, and their axes
+    terms: list[Term] | None
+    refused: dict[int, str]  # by the parameter's id
+    hidden: set[int]  # parameters that are used where no mode sees it
+    passes: int
+    since: int  # the pass in which it was proved
+    used: int = 0
+    unproved: str = ""
+
+
+@dataclass(eq=False)
+class Proof:
+    """What is known of one backward pass."""
+
+    of: Pass
+    cut: Cut | None = None
+    gradients: list[Tensor] = field(default_factory=list)
+    labels: Tensor | None = None
+    reader: TailReader | None = None
+    rows_per_example: int = 1
+    apart: bool = False  # whether the examples' losses are measured apart from the training's backward pass
+    passes: int = 0  # extra backward passes that the attribution took
+    since: int = 0
+    trusted: str = ""  # what was taken for granted
+
+    @contextmanager
+    def reading(self) -> Iterator[None]:
+        """In which the training's backward pass runs: takes the losses' factors."""
+        if self.reader is None:
+            yield
+            return
+        with self.reader.reading():
+            yield
+        self.of.factors = self.reader.factors(self.rows_per_example)
+
+    def part(self, example: int) -> list[Tensor]:
+        """The gradients at the cut, of one example alone."""
+        assert self.cut is not None
+        out = []
+        for g, axis in zip(self.gradients, self.cut.axes, strict=True):
+            mine = torch.arange(g.shape[axis], device=g.device) if self.labels is None else self.labels
+            out.append(torch.where((mine == example).view(-1, *[1] * (g.ndim - axis - 1)), g, 0))
+        return out
+
+
+class Call:
+    """A call that has weights among its operands, to be known again by its function, its weights and its operands' shapes."""
+
+    __slots__ = ("device", "func", "key", "label", "places", "shapes", "weights")
+
+    def __init__(self, func: Any, args: tuple[Any, ...], weights: set[int], label: str, key: Any) -> None:
+        self.func, self.label, self.key = func, label, key
+        self.weights = tuple(id(x) if id(x) in weights else 0 for x in args)
+        self.shapes = tuple((x.shape, x.dtype, x.requires_grad) if isinstance(x, Tensor) else x for x in args)
+        self.device = next(x.device.type for x in args if isinstance(x, Tensor))
+
+    def fits(self, args: tuple[Any, ...]) -> bool:
+        """Whether a call with these arguments is like this one."""
+        if len(args) != len(self.weights):
+            return False
+        for x, weight, shape in zip(args, self.weights, self.shapes, strict=True):
+            if weight:
+                if id(x) != weight:
+                    return False
+            elif isinstance(x, Tensor):
+                if not isinstance(shape, tuple) or (x.shape, x.dtype, x.requires_grad) != shape:
+                    return False
+            elif x is not shape and x != shape:
+                return False
+        return True
+
+    def sources(self, known: dict[int, Any]) -> list[Any]:
+        return [known[weight] for weight in self.weights if weight]
+
+
+class Structures:
+    """What a probe keeps from block to block."""
+
+    def __init__(self) -> None:
+        self.found: dict[Any, Stored] = {}
+        self.alone: dict[Any, bool] = {}  # which calls are functions of weights alone
+        self.calls: dict[int, Call] = {}  # of the last pass, by their place in it
+        self.single: set[int] = set()  # parameters that have had one use in a pass, and never more
+        self.several: set[int] = set()  # parameters that have had more
+        self.tracks = True  # whether that has to be found out in the next block
+        self.passes = 0
+
+    def remember(self, place: int, func: Any, args: tuple[Any, ...], refs: Sequence[Any], key: Any) -> None:
+        """Keeps a call whose weights are whole parameters."""
+        weights = {id(ref.source.tensor) for ref in refs if ref.source.tensor is ref.source.parameters[0].tensor}
+        flat = all(not isinstance(x, (list, tuple)) or not any(isinstance(y, Tensor) for y in x) for x in args)
+        found = [x for x in args if id(x) in weights]
+        if flat and len(found) == len(refs):
+            name = getattr(func, "__name__", str(func))
+            label = f"{name} ({', '.join(t.name for t in refs[0].source.parameters)})"
+            self.calls[place] = Call(func, args, weights, label, key)
+        else:
+            self.calls.pop(place, None)
+
+
+class Prover:
+    """Attributes rows to examples, for one block."""
+
+    def __init__(
+        self,
+        *,
+        positions: bool = False,
+        num_examples: int | None = None,
+        loss: Loss | None = None,
+        verify: str | int = "once",
+        structures: Structures,
+    ) -> None:
+        self.positions = positions
+        self.num_examples = num_examples
+        self.loss = loss
+        self.verify = verify
+        self.structures = structures
+        self.declared: Tensor | None = None  # the example of each row, as the user says
+        self._trusted = ""
+
+    # What is known before ---------------------------------------------------------------------------------------------------------
+
+    def declare(self, x: Tensor, ids: Tensor) -> None:
+        N = self.num_examples
+        if N is None or self.positions:
+            raise RuntimeError("zerosum.example_ids: expected a probe with num_examples and sequences as examples")
+        rows = x.shape[1] if x.ndim > 1 and x.shape[0] == 1 and len(ids) != 1 else x.shape[0] if x.ndim else 0
+        if ids.ndim != 1 or ids.shape[0] != rows or ids.is_floating_point():
+            raise ValueError(f"ids: expected {rows} integers, one for each row, got {ids.dtype} {tuple(ids.shape)}")
+        if ids.numel() and (int(ids.min()) < 0 or int(ids.max()) >= N):
+            raise ValueError(f"ids: expected values in [0, {N}), got {int(ids.min())} to {int(ids.max())}")
+        self.declared = ids.long()
+
+    def look(self, capture: Capture, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Notices packed sequences, whose positions start again within a row."""
+        ids = kwargs.get("position_ids")
+        if self.num_examples is not None or not isinstance(ids, Tensor) or ids.is_floating_point() or ids.ndim != 2:
+            return
+        if ids.shape[0] == 1 and ids.shape[1] > 1 and "packed" not in self.structures.alone:
+            starts = int((ids == 0).sum())
+            self.structures.alone["packed"] = True
+            if starts > 1:
+                warnings.warn(
+                    f"zerosum.Probe: position_ids start again {starts} times in one row, as those of packed sequences do, and "
+                    "there is one example. Give num_examples and zerosum.example_ids to tell them apart",
+                    UserWarning,
+                    stacklevel=2,
+                )
+
+    def _sizes(self, capture: Capture, roots: Sequence[GradientEdge], grads: Sequence[Tensor | None]) -> list[int]:
+        """What N may be, the likeliest first."""
+        if self.num_examples is not None:
+            return [self.num_examples]
+        inputs = [x.shape[0] for x in reversed(capture.inputs) if x.ndim]
+        rows = [x.shape[:2].numel() for x in capture.inputs if x.ndim > 1]
+        if not capture.inputs:
+            inputs += [site.lead[0] for site in capture.sites if site.lead][:1]
+        # A vector of losses, where it is not one of all positions' losses.
+        flat = {*rows, *(n - 1 for n in rows if inputs and inputs[0] == 1)}
+        vectors = [size for size in _vectors(roots) if size > 1 and size not in flat - set(inputs)]
+        # As many losses as the input has of a second dimension: sequences may come first.
+        second = {n for x in capture.inputs for n in x.shape[1:2]}
+        found = [*(size for size in vectors if size in second), *inputs, *vectors]
+        return list(dict.fromkeys(found))
+
+    # One backward pass ------------------------------------------------------------------------------------------------------------
+
+    def attribute(self, capture: Capture, roots: list[GradientEdge], grads: list[Tensor | None]) -> Proof | None:
+        """Gives the sites of a backward pass their layouts. None where it reaches no use of a weight."""
+        if not roots:
+            return None
+        key = self._key(capture, roots)
+        stored = self.structures.found.get(key)
+        due = self.verify == "always" or (isinstance(self.verify, int) and stored is not None and stored.used % self.verify == 0)
+        if stored is not None and stored.regular and not due:
+            proof = self._again(capture, roots, grads, stored)
+            if proof is not None:
+                stored.used += 1
+                self._settle(capture, roots, grads, proof, stored)
+                return proof
+        finding = self._trust(capture) if self.verify == "never" else self._find(capture, roots, grads)
+        if finding is None:
+            return None
+        stored = self._store(capture, roots, grads, finding)
+        if self.verify != "never":
+            self.structures.found[key] = stored
+        proof = self._proof(capture, finding, stored)
+        stored.used += 1
+        self._settle(capture, roots, grads, proof, stored)
+        return proof
+
+    def _key(self, capture: Capture, roots: list[GradientEdge]) -> Any:
+        sizes = tuple(x.shape[:1] for x in capture.inputs)
+        ends = tuple((e.node.name(), shape_of(e)) for e in roots)
+        return tuple(capture.keys), ends, sizes, len(capture.sites), capture.model.training, bool(capture.auxiliary)
+
+    def _again(self, capture: Capture, roots: list[GradientEdge], grads: list[Tensor | None], stored: Stored) -> Proof | None:
+        """The proof of a known structure, if the graph has the same losses at its end."""
+        cut = None
+        if capture.whole or capture.auxiliary or stored.hidden:
+            edges = [follow_path(roots, path, names) for path, names, _ in stored.cut]
+            if any(e is None for e in edges) or not edges:
+                return None
+            cut = Cut([e for e in edges if e is not None], [axis for *_, axis in stored.cut])
+        if stored.terms and any(follow_path(roots, term.path, term.names) is None for term in stored.terms):
+            return None
+        proof = Proof(self._pass(capture, stored.examples), cut, labels=stored.labels, since=stored.since, trusted=stored.unproved)
+        if cut is not None:
+            proof.gradients = self._gradients(capture, roots, grads, cut)
+        self._assign(capture, stored)
+        return proof
+
+    def _pass(self, capture: Capture, examples: int) -> Pass:
+        """A new pass, or that of a graph which is differentiated again."""
+        if self.positions:
+            examples *= self._positions_of(capture)
+        if capture.passes and capture.passes_epoch == capture.epoch and capture.passes[-1].examples == examples and capture._over:
+            return capture.passes[-1]
+        self.structures.passes += 1
+        capture.passes_epoch = capture.epoch
+        return Pass(self.structures.passes, examples)
+
+    def _positions_of(self, capture: Capture) -> int:
+        shapes: list[Sequence[int]] = [x.shape for x in capture.inputs[-1:]] or [site.lead for site in capture.sites[:1]]
+        return shapes[0][1] if shapes and len(shapes[0]) > 1 else 0
+
+    def _assign(self, capture: Capture, stored: Stored) -> None:
+        for site, layout, problem, reached in zip(capture.sites, stored.layouts, stored.problems, stored.reached, strict=True):
+            if not reached:
+                continue
+            site.layout, site.problem = layout, problem
+            if problem:
+                site.layout = None
+                for source in site.sources:
+                    source.refuse(problem)
+        for t in capture.parameters:
+            if id(t.parameter) in stored.hidden:
+                capture.refuse_if_strict(t, UNSEEN)
+                capture.differentiate_whole(t, UNSEEN)
+            if (refused := stored.refused.get(id(t.parameter))) is not None:
+                t.refuse(refused)
+
+    def _proof(self, capture: Capture, finding: Finding, stored: Stored) -> Proof:
+        proof = Proof(
+            self._pass(capture, finding.examples),
+            finding.cut if finding.cut.edges else None,
+            finding.gradients,
+            finding.labels,
+            passes=finding.passes,
+            since=self.structures.passes,
+            trusted=finding.unproved,
+        )
+        self._assign(capture, stored)
+        return proof
+
+    def _settle(
+        self, capture: Capture, roots: list[GradientEdge], grads: list[Tensor | None], proof: Proof, stored: Stored
+    ) -> None:
+        """How the gradients are scaled, and whether a part of the loss is set apart."""
+        proof.apart = bool(capture.auxiliary) and proof.cut is not None
+        before = sum(p.examples for p in capture.passes if p is not proof.of)
+        if self.loss is not None:
+            proof.of.scale = self.loss.scale(proof.of.examples)
+            proof.of.denominators = self.loss.scales(before, proof.of.examples)
+            if stored.used == 1:
+                self._contradict(capture, roots, grads, stored)
+            return
+        if stored.terms:
+            terms = [
+                (term, edge, None if term.call is None else capture.losses[term.call])
+                for term in stored.terms
+                if (edge := follow_path(roots, term.path, term.names)) is not None
+            ]
+            reader = TailReader(terms, stored.examples, stored.labels)
+            proof.rows_per_example = self._positions_of(capture) if self.positions else 1
+            if proof.apart:
+                reader.take(self._gradients(capture, roots, grads, Cut([edge for _, edge, _ in terms], [0] * len(terms)), raw=True))
+                proof.of.factors = reader.factors(proof.rows_per_example)
+            else:
+                proof.reader = reader
+        elif stored.used == 1 and stored.examples and not capture._over and not capture.warned:
+            warnings.warn(
+                "zerosum.Probe: what was differentiated is no sum that the probe can read (loss_reduction='auto'): results are of "
+                "it as it is. Give the probe what each example's loss was divided by: loss_reduction='sum', 'mean' or denominators",
+                UserWarning,
+                stacklevel=2,
+            )
+
+    def _contradict(self, capture: Capture, roots: list[GradientEdge], grads: list[Tensor | None], stored: Stored) -> None:
+        """Warns where an explicit reduction is not what the loss shows."""
+        loss = self.loss
+        assert loss is not None
+        if not stored.terms or self.positions or stored.examples < 2 or loss.uneven is not None:
+            return
+        terms = [
+            (term, edge, None if term.call is None else capture.losses[term.call])
+            for term in stored.terms
+            if (edge := follow_path(roots, term.path, term.names)) is not None
+        ]
+        reader = TailReader(terms, stored.examples, stored.labels)
+        reader.take(self._gradients(capture, roots, grads, Cut([edge for _, edge, _ in terms], [0] * len(terms)), raw=True))
+        factors = reader.factors()
+        if factors is None or not float(factors[1]):
+            return
+        per_example, per_row = float(factors[0] / factors[1].abs()), reader.uniform()
+        said = loss.scale(stored.examples)
+        calls = [call for _, _, call in terms if call is not None and call.reduction == "mean"]
+        ignored = any((valid := call.valid()) is not None and not bool(valid.all()) for call in calls)
+        rows = sum(call.targets.numel() for call in calls)
+        if any(abs(said - x) <= 1e-3 * abs(x) for x in (per_example, per_row) if x is not None):
+            if not (loss.reduction == "mean" and ignored):
+                return
+        elif per_row is None and not calls:
+            return
+        shown = per_row if per_row is not None and calls else per_example
+        couples = f" couples the examples (a mean over {rows} rows of {stored.examples} examples):" if calls else ""
+        warnings.warn(
+            f"zerosum.Probe: loss_reduction={loss.shown} says that each example's loss was divided by {said * loss.factor:g}; the "
+            f"loss{couples} divides by {shown * loss.factor:g}. Use loss_reduction='auto', or give the denominators",
+            UserWarning,
+            stacklevel=2,
+        )
+
+    # Finding ----------------------------------------------------------------------------------------------------------------------
+
+    def _find(self, capture: Capture, roots: list[GradientEdge], grads: list[Tensor | None]) -> Finding | None:
+        best: Finding | None = None
+        sizes = self._sizes(capture, roots, grads)
+        if sizes and sizes[0] <= 1 and len(sizes) == 1:
+            return self._single(capture, roots, grads, sizes[0])
+        for labels, N, size in self._divisions(capture, sizes):
+            if not N:
+                continue
+            finding = self._find_of(capture, roots, grads, N, size, labels)
+            if finding is not None and (best is None or _rank(finding) > _rank(best)):
+                best = finding
+            if best is not None and best.perfect and best.examples > 1:
+                break
+        if best is None:
+            # A graph that leads to no use, or losses that nothing tells apart.
+            if not self._reaches(capture, roots, grads):
+                return None
+            problem = "the examples are coupled before the loss: no tensor on the way from the loss has a dimension of examples"
+            best = Finding(Cut([], []), sizes[0] if sizes else 0, None, [], [Named(None, problem, True) for _ in capture.sites])
+        if best.examples == 1 and sizes[:1] == [1]:
+            return self._single(capture, roots, grads, 1)
+        if best.coupled:
+            problem = f"the examples are coupled before the loss: {best.coupled}"
+            best.named = [Named(None, problem, True, reached=n.reached) for n in best.named]
+        best = self._ordered(capture, roots, grads, best)
+        self._tell(capture, best)
+        return best
+
+    def _ordered(self, capture: Capture, roots: list[GradientEdge], grads: list[Tensor | None], finding: Finding) -> Finding:
+        """With the examples in the order of the first vector of losses, where the last one is a permutation of it."""
+        cut, N = finding.cut, finding.examples
+        if finding.coupled or finding.labels is not None or len(cut.edges) != 1 or shape_of(cut.edges[0]) != (N,):
+            return finding
+        edge = cut.edges[0]
+        while not self._barrier(edge.node):
+            before = [e for _, e in _following(edge.node)]
+            if len(before) != 1 or getattr(before[0].node, "variable", None) is not None or shape_of(before[0]) != (N,):
+                break
+            edge = before[0]
+        if edge.node is cut.edges[0].node:
+            return finding
+        ones = torch.ones(N, dtype=attribution._dtype(edge), device=attribution._device(edge))
+        (plain,) = capture.extra_backward(cut.edges, [edge], [ones], Phase.NAMING)
+        places = torch.arange(1, N + 1).to(ones)
+        (moved,) = capture.extra_backward(cut.edges, [edge], [places], Phase.NAMING)
+        if plain is None or moved is None or not bool((plain != 0).all()):
+            return finding
+        order = (moved / plain).round().long() - 1  # of the cut's entries, in that of the first vector
+        if not torch.equal(order.sort()[0], torch.arange(N, device=order.device)) or bool((order.diff() == 1).all()):
+            return finding
+        again = self._name(capture, roots, grads, cut, N, order.argsort())
+        return finding if again is None else again
+
+    def _divisions(self, capture: Capture, sizes: list[int]) -> Iterator[tuple[Tensor | None, int, int]]:
+        """Labels, N, and the size of the dimension that they label."""
+        for N in sizes:
+            yield None, N, N
+        if self.declared is not None and sizes:
+            yield self.declared, sizes[0], len(self.declared)
+            yield self.declared[:-1], sizes[0], len(self.declared) - 1
+            return
+        # Rows that were flattened, (N·T,): in order, which the uses that they reach confirm.
+        for N, T in ((x.shape[0], x.shape[1]) for x in capture.inputs[-1:] if x.ndim > 1):
+            for per in (T, T - 1):
+                if N in sizes and N > 1 and per > 1:
+                    yield torch.arange(N).repeat_interleave(per), N, N * per
+
+    def _single(self, capture: Capture, roots: list[GradientEdge], grads: list[Tensor | None], N: int) -> Finding:
+        """One example, or none: all is its own."""
+        cut = Cut([], [])
+        if N == 1:
+            cut = find_cut(roots, 1, self._barrier, set(), 1, capture.auxiliary)
+        gradients = self._gradients(capture, roots, grads, cut) if cut.edges else []
+        return Finding(cut, N, None, gradients, [self._of_one(capture, site, N) for site in capture.sites])
+
+    def _of_one(self, capture: Capture, site: Site, N: int) -> Named:
+        """A use's rows, where all are one sequence's."""
+        if not self.positions or not N:
+            return Named(Layout(N))
+        lead = tuple(site.lead)
+        return self._of_positions(capture, Layout(1, inner=1 if lead[:1] == (1,) or not lead else lead[0]), torch.Size(lead), True)
+
+    def _find_of(
+        self,
+        capture: Capture,
+        roots: list[GradientEdge],
+        grads: list[Tensor | None],
+        N: int,
+        size: int,
+        labels: Tensor | None,
+    ) -> Finding | None:
+        best: Finding | None = None
+        for tier in range(3):
+            skip: set[tuple[Node, int]] = set()
+            for _ in range(ATTEMPTS):
+                cut = find_cut(roots, size, self._barrier, skip, tier, capture.auxiliary)
+                if not cut.edges:
+                    break
+                finding = self._name(capture, roots, grads, cut, N, labels)
+                if finding is None:
+                    break
+                finding.first = tier == 0 and not skip
+                finding.consistent = _consistent(capture, finding)
+                if not (finding.consistent or (finding.first and finding.perfect)):
+                    skip |= {(e.node, e.output_nr) for e in cut.edges}
+                    continue  # another dimension of the same size, which losses further behind do not bear out
+                if best is None or _rank(finding) > _rank(best):
+                    best = finding
+                if best is finding and finding.perfect and finding.consistent:
+                    return finding
+                blamed = self._blame(capture, roots, grads, finding) if len(cut.edges) > 1 else cut.edges
+                skip |= {(e.node, e.output_nr) for e in blamed}
+        return best
+
+    def _blame(
+        self, capture: Capture, roots: list[GradientEdge], grads: list[Tensor | None], finding: Finding
+    ) -> list[GradientEdge]:
+        """The tensors of a cut that do not tell the losses apart; all of them where none does."""
+        blamed = []
+        for edge, axis in zip(finding.cut.edges, finding.cut.axes, strict=True):
+            alone = self._name(capture, roots, grads, Cut([edge], [axis]), finding.examples, finding.labels)
+            if alone is None or alone.coupled or alone.good < alone.reached:
+                blamed.append(edge)
+        return blamed or finding.cut.edges
+
+    @staticmethod
+    def _barrier(node: Node) -> bool:
+        ours = any(hasattr(node, name) for name in ("site", "again", "source"))
+        return ours or node.name() == REENTRANT
+
+    def _gradients(
+        self, capture: Capture, roots: list[GradientEdge], grads: list[Tensor | None], cut: Cut, raw: bool = False
+    ) -> list[Any]:
+        """What was differentiated by the tensors of the cut."""
+        found = capture.extra_backward(roots, cut.edges, grads, Phase.NAMING)
+        if raw:
+            return [None if g is None else g.detach() for g in found]
+        return [
+            torch.zeros(shape_of(e), dtype=attribution._dtype(e), device=attribution._device(e)) if g is None else g.detach()
+            for e, g in zip(cut.edges, found, strict=True)
+        ]
+
+    def _reaches(self, capture: Capture, roots: list[GradientEdge], grads: list[Tensor | None]) -> bool:
+        sites = set(capture.sites)
+        return bool(sites & set(_sites_before([e.node for e in roots])[0])) or bool(capture.whole)
+
+    def _name(
+        self,
+        capture: Capture,
+        roots: list[GradientEdge],
+        grads: list[Tensor | None],
+        cut: Cut,
+        N: int,
+        labels: Tensor | None,
+    ) -> Finding | None:
+        """Names the rows of all uses from one cut. None where no use is reached."""
+        gradients = self._gradients(capture, roots, grads, cut)
+        coupled, unproved = "", ""
+        try:
+            weights = N if labels is None else len(labels)
+            coupled = attribution.couples(roots, grads, cut, weights)
+        except attribution.Unproved as reason:
+            unproved = f"what lies between the losses and the root cannot be differentiated twice ({reason})"
+        if coupled:
+            return Finding(cut, N, labels, gradients, [Named(None, reached=True) for _ in capture.sites], coupled)
+        places = {site: k for k, site in enumerate(capture.sites)}
+        named = [Named(None, reached=False) for _ in capture.sites]
+        problem = ""
+        passes, boundaries = self._name_segment(capture, cut.edges, cut.axes, gradients, N, labels, named, places)
+        done: set[Node] = set()
+        while boundaries:
+            node, axis = boundaries.pop()
+            if node in done:
+                continue
+            done.add(node)
+            if axis < 0:
+                problem = "the examples are coupled before the loss: a reentrant checkpoint's result has rows of several examples"
+            edges = [e for _, e in _following(node) if getattr(e.node, "variable", None) is None]
+            edges = [e for e in edges if shape_of(e)[max(axis, 0) : max(axis, 0) + 1] == (N,)]
+            capture.checkpoint_axis = max(axis, 0)
+            if not edges:
+                continue
+            starts = [_random(e) for e in edges]
+            more, further = self._name_segment(capture, edges, [max(axis, 0)] * len(edges), starts, N, None, named, places, problem)
+            passes += more
+            boundaries += further
+        if not any(n.reached for n in named):
+            return None
+        for site in _sites_before(cut.bypass)[0]:
+            if site in places:
+                named[places[site]].bypassed = True
+        return Finding(cut, N, labels, gradients, named, passes=passes, unproved=unproved)
+
+    def _name_segment(
+        self,
+        capture: Capture,
+        edges: Sequence[GradientEdge],
+        axes: Sequence[int],
+        gradients: Sequence[Tensor],
+        N: int,
+        labels: Tensor | None,
+        named: list[Named],
+        places: dict[Site, int],
+        problem: str = "",
+        by_name: bool = False,
+    ) -> tuple[int, list[tuple[Node, int]]]:
+        """Names what backward passes from some tensors reach, up to reentrant checkpoints; returns the number of passes, and these
+        checkpoints, each with its results' dimension of examples, or -1."""
+        sites, checkpoints = _sites_before([e.node for e in edges])
+        ends = [GradientEdge(node, k) for node in checkpoints for k in range(len(node._input_metadata))]
+        inputs: list[Any] = [capture.anchor]
+        if checkpoints:
+            inputs = [*(GradientEdge(node, 0) for node in sites.values()), *ends]
+
+        def run(weights: Tensor | None) -> dict[Any, Signature]:
+            capture.signatures = {}
+            of_row = None if weights is None else weights if labels is None else weights[labels.cpu()]
+            given = [g if of_row is None else g * along(of_row, axis, g) for g, axis in zip(gradients, axes, strict=True)]
+            found = capture.extra_backward(edges, inputs, given, Phase.NAMING)
+            signed: dict[Any, Signature] = capture.signatures
+            if checkpoints:
+                for x, g in zip((*sites, *((e.node, e.output_nr) for e in ends)), found, strict=True):
+                    if g is not None and x not in signed:
+                        rows = x.rows_of(g) if isinstance(x, Site) else g.unsqueeze(-1)
+                        signed[x] = Signature.of(rows)
+            capture.signatures = {}
+            return signed
+
+        plain = run(None)
+        spelled = [run(attribution.weights_of_digit(N, digit)) for digit in range(attribution.digits(N))]
+        checked = run(attribution.random_weights(N))
+        boundaries: dict[Node, int] = {}
+        for x, signature in plain.items():
+            names = attribution.name_rows(signature, [one[x] for one in spelled], checked[x], N)
+            if isinstance(x, Site):
+                if x in places:
+                    named[places[x]] = Named(None) if by_name else self._judge(capture, names, N, problem)
+                    named[places[x]].names = names
+            else:
+                layout, _ = layout_of(names, N)
+                regular = not bool((names == MIXED).any()) and layout.ids is None and layout.outer == layout.inner == 1
+                boundaries[x[0]] = layout.axis if regular and boundaries.get(x[0], layout.axis) == layout.axis else -1
+        for node in checkpoints:
+            boundaries.setdefault(node, 0)
+        return 2 + len(spelled), list(boundaries.items())
+
+    def _judge(self, capture: Capture, names: Tensor, N: int, problem: str = "") -> Named:
+        """The layout of rows with these names."""
+        if problem:
+            return Named(None, problem, True)
+        mixed = int((names == MIXED).sum())
+        if mixed:
+            return Named(None, f"{mixed} of {names.numel()} rows serve several examples", True)
+        layout, settled = layout_of(names, N)
+        settled = settled and not bool((names == UNREACHED).all())
+        if self.positions:
+            return self._of_positions(capture, layout, names.shape, settled)
+        return Named(layout, settled=settled)
+
+    def _of_positions(self, capture: Capture, layout: Layout, lead: torch.Size, settled: bool) -> Named:
+        """The same, where an example is one position of a sequence."""
+        T = self._positions_of(capture)
+        N = layout.examples
+        if layout.ids is not None:
+            return Named(None, "its rows are in no regular order, which tells positions apart")
+        if layout.outer != 1 or layout.inner != 1:
+            behind = [*lead[: layout.axis], layout.outer, layout.inner, *lead[layout.axis + 1 :]]
+        else:
+            behind = [*lead[: layout.axis], *lead[layout.axis + 1 :]]
+        places = [k for k, n in enumerate(behind) if n == T]
+        if not places or (
+            len(places) > 1 and T > 1 and not (places[0] == 0 and layout.axis == 0 and len(behind) == len(places) == 1)
+        ):
+            shape = f"rows {tuple(lead)}, which do not have one dimension of {T} positions"
+            return Named(None, shape)
+        return Named(Layout(N * T, layout.axis, layout.outer, layout.inner, positions=T, place=places[0] + 1), settled=settled)
+
+    def _tell(self, capture: Capture, finding: Finding) -> None:
+        """Says which weights' rows serve several examples, and by which operation."""
+        mixed: list[str] = []
+        for site, named in zip(capture.sites, finding.named, strict=True):
+            if not named.mixed or not named.reached:
+                continue
+            batched = len(site.lead) > 1 and site.lead[0] == finding.examples
+            if site.ambiguous is not None and site.refs and not finding.coupled and not batched:
+                # What was taken for data does not depend on any: a function of weights alone, from the next pass on.
+                place, key = site.ambiguous
+                self.structures.alone[place] = self.structures.alone[key] = True
+                named.mixed, named.problem, named.settled, named.layout = False, "", False, None
+                for source in site.sources:
+                    for t in source.parameters:
+                        capture.differentiate_whole(t, f"used by {site.label} on rows that are the same for all examples")
+                continue
+            if "coupled" not in named.problem:
+                named.problem = f"the examples are coupled before the loss: {named.problem} in {site.label}"
+            mixed += [t.name for source in site.sources for t in source.parameters]
+        if not mixed:
+            return
+        if capture._over:
+            return  # a graph that was differentiated before, in another way
+        capture.warned = True
+        names = list(dict.fromkeys(mixed))
+        shown = ", ".join(names[:3]) + (", …" if len(names) > 3 else "")
+        reason = next(n.problem for n in finding.named if n.mixed and n.reached)
+        if capture.strict:
+            raise NotImplementedError(f"zerosum.Probe(strict=True): {names[0]} is not covered: {reason}")
+        warnings.warn(
+            f"zerosum.Probe: {reason}. {len(names)} parameters are not covered: {shown}",
+            UserWarning,
+            stacklevel=2,
+        )
+
+    def _name_positions(self, capture: Capture, roots: list[GradientEdge], grads: list[Tensor | None], finding: Finding) -> None:
+        """Names rows by positions, where the losses tell these apart: exact behind the last mixing of positions. Before it the
+        order of a sequence's rows has to do."""
+        T, N = self._positions_of(capture), finding.examples
+        if not T or not N:
+            return
+        cut = find_cut(roots, N, self._barrier, set(), 0, capture.auxiliary, T)
+        if not cut.edges or cut.bypass:
+            return
+        gradients = self._gradients(capture, roots, grads, cut)
+        try:
+            if attribution.couples(roots, grads, cut, N * T):
+                return
+        except attribution.Unproved:
+            return
+        found = [Named(None, reached=False) for _ in capture.sites]
+        places = {site: k for k, site in enumerate(capture.sites)}
+        finding.passes += self._name_segment(capture, cut.edges, cut.axes, gradients, N * T, None, found, places, by_name=True)[0]
+        for named, one in zip(finding.named, found, strict=True):
+            names = one.names
+            if names is None or named.mixed or bool((names == MIXED).any()):
+                continue
+            if named.layout is not None:
+                mine = named.layout.all_ids(names.shape, names.device).view(names.shape)
+                if bool(((names == mine) | (names < 0)).all()):
+                    continue
+            named.layout, named.problem = Layout(N * T, ids=names.clamp(min=0).reshape(-1)), ""
+
+    def _store(self, capture: Capture, roots: list[GradientEdge], grads: list[Tensor | None], finding: Finding) -> Stored:
+        if self.positions and self.verify != "never":
+            self._name_positions(capture, roots, grads, finding)
+        named = finding.named
+        refused = self._bypassed(capture, finding)
+        regular = all(n.settled and (n.layout is None or n.layout.ids is None) for n in named if n.reached)
+        terms = self._terms(capture, roots, grads, finding)
+        hidden = attribution.reached_leaves([e.node for e in finding.cut.edges], gathered=False)
+        hidden &= {id(t.parameter) for t in capture.parameters if t not in capture.whole} - refused.keys()
+        return Stored(
+            finding.examples,
+            [n.layout for n in named],
+            [n.problem for n in named],
+            [n.reached for n in named],
+            regular,
+            finding.labels,
+            [(*_path(roots, e), axis) for e, axis in zip(finding.cut.edges, finding.cut.axes, strict=True)],
+            terms,
+            refused,
+            hidden,
+            finding.passes,
+            self.structures.passes + 1,
+            unproved=finding.unproved,
+        )
+
+    def _bypassed(self, capture: Capture, finding: Finding) -> dict[int, str]:
+        """Weights that a part of the loss reaches without passing through the examples' losses."""
+        if not finding.cut.bypass or not finding.cut.edges:
+            return {}
+        reached = attribution.reached_leaves(finding.cut.bypass)
+        names = [t.name for t in capture.parameters if id(t.parameter) in reached]
+        if not names:
+            return {}
+        through = ", ".join(dict.fromkeys(_place(node) for node in finding.cut.bypass))
+        reason = (
+            f"a part of the loss is no example's own: it reaches the weights by {through} without passing through the examples' "
+            "losses. zerosum.auxiliary(term) sets it apart"
+        )
+        if capture.strict:
+            raise NotImplementedError(f"zerosum.Probe(strict=True): {names[0]} is not covered: {reason}")
+        unseen = {id(leaf) for node in finding.cut.bypass if (leaf := getattr(node, "variable", None)) is not None}
+        hidden = [t.name for t in capture.parameters if id(t.parameter) in unseen]
+        if hidden and not capture._over:
+            capture.warned = True
+            warnings.warn(
+                f"zerosum.Probe: {', '.join(hidden)} enters the loss by an operation that the probe cannot see, behind the last "
+                "tensor that tells examples apart, as the head of a fused loss does. It is not covered, and metrics such as D_grad "
+                "are over the other parameters. Cover it with zerosum.rule, or with zsl_kernels.linear_cross_entropy in the model",
+                UserWarning,
+                stacklevel=2,
+            )
+        further = [x for node in finding.cut.bypass for x, _ in node.next_functions if x is not None]
+        if _sites_before(further)[0] and not capture._over:  # more than a penalty on the weights themselves
+            capture.warned = True
+            warnings.warn(f"zerosum.Probe: {reason}. {len(names)} parameters are not covered", UserWarning, stacklevel=2)
+        return {id(t.parameter): reason for t in capture.parameters if id(t.parameter) in reached}
+
+    # The losses' factors ----------------------------------------------------------------------------------------------------------
+
+    def _terms(
+        self, capture: Capture, roots: list[GradientEdge], grads: list[Tensor | None], finding: Finding
+    ) -> list[Term] | None:
+        """Where the factors of the examples' losses can be read; None where they cannot."""
+        if not finding.examples or finding.coupled:
+            return None
+        size = finding.examples if finding.labels is None else len(finding.labels)
+        calls = {call.node: k for k, call in enumerate(capture.losses)}
+        cuts = {(e.node, e.output_nr): axis for e, axis in zip(finding.cut.edges, finding.cut.axes, strict=True)}
+        found: list[Term] = []
+        edges: list[GradientEdge] = []
+        stack: list[Step] = [(edge, (k,), (edge.node.name(),)) for k, edge in enumerate(roots)]
+        axis = finding.cut.axes[0] if finding.cut.axes else 0
+        seen: set[tuple[Node, int]] = set()
+        while stack:
+            edge, path, names = stack.pop()
+            if (edge.node, edge.output_nr) in seen:
+                continue
+            seen.add((edge.node, edge.output_nr))
+            if edge.node in capture.auxiliary or getattr(edge.node, "variable", None) is not None or hasattr(edge.node, "source"):
+                continue
+            if (edge.node, edge.output_nr) in cuts and (edge.node not in calls or len(shape_of(edge)) == 1 < size):
+                if len(shape_of(edge)) > 1:
+                    edge, path, names = self._deepest(roots, grads, edge, path, names, calls)
+                found.append(Term(path, names, axis, calls.get(edge.node)))
+                edges.append(edge)
+            elif edge.node in calls:
+                found.append(Term(path, names, self._order_of(capture, finding, edge), calls[edge.node]))
+                edges.append(edge)
+            elif not self._barrier(edge.node):
+                for step, after in _following(edge.node):
+                    stack.append((after, (*path, step), (*names, after.node.name())))
+        # A penalty of rows beside known losses, such as one on the logits, is weighed as it is.
+        known = [k for k, term in enumerate(found) if term.call is not None or len(shape_of(edges[k])) == 1]
+        if known:
+            found, edges = [found[k] for k in known], [edges[k] for k in known]
+        if not found or not self._linear(roots, grads, edges):
+            return None
+        return found
+
+    def _order_of(self, capture: Capture, finding: Finding, edge: GradientEdge) -> int:
+        """1 where the rows of a loss's input run through the examples first, else 0: of whom the second row is."""
+        before = next((e for _, e in _following(edge.node)), None)
+        N = finding.examples
+        if before is None or N < 2 or not finding.cut.edges or not shape_of(before) or shape_of(before)[0] in (1, N):
+            return 0
+        one = torch.zeros(shape_of(before), dtype=attribution._dtype(before), device=attribution._device(before))
+        one[1] = 1
+        found = capture.extra_backward([before], finding.cut.edges, [one], Phase.NAMING)
+        for g, axis in zip(found, finding.cut.axes, strict=True):
+            if g is not None:
+                reached = g.movedim(axis, 0).flatten(1).any(1)
+                return int(bool(reached[1:].any()))
+        return 0
+
+    def _deepest(
+        self,
+        roots: list[GradientEdge],
+        grads: list[Tensor | None],
+        edge: GradientEdge,
+        path: tuple[int, ...],
+        names: tuple[str, ...],
+        calls: dict[Node, int],
+    ) -> tuple[GradientEdge, tuple[int, ...], tuple[str, ...]]:
+        """The first of the tensors of this shape that lead to the rows' losses by weights and masks alone."""
+        shape = shape_of(edge)
+        while edge.node not in calls and not self._barrier(edge.node):
+            steps = _following(edge.node)
+            if len(steps) != 1:
+                break
+            step, after = steps[0]
+            leaf = getattr(after.node, "variable", None) is not None
+            if leaf or shape_of(after) != shape or not self._linear(roots, grads, [after]):
+                break
+            edge, path, names = after, (*path, step), (*names, after.node.name())
+        return edge, path, names
+
+    @staticmethod
+    def _linear(roots: list[GradientEdge], grads: list[Tensor | None], edges: list[GradientEdge]) -> bool:
+        """Whether what was differentiated is linear in some tensors."""
+        try:
+            found = attribution.derivative(roots, grads, edges)
+        except attribution.Unproved:
+            return False
+        return not any(g is not None and g.requires_grad for g in found)
+
+    # Without proof ----------------------------------------------------------------------------------------------------------------
+
+    def _trust(self, capture: Capture) -> Finding:
+        """(N, …) by the shapes of rows."""
+        sizes = self._sizes(capture, [], [])
+        N = sizes[0] if sizes else 0
+        named = []
+        for site in capture.sites:
+            lead = site.lead
+            if N <= 1:
+                named.append(self._of_one(capture, site, N))
+            elif lead and lead[0] % N == 0 and lead[0]:
+                layout = Layout(N, inner=lead[0] // N)
+                named.append(self._of_positions(capture, layout, torch.Size(lead), True) if self.positions else Named(layout))
+            else:
+                named.append(Named(None, f"used by {site.label} on rows {tuple(lead)}, which do not start with N = {N} examples"))
+        return Finding(Cut([], []), N, None, [], named, unproved="verify='never': rows are taken to be (N, …)")
+
+    # Reentrant checkpoints --------------------------------------------------------------------------------------------------------
+
+    def nested(self, capture: Capture, roots: list[GradientEdge], grads: list[Tensor | None]) -> Proof | None:
+        """What a reentrant checkpoint computed again: its results' rows are (N, …), as the pass around it showed."""
+        sites = capture.sites[capture.mark :]
+        capture.mark = len(capture.sites)
+        of = capture.current
+        if of is None:
+            return None
+        N = of.examples
+        if N <= 1 or self.verify == "never":
+            for site in sites:
+                if N <= 1:
+                    site.layout = Layout(N)
+                elif site.lead and site.lead[0] % N == 0:
+                    site.layout = Layout(N, inner=site.lead[0] // N)
+            return Proof(of)
+        cut, given = Cut([], []), []
+        for edge, grad in zip(roots, grads, strict=True):
+            axis = capture.checkpoint_axis
+            if grad is not None and shape_of(edge)[axis : axis + 1] == (N,):
+                cut.edges.append(edge)
+                cut.axes.append(axis)
+                given.append(grad.detach())
+        if not cut.edges or self.positions:
+            return Proof(of)
+        named = [Named(None, reached=False) for _ in sites]
+        places = {site: k for k, site in enumerate(sites)}
+        inputs = _leaf_inputs([e.node for e in cut.edges], {id(t.parameter) for t in capture.parameters})
+        if sites:
+            self._name_segment(capture, cut.edges, cut.axes, given, N, None, named, places)
+        if not self._inputs_apart(capture, cut, given, inputs, N):
+            capture.poison = "the examples are coupled before the loss: a reentrant checkpoint mixes the rows of its input"
+        for site, one in zip(sites, named, strict=True):
+            site.layout, site.problem = one.layout, one.problem
+            if one.mixed:
+                reason = f"the examples are coupled before the loss: {one.problem} in {site.label}"
+                site.problem = reason
+                for source in site.sources:
+                    source.refuse(reason)
+                self._warn_once(capture, reason)
+        if capture.poison:
+            self._warn_once(capture, capture.poison)
+        return Proof(of)
+
+    def _warn_once(self, capture: Capture, reason: str) -> None:
+        if not capture.warned:
+            capture.warned = True
+            warnings.warn(f"zerosum.Probe: {reason}", UserWarning, stacklevel=2)
+
+    def _inputs_apart(self, capture: Capture, cut: Cut, given: list[Tensor], inputs: list[Tensor], N: int) -> bool:
+        """Whether the rows (N, …) of a checkpoint's inputs belong to the examples in order."""
+        if not inputs:
+            return True
+        found = []
+        for weights in (None, attribution.weights_of_digit(N, 0), attribution.random_weights(N)):
+            gs = [g if weights is None else g * along(weights, axis, g) for g, axis in zip(given, cut.axes, strict=True)]
+            found.append(capture.extra_backward(cut.edges, inputs, gs, Phase.NAMING))
+        for x, *more in zip(*found, strict=True):
+            axis = capture.checkpoint_axis
+            if x is None:
+                continue
+            if x.shape[axis : axis + 1] != (N,):
+                return False
+            plain = Signature.of(x.unsqueeze(-1))
+            for y, weights in zip(more, (attribution.weights_of_digit(N, 0), attribution.random_weights(N)), strict=True):
+                rows = along(weights, axis, x).expand(x.shape).reshape(-1).double()
+                if not bool(attribution.follows(plain, Signature.of(y.unsqueeze(-1)), rows).all()):
+                    return False
+        return True
+
+
+def _rank(finding: Finding) -> tuple[bool, bool, int, int, bool, int]:
+    """Better findings are larger. Where nothing shows that what lies behind a cut keeps examples apart, another cut goes first."""
+    sure = int(not any(finding.cut.axes)) if not finding.perfect else 3 if finding.consistent else 2
+    return not finding.coupled, not finding.unproved, sure, finding.good, not finding.cut.bypass, -finding.reached
+
+
+def _consistent(capture: Capture, finding: Finding) -> bool:
+    """Whether the use that is nearest to the model's input has its examples in the first dimension, where that has their number."""
+    for site, named in zip(capture.sites, finding.named, strict=True):
+        if named.reached:
+            layout = named.layout
+            if layout is None or layout.ids is not None or not site.lead or site.lead[0] != layout.sequences:
+                return True
+            return layout.axis == 0
+    return True
+
+
+def _vectors(roots: Sequence[GradientEdge]) -> Iterator[int]:
+    """The lengths of vectors that the roots are made of by sums, products and divisions."""
+    stack, seen = list(roots), 0
+    while stack and seen < 32:
+        edge = stack.pop(0)
+        seen += 1
+        shape = shape_of(edge)
+        if len(shape) == 1:
+            yield shape[0]
+        elif not shape and not Prover._barrier(edge.node):
+            stack += [e for _, e in _following(edge.node) if e.node._input_metadata]
+
+
+def _sites_before(nodes: Sequence[Node]) -> tuple[dict[Site, Node], list[Node]]:
+    """The uses that some nodes lead to, up to reentrant checkpoints, and these."""
+    sites: dict[Site, Node] = {}
+    checkpoints: list[Node] = []
+    seen: set[Node] = set()
+    stack = list(nodes)
+    while stack:
+        node = stack.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        if (site := getattr(node, "site", None)) is not None:
+            sites[site] = node
+        if (again := getattr(node, "again", None)) is not None:
+            for one in again.sites:
+                sites[one] = node
+        if node.name() == REENTRANT:
+            checkpoints.append(node)
+            continue
+        stack.extend(x for x, _ in node.next_functions if x is not None and x not in seen)
+    return sites, checkpoints
+
+
+def _leaf_inputs(nodes: Sequence[Node], weights: set[int]) -> list[Tensor]:
+    """The leaf tensors that some nodes lead to, other than weights."""
+    found: dict[int, Tensor] = {}
+    seen: set[Node] = set()
+    stack = list(nodes)
+    while stack:
+        node = stack.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        leaf = getattr(node, "variable", None)
+        if leaf is not None and id(leaf) not in weights and leaf.ndim:
+            found[id(leaf)] = leaf
+        stack.extend(x for x, _ in node.next_functions if x is not None and x not in seen)
+    return list(found.values())
+
+
+def _path(roots: Sequence[GradientEdge], target: GradientEdge) -> tuple[tuple[int, ...], tuple[str, ...]]:
+    """A path from a root to an edge."""
+    stack: list[Step] = [(edge, (k,), (edge.node.name(),)) for k, edge in enumerate(roots)]
+    seen: set[tuple[Node, int]] = set()
+    while stack:
+        edge, path, names = stack.pop(0)
+        if edge.node is target.node and edge.output_nr == target.output_nr:
+            return path, names
+        if (edge.node, edge.output_nr) in seen:
+            continue
+        seen.add((edge.node, edge.output_nr))
+        for step, after in _following(edge.node):
+            stack.append((after, (*path, step), (*names, after.node.name())))
+    raise AssertionError("the cut lies before the roots")
+
+
+def _following(node: Node) -> list[tuple[int, GradientEdge]]:
+    """What a node's gradients go on to, with their places."""
+    return [(k, GradientEdge(before, number)) for k, (before, number) in enumerate(node.next_functions) if before is not None]
+
+
+def _place(node: Node) -> str:
+    if (site := getattr(node, "site", None)) is not None:
+        return site.label
+    return "an operation that the probe cannot see" if getattr(node, "variable", None) is not None else node.name()
+
+
+def _random(edge: GradientEdge) -> Tensor:
+    """A gradient for an edge."""
+    drawn = torch.randn(shape_of(edge), dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    return drawn.to(attribution._device(edge), attribution._dtype(edge))

@@ -1,0 +1,146 @@
+"""What comes of a weight's gradients: sums and scalars, over one backward pass or over several."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import zsl_kernels as zk
+from zerosum.metrics import block_diagonal
+from zerosum.probe.contributions import SCALARS, WEIGHT_SHAPED, Sums, densified
+from zsl_kernels import CoordinateSums
+from zsl_kernels.types import sum_dtype
+
+
+@dataclass(eq=False)
+class Pass:
+    """One measured backward pass: its number of examples, and what it has to do with their own losses.
+
+    g_i = ``scale`` · the gradient of what was differentiated, times ``denominators[i]`` where these differ; what ``factors`` say is
+    a number for all passes of a block (:func:`common_scale`).
+    """
+
+    number: int
+    examples: int
+    scale: float = 1.0
+    denominators: Tensor | None = None
+    factors: tuple[Tensor, Tensor] | None = None  # the number of examples with losses, and Σ c over them, where read off the loss
+    unbatched: Any = field(default=nullcontext, repr=False)  # the context in which results are computed
+
+    def __hash__(self) -> int:
+        return hash(self.number)
+
+
+class Results:
+    """A parameter's sums and scalars for the loss that was differentiated, over its passes.
+
+    ``grad_sum`` shares its memory with the ``.grad`` that autograd stored, so that it costs nothing; its version tells whether
+    someone has written to it since.
+    """
+
+    def __init__(self, sums: Sums, of: Pass, parameter: Tensor) -> None:
+        self.sums = sums
+        self.latest = of
+        self.passes: list[Pass] = [of]
+        self._shape, self._dtype = parameter.shape, parameter.dtype
+        self._scalars = {of: {name: getattr(sums, name) for name in SCALARS}}
+        self._scale: float | None = None  # None: that of its one pass
+        self.common: Tensor | float = 1.0  # what all of the block's results are multiplied by
+        self._hold(sums.grad_sum.detach())  # another tensor of the same memory
+        self.coordinates: Tensor | None = None
+
+    @property
+    def scale(self) -> float:
+        return self.latest.scale if self._scale is None else self._scale
+
+    def _hold(self, grad_sum: Tensor) -> None:
+        self.grad_sum, self._version = grad_sum, grad_sum._version
+
+    @property
+    def written_to(self) -> bool:
+        return self.grad_sum._version != self._version
+
+    def merge(self, other: Results) -> None:
+        """Adds another micro-batch: sums add, and the examples come after these."""
+        num_rows = self._shape[0] if len(self._shape) else 1
+        mine, its = densified(self.sums, num_rows), densified(other.sums, num_rows)
+        first = self._scale is None
+        for name, power in WEIGHT_SHAPED.items():
+            # Not in place the first time: autograd owns the memory of the first gradient, and adds to it.
+            total, more = getattr(mine, name), getattr(its, name) * other.scale**power
+            total = total * self.scale**power if first else total
+            setattr(mine, name, total.add_(more.view(total.shape)))
+        mine.rows = None
+        self.sums, self._scale = mine, 1.0
+        self._hold(mine.grad_sum)
+        self.passes += other.passes
+        self._scalars |= other._scalars
+        self.latest = other.latest
+        self.coordinates = None
+
+    def check_version(self, name: str) -> None:
+        if self.written_to:
+            raise RuntimeError(
+                f"grad_sum of {name!r} shares memory with the parameter's .grad, which was modified in place after the probe "
+                "(gradient clipping, zero_grad(set_to_none=False), …): read it before that"
+            )
+
+    def finish(self, passes: Sequence[Pass]) -> None:
+        """Scalars of all of the block's passes behind one another; zeros for those that did not reach the weight."""
+        if len(passes) == 1 and self._scale is None:
+            self._scalars.clear()
+            return
+        blocks: dict[str, list[Tensor | None]] = {name: [] for name in SCALARS}
+        dtype, device = sum_dtype(self._dtype), self.sums.l1.device
+        scaled = self._scale is not None
+        for one in passes:
+            E = one.examples
+            for name, power in SCALARS.items() if E else ():
+                if one in self._scalars:
+                    value = self._scalars[one][name]
+                    blocks[name].append(value if value is None or not scaled else value * one.scale**power)
+                elif getattr(self.sums, name) is not None:
+                    blocks[name].append(torch.zeros((E, E) if name == "gram" else (E,), dtype=dtype, device=device))
+        for name, parts in blocks.items():
+            if parts and all(part is not None for part in parts):
+                setattr(self.sums, name, block_diagonal(parts) if name == "gram" else torch.cat(parts))  # type: ignore[arg-type]
+        self._scalars.clear()
+
+
+def common_scale(passes: Iterable[Pass]) -> Tensor | float:
+    """n / |Σ c| over the passes of a block: what makes an average example's losses weigh one. On the device."""
+    known = [p.factors for p in passes if p.factors is not None]
+    if not known:
+        return 1.0
+    count, total = (torch.stack(parts).sum() for parts in zip(*known, strict=True))
+    return torch.where((count > 0) & (total != 0), count / total.abs(), 1.0)
+
+
+def add_up(results: Iterable[tuple[Results, Tensor | None]]) -> None:
+    """The sums over coordinates of all that have none yet, in one call. They stay on the device."""
+    waiting = [(r, u) for r, u in results if r.coordinates is None]
+    if not waiting:
+        return
+    grads, sizes, squares, directions = [], [], [], []
+    for r, u in waiting:
+        s = r.sums
+        if u is not None:
+            u = (u if s.rows is None else u[s.rows]).reshape(s.abs_sum.shape)
+        grads.append(s.grad_sum.view(s.abs_sum.shape))
+        sizes.append(s.abs_sum)
+        squares.append(s.sq_sum)
+        directions.append(u)
+    with torch.no_grad():
+        found = zk.coordinate_sums_of_many(grads, sizes, squares, None if all(u is None for u in directions) else directions)
+    for (r, _), row in zip(waiting, found, strict=True):
+        r.coordinates = row
+
+
+def coordinate_sums(coordinates: Tensor) -> CoordinateSums:
+    """Reads what :func:`add_up` left on the device, and waits for it."""
+    return CoordinateSums(*coordinates.tolist())

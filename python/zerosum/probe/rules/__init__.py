@@ -1,0 +1,83 @@
+"""One rule for each operation that uses a weight; :func:`rule` registers one from outside.
+
+A rule gets the context, the function and the call's arguments, of which at least one is a weight (or a view, or a function of
+weights alone) and at least one an activation. It returns the instrumented call's result, whose backward leaves with the weight
+what its per-example gradient is made of (see :mod:`zerosum.probe.contributions`), or raises
+:class:`~zerosum.probe.layout.Uncovered` before it has computed anything; then :mod:`~zerosum.probe.rules.again` takes the call. A
+:class:`~zerosum.probe.rules.site.Site` holds what they share.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import zsl_kernels as zk
+from zerosum.probe.rules import broadcast, embedding, grouped_mm, linear, linear_cross_entropy, norm
+
+Rule = Callable[..., Any]
+
+RULES: dict[Callable[..., Any], Rule] = {
+    F.linear: linear.rule,
+    **dict.fromkeys(
+        (torch.matmul, torch.mm, torch.bmm, Tensor.matmul, Tensor.mm, Tensor.bmm, Tensor.__matmul__), linear.matmul_rule
+    ),
+    **dict.fromkeys((torch.addmm, Tensor.addmm), linear.addmm_rule),
+    F.embedding: embedding.rule,
+    Tensor.__getitem__: embedding.getitem_rule,
+    F.layer_norm: norm.layer_norm_rule,
+    F.rms_norm: norm.rms_norm_rule,
+    F.group_norm: norm.group_norm_rule,
+    **dict.fromkeys(
+        (torch.mul, torch.multiply, Tensor.mul, Tensor.multiply, Tensor.__mul__, Tensor.__rmul__), broadcast.scale_rule
+    ),
+    **dict.fromkeys(broadcast.FUNCTIONS, broadcast.rule),
+    **dict.fromkeys(grouped_mm.FUNCTIONS, grouped_mm.rule),
+    zk.linear_cross_entropy: linear_cross_entropy.rule,
+}
+
+# autograd.Functions that a user's rule covers: the mode does not see their `apply` by itself.
+APPLIED: dict[type[torch.autograd.Function], Rule] = {}
+
+F_ = TypeVar("F_", bound=Callable[..., Any])
+
+
+def rule(function: Callable[..., Any] | type[torch.autograd.Function]) -> Callable[[F_], F_]:
+    """Registers the decorated function as the rule for a torch function, or for an ``autograd.Function``.
+
+    ``replacement(*args, **kwargs)`` is called in place of ``function(*args, **kwargs)`` (of ``function.apply(*args)``) while a
+    probe measures and a trainable weight is among the arguments. It computes the same from operations that are covered::
+
+        @zerosum.rule(FusedHead)  # a torch.autograd.Function: FusedHead.apply(h, weight, targets) is the mean of the rows' losses
+        def fused_head(h, weight, targets):
+            losses = zk.linear_cross_entropy(h[None], weight, targets[None])
+            return losses.sum() / (targets != -100).sum()
+
+    The step then computes what the rule does: to rounding the same numbers. A rule replaces an earlier one for the same function.
+
+    Args:
+        function: what torch's ``__torch_function__`` protocol knows (``F.bilinear``, ``torch.baddbmm``, …), or a subclass of
+            ``torch.autograd.Function``.
+
+    Raises:
+        TypeError: ``function`` is neither.
+    """
+    if not callable(function):
+        raise TypeError(f"function: expected a torch function or an autograd.Function, got {type(function).__name__}")
+
+    def register(replacement: F_) -> F_:
+        def run(context: Any, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            with context.watching():
+                return replacement(*args, **kwargs)
+
+        if isinstance(function, type) and issubclass(function, torch.autograd.Function):
+            APPLIED[function] = run
+        else:
+            RULES[function] = run
+        return replacement
+
+    return register

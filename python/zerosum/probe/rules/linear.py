@@ -1,0 +1,121 @@
+"""Products of rows with a matrix: ``F.linear``, ``x @ w``, ``mm`` and ``addmm``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import zsl_kernels as zk
+from zerosum.probe.contributions import Dense, OuterProduct
+from zerosum.probe.layout import Layout, Uncovered
+from zerosum.probe.rules.site import RuleContext, Site
+
+
+def rule(context: RuleContext, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    return _apply(context, *_linear_arguments(*args, **kwargs), "linear")
+
+
+def matmul_rule(context: RuleContext, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    x, weight = _matmul_arguments(*args, **kwargs)
+    if context.ref(x) is None and x.ndim >= 2:
+        if weight.ndim == 2:
+            return _apply(context, x, weight.mT, None, "matmul")
+        if weight.ndim == 3 and x.ndim >= 3 and weight.stride(0) == 0 and func.__name__ in ("bmm", "matmul", "__matmul__"):
+            # One matrix, expanded over a batch.
+            return _apply(context, x, weight[0].mT, None, "matmul", lambda x, w, b: func(x, w.mT.expand(weight.shape)))
+    elif context.ref(weight) is None and x.ndim == 2 and weight.ndim >= 2:
+        return _apply(context, weight.mT, x, None, "matmul", lambda x, w, b: func(w, x.mT).mT).mT  # w x = (xᵀ wᵀ)ᵀ
+    raise Uncovered("operands other than rows and a matrix")
+
+
+def addmm_rule(context: RuleContext, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    bias, x, weight, scaled = _addmm_arguments(*args, **kwargs)
+    if context.ref(x) is not None or bias.ndim != 1 or scaled:
+        raise Uncovered("operands other than a bias, rows and a matrix")
+    return _apply(context, x, weight.mT, bias, "addmm")
+
+
+Product = Callable[[Tensor, Tensor, Tensor | None], Tensor]
+
+
+def _apply(context: RuleContext, x: Tensor, weight: Tensor, bias: Tensor | None, how: str, product: Product = F.linear) -> Tensor:
+    """``product`` computes the result as the call would have, to the last bit."""
+    ref = context.ref(weight)
+    if ref is not None and context.ref(x) is not None:
+        raise Uncovered("an input that is a weight")
+    if weight.ndim != 2:
+        raise Uncovered(f"a weight of {weight.ndim} dimensions")
+    if ref is not None and ref.piece.repeats:
+        raise Uncovered("a weight that repeats its entries")
+    if context.ref(x) is not None or (bias is not None and bias.ndim != 1):
+        raise Uncovered("operands other than rows, a matrix and a vector")
+    site, (w, bias) = Site.of(context, how, x.shape[:-1], weight, bias)
+    if torch.is_autocast_enabled(x.device.type):
+        # Outside of the function: what is kept for the backward pass is then of the lower precision, as it is without a probe.
+        dtype = torch.get_autocast_dtype(x.device.type)
+        x, w, bias = (y if y is None or y.dtype == torch.float64 else y.to(dtype) for y in (x, w, bias))  # type: ignore[assignment]
+    return _Linear.apply(x, w, bias, product, context.anchor, site)
+
+
+def _linear_arguments(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Binds F.linear's positional and keyword arguments."""
+    return input, weight, bias
+
+
+def _matmul_arguments(input: Tensor, other: Tensor | None = None, mat2: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    return input, other if other is not None else mat2  # type: ignore[return-value]
+
+
+def _addmm_arguments(
+    input: Tensor, mat1: Tensor, mat2: Tensor, *, beta: float = 1, alpha: float = 1
+) -> tuple[Tensor, Tensor, Tensor, bool]:
+    return input, mat1, mat2, beta != 1 or alpha != 1
+
+
+def bias_gradients(layout: Layout, grad: Tensor) -> Tensor:
+    """(E, O): each example's gradient of a vector that is added to every row."""
+    return zk.bias_grad(layout.rows(grad), **layout.ragged(grad.device))
+
+
+class _Linear(torch.autograd.Function):
+    """F.linear whose backward leaves the weight's and the bias's parts of the gradient with them."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, product: Product, anchor: Tensor, site: Site) -> Tensor:
+        ctx.site = site
+        ctx.save_for_backward(x, weight)
+        y = product(x, weight, bias)
+        # A view cannot be modified in place after a custom function, and the product of more than two dimensions is one.
+        return torch.ops.aten._unsafe_view(y, y.shape) if y._is_view() else y
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        # (With torch functions on: a checkpoint computes the saved tensors again here, and the mode must see it.)
+        x, weight = ctx.saved_tensors
+        site: Site = ctx.site
+        needs_x, needs_weight, needs_bias = ctx.needs_input_grad[:3]
+        with torch._C.DisableTorchFunction():
+            grad_x = (grad @ weight.to(grad.dtype)).to(x.dtype) if needs_x else None
+            if site.named(grad):
+                return grad_x, None, None, None, None, None
+            grad_weight = grad_bias = None
+            if needs_weight:
+                if site.plain():
+                    a, b = x.to(grad.dtype), grad
+                    grad_weight = (b.reshape(-1, b.shape[-1]).mT @ a.reshape(-1, a.shape[-1])).to(weight.dtype)
+                own = site.leave(lambda layout: _outer(layout, grad.detach(), x.detach()))
+                grad_weight = grad_weight if own is None else own
+            if needs_bias:
+                if site.plain(1):
+                    grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0)
+                own = site.leave(lambda layout: Dense(bias_gradients(layout, grad.detach())), 1)
+                grad_bias = grad_bias if own is None else own
+            return grad_x, grad_weight, grad_bias, None, None, None
+
+
+def _outer(layout: Layout, grad: Tensor, x: Tensor) -> OuterProduct:
+    return OuterProduct(layout.rows(grad), layout.rows(x.to(grad.dtype)), layout.ids)

@@ -1,0 +1,256 @@
+"""What a probe keeps from block to block: structures that are proved once, weights that have one use, and what goes wrong then."""
+
+from __future__ import annotations
+
+import warnings
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import zerosum
+from tests.zerosum.models import Mixture, Tied, TwoLayers, UsedTwice
+from tests.zerosum.oracle import assert_truth, gradients, per_example_gradients, trainable
+
+
+def losses_of(output: Tensor) -> Tensor:
+    return output.square().flatten(1).mean(1)
+
+
+def setup(kind: type[TwoLayers], n: int = 3, t: int = 6) -> tuple[TwoLayers, Tensor]:
+    torch.manual_seed(0)
+    return kind().double(), torch.randint(0, 11, (n, t))
+
+
+def step(probe: zerosum.Probe, model: nn.Module, tokens: Tensor) -> zerosum.Report:
+    model.zero_grad()
+    with probe:
+        losses_of(model(tokens)).sum().backward()
+    return probe.report()
+
+
+@pytest.mark.parametrize("kind", [TwoLayers, Tied, UsedTwice])
+def test_a_structure_is_proved_once(kind: type[TwoLayers]) -> None:
+    model, tokens = setup(kind)
+    probe = zerosum.Probe(model, gram=True)
+    extra = []
+    for k in range(4):
+        tokens = (tokens + k) % 11
+        report = step(probe, model, tokens)
+        assert_truth(report, per_example_gradients(losses_of(model(tokens)), model, trainable(model)))
+        extra.append(report.proof.extra)
+    assert extra[0] > 0
+    assert extra[1:] == [0, 0, 0]
+    assert "proved before" in str(report.proof)
+
+
+def test_another_shape_is_another_structure() -> None:
+    model, _ = setup(TwoLayers)
+    probe, extra = zerosum.Probe(model, gram=True), []
+    for n, t in [(3, 6), (4, 4), (3, 6), (4, 4), (20, 2)]:
+        tokens = torch.randint(0, 11, (n, t))
+        report = step(probe, model, tokens)
+        assert_truth(report, per_example_gradients(losses_of(model(tokens)), model, trainable(model)))
+        extra.append(report.proof.extra)
+    assert [e > 0 for e in extra] == [True, True, False, False, True]
+    assert extra[4] == extra[0] + 1  # 20 examples are named by two digits
+
+
+@pytest.mark.parametrize(
+    ("verify", "proved"), [("once", [1, 0, 0, 0, 0]), ("always", [1] * 5), (2, [1, 0, 1, 0, 1]), ("never", [0] * 5)]
+)
+def test_how_often_attribution_is_proved(verify: str | int, proved: list[int]) -> None:
+    model, tokens = setup(TwoLayers)
+    probe = zerosum.Probe(model, verify=verify)
+    truth = per_example_gradients(losses_of(model(tokens)), model, trainable(model))
+    found = []
+    for _ in proved:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # without proof the losses' factors are not read
+            report = step(probe, model, tokens)
+        assert_truth(report, truth, gram=False)
+        found.append(report.proof.proved)
+    assert found == proved
+    assert bool(report.proof.trusted) == (verify == "never")
+
+
+def test_rows_in_no_order_are_named_in_every_pass() -> None:
+    """Experts: the routing changes with the tokens."""
+    model, tokens = setup(Mixture)
+    probe = zerosum.Probe(model, gram=True)
+    for k in range(3):
+        tokens = (tokens * 3 + k) % 11
+        report = step(probe, model, tokens)
+        assert report.proof.proved == 1
+        assert_truth(report, per_example_gradients(losses_of(model(tokens)), model, trainable(model)))
+
+
+class Sometimes(TwoLayers):
+    """A layer runs twice where ``twice`` says so."""
+
+    twice = False
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.again = nn.Linear(12, 12)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = torch.tanh(self.again(torch.tanh(self.first(self.embedding(tokens)))))
+        return self.head(torch.tanh(self.again(x)) if self.twice else x)
+
+
+def test_a_weight_that_is_used_once_more_is_refused_for_one_pass() -> None:
+    model, tokens = setup(Sometimes)
+    probe = zerosum.Probe(model)
+    for twice in (False, False, True, True, False, True):
+        model.twice = twice
+        truth = per_example_gradients(losses_of(model(tokens)), model, trainable(model))
+        losses_of(model(tokens)).sum().backward()
+        plain = gradients(model)
+        report = step(probe, model, tokens)
+        torch.testing.assert_close(gradients(model), {name: g / 1 for name, g in truth_sum(truth).items()}, rtol=1e-9, atol=1e-12)
+        assert_truth(report, truth, gram=False, refusable=True)
+        assert set(report.coverage.not_covered) <= {"again.weight", "again.bias"}
+        model.zero_grad()
+        assert plain
+    assert not report.coverage.not_covered
+
+
+def truth_sum(truth: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: g.sum(0) for name, g in truth.items()}
+
+
+def test_blocks_that_are_not_measured_cost_nothing() -> None:
+    model, tokens = setup(TwoLayers)
+    probe = zerosum.Probe(model, every=3)
+    kept = []
+    for k in range(6):
+        with probe:
+            assert probe.measuring == (k % 3 == 0)
+            assert bool(torch.overrides._get_current_function_mode_stack()) == probe.measuring
+            losses_of(model((tokens + k) % 11)).sum().backward()
+        kept.append(probe.report())
+    assert kept[0] is kept[1] is kept[2]
+    assert kept[3] is kept[5] is not kept[0]
+    with pytest.raises(ValueError, match="every: expected a positive integer, got 0"):
+        probe.every = 0
+
+
+def test_a_probe_that_an_exception_left_open_closes_itself() -> None:
+    model, tokens = setup(TwoLayers)
+    probe = zerosum.Probe(model)
+    probe.__enter__()
+    model(tokens)
+    with pytest.warns(UserWarning, match="left the probe open"):
+        report = step(probe, model, tokens)
+    assert_truth(report, per_example_gradients(losses_of(model(tokens)), model, trainable(model)), gram=False)
+    assert not torch.overrides._get_current_function_mode_stack()
+    probe.__enter__()
+    probe.close()
+    probe.close()
+    assert not torch.overrides._get_current_function_mode_stack()
+    assert all(p._backward_hooks is None for p in model.parameters())
+
+
+class Head(torch.autograd.Function):
+    """A head in a function of its own, as fused losses are: the mean of the rows' cross entropies."""
+
+    @staticmethod
+    def forward(ctx: object, h: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+        with torch.enable_grad():
+            x, w = h.detach().requires_grad_(), weight.detach().requires_grad_()
+            loss = F.cross_entropy(F.linear(x, w), targets)
+        ctx.grads = torch.autograd.grad(loss, [x, w])  # type: ignore[attr-defined]
+        return loss.detach()
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: object, c: Tensor) -> tuple[Tensor, Tensor, None]:
+        dx, dw = ctx.grads  # type: ignore[attr-defined]
+        return c * dx, c * dw, None
+
+
+class Headed(TwoLayers):
+    def forward(self, tokens: Tensor) -> Tensor:
+        h = torch.tanh(self.first(self.embedding(tokens)))
+        return Head.apply(h.flatten(0, 1), self.head.weight, (tokens % 5).flatten())
+
+    def rows(self, tokens: Tensor) -> Tensor:
+        logits = self.head(torch.tanh(self.first(self.embedding(tokens))))
+        return F.cross_entropy(logits.mT, tokens % 5, reduction="none").mean(1)
+
+
+def test_a_rule_covers_a_head_in_a_function_of_its_own() -> None:
+    import zsl_kernels as zk
+    from zerosum.probe.rules import APPLIED
+
+    model, tokens = setup(Headed)
+    truth = per_example_gradients(model.rows(tokens), model, trainable(model))
+    model(tokens).backward()
+    plain = gradients(model)
+    model.zero_grad()
+    probe = zerosum.Probe(model, loss_reduction="mean", gram=True)
+    with warnings.catch_warnings(record=True) as caught, probe:
+        warnings.simplefilter("always")
+        model(tokens).backward()
+    report = probe.report()
+    assert "head.weight" in report.coverage.not_covered
+    assert any("head.weight enters the loss by an operation that the probe cannot see" in str(w.message) for w in caught)
+    assert "cannot be differentiated twice" in report.proof.trusted[0]
+    assert_truth(report, truth, refusable=True)
+    assert set(report.coverage.not_covered) == {"head.weight"}
+
+    @zerosum.rule(Head)
+    def head(h: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+        return zk.linear_cross_entropy(h[None], weight, targets[None]).mean()
+
+    try:
+        model.zero_grad()
+        with (probe := zerosum.Probe(model, gram=True)):
+            model(tokens).backward()
+    finally:
+        del APPLIED[Head]
+    assert probe.report().coverage.covered["head.weight"] == "linear_cross_entropy"
+    assert_truth(probe.report(), truth)
+    torch.testing.assert_close(gradients(model), plain, rtol=1e-9, atol=1e-12)
+    assert "apply" not in vars(Head)
+
+
+def test_a_rule_covers_a_function() -> None:
+    from zerosum.probe.rules import RULES
+
+    class Bilinear(TwoLayers):
+        def __init__(self) -> None:
+            super().__init__()
+            self.form = nn.Bilinear(12, 12, 12)
+
+        def forward(self, tokens: Tensor) -> Tensor:
+            x = torch.tanh(self.first(self.embedding(tokens)))
+            return self.head(self.form(x, torch.sin(x)))
+
+    model, tokens = setup(Bilinear)
+    truth = per_example_gradients(losses_of(model(tokens)), model, trainable(model))
+
+    @zerosum.rule(F.bilinear)
+    def bilinear(a: Tensor, b: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        pairs = (a[..., :, None] * b[..., None, :]).flatten(-2)
+        return F.linear(pairs, weight.flatten(1), bias)
+
+    try:
+        report = step(zerosum.Probe(model, strict=True), model, tokens)
+    finally:
+        del RULES[F.bilinear]
+    assert report.coverage.covered["form.weight"] == "linear"
+    assert_truth(report, truth, gram=False)
+    with pytest.raises(TypeError, match=r"function: expected a torch function or an autograd\.Function, got int"):
+        zerosum.rule(3)  # type: ignore[arg-type]
+
+
+def test_arguments_of_verify_and_auxiliary() -> None:
+    model, _ = setup(TwoLayers)
+    for wrong in ("twice", 0, True, 1.5):
+        with pytest.raises(ValueError, match="verify: expected 'once', 'always', 'never' or a positive integer"):
+            zerosum.Probe(model, verify=wrong)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"loss: expected a torch\.Tensor, got float"):
+        zerosum.auxiliary(1.0)  # type: ignore[arg-type]
