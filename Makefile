@@ -1,4 +1,4 @@
-# make test | demo | bench | gpu-report | lint. The first call makes .venv, installs pinned dependencies and builds; later calls start at once.
+# make test | fuzz | demo | bench | gpu-report | lint. The first call makes .venv, installs pinned dependencies and builds; later calls start at once.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -7,7 +7,7 @@ NATIVE := $(shell find csrc -type f)
 DEMO_ARGS ?= --sizes 3 --layers 3
 PACKAGES := zsl_kernels python tests benchmarks setup.py
 
-.PHONY: all test demo bench gpu-report lint format clean
+.PHONY: all test fuzz demo bench gpu-report lint format clean
 all: $(VENV)/.built
 
 $(VENV)/.installed: requirements.txt
@@ -21,6 +21,10 @@ $(VENV)/.built: $(VENV)/.installed pyproject.toml setup.py $(NATIVE)
 
 test: $(VENV)/.built
 	ZSL_REQUIRE_NATIVE=1 $(BIN)/python -m pytest tests $(PYTEST_ARGS)
+
+# 2000 random models under the probe against one backward pass for each example: about 5 minutes on 2 cores.
+fuzz: $(VENV)/.built
+	$(BIN)/python -m tests.zerosum.fuzz --count 2000 --seed 0 --jobs 2
 
 demo: $(VENV)/.built
 	$(BIN)/zerosum demo $(DEMO_ARGS)

@@ -73,17 +73,24 @@ class Capture(TorchFunctionMode):
         self.extra = False  # whether the backward pass that runs is one that the training does not do
         self.signatures: dict[Site, Signature] = {}
         self.anchor = torch.zeros((), requires_grad=True)
+        self._bases = structures.tracks or structures.views  # whether views of weights are looked for
         self._depth = 0  # of backward passes inside of one another
         self._over = False  # whether a backward pass ended this epoch
         self._thread = threading.get_ident()
         self._label: Any = None
         names: dict[nn.Parameter, list[str]] = {}
-        for name, parameter in model.named_parameters(remove_duplicate=False):
-            if isinstance(parameter, nn.parameter.UninitializedParameter):
-                raise ValueError(
-                    f"model: expected initialized parameters, got {name!r} of a lazy module; run the model once before"
-                )
-            names.setdefault(parameter, []).append(name)
+        self._modules: list[nn.Module] = []
+        for prefix, module in model.named_modules(remove_duplicate=False):
+            self._modules.append(module)
+            for key, parameter in module._parameters.items():
+                if parameter is None:
+                    continue
+                name = f"{prefix}.{key}" if prefix else key
+                if isinstance(parameter, nn.parameter.UninitializedParameter):
+                    raise ValueError(
+                        f"model: expected initialized parameters, got {name!r} of a lazy module; run the model once before"
+                    )
+                names.setdefault(parameter, []).append(name)
         self.parameters = [parameter_type(self, known, p, direction(known), gram) for p, known in names.items() if p.requires_grad]
         for t in self.parameters:
             if t.parameter.is_complex():
@@ -100,7 +107,7 @@ class Capture(TorchFunctionMode):
         # Which tensors depend on no data, while that has to be found out.
         self._constants: WeakIdKeyDictionary | None = WeakIdKeyDictionary() if structures.tracks else None
         if self._constants is not None:
-            own = (x for m in model.modules() for x in vars(m).values() if isinstance(x, Tensor))
+            own = (x for m in self._modules for x in vars(m).values() if isinstance(x, Tensor))
             for x in (*model.buffers(), *(p for p in names if not p.requires_grad), *own):
                 self._constants[x] = True
         self._stack = ExitStack()
@@ -110,7 +117,7 @@ class Capture(TorchFunctionMode):
         with ExitStack() as stack:
             for t in self.parameters:
                 stack.callback(t.parameter.register_hook(_Hook(t, "on_gradient")).remove)
-            for module in self.model.modules():
+            for module in dict.fromkeys(self._modules):
                 if module._backward_hooks or module._backward_pre_hooks:
                     for hooks in (module._backward_hooks, module._backward_pre_hooks):
                         stack.enter_context(self._guarding(hooks))
@@ -179,6 +186,7 @@ class Capture(TorchFunctionMode):
         if source is None or x.dtype != source.tensor.dtype or x.is_conj() or x.is_neg():
             return None
         piece = Piece.of(x)
+        self.structures.views = True
         return None if piece.overlaps else Ref(source, piece)
 
     def enter(self, site: Site) -> None:
@@ -218,10 +226,11 @@ class Capture(TorchFunctionMode):
         for x in args:
             if id(x) in sources:
                 return True
-            if isinstance(x, Tensor):
-                if x.requires_grad and x._base is not None and id(x._base) in sources:
+            kind = type(x)
+            if kind is Tensor:
+                if self._bases and x.requires_grad and x._base is not None and id(x._base) in sources:
                     return True
-            elif isinstance(x, (list, tuple)) and self._touches(x, {}):
+            elif (kind is tuple or kind is list or kind is dict) and self._touches(x.values() if kind is dict else x, {}):
                 return True
         return bool(kwargs) and self._touches(tuple(kwargs.values()), {})
 

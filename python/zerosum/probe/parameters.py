@@ -229,7 +229,7 @@ class ParameterProbe(GradSource):
             return False
         epoch = self.context.epoch
         if self._alone == epoch:
-            self._refuse_another()
+            self._not_alone()
             return False
         gathered = self._gathered is not None and self._gathered[0] == epoch
         if gathered or self._deferred == epoch or piece is not self.base or id(self.parameter) not in self.context.single:
@@ -237,11 +237,11 @@ class ParameterProbe(GradSource):
         self._alone, self._count = epoch, 1
         return True
 
-    def _refuse_another(self) -> None:
-        """One use was taken for the only one, and here is another."""
+    def _not_alone(self) -> None:
+        """One use was taken for the only one, and here is another: statistics come after the gradient."""
         self.context.single.discard(id(self.parameter))
         self.context.several.add(id(self.parameter))
-        self.refuse("used more often than in the passes before; it is measured from the next one on")
+        self._deferred = self.context.epoch
 
     def note_uses(self) -> None:
         """Remembers, when a pass is over, whether it was used once."""
@@ -258,7 +258,7 @@ class ParameterProbe(GradSource):
     def view(self, piece: Piece) -> Tensor:
         self._whole_piece = piece is self.base
         if self._alone == self.context.epoch and not self.context.running:
-            self._refuse_another()
+            self._not_alone()
         return super().view(piece)
 
     def covered_by(self, how: str) -> None:
@@ -274,7 +274,7 @@ class ParameterProbe(GradSource):
     def defer(self) -> None:
         self._deferred = self.context.epoch
         if self._alone == self.context.epoch and not self.context.running:
-            self._refuse_another()
+            self._not_alone()
 
     def pull(self, piece: Piece, contribution: Contribution) -> None:
         if self._whole or self.problem:

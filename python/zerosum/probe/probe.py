@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from zerosum.probe.capture import Capture
 from zerosum.probe.loss_scale import Loss, check_loss_reduction, check_shape
-from zerosum.probe.proof import Prover, Structures
+from zerosum.probe.proof import UNSEEN, Prover, Structures
 from zerosum.probe.report import Report
 from zerosum.probe.results import common_scale
 
@@ -200,6 +200,8 @@ class Probe:
                     parameter.results.common = scale
             capture.add_up()
         self._structures.tracks = self._structures.tracks and not capture.proofs
+        # What was not seen may be a view, which is not looked for where none was used before.
+        self._structures.views |= any(parameter.problem == UNSEEN for parameter in capture.parameters)
         report = Report(capture.parameters, passes, capture.proofs)
         if self._strict and report.coverage.not_covered:
             name, reason = next(iter(report.coverage.not_covered.items()))

@@ -168,6 +168,7 @@ class Structures:
         self.calls: dict[int, Call] = {}  # of the last pass, by their place in it
         self.single: set[int] = set()  # parameters that have had one use in a pass, and never more
         self.several: set[int] = set()  # parameters that have had more
+        self.views = False  # whether views of weights are used
         self.tracks = True  # whether that has to be found out in the next block
         self.passes = 0
 
