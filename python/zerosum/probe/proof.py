@@ -246,7 +246,8 @@ class Prover:
         flat = {*rows, *(n - 1 for n in rows if inputs and inputs[0] == 1)}
         vectors = [size for size in _vectors(roots) if size > 1 and size not in flat - set(inputs)]
         # As many losses as the input has of a second dimension: sequences may come first.
-        second = {n for x in capture.inputs for n in x.shape[1:2]}
+        leads: list[Sequence[int]] = [x.shape for x in capture.inputs] or [site.lead for site in capture.sites[:1]]
+        second = {n for lead in leads for n in lead[1:2]}
         found = [*(size for size in vectors if size in second), *inputs, *vectors]
         return list(dict.fromkeys(found))
 
@@ -418,6 +419,8 @@ class Prover:
         for labels, N, size in self._divisions(capture, sizes):
             if not N:
                 continue
+            if labels is not None and self.declared is None and best is not None and not best.cut.bypass:
+                continue  # rows tell nothing more than what has been seen
             finding = self._find_of(capture, roots, grads, N, size, labels)
             if finding is not None and (best is None or _rank(finding) > _rank(best)):
                 best = finding
