@@ -2,9 +2,9 @@
 
 import os
 
-# 4,350 cases of attribution and of the loss end take 10 to 15 minutes on 2 cores. About 100 of them fail: loss ends and models that the
-# probe does not read yet. They are there to be worked on: ZSL_TEST_ATTRIBUTION=1 runs them. The random models of test_fuzz always
-# run.
+# 4,350 cases of attribution and of the loss end take 10 to 15 minutes on 2 cores. About 100 of them fail: loss ends and models that
+# the probe does not read yet. They are there to be worked on: ZSL_TEST_ATTRIBUTION=1 runs them. The random models of test_fuzz
+# always run.
 if os.environ.get("ZSL_TEST_ATTRIBUTION") != "1":
     collect_ignore = [
         "test_attribution.py",
