@@ -275,7 +275,7 @@ class Capture(TorchFunctionMode):
         others = [x for x in tensors if self.ref(x) is None]
         key = (
             func,
-            tuple(id(ref.source.parameters[0]) for ref in refs),
+            tuple(id(ref.source.parameters[0].parameter) for ref in refs),
             tuple((x.shape, x.stride(), x.dtype) for x in tensors),
         )
         constant = not any(x.requires_grad for x in others)
@@ -340,7 +340,7 @@ class Capture(TorchFunctionMode):
         others = [x for x in tensors if self.ref(x) is None]
         if self._constants is None or any(x.requires_grad or x in self._constants for x in others):
             return None
-        ids = tuple(id(ref.source.parameters[0]) for ref in refs)
+        ids = tuple(id(ref.source.parameters[0].parameter) for ref in refs)
         shapes = tuple((x.shape, x.stride(), x.dtype) for x in tensors)
         return (len(self.keys) - 1, func, ids), (func, ids, shapes)
 
