@@ -227,7 +227,7 @@ class Capture(TorchFunctionMode):
             if id(x) in sources:
                 return True
             kind = type(x)
-            if kind is Tensor:
+            if isinstance(x, Tensor):
                 if self._bases and x.requires_grad and x._base is not None and id(x._base) in sources:
                     return True
             elif (kind is tuple or kind is list or kind is dict) and self._touches(x.values() if kind is dict else x, {}):
