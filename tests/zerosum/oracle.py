@@ -12,6 +12,8 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 import zerosum
 from tests.inputs import sums_of
 
+# Passes of one probe after which it goes by what it knows: the first is proved, the second finds which weights are used once.
+PASSES = 3
 TOTALS = ("l1", "sq_norm", "dot", "abs_dot", "gram")
 # What a report may say of a parameter that no loss depends on, in place of zeros.
 UNREACHED = ("no gradient reached it", "not used")

@@ -18,7 +18,7 @@ def losses_of(output: Tensor) -> Tensor:
     return output.square().flatten(1).mean(1)
 
 
-def setup(kind: type[TwoLayers], n: int = 3, t: int = 6) -> tuple[TwoLayers, Tensor]:
+def setup(kind: type[TwoLayers], n: int = 8, t: int = 6) -> tuple[TwoLayers, Tensor]:
     torch.manual_seed(0)
     return kind().double(), torch.randint(0, 11, (n, t))
 
@@ -48,7 +48,7 @@ def test_a_structure_is_proved_once(kind: type[TwoLayers]) -> None:
 def test_another_shape_is_another_structure() -> None:
     model, _ = setup(TwoLayers)
     probe, extra = zerosum.Probe(model, gram=True), []
-    for n, t in [(3, 6), (4, 4), (3, 6), (4, 4), (20, 2)]:
+    for n, t in [(8, 6), (9, 9), (8, 6), (9, 9), (20, 2)]:
         tokens = torch.randint(0, 11, (n, t))
         report = step(probe, model, tokens)
         assert_truth(report, per_example_gradients(losses_of(model(tokens)), model, trainable(model)))

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 import zerosum
 from tests.zerosum.oracle import (
+    PASSES,
     assert_covers,
     assert_truth,
     assert_unchanged,
@@ -35,9 +36,12 @@ def tolerance(architecture: Architecture, dtype: torch.dtype) -> float:
 def probed(
     architecture: Architecture, model: nn.Module, inputs: dict[str, Tensor], per_token: str = "sum", **options: Any
 ) -> zerosum.Report:
+    """The report of the pass after which a probe goes by what it knows."""
     probe = zerosum.Probe(model, **options)
-    with probe:
-        architecture.losses(model, inputs, per_token).sum().backward()
+    for _ in range(PASSES):
+        model.zero_grad()
+        with probe:
+            architecture.losses(model, inputs, per_token).sum().backward()
     return probe.report()
 
 

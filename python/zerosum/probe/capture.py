@@ -21,7 +21,7 @@ from zerosum.probe.derived import derive
 from zerosum.probe.layout import Uncovered
 from zerosum.probe.loss_tail import LOSSES, LossCall
 from zerosum.probe.parameters import DerivedWeight, GradSource, ParameterProbe, Ref
-from zerosum.probe.proof import Proof, Prover, Structures
+from zerosum.probe.proof import Proof, Prover, Structures, reentrant
 from zerosum.probe.results import Pass, add_up
 from zerosum.probe.rules import APPLIED, RULES, again
 from zerosum.probe.rules.site import Phase, Site
@@ -101,7 +101,8 @@ class Capture(TorchFunctionMode):
         self.passes_epoch = -1  # the epoch of the last pass
         self.mark = 0  # the sites before those that a checkpoint computes again
         self.poison = ""
-        self.checkpoint_axis = 0  # the dimension of examples of what reentrant checkpoints take and give
+        # The dimension of examples of each reentrant checkpoint's results; -1 where their rows are of several.
+        self.checkpoints: dict[Node, int] = {}
         self.warned = False
         self._retained: list[weakref.ref[Tensor]] = []
         # Which tensors depend on no data, while that has to be found out.
@@ -529,6 +530,10 @@ class Capture(TorchFunctionMode):
         if proof.cut is None:
             for t in wanted:
                 t.refuse(self.whole[t])
+            return
+        if reentrant([e.node for e in proof.cut.edges]):
+            for t in wanted:
+                t.refuse(f"{self.whole[t]}; behind it is a reentrant checkpoint, which cannot be differentiated for one example")
             return
         found: list[list[Tensor]] = [[] for _ in wanted]
         for i in range(proof.of.examples):

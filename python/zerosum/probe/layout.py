@@ -38,6 +38,11 @@ class Layout:
     def sequences(self) -> int:
         return self.examples // self.positions if self.positions else self.examples
 
+    def same_as(self, other: Layout) -> bool:
+        """Whether both are regular and divide rows alike."""
+        mine, theirs = ((x.ids is None, x.axis, x.outer, x.inner, x.place) for x in (self, other))
+        return mine == theirs and self.ids is None
+
     @cached_property
     def plain(self) -> bool:
         """Whether the rows come example by example."""

@@ -214,6 +214,7 @@ class ParameterProbe(GradSource):
         self._late: Contributions | None = None
         self._whole = False  # whether what is late is all of the gradient, whatever the uses leave
         self._partial: Tensor | None = None  # the gradient of the backward passes in this one
+        self._measured: Results | None = None  # what was computed of a gradient that has not come to the parameter yet
         self._fused: tuple[int, int] | None = None  # where the gradient lies that the node returned, and its version
 
     @property
@@ -323,6 +324,7 @@ class ParameterProbe(GradSource):
     def on_gradient(self, grad: Tensor) -> None:
         """The parameter's gradient of one backward pass is complete: finishes what had to wait, and checks that none is missing."""
         fused, self._fused = self._fused, None
+        measured, self._measured = self._measured, None
         now = self.context.current
         if self.problem or now is None:
             return
@@ -333,6 +335,8 @@ class ParameterProbe(GradSource):
         if self._partial is not None:
             grad, self._partial = grad + self._partial, None
         if fused is not None and self._late is None and (fused == (grad.data_ptr(), grad._version) or not grad.numel()):
+            if measured is not None:
+                self.take_results(measured)
             return
         with torch.no_grad(), torch._C.DisableTorchFunction():
             if self._late is None:
@@ -344,7 +348,11 @@ class ParameterProbe(GradSource):
             if now.denominators is not None:
                 plain = late.grad_sum(self.parameter)
             eps = max(late.eps, torch.finfo(grad.dtype).eps, self.eps)
-            self._compare(self._finish(late), grad, eps, plain)
+            sums = self._finish(late)
+            measured, self._measured = self._measured, None
+            if measured is not None:
+                self.take_results(measured)
+            self._compare(sums, grad, eps, plain)
 
     def end_pass(self) -> None:
         self.note_uses()
@@ -352,6 +360,7 @@ class ParameterProbe(GradSource):
             grad, self._partial = self._partial, None
             self.on_gradient(grad)
         self._late, self._whole = None, False
+        self._measured = self._fused = None  # of a gradient that was not asked for
         self.drop()
 
     def _compare(self, sums: Sums, grad: Tensor, eps: float, plain: Tensor | None) -> None:
@@ -368,7 +377,7 @@ class ParameterProbe(GradSource):
         now = self.context.current
         assert now is not None
         sums = contributions.combine(self.parameter, self._request())
-        self.take_results(Results(sums, now, self.parameter))
+        self._measured = Results(sums, now, self.parameter)
         return sums
 
     def take_results(self, results: Results) -> None:
@@ -387,7 +396,7 @@ class ParameterProbe(GradSource):
     def release(self) -> None:
         """Lets go of the graph, whose nodes hold this: nothing should wait for the garbage collector."""
         self.drop()
-        self._gathered = self._partial = self._late = None
+        self._gathered = self._partial = self._late = self._measured = None
 
     def finish(self) -> None:
         """Says what became of it, after the block's last backward pass."""

@@ -6,6 +6,7 @@ are named by :mod:`~zerosum.probe.attribution` before the backward pass, then on
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
     from zerosum.probe.capture import Capture
 
 UNSEEN = "part of its gradient came through an operation that the probe cannot see"
+MIXED_CHECKPOINT = "a reentrant checkpoint's result has rows of several examples, or in no regular order"
+BESIDE_CHECKPOINT = "its gradient comes partly through a reentrant checkpoint, and partly beside it"
 REENTRANT = "CheckpointFunctionBackward"  # torch's; it refuses torch.autograd.grad
 Step = tuple[GradientEdge, tuple[int, ...], tuple[str, ...]]  # an edge with the path to it
 ATTEMPTS = 4  # cuts that are tried, each nearer to the model
@@ -58,6 +61,7 @@ class Finding:
     coupled: str = ""  # why what lies behind the cut does not keep examples apart
     passes: int = 0
     unproved: str = ""  # what lies behind the cut could not be differentiated twice
+    checkpoints: dict[Node, int] = field(default_factory=dict)  # reentrant ones, with their results' dimension of examples, or -1
     first: bool = True  # whether it is the cut next to the roots
     consistent: bool = True  # whether the first use has its examples in the first dimension
 
@@ -90,8 +94,21 @@ class Stored:
     hidden: set[int]  # parameters that are used where no mode sees it
     passes: int
     since: int  # the pass in which it was proved
+    settled: list[bool]  # whether no other layout fits a use's rows
+    checkpoints: list[int]  # the dimension of examples of reentrant checkpoints, in the order of :func:`_checkpoints`
     used: int = 0
     unproved: str = ""
+    proofs: int = 1  # that found these layouts, one after another
+    varies: bool = False  # whether another proof found other layouts: the order of rows is of the data
+
+    def follow(self, earlier: Stored) -> None:
+        """Takes account of what an earlier proof of the same structure found."""
+        self.used = earlier.used
+        pairs = zip(self.layouts, earlier.layouts, self.settled, earlier.settled, strict=True)
+        alike = all(a is None or b is None or a.same_as(b) for a, b, mine, theirs in pairs if mine and theirs)
+        self.proofs = earlier.proofs + 1 if alike else 1
+        self.varies = earlier.varies or not alike
+        self.regular = self.regular and not self.varies
 
 
 @dataclass(eq=False)
@@ -203,7 +220,7 @@ class Prover:
         self.verify = verify
         self.structures = structures
         self.declared: Tensor | None = None  # the example of each row, as the user says
-        self._trusted = ""
+        self._barred: set[Site] = set()  # uses whose gradient comes by a reentrant checkpoint and another way
 
     # What is known before ---------------------------------------------------------------------------------------------------------
 
@@ -244,11 +261,20 @@ class Prover:
             inputs += [site.lead[0] for site in capture.sites if site.lead][:1]
         # A vector of losses, where it is not one of all positions' losses.
         flat = {*rows, *(n - 1 for n in rows if inputs and inputs[0] == 1)}
-        vectors = [size for size in _vectors(roots) if size > 1 and size not in flat - set(inputs)]
-        # As many losses as the input has of a second dimension: sequences may come first.
+        lengths = list(_vectors(roots))
+        vectors = [size for size in lengths if size > 1 and size not in flat - set(inputs)]
+        # As many losses as the input has of a second dimension: positions may come first.
         leads: list[Sequence[int]] = [x.shape for x in capture.inputs] or [site.lead for site in capture.sites[:1]]
         second = {n for lead in leads for n in lead[1:2]}
         found = [*(size for size in vectors if size in second), *inputs, *vectors]
+        if 1 in lengths and 1 in second and found and found[0] > 1 and not capture.warned:
+            capture.warned = True
+            warnings.warn(
+                f"zerosum.Probe: one loss was differentiated, and the model's input is ({found[0]}, 1, …): one example whose positions "
+                f"come first, or {found[0]} examples. The report takes it for {found[0]}: give num_examples to say what it is",
+                UserWarning,
+                stacklevel=2,
+            )
         return list(dict.fromkeys(found))
 
     # One backward pass ------------------------------------------------------------------------------------------------------------
@@ -260,7 +286,7 @@ class Prover:
         key = self._key(capture, roots)
         stored = self.structures.found.get(key)
         due = self.verify == "always" or (isinstance(self.verify, int) and stored is not None and stored.used % self.verify == 0)
-        if stored is not None and stored.regular and not due:
+        if stored is not None and stored.regular and stored.proofs >= _enough(stored.examples) and not due:
             proof = self._again(capture, roots, grads, stored)
             if proof is not None:
                 stored.used += 1
@@ -269,9 +295,12 @@ class Prover:
         finding = self._trust(capture) if self.verify == "never" else self._find(capture, roots, grads)
         if finding is None:
             return None
-        stored = self._store(capture, roots, grads, finding)
+        earlier, stored = stored, self._store(capture, roots, grads, finding)
         if self.verify != "never":
+            if earlier is not None:
+                stored.follow(earlier)
             self.structures.found[key] = stored
+        capture.checkpoints = finding.checkpoints
         proof = self._proof(capture, finding, stored)
         stored.used += 1
         self._settle(capture, roots, grads, proof, stored)
@@ -292,6 +321,8 @@ class Prover:
             cut = Cut([e for e in edges if e is not None], [axis for *_, axis in stored.cut])
         if stored.terms and any(follow_path(roots, term.path, term.names) is None for term in stored.terms):
             return None
+        if stored.checkpoints:
+            capture.checkpoints = dict(zip(_checkpoints(roots), stored.checkpoints, strict=True))
         proof = Proof(self._pass(capture, stored.examples), cut, labels=stored.labels, since=stored.since, trusted=stored.unproved)
         if cut is not None:
             proof.gradients = self._gradients(capture, roots, grads, cut)
@@ -516,9 +547,11 @@ class Prover:
                     break
                 finding.first = tier == 0 and not skip
                 finding.consistent = _consistent(capture, finding)
-                if not (finding.consistent or (finding.first and finding.perfect)):
+                contested = any(axis and shape_of(e)[0] == size for e, axis in zip(cut.edges, cut.axes, strict=True))
+                borne_out = _in_order(capture, finding) if contested else finding.consistent or (finding.first and finding.perfect)
+                if not borne_out:
                     skip |= {(e.node, e.output_nr) for e in cut.edges}
-                    continue  # another dimension of the same size, which losses further behind do not bear out
+                    continue  # another dimension of the same size
                 if best is None or _rank(finding) > _rank(best):
                     best = finding
                 if best is finding and finding.perfect and finding.consistent:
@@ -581,18 +614,20 @@ class Prover:
         places = {site: k for k, site in enumerate(capture.sites)}
         named = [Named(None, reached=False) for _ in capture.sites]
         problem = ""
+        self._barred.clear()
         passes, boundaries = self._name_segment(capture, cut.edges, cut.axes, gradients, N, labels, named, places)
         done: set[Node] = set()
+        found: dict[Node, int] = {}
         while boundaries:
             node, axis = boundaries.pop()
             if node in done:
                 continue
             done.add(node)
             if axis < 0:
-                problem = "the examples are coupled before the loss: a reentrant checkpoint's result has rows of several examples"
+                problem = MIXED_CHECKPOINT
+            found[node] = -1 if problem else axis
             edges = [e for _, e in _following(node) if getattr(e.node, "variable", None) is None]
             edges = [e for e in edges if shape_of(e)[max(axis, 0) : max(axis, 0) + 1] == (N,)]
-            capture.checkpoint_axis = max(axis, 0)
             if not edges:
                 continue
             starts = [_random(e) for e in edges]
@@ -604,7 +639,7 @@ class Prover:
         for site in _sites_before(cut.bypass)[0]:
             if site in places:
                 named[places[site]].bypassed = True
-        return Finding(cut, N, labels, gradients, named, passes=passes, unproved=unproved)
+        return Finding(cut, N, labels, gradients, named, passes=passes, unproved=unproved, checkpoints=found)
 
     def _name_segment(
         self,
@@ -622,6 +657,12 @@ class Prover:
         """Names what backward passes from some tensors reach, up to reentrant checkpoints; returns the number of passes, and these
         checkpoints, each with its results' dimension of examples, or -1."""
         sites, checkpoints = _sites_before([e.node for e in edges])
+        # What is also reached through a checkpoint has its whole gradient from there alone, where no backward pass of ours can go.
+        behind = set(attribution.nodes_between([x for node in checkpoints for x, _ in node.next_functions if x is not None], set()))
+        beside = [site for site, node in sites.items() if node in behind]
+        twofold = [node for node in checkpoints if node in behind]
+        sites = {site: node for site, node in sites.items() if node not in behind}
+        checkpoints = [node for node in checkpoints if node not in behind]
         ends = [GradientEdge(node, k) for node in checkpoints for k in range(len(node._input_metadata))]
         inputs: list[Any] = [capture.anchor]
         if checkpoints:
@@ -657,6 +698,12 @@ class Prover:
                 boundaries[x[0]] = layout.axis if regular and boundaries.get(x[0], layout.axis) == layout.axis else -1
         for node in checkpoints:
             boundaries.setdefault(node, 0)
+        boundaries |= dict.fromkeys(twofold, -1)
+        for site in beside:
+            if site in places:
+                self._barred.add(site)
+        for site in self._barred:
+            named[places[site]] = Named(None, BESIDE_CHECKPOINT, True)
         return 2 + len(spelled), list(boundaries.items())
 
     def _judge(self, capture: Capture, names: Tensor, N: int, problem: str = "") -> Named:
@@ -706,7 +753,7 @@ class Prover:
                     for t in source.parameters:
                         capture.differentiate_whole(t, f"used by {site.label} on rows that are the same for all examples")
                 continue
-            if "coupled" not in named.problem:
+            if named.problem.endswith("rows serve several examples"):
                 named.problem = f"the examples are coupled before the loss: {named.problem} in {site.label}"
             mixed += [t.name for source in site.sources for t in source.parameters]
         if not mixed:
@@ -775,6 +822,8 @@ class Prover:
             hidden,
             finding.passes,
             self.structures.passes + 1,
+            [n.settled for n in named],
+            [finding.checkpoints.get(node, 0) for node in _checkpoints(roots)],
             unproved=finding.unproved,
         )
 
@@ -934,8 +983,12 @@ class Prover:
                     site.layout = Layout(N, inner=site.lead[0] // N)
             return Proof(of)
         cut, given = Cut([], []), []
+        axis = capture.checkpoints.get(torch._C._current_autograd_node(), 0)
+        if axis < 0:
+            for site in sites:
+                site.problem = MIXED_CHECKPOINT
+            return Proof(of)
         for edge, grad in zip(roots, grads, strict=True):
-            axis = capture.checkpoint_axis
             if grad is not None and shape_of(edge)[axis : axis + 1] == (N,):
                 cut.edges.append(edge)
                 cut.axes.append(axis)
@@ -947,7 +1000,7 @@ class Prover:
         inputs = _leaf_inputs([e.node for e in cut.edges], {id(t.parameter) for t in capture.parameters})
         if sites:
             self._name_segment(capture, cut.edges, cut.axes, given, N, None, named, places)
-        if not self._inputs_apart(capture, cut, given, inputs, N):
+        if not self._inputs_apart(capture, cut, given, inputs, N, axis):
             capture.poison = "the examples are coupled before the loss: a reentrant checkpoint mixes the rows of its input"
         for site, one in zip(sites, named, strict=True):
             site.layout, site.problem = one.layout, one.problem
@@ -966,8 +1019,10 @@ class Prover:
             capture.warned = True
             warnings.warn(f"zerosum.Probe: {reason}", UserWarning, stacklevel=2)
 
-    def _inputs_apart(self, capture: Capture, cut: Cut, given: list[Tensor], inputs: list[Tensor], N: int) -> bool:
-        """Whether the rows (N, …) of a checkpoint's inputs belong to the examples in order."""
+    def _inputs_apart(
+        self, capture: Capture, cut: Cut, given: list[Tensor], inputs: list[Tensor], N: int, axis: int
+    ) -> bool:
+        """Whether the rows of a checkpoint's inputs belong to the examples in order, along one dimension."""
         if not inputs:
             return True
         found = []
@@ -975,7 +1030,6 @@ class Prover:
             gs = [g if weights is None else g * along(weights, axis, g) for g, axis in zip(given, cut.axes, strict=True)]
             found.append(capture.extra_backward(cut.edges, inputs, gs, Phase.NAMING))
         for x, *more in zip(*found, strict=True):
-            axis = capture.checkpoint_axis
             if x is None:
                 continue
             if x.shape[axis : axis + 1] != (N,):
@@ -986,6 +1040,12 @@ class Prover:
                 if not bool(attribution.follows(plain, Signature.of(y.unsqueeze(-1)), rows).all()):
                     return False
         return True
+
+
+def _enough(examples: int) -> int:
+    """How many proofs of a structure show that its rows' order is not of the data. Rows that the data moves, by sorting or routing,
+    come in one regular order by chance once in N! times: the proofs leave a chance of 1e-4."""
+    return 1 if examples < 2 else math.ceil(4 / (math.lgamma(examples + 1) / math.log(10)))
 
 
 def _rank(finding: Finding) -> tuple[bool, bool, int, int, bool, int]:
@@ -1003,6 +1063,20 @@ def _consistent(capture: Capture, finding: Finding) -> bool:
                 return True
             return layout.axis == 0
     return True
+
+
+def _in_order(capture: Capture, finding: Finding) -> bool:
+    """Whether the use that is nearest to the model's input has rows of two dimensions, examples first. Where two dimensions of the
+    losses have the size N, nothing less tells that the second is of examples."""
+    for site, named in zip(capture.sites, finding.named, strict=True):
+        if named.reached:
+            layout = named.layout
+            if layout is None or layout.ids is not None or layout.axis:
+                return False
+            if len(site.lead) > 1:
+                return site.lead[0] == layout.sequences and layout.outer == layout.inner == 1
+            return layout.outer == 1 < layout.inner
+    return False
 
 
 def _vectors(roots: Sequence[GradientEdge]) -> Iterator[int]:
@@ -1039,6 +1113,16 @@ def _sites_before(nodes: Sequence[Node]) -> tuple[dict[Site, Node], list[Node]]:
             continue
         stack.extend(x for x, _ in node.next_functions if x is not None and x not in seen)
     return sites, checkpoints
+
+
+def _checkpoints(roots: Sequence[GradientEdge]) -> list[Node]:
+    """All reentrant checkpoints that some roots lead to, in an order that is the graph's."""
+    return [node for node in attribution.nodes_between([e.node for e in roots], set()) if node.name() == REENTRANT]
+
+
+def reentrant(nodes: Sequence[Node]) -> bool:
+    """Whether some nodes lead to a reentrant checkpoint, through which torch.autograd.grad does not go."""
+    return bool(_sites_before(nodes)[1])
 
 
 def _leaf_inputs(nodes: Sequence[Node], weights: set[int]) -> list[Tensor]:

@@ -53,8 +53,10 @@ def _apply(context: RuleContext, x: Tensor, weight: Tensor, bias: Tensor | None,
         raise Uncovered("a weight that repeats its entries")
     if context.ref(x) is not None or (bias is not None and bias.ndim != 1):
         raise Uncovered("operands other than rows, a matrix and a vector")
-    site, (w, bias) = Site.of(context, how, x.shape[:-1], weight, bias)
-    if torch.is_autocast_enabled(x.device.type):
+    # A gradient of the lower precision would be rounded on its way to the weight: the whole one goes there from the gathering node.
+    autocast = torch.is_autocast_enabled(x.device.type)
+    site, (w, bias) = Site.of(context, how, x.shape[:-1], weight, bias, alone=not autocast)
+    if autocast:
         # Outside of the function: what is kept for the backward pass is then of the lower precision, as it is without a probe.
         dtype = torch.get_autocast_dtype(x.device.type)
         x, w, bias = (y if y is None or y.dtype == torch.float64 else y.to(dtype) for y in (x, w, bias))  # type: ignore[assignment]
