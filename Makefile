@@ -20,7 +20,7 @@ $(VENV)/.built: $(VENV)/.installed pyproject.toml setup.py $(NATIVE)
 	touch $@
 
 test: $(VENV)/.built
-	ZSL_REQUIRE_NATIVE=1 $(BIN)/python -m pytest tests $(PYTEST_ARGS)
+	ZSL_REQUIRE_NATIVE=1 $(BIN)/python -m pytest tests -n auto --maxprocesses 8 --dist worksteal $(PYTEST_ARGS)
 
 # 2000 random models under the probe against one backward pass for each example: about 5 minutes on 2 cores.
 fuzz: $(VENV)/.built

@@ -392,9 +392,7 @@ class Plan:
     @property
     def options(self) -> dict[str, Any]:
         """What the probe must be told: N, where positions come first and no losses (N,) say what it is, or examples meet."""
-        told = ENTRIES[self.entry].dim == 1 and (
-            self.n == 1 or self.mixes or not ENDS[self.end].adds or "of all" in self.end
-        )
+        told = ENTRIES[self.entry].dim == 1 and (self.n == 1 or self.mixes or not ENDS[self.end].adds or "of all" in self.end)
         return {"num_examples": self.n} if told else {}
 
     @property

@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 WIDTH, OUT = 8, 5
 
@@ -979,3 +980,23 @@ class Residual(Between):
 
 COVERED = [TwoLayers, UsedTwice, OneUseDetached, TwoNames, Frozen, Functional, Pooled, FourDimensional]
 ZOO = [kind for kind in list(vars().values()) if isinstance(kind, type) and issubclass(kind, TwoLayers) and kind is not Between]
+
+
+class Checkpointed(TwoLayers):
+    """What a checkpoint computes again runs in the device's own thread."""
+
+    reentrant = False
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.embedding(tokens)
+        return self.head(checkpoint(lambda y: torch.tanh(self.first(y)), x, use_reentrant=self.reentrant))
+
+
+class CheckpointedReentrant(Checkpointed):
+    reentrant = True
+
+
+# The CPU's fused cells refuse tensors that say they are elsewhere.
+LEFT_OUT = ("Recurrent", "RecurrentSequenceFirst")
+# What tests on another device run: the zoo that repeats to the last bit, and checkpoints.
+DEVICE_KINDS = [*(kind for kind in ZOO if not kind.random and kind.__name__ not in LEFT_OUT), Checkpointed, CheckpointedReentrant]

@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 import zerosum
 from tests.zerosum.models import Mixture, Tied, TwoLayers, UsedTwice
@@ -84,6 +85,121 @@ def test_rows_in_no_order_are_named_in_every_pass() -> None:
         report = step(probe, model, tokens)
         assert report.proof.proved == 1
         assert_truth(report, per_example_gradients(losses_of(model(tokens)), model, trainable(model)))
+
+
+class Sorted(nn.Module):
+    """A layer on examples that the data puts in order."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.head = nn.Linear(5, 5), nn.Linear(5, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        order = x.detach()[:, 0].argsort()
+        return self.head(torch.tanh(self.layer(x[order]))[order.argsort()])
+
+
+@pytest.mark.parametrize("n", [2, 3, 5])
+def test_rows_that_were_in_order_by_chance_are_named_again(n: int) -> None:
+    torch.manual_seed(0)
+    model, x = Sorted().double(), torch.randn(n, 5, dtype=torch.float64).sort(0)[0]
+    probe = zerosum.Probe(model, gram=True)
+    for data in (x, x.flip(0), x, x, x.roll(1, 0)):
+        model.zero_grad()
+        with probe:
+            losses_of(model(data)).sum().backward()
+        report = probe.report()
+        assert report.proof.proved == 1
+        assert_truth(report, per_example_gradients(losses_of(model(data)), model, trainable(model)))
+
+
+@pytest.mark.parametrize(("n", "proofs"), [(1, 0), (2, 14), (3, 6), (4, 3), (5, 2), (7, 2), (8, 1), (20, 1)])
+def test_few_examples_are_proved_until_chance_is_ruled_out(n: int, proofs: int) -> None:
+    model, tokens = setup(TwoLayers, n)
+    probe = zerosum.Probe(model)
+    proved = [step(probe, model, tokens).proof.proved for _ in range(proofs + 2)]
+    assert proved == [1] * proofs + [0, 0]
+
+
+class Columns(nn.Module):
+    """A layer on each position by itself, or on each example, then a function of all of them."""
+
+    def __init__(self, dim: int, centered: bool) -> None:
+        super().__init__()
+        self.layer, self.head, self.dim, self.centered = nn.Linear(6, 6), nn.Linear(6, 6), dim, centered
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = torch.stack([torch.tanh(self.layer(part)) for part in x.unbind(self.dim)], self.dim)
+        return self.head(h - 0.5 * h.mean(0) if self.centered else h)
+
+
+@pytest.mark.parametrize("in_parts", [False, True])
+@pytest.mark.parametrize("dim", [0, 1])
+@pytest.mark.parametrize("centered", [False, True])
+def test_positions_are_not_taken_for_examples_where_there_are_as_many(dim: int, centered: bool, in_parts: bool) -> None:
+    torch.manual_seed(0)
+    model, x = Columns(dim, centered).double(), torch.randn(4, 4, 6, dtype=torch.float64)
+
+    def losses() -> Tensor:
+        y = model(x)
+        return torch.stack([row.square().mean() for row in y]) if in_parts else losses_of(y)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore" if centered else "error")
+        with (probe := zerosum.Probe(model, gram=True)):
+            sum(losses()).backward() if in_parts else losses().sum().backward()  # type: ignore[union-attr]
+    report = probe.report()
+    assert_truth(report, per_example_gradients(losses(), model, trainable(model)), refusable=centered)
+    assert ("layer.weight" in report) is not centered
+    assert "head.weight" in report or in_parts
+
+
+class Recomputed(nn.Module):
+    """A layer in a reentrant checkpoint; after it examples may meet, or the checkpoint's input is added to its result."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.entry, self.inner, self.head, self.kind = nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, 6), kind
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.entry(x)
+        y = checkpoint(lambda z: torch.tanh(self.inner(z)), x, use_reentrant=True)
+        if self.kind == "meet":
+            y = y - 0.5 * y.mean(0)
+        return self.head(x + y if self.kind == "residual" else y)
+
+
+@pytest.mark.parametrize(
+    ("kind", "covered"),
+    [("plain", {"entry", "inner", "head"}), ("meet", {"head"}), ("residual", {"inner", "head"})],
+)
+def test_reentrant_checkpoints(kind: str, covered: set[str]) -> None:
+    torch.manual_seed(0)
+    model, x = Recomputed(kind).double(), torch.randn(8, 3, 6, dtype=torch.float64)
+    rows = []
+    for i in range(8):
+        model.zero_grad()
+        losses_of(model(x))[i].backward()
+        rows.append(gradients(model))
+    truth = {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
+    probe = zerosum.Probe(model, gram=True)
+    for _ in range(3):
+        model.zero_grad()
+        with warnings.catch_warnings():
+            warnings.simplefilter("error" if kind == "plain" else "ignore")
+            with probe:
+                losses_of(model(x)).sum().backward()
+        report = probe.report()
+        assert {name.split(".")[0] for name in report} == covered
+        assert_truth(report, truth, refusable=kind != "plain")
+        torch.testing.assert_close(gradients(model), {name: g.sum(0) for name, g in truth.items()}, rtol=1e-9, atol=1e-12)
+
+
+def test_one_loss_of_an_input_whose_second_dimension_is_one_is_asked_about() -> None:
+    """One example whose positions come first, or as many examples as there are rows."""
+    model = nn.Linear(3, 3).double()
+    with pytest.warns(UserWarning, match="num_examples"), zerosum.Probe(model):
+        model(torch.randn(5, 1, 3, dtype=torch.float64)).square().mean((0, 2)).sum().backward()
 
 
 class Sometimes(TwoLayers):

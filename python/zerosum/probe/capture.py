@@ -142,8 +142,9 @@ class Capture(TorchFunctionMode):
 
     @property
     def elsewhere(self) -> bool:
-        """Whether this is another thread, whose backward passes the mode does not see."""
-        return self.open and threading.get_ident() != self._thread
+        """Whether this is another thread of the user's, whose backward passes the mode does not see. (Autograd runs the backward
+        passes of other devices in threads of its own, with the mode on.)"""
+        return not self._depth and self.open and threading.get_ident() != self._thread
 
     def release(self) -> None:
         """Lets go of what refers to each other."""
@@ -262,7 +263,7 @@ class Capture(TorchFunctionMode):
             return result
         if torch._C._functorch.maybe_current_level() is not None or torch.autograd.forward_ad._current_level >= 0:
             return func(*args, **kwargs)  # vmap and its kin bring examples of their own, and forward mode no gradients
-        if threading.get_ident() != self._thread:
+        if self.elsewhere:
             return func(*args, **kwargs)
         tensors = [x for x in again.leaves(args, kwargs) if isinstance(x, Tensor)]
         refs = [ref for ref in map(self.ref, tensors) if ref is not None]
@@ -305,7 +306,7 @@ class Capture(TorchFunctionMode):
         if call is None or call.func is not func or not call.fits(args) or torch.is_autocast_enabled(call.device):
             return None
         rule = RULES.get(func)
-        if rule is None or torch._C._functorch.maybe_current_level() is not None or threading.get_ident() != self._thread:
+        if rule is None or torch._C._functorch.maybe_current_level() is not None or self.elsewhere:
             return None
         if torch.autograd.forward_ad._current_level >= 0:
             return None
@@ -616,7 +617,7 @@ class Capture(TorchFunctionMode):
 
     @property
     def _watching(self) -> bool:
-        return self.open and not self.extra and threading.get_ident() == self._thread
+        return self.open and not self.extra and not self.elsewhere
 
     def before_model(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Learns N from what enters the model."""

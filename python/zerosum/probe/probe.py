@@ -49,8 +49,8 @@ class Probe:
         grad_scaler: the ``torch.amp.GradScaler`` that scales the loss; results are of the loss as it was. "auto" needs none.
         verify: "once": rows are attributed when a structure is met first, and then looked up; with fewer than 8 examples, also in
             its next passes, until rows that the data sorts cannot have come in order by chance. "always": in every pass. k: also in
-            every k-th pass of a structure. "never": rows are taken to be (N, …), without proof. Rows in no regular order, such as those
-            of experts, are attributed in every pass but with "never".
+            every k-th pass of a structure. "never": rows are taken to be (N, …), without proof. Rows in no regular order, such as
+            those of experts, are attributed in every pass but with "never".
         every: measure in every k-th block alone; the others cost nothing, and :meth:`report` stays that of the last one measured.
 
     Raises:

@@ -270,8 +270,8 @@ class Prover:
         if 1 in lengths and 1 in second and found and found[0] > 1 and not capture.warned:
             capture.warned = True
             warnings.warn(
-                f"zerosum.Probe: one loss was differentiated, and the model's input is ({found[0]}, 1, …): one example whose positions "
-                f"come first, or {found[0]} examples. The report takes it for {found[0]}: give num_examples to say what it is",
+                f"zerosum.Probe: one loss was differentiated, and the model's input is ({found[0]}, 1, …): one example whose "
+                f"positions come first, or {found[0]} examples. The report takes it for {found[0]}: num_examples says what it is",
                 UserWarning,
                 stacklevel=2,
             )
@@ -469,6 +469,12 @@ class Prover:
             problem = f"the examples are coupled before the loss: {best.coupled}"
             best.named = [Named(None, problem, True, reached=n.reached) for n in best.named]
         best = self._ordered(capture, roots, grads, best)
+        if _unclear(best):
+            N = best.examples
+            problem = (
+                f"examples meet before the loss, which comes in {N} parts of {N} rows: a part may be an example's or a position's"
+            )
+            best.named = [Named(None, n.problem or problem, True, reached=n.reached) for n in best.named]
         self._tell(capture, best)
         return best
 
@@ -547,7 +553,9 @@ class Prover:
                     break
                 finding.first = tier == 0 and not skip
                 finding.consistent = _consistent(capture, finding)
-                contested = any(axis and shape_of(e)[0] == size for e, axis in zip(cut.edges, cut.axes, strict=True))
+                contested = _in_parts(finding) or any(
+                    axis and shape_of(e)[0] == size for e, axis in zip(cut.edges, cut.axes, strict=True)
+                )
                 borne_out = _in_order(capture, finding) if contested else finding.consistent or (finding.first and finding.perfect)
                 if not borne_out:
                     skip |= {(e.node, e.output_nr) for e in cut.edges}
@@ -702,7 +710,7 @@ class Prover:
         for site in beside:
             if site in places:
                 self._barred.add(site)
-        for site in self._barred:
+        for site in self._barred & places.keys():
             named[places[site]] = Named(None, BESIDE_CHECKPOINT, True)
         return 2 + len(spelled), list(boundaries.items())
 
@@ -1019,9 +1027,7 @@ class Prover:
             capture.warned = True
             warnings.warn(f"zerosum.Probe: {reason}", UserWarning, stacklevel=2)
 
-    def _inputs_apart(
-        self, capture: Capture, cut: Cut, given: list[Tensor], inputs: list[Tensor], N: int, axis: int
-    ) -> bool:
+    def _inputs_apart(self, capture: Capture, cut: Cut, given: list[Tensor], inputs: list[Tensor], N: int, axis: int) -> bool:
         """Whether the rows of a checkpoint's inputs belong to the examples in order, along one dimension."""
         if not inputs:
             return True
@@ -1063,6 +1069,18 @@ def _consistent(capture: Capture, finding: Finding) -> bool:
                 return True
             return layout.axis == 0
     return True
+
+
+def _in_parts(finding: Finding) -> bool:
+    """Whether the losses come in N parts of N rows, all alike."""
+    kinds = {(e.node.name(), shape_of(e)) for e in finding.cut.edges}
+    return len(finding.cut.edges) == finding.examples > 1 == len(kinds)
+
+
+def _unclear(finding: Finding) -> bool:
+    """Whether each of N parts is of one example or of one position, while the uses of the model's input, whose rows are mixed, do
+    not show which."""
+    return _in_parts(finding) and any(n.reached and n.mixed for n in finding.named)
 
 
 def _in_order(capture: Capture, finding: Finding) -> bool:
