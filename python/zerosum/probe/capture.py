@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import threading
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
 
@@ -21,12 +21,13 @@ from zerosum.probe.derived import derive
 from zerosum.probe.layout import Uncovered
 from zerosum.probe.loss_tail import LOSSES, LossCall
 from zerosum.probe.parameters import DerivedWeight, GradSource, ParameterProbe, Ref
-from zerosum.probe.proof import Proof, Prover, Structures, reentrant
+from zerosum.probe.proof import Proof, Prover, Structures, Tree, reentrant
 from zerosum.probe.results import Pass, add_up
-from zerosum.probe.rules import APPLIED, RULES, again
+from zerosum.probe.rules import AGAIN, APPLIED, RULES, again
 from zerosum.probe.rules.site import Phase, Site
 
 _ACCESSORS = {"__get__", "__set__", "__delete__"}
+_NESTED = {tuple, list, dict}
 _VIEWS = {getattr(Tensor, name).__get__ for name in ("T", "mT", "H", "mH")}
 
 
@@ -78,19 +79,10 @@ class Capture(TorchFunctionMode):
         self._over = False  # whether a backward pass ended this epoch
         self._thread = threading.get_ident()
         self._label: Any = None
-        names: dict[nn.Parameter, list[str]] = {}
-        self._modules: list[nn.Module] = []
-        for prefix, module in model.named_modules(remove_duplicate=False):
-            self._modules.append(module)
-            for key, parameter in module._parameters.items():
-                if parameter is None:
-                    continue
-                name = f"{prefix}.{key}" if prefix else key
-                if isinstance(parameter, nn.parameter.UninitializedParameter):
-                    raise ValueError(
-                        f"model: expected initialized parameters, got {name!r} of a lazy module; run the model once before"
-                    )
-                names.setdefault(parameter, []).append(name)
+        tree = structures.tree
+        if tree is None or not tree.is_of(model):
+            tree = structures.tree = Tree(model)
+        self._modules, names = tree.modules, tree.names
         self.parameters = [parameter_type(self, known, p, direction(known), gram) for p, known in names.items() if p.requires_grad]
         for t in self.parameters:
             if t.parameter.is_complex():
@@ -104,6 +96,7 @@ class Capture(TorchFunctionMode):
         # The dimension of examples of each reentrant checkpoint's results; -1 where their rows are of several.
         self.checkpoints: dict[Node, int] = {}
         self.warned = False
+        self._hooks: list[Any] = []
         self._retained: list[weakref.ref[Tensor]] = []
         # Which tensors depend on no data, while that has to be found out.
         self._constants: WeakIdKeyDictionary | None = WeakIdKeyDictionary() if structures.tracks else None
@@ -116,9 +109,9 @@ class Capture(TorchFunctionMode):
     def start(self) -> None:
         self.open = True
         with ExitStack() as stack:
-            for t in self.parameters:
-                stack.callback(t.parameter.register_hook(_Hook(t, "on_gradient")).remove)
-            for module in dict.fromkeys(self._modules):
+            stack.callback(self._remove_hooks)
+            self._hooks = [t.parameter.register_hook(_Hook(t, "on_gradient")) for t in self.parameters]
+            for module in self._modules:
                 if module._backward_hooks or module._backward_pre_hooks:
                     for hooks in (module._backward_hooks, module._backward_pre_hooks):
                         stack.enter_context(self._guarding(hooks))
@@ -131,6 +124,10 @@ class Capture(TorchFunctionMode):
                 stack.enter_context(torch.compiler.set_stance("force_eager"))
             stack.enter_context(self)
             self._stack = stack.pop_all()
+
+    def _remove_hooks(self) -> None:
+        for hook in self._hooks:
+            hook.remove()
 
     def stop(self) -> None:
         self._stack.close()
@@ -211,30 +208,29 @@ class Capture(TorchFunctionMode):
     # The mode --------------------------------------------------------------------------------------------------------------------
 
     def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
-        kwargs = kwargs or {}
-        special = _SPECIAL.get(func)
-        if special is not None:
-            return special(self, func, args, kwargs)
-        if torch.is_grad_enabled() and self._touches(args, kwargs):
-            return self._weights(func, args, kwargs)
-        result = func(*args, **kwargs)
+        # (Most calls have no weight among their arguments: this is what the mode costs them.)
+        if func in _SPECIAL:
+            return _SPECIAL[func](self, func, args, kwargs or {})
+        if (self._touches(args) or (kwargs and self._touches(kwargs.values()))) and torch.is_grad_enabled():
+            return self._weights(func, args, kwargs or {})
+        result = func(*args, **kwargs) if kwargs else func(*args)
         if self._constants is not None:
-            self._follow(func, args, kwargs, result)
+            self._follow(func, args, kwargs or {}, result)
         return result
 
-    def _touches(self, args: Sequence[Any], kwargs: dict[str, Any]) -> bool:
+    def _touches(self, args: Iterable[Any]) -> bool:
         """Whether a weight is among the arguments."""
-        sources = self._sources
+        sources, bases = self._sources, self._bases
         for x in args:
             if id(x) in sources:
                 return True
             kind = type(x)
-            if isinstance(x, Tensor):
-                if self._bases and x.requires_grad and x._base is not None and id(x._base) in sources:
+            if kind in _NESTED:
+                if self._touches(x.values() if kind is dict else x):
                     return True
-            elif (kind is tuple or kind is list or kind is dict) and self._touches(x.values() if kind is dict else x, {}):
+            elif bases and isinstance(x, Tensor) and x.requires_grad and x._base is not None and id(x._base) in sources:
                 return True
-        return bool(kwargs) and self._touches(tuple(kwargs.values()), {})
+        return False
 
     def _follow(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
         """Notes results that depend on no data."""
@@ -305,7 +301,7 @@ class Capture(TorchFunctionMode):
         call = self.structures.calls.get(len(self.keys))
         if call is None or call.func is not func or not call.fits(args) or torch.is_autocast_enabled(call.device):
             return None
-        rule = RULES.get(func)
+        rule = AGAIN.get(func) or RULES.get(func)
         if rule is None or torch._C._functorch.maybe_current_level() is not None or self.elsewhere:
             return None
         if torch.autograd.forward_ad._current_level >= 0:
@@ -638,7 +634,7 @@ class Capture(TorchFunctionMode):
 
     def _loss(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """A loss function, which says what rows it is over."""
-        touches = torch.is_grad_enabled() and self._touches(args, kwargs)
+        touches = torch.is_grad_enabled() and (self._touches(args) or self._touches(kwargs.values()))
         result = self._weights(func, args, kwargs) if touches else func(*args, **kwargs)
         if isinstance(result, Tensor) and result.grad_fn is not None and not self._depth:
             if self._over:
@@ -756,7 +752,7 @@ def _seen_applying(function: type[torch.autograd.Function], replacement: Any) ->
 
     def apply(*args: Any, **kwargs: Any) -> Any:
         for capture in reversed(_open_captures()):
-            if torch.is_grad_enabled() and capture._touches(args, kwargs):
+            if torch.is_grad_enabled() and (capture._touches(args) or capture._touches(kwargs.values())):
                 return replacement(capture, plain, args, kwargs)
         return plain(*args, **kwargs)
 

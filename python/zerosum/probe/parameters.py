@@ -9,12 +9,14 @@ or never reached does not count, and one more use costs no more products.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
+import zsl_kernels as zk
 from zerosum.probe.contributions import Contribution, Contributions, Dense, Piece, Request, Sums, densified
 from zerosum.probe.results import Pass, Results
 
@@ -51,6 +53,10 @@ class GradSource:
         self.roots: list[GradSource] = [self]  # what its gradients are pulled back to, where it is a function of others
         self._count = 0  # of uses in this epoch
         self._left: Contributions | None = None
+
+    def covered_by(self, how: str) -> None:
+        for parameter in self.parameters:
+            parameter.covered_by(how)
 
     def gathered(self) -> Tensor:
         """Stands for the tensor in every use of this epoch."""
@@ -107,6 +113,19 @@ class GradSource:
         return self.gradient(contributions)
 
     @property
+    def ready(self) -> bool:
+        """Whether the gradient of a use that stands alone may be computed at once."""
+        return False
+
+    def gradient_of_product(self, b: Tensor, a: Tensor) -> Tensor:
+        """:meth:`gradient` of ``torch.einsum("nto,ntk->nok", b, a)``, where it is :attr:`ready`."""
+        raise NotImplementedError
+
+    def gradient_of_dense(self, g: Tensor) -> Tensor:
+        """:meth:`gradient` of each example's gradient (E, …), where it is :attr:`ready`."""
+        raise NotImplementedError
+
+    @property
     def refused(self) -> bool:
         return all(parameter.problem for parameter in self.parameters)
 
@@ -146,8 +165,7 @@ class Ref:
         return self.source.view(self.piece)
 
     def covered_by(self, how: str) -> None:
-        for parameter in self.source.parameters:
-            parameter.covered_by(how)
+        self.source.covered_by(how)
 
     def leave(self, contribution: Contribution) -> None:
         """Leaves one use's part of the gradient; with create_graph autograd computes it, since it must stay differentiable."""
@@ -318,6 +336,33 @@ class ParameterProbe(GradSource):
         # tensor of the same memory.
         grad = densified(sums, self.parameter.shape[0] if self.parameter.ndim else 1).grad_sum
         grad = grad.view(self.parameter.shape).to(self.parameter.dtype)
+        self._fused = (grad.data_ptr(), grad._version)
+        return grad
+
+    @property
+    def ready(self) -> bool:
+        now = self.context.current
+        return not (self.refused or now is None or now.unbatched is not nullcontext or self._waits() or self.base.repeats)
+
+    def gradient_of_product(self, b: Tensor, a: Tensor) -> Tensor:
+        return self._measure(Sums(*zk.interference(a, b, direction=self.direction, gram=self.gram)))
+
+    def gradient_of_dense(self, g: Tensor) -> Tensor:
+        shape = self.parameter.shape
+        u = None if self.direction is None else self.direction.reshape(-1)
+        sums = Sums(*zk.dense_interference(g.reshape(g.shape[0], shape.numel()), direction=u, gram=self.gram))
+        if len(shape) != 1:
+            sums.grad_sum, sums.abs_sum, sums.sq_sum = (x.view(shape) for x in (sums.grad_sum, sums.abs_sum, sums.sq_sum))
+        return self._measure(sums)
+
+    def _measure(self, sums: Sums) -> Tensor:
+        """Keeps the sums until the gradient, which this returns, has come to the parameter."""
+        now = self.context.current
+        assert now is not None
+        self._measured = Results(sums, now, self.parameter)
+        grad = sums.grad_sum.view(self.parameter.shape)  # (another tensor: see `gradient`)
+        if grad.dtype != self.parameter.dtype:
+            grad = grad.to(self.parameter.dtype)
         self._fused = (grad.data_ptr(), grad._version)
         return grad
 

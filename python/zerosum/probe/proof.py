@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, Node
 
 from zerosum.probe import attribution
@@ -176,6 +176,45 @@ class Call:
         return [known[weight] for weight in self.weights if weight]
 
 
+class Tree:
+    """A model's modules, and its parameters with all of their names."""
+
+    def __init__(self, model: nn.Module) -> None:
+        modules: dict[nn.Module, None] = {}
+        self.names: dict[nn.Parameter, list[str]] = {}
+        for prefix, module in model.named_modules(remove_duplicate=False):
+            modules[module] = None
+            for key, parameter in module._parameters.items():
+                if parameter is None:
+                    continue
+                name = f"{prefix}.{key}" if prefix else key
+                if isinstance(parameter, nn.parameter.UninitializedParameter):
+                    raise ValueError(
+                        f"model: expected initialized parameters, got {name!r} of a lazy module; run the model once before"
+                    )
+                self.names.setdefault(parameter, []).append(name)
+        self.modules = list(modules)
+        self._parts = self._parts_of(model)
+
+    def is_of(self, model: nn.Module) -> bool:
+        """Whether the model still has the same modules and parameters under the same names."""
+        return self._parts_of(model) == self._parts
+
+    @staticmethod
+    def _parts_of(model: nn.Module) -> list[object]:
+        parts: list[object] = []
+        stack: list[nn.Module] = [model]
+        while stack:
+            module = stack.pop()
+            parts.append(id(module))
+            for own in (module._parameters, module._modules):
+                if own:
+                    parts += own
+                    parts += map(id, own.values())
+            stack += [child for child in module._modules.values() if child is not None]
+        return parts
+
+
 class Structures:
     """What a probe keeps from block to block."""
 
@@ -185,6 +224,7 @@ class Structures:
         self.calls: dict[int, Call] = {}  # of the last pass, by their place in it
         self.single: set[int] = set()  # parameters that have had one use in a pass, and never more
         self.several: set[int] = set()  # parameters that have had more
+        self.tree: Tree | None = None
         self.views = False  # whether views of weights are used
         self.tracks = True  # whether that has to be found out in the next block
         self.passes = 0

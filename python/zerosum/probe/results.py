@@ -48,7 +48,7 @@ class Results:
         self.latest = of
         self.passes: list[Pass] = [of]
         self._shape, self._dtype = parameter.shape, parameter.dtype
-        self._scalars = {of: {name: getattr(sums, name) for name in SCALARS}}
+        self._scalars = {of: sums}
         self._scale: float | None = None  # None: that of its one pass
         self.common: Tensor | float = 1.0  # what all of the block's results are multiplied by
         self._hold(sums.grad_sum.detach())  # another tensor of the same memory
@@ -102,7 +102,7 @@ class Results:
             E = one.examples
             for name, power in SCALARS.items() if E else ():
                 if one in self._scalars:
-                    value = self._scalars[one][name]
+                    value = getattr(self._scalars[one], name)
                     blocks[name].append(value if value is None or not scaled else value * one.scale**power)
                 elif getattr(self.sums, name) is not None:
                     blocks[name].append(torch.zeros((E, E) if name == "gram" else (E,), dtype=dtype, device=device))

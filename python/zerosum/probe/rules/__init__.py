@@ -40,6 +40,9 @@ RULES: dict[Callable[..., Any], Rule] = {
     zk.linear_cross_entropy: linear_cross_entropy.rule,
 }
 
+# The same for a call that is like one before, whose operands need no check.
+AGAIN: dict[Callable[..., Any], Rule] = {F.linear: linear.again, torch.addmm: linear.addmm_again}
+
 # autograd.Functions that a user's rule covers: the mode does not see their `apply` by itself.
 APPLIED: dict[type[torch.autograd.Function], Rule] = {}
 
@@ -78,6 +81,7 @@ def rule(function: Callable[..., Any] | type[torch.autograd.Function]) -> Callab
             APPLIED[function] = run
         else:
             RULES[function] = run
+            AGAIN.pop(function, None)
         return replacement
 
     return register

@@ -19,11 +19,29 @@ def rule(context: RuleContext, func: Any, args: tuple[Any, ...], kwargs: dict[st
     return _apply(context, *_linear_arguments(*args, **kwargs), "linear")
 
 
+def again(context: RuleContext, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    """:func:`rule`, of operands like those of an earlier call, without autocast."""
+    x, weight = args[:2]
+    if context.ref(x) is not None:
+        raise Uncovered("an input that is a weight")
+    site, (w, bias) = Site.of(context, "linear", x.shape[:-1], weight, args[2] if len(args) > 2 else None)
+    return _run(x, w, bias, F.linear, False, context.anchor, site)
+
+
+def addmm_again(context: RuleContext, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    """:func:`addmm_rule`, of operands like those of an earlier call, without autocast."""
+    bias, x, weight = args
+    if context.ref(x) is not None or context.ref(weight) is None:
+        raise Uncovered("operands other than a bias, rows and a matrix")
+    site, (w, bias) = Site.of(context, "addmm", x.shape[:-1], weight, bias)
+    return _run(x, w, bias, _addmm, True, context.anchor, site)
+
+
 def matmul_rule(context: RuleContext, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
     x, weight = _matmul_arguments(*args, **kwargs)
     if context.ref(x) is None and x.ndim >= 2:
         if weight.ndim == 2:
-            return _apply(context, x, weight.mT, None, "matmul")
+            return _apply(context, x, weight, None, "matmul", _matmul, True)
         if weight.ndim == 3 and x.ndim >= 3 and weight.stride(0) == 0 and func.__name__ in ("bmm", "matmul", "__matmul__"):
             # One matrix, expanded over a batch.
             return _apply(context, x, weight[0].mT, None, "matmul", lambda x, w, b: func(x, w.mT.expand(weight.shape)))
@@ -36,14 +54,32 @@ def addmm_rule(context: RuleContext, func: Any, args: tuple[Any, ...], kwargs: d
     bias, x, weight, scaled = _addmm_arguments(*args, **kwargs)
     if context.ref(x) is not None or bias.ndim != 1 or scaled:
         raise Uncovered("operands other than a bias, rows and a matrix")
-    return _apply(context, x, weight.mT, bias, "addmm")
+    return _apply(context, x, weight, bias, "addmm", _addmm, True)
 
 
 Product = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 
 
-def _apply(context: RuleContext, x: Tensor, weight: Tensor, bias: Tensor | None, how: str, product: Product = F.linear) -> Tensor:
-    """``product`` computes the result as the call would have, to the last bit."""
+def _matmul(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return x @ weight
+
+
+def _addmm(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    assert bias is not None
+    return torch.addmm(bias, x, weight)
+
+
+def _apply(
+    context: RuleContext,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    how: str,
+    product: Product = F.linear,
+    transposed: bool = False,
+) -> Tensor:
+    """``product``, of rows x with a matrix (O, K), or ``transposed`` (K, O), computes the result as the call would have, to the last
+    bit."""
     ref = context.ref(weight)
     if ref is not None and context.ref(x) is not None:
         raise Uncovered("an input that is a weight")
@@ -60,7 +96,7 @@ def _apply(context: RuleContext, x: Tensor, weight: Tensor, bias: Tensor | None,
         # Outside of the function: what is kept for the backward pass is then of the lower precision, as it is without a probe.
         dtype = torch.get_autocast_dtype(x.device.type)
         x, w, bias = (y if y is None or y.dtype == torch.float64 else y.to(dtype) for y in (x, w, bias))  # type: ignore[assignment]
-    return _Linear.apply(x, w, bias, product, context.anchor, site)
+    return _Linear.apply(x, w, bias, product, transposed, context.anchor, site)
 
 
 def _linear_arguments(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -78,8 +114,9 @@ def _addmm_arguments(
     return input, mat1, mat2, beta != 1 or alpha != 1
 
 
-def bias_gradients(layout: Layout, grad: Tensor) -> Tensor:
+def bias_gradients(layout: Layout | None, grad: Tensor) -> Tensor:
     """(E, O): each example's gradient of a vector that is added to every row."""
+    assert layout is not None
     return zk.bias_grad(layout.rows(grad), **layout.ragged(grad.device))
 
 
@@ -87,8 +124,17 @@ class _Linear(torch.autograd.Function):
     """F.linear whose backward leaves the weight's and the bias's parts of the gradient with them."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, product: Product, anchor: Tensor, site: Site) -> Tensor:
-        ctx.site = site
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        product: Product,
+        transposed: bool,
+        anchor: Tensor,
+        site: Site,
+    ) -> Tensor:
+        ctx.site, ctx.transposed = site, transposed
         ctx.save_for_backward(x, weight)
         y = product(x, weight, bias)
         # A view cannot be modified in place after a custom function, and the product of more than two dimensions is one.
@@ -101,23 +147,45 @@ class _Linear(torch.autograd.Function):
         site: Site = ctx.site
         needs_x, needs_weight, needs_bias = ctx.needs_input_grad[:3]
         with torch._C.DisableTorchFunction():
-            grad_x = (grad @ weight.to(grad.dtype)).to(x.dtype) if needs_x else None
+            grad_x = None
+            if needs_x:
+                matrix = weight.mT if ctx.transposed else weight
+                grad_x = grad @ matrix if matrix.dtype == grad.dtype else grad @ matrix.to(grad.dtype)
+                if grad_x.dtype != x.dtype:
+                    grad_x = grad_x.to(x.dtype)
             if site.named(grad):
-                return grad_x, None, None, None, None, None
+                return grad_x, None, None, None, None, None, None
             grad_weight = grad_bias = None
             if needs_weight:
-                if site.plain():
-                    a, b = x.to(grad.dtype), grad
-                    grad_weight = (b.reshape(-1, b.shape[-1]).mT @ a.reshape(-1, a.shape[-1])).to(weight.dtype)
-                own = site.leave(lambda layout: _outer(layout, grad.detach(), x.detach()))
-                grad_weight = grad_weight if own is None else own
+                left, right = (x, grad) if ctx.transposed else (grad, x)
+                if (source := site.at_once(product=True)) is not None:
+                    grad_weight = source.gradient_of_product(site.rows(left, grad.dtype), site.rows(right, grad.dtype))
+                else:
+                    grad_weight = _product_of(site, left, right, grad.dtype, weight.dtype)
             if needs_bias:
-                if site.plain(1):
-                    grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0)
-                own = site.leave(lambda layout: Dense(bias_gradients(layout, grad.detach())), 1)
-                grad_bias = grad_bias if own is None else own
-            return grad_x, grad_weight, grad_bias, None, None, None
+                if (source := site.at_once(1)) is not None:
+                    grad_bias = source.gradient_of_dense(bias_gradients(site.layout, grad))
+                else:
+                    if site.plain(1):
+                        grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0)
+                    own = site.leave(lambda layout: Dense(bias_gradients(layout, grad.detach())), 1)
+                    grad_bias = grad_bias if own is None else own
+            return grad_x, grad_weight, grad_bias, None, None, None, None
 
 
-def _outer(layout: Layout, grad: Tensor, x: Tensor) -> OuterProduct:
-    return OuterProduct(layout.rows(grad), layout.rows(x.to(grad.dtype)), layout.ids)
+def _product_of(site: Site, left: Tensor, right: Tensor, dtype: torch.dtype, of: torch.dtype) -> Tensor | None:
+    """Leaves the outer products of rows with the weight; its gradient, where autograd has to be given it."""
+    plain = None
+    if site.plain():
+        a, b = (y.to(dtype).reshape(-1, y.shape[-1]) for y in (left, right))
+        plain = (a.mT @ b).to(of)
+    own = site.leave(lambda layout: _outer(layout, left.detach(), right.detach(), dtype))
+    return plain if own is None else own
+
+
+# ``_Linear.apply`` where no functorch transform is active, which it would look for.
+_run = super(torch.autograd.Function, _Linear).apply
+
+
+def _outer(layout: Layout, left: Tensor, right: Tensor, dtype: torch.dtype) -> OuterProduct:
+    return OuterProduct(layout.rows(left.to(dtype)), layout.rows(right.to(dtype)), layout.ids)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -171,13 +172,19 @@ class _LayerNorm(torch.autograd.Function):
                 if scale:
                     # One pass for both; a bias that is not wanted costs nothing to speak of.
                     found = _layer_norm_gradients(site.layout, x.detach(), grad.detach(), mean, rstd)
-                    grads[1] = own if (own := site.leave(lambda layout: Dense(found[0]))) is not None else grads[1]
-                    if shift:
-                        grads[2] = own if (own := site.leave(lambda layout: Dense(found[1]), 1)) is not None else grads[2]
+                    for k in range(1 + shift):
+                        if (source := site.at_once(k)) is not None:
+                            grads[k + 1] = source.gradient_of_dense(found[k])
+                        elif (own := site.leave(partial(_found, found[k]), k)) is not None:
+                            grads[k + 1] = own
                 elif shift:
                     own = site.leave(lambda layout: Dense(bias_gradients(layout, grad.detach())), 1)
                     grads[2] = grads[2] if own is None else own
             return *grads, *[None] * 4
+
+
+def _found(g: Tensor, layout: Layout) -> Dense:
+    return Dense(g)
 
 
 def _layer_norm_gradients(layout: Layout | None, x: Tensor, grad: Tensor, mean: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor]:

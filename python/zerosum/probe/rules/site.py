@@ -118,18 +118,21 @@ class Site:
 
         With ``alone=False`` the rule leaves pieces of the weight, which are put together at its gathering node.
         """
-        refs = tuple(None if weight is None else context.ref(weight) for weight in weights)
-        for ref, covers in zip(refs, (how, f"{how} bias"), strict=False):
-            if ref is not None:
-                ref.covered_by(covers)
+        refs: list[Ref | None] = []
         site = cls(context, how, refs, lead, rows_of)
-        tensors = []
-        for k, (ref, weight) in enumerate(zip(refs, weights, strict=True)):
-            if alone and ref is not None and ref.source.stands_alone(ref.piece):
+        tensors: list[Tensor | None] = []
+        for k, weight in enumerate(weights):
+            ref = None if weight is None else context.ref(weight)
+            refs.append(ref)
+            if ref is None:
+                tensors.append(weight)
+                continue
+            ref.covered_by(f"{how} bias" if k else how)
+            if alone and ref.source.stands_alone(ref.piece):
                 site.alone |= 1 << k
                 tensors.append(weight)
             else:
-                tensors.append(weight if ref is None else ref.tensor())
+                tensors.append(ref.tensor())
         return site, tensors
 
     @property
@@ -166,6 +169,24 @@ class Site:
     def plain(self, k: int = 0) -> bool:
         """Whether autograd has to be given the k-th weight's gradient: it is none of the probe's, or is to be differentiated."""
         return self.ref(k) is None or torch.is_grad_enabled()
+
+    def at_once(self, k: int = 0, *, product: bool = False) -> GradSource | None:
+        """The k-th weight, where this is its only use and its gradient may be computed here, without waiting for another. With
+        ``product`` it is one of rows that come example by example."""
+        layout = self.layout
+        if layout is None or not self.alone >> k & 1 or (product and not layout.plain):
+            return None
+        context = self.context
+        if context.phase is not Phase.MEASURING or context.poison or torch.is_grad_enabled():
+            return None
+        ref = self.refs[k]
+        assert ref is not None
+        return ref.source if ref.source.ready else None
+
+    def rows(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+        """(E, T, F)"""
+        assert self.layout is not None
+        return self.layout.rows(x if x.dtype == dtype else x.to(dtype))
 
     def leave(self, contribution: Callable[[Layout], Contribution], k: int = 0) -> Tensor | None:
         """Leaves the k-th weight's part with it. Returns the weight's gradient where this is its only use."""
