@@ -82,8 +82,16 @@ class Capture(TorchFunctionMode):
         tree = structures.tree
         if tree is None or not tree.is_of(model):
             tree = structures.tree = Tree(model)
+            structures.calls.clear()
         self._modules, names = tree.modules, tree.names
-        self.parameters = [parameter_type(self, known, p, direction(known), gram) for p, known in names.items() if p.requires_grad]
+        self.parameters: list[ParameterProbe] = []
+        for p, known in names.items():
+            if p.requires_grad:
+                t = tree.probes.get(p)
+                if t is None:
+                    t = tree.probes[p] = parameter_type(self, known, p)
+                t.renew(self, direction(known), gram)
+                self.parameters.append(t)
         for t in self.parameters:
             if t.parameter.is_complex():
                 t.refuse("its numbers are complex")
@@ -282,8 +290,8 @@ class Capture(TorchFunctionMode):
         autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
         if not self._depth:
             self.keys.append((func, tuple(x.shape for x in tensors), tensors[0].dtype, autocast, alone))
-            if not kwargs and autocast is None and not alone:
-                self.structures.remember(len(self.keys) - 1, func, args, refs, self.keys[-1])
+            if autocast is None and not alone:
+                self.structures.remember(len(self.keys) - 1, func, args, kwargs, refs, self.keys[-1])
         if alone:
             result = func(*args, **kwargs)
             self._derive(func, args, kwargs, refs, result)
@@ -294,30 +302,29 @@ class Capture(TorchFunctionMode):
 
     def _as_before(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any] | None:
         """The result of a call that is like the one at its place in the last pass."""
-        if self._depth or kwargs or self._constants is not None:
+        if self._depth or self._constants is not None:
             return None
         if self._over:
             self._begin_epoch()
         call = self.structures.calls.get(len(self.keys))
-        if call is None or call.func is not func or not call.fits(args) or torch.is_autocast_enabled(call.device):
+        if call is None or call.func is not func or not call.fits(args, kwargs) or torch.is_autocast_enabled(call.device):
             return None
-        rule = AGAIN.get(func) or RULES.get(func)
+        rule = (None if kwargs else AGAIN.get(func)) or RULES.get(func)
         if rule is None or torch._C._functorch.maybe_current_level() is not None or self.elsewhere:
             return None
         if torch.autograd.forward_ad._current_level >= 0:
             return None
-        before = len(self.sites)
+        sites = self.sites
+        before = len(sites)
         try:
             result = rule(self, func, args, kwargs)
         except Uncovered:
             return None
         self.keys.append(call.key)
-        for ref in call.sources(self._sources):
-            for t in ref.parameters:
-                t.used = True
-        for site in self.sites[before:]:
-            if site.refs:
-                site.label = call.label
+        for source in call.sources:
+            source.used = True
+        for k in range(before, len(sites)):
+            sites[k].label = call.label
         return (result,)
 
     def _is_alone(self, key: Any, others: list[Tensor]) -> bool:

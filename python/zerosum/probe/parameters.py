@@ -214,11 +214,18 @@ class ParameterProbe(GradSource):
     statistics follow when it is complete, which a hook on the parameter tells.
     """
 
-    def __init__(self, context: Context, names: list[str], parameter: nn.Parameter, direction: Tensor | None, gram: bool) -> None:
+    def __init__(self, context: Context, names: list[str], parameter: nn.Parameter) -> None:
         super().__init__(context, parameter)
         self.name = names[0]
         self.names = names
         self.parameter = parameter
+
+    def renew(self, context: Context, direction: Tensor | None, gram: bool) -> None:
+        """Starts a block."""
+        self.context = context
+        if (base := Piece.of(self.parameter)) != self.base:
+            self.base, self.ref = base, Ref(self, base)
+        self._repeats = base.repeats
         self.direction = direction
         self.gram = gram
         self.how: list[str] = []  # the rules that cover it
@@ -226,6 +233,9 @@ class ParameterProbe(GradSource):
         self.used = False  # whether a use of it was seen
         self.eps = 0.0  # the unit roundoff of what its uses were computed in, where that is not their own
         self.results: Results | None = None
+        self._gathered = None
+        self._count = 0
+        self._left = None
         self._alone = -1  # the epoch in which one use was taken for the only one
         self._whole_piece = False
         self._deferred = -1  # the epoch in which some use does not pass through the node
@@ -341,8 +351,11 @@ class ParameterProbe(GradSource):
 
     @property
     def ready(self) -> bool:
-        now = self.context.current
-        return not (self.refused or now is None or now.unbatched is not nullcontext or self._waits() or self.base.repeats)
+        context = self.context
+        now = context.current
+        if now is None or self.problem or self._whole or self._repeats or self._deferred == context.epoch:
+            return False
+        return now.unbatched is nullcontext and now.denominators is None and not context.nested
 
     def gradient_of_product(self, b: Tensor, a: Tensor) -> Tensor:
         return self._measure(Sums(*zk.interference(a, b, direction=self.direction, gram=self.gram)))

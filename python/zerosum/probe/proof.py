@@ -22,6 +22,7 @@ from zerosum.probe.attribution import MIXED, UNREACHED, Cut, Signature, along, f
 from zerosum.probe.layout import Layout
 from zerosum.probe.loss_scale import Loss
 from zerosum.probe.loss_tail import TailReader, Term, follow_path
+from zerosum.probe.parameters import ParameterProbe
 from zerosum.probe.results import Pass
 from zerosum.probe.rules.site import Phase, Site
 
@@ -149,16 +150,31 @@ class Proof:
 class Call:
     """A call that has weights among its operands, to be known again by its function, its weights and its operands' shapes."""
 
-    __slots__ = ("device", "func", "key", "label", "places", "shapes", "weights")
+    __slots__ = ("device", "func", "key", "label", "names", "shapes", "sources", "weights")
 
-    def __init__(self, func: Any, args: tuple[Any, ...], weights: set[int], label: str, key: Any) -> None:
-        self.func, self.label, self.key = func, label, key
+    def __init__(
+        self,
+        func: Any,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        sources: list[ParameterProbe],
+        label: str,
+        key: Any,
+    ) -> None:
+        self.sources = sources
+        weights = {id(source.parameter) for source in sources}
+        self.func, self.label, self.key, self.names = func, label, key, tuple(kwargs)
+        args = (*args, *kwargs.values())
         self.weights = tuple(id(x) if id(x) in weights else 0 for x in args)
         self.shapes = tuple((x.shape, x.dtype, x.requires_grad) if isinstance(x, Tensor) else x for x in args)
         self.device = next(x.device.type for x in args if isinstance(x, Tensor))
 
-    def fits(self, args: tuple[Any, ...]) -> bool:
+    def fits(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         """Whether a call with these arguments is like this one."""
+        if kwargs or self.names:
+            if tuple(kwargs) != self.names:
+                return False
+            args = (*args, *kwargs.values())
         if len(args) != len(self.weights):
             return False
         for x, weight, shape in zip(args, self.weights, self.shapes, strict=True):
@@ -166,14 +182,11 @@ class Call:
                 if id(x) != weight:
                     return False
             elif isinstance(x, Tensor):
-                if not isinstance(shape, tuple) or (x.shape, x.dtype, x.requires_grad) != shape:
+                if type(shape) is not tuple or x.shape != shape[0] or x.dtype != shape[1] or x.requires_grad != shape[2]:
                     return False
             elif x is not shape and x != shape:
                 return False
         return True
-
-    def sources(self, known: dict[int, Any]) -> list[Any]:
-        return [known[weight] for weight in self.weights if weight]
 
 
 class Tree:
@@ -194,6 +207,7 @@ class Tree:
                     )
                 self.names.setdefault(parameter, []).append(name)
         self.modules = list(modules)
+        self.probes: dict[nn.Parameter, ParameterProbe] = {}  # of the blocks so far
         self._parts = self._parts_of(model)
 
     def is_of(self, model: nn.Module) -> bool:
@@ -229,15 +243,16 @@ class Structures:
         self.tracks = True  # whether that has to be found out in the next block
         self.passes = 0
 
-    def remember(self, place: int, func: Any, args: tuple[Any, ...], refs: Sequence[Any], key: Any) -> None:
+    def remember(self, place: int, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], refs: Sequence[Any], key: Any) -> None:
         """Keeps a call whose weights are whole parameters."""
         weights = {id(ref.source.tensor) for ref in refs if ref.source.tensor is ref.source.parameters[0].tensor}
-        flat = all(not isinstance(x, (list, tuple)) or not any(isinstance(y, Tensor) for y in x) for x in args)
-        found = [x for x in args if id(x) in weights]
+        operands = (*args, *kwargs.values())
+        flat = all(not isinstance(x, (list, tuple)) or not any(isinstance(y, Tensor) for y in x) for x in operands)
+        found = [x for x in operands if id(x) in weights]
         if flat and len(found) == len(refs):
             name = getattr(func, "__name__", str(func))
             label = f"{name} ({', '.join(t.name for t in refs[0].source.parameters)})"
-            self.calls[place] = Call(func, args, weights, label, key)
+            self.calls[place] = Call(func, args, kwargs, [ref.source.parameters[0] for ref in refs], label, key)
         else:
             self.calls.pop(place, None)
 

@@ -78,7 +78,7 @@ def _apply(
     product: Product = F.linear,
     transposed: bool = False,
 ) -> Tensor:
-    """``product``, of rows x with a matrix (O, K), or ``transposed`` (K, O), computes the result as the call would have, to the last
+    """``product`` of rows x with a matrix (O, K), or ``transposed`` (K, O), computes the result as the call would have, to the last
     bit."""
     ref = context.ref(weight)
     if ref is not None and context.ref(x) is not None:

@@ -173,11 +173,10 @@ class Site:
     def at_once(self, k: int = 0, *, product: bool = False) -> GradSource | None:
         """The k-th weight, where this is its only use and its gradient may be computed here, without waiting for another. With
         ``product`` it is one of rows that come example by example."""
-        layout = self.layout
-        if layout is None or not self.alone >> k & 1 or (product and not layout.plain):
+        layout, context = self.layout, self.context
+        if layout is None or not self.alone >> k & 1 or context.phase is not Phase.MEASURING:
             return None
-        context = self.context
-        if context.phase is not Phase.MEASURING or context.poison or torch.is_grad_enabled():
+        if (product and not layout.plain) or context.poison or torch.is_grad_enabled():
             return None
         ref = self.refs[k]
         assert ref is not None
