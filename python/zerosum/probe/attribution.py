@@ -88,8 +88,12 @@ def follows(plain: Signature, weighted: Signature, weights: Tensor) -> Tensor:
 
 
 def tolerance(eps: float) -> float:
-    """Scaling by a power of two is exact. What is allowed is that two runs of one pass may sum in another order, as atomics do."""
-    return 16 * eps if eps < 1e-5 else eps
+    """Scaling by a power of two is exact. What is allowed is that two runs of one pass may sum in another order, as atomics do, and
+    that a few derivatives, such as that of ``logcumsumexp``, go through the logarithm of the gradient: 9e-13 of a row in float64,
+    8e-6 in float32. Two examples that meet more weakly are not told apart, which is as far as the numbers are off then."""
+    if eps > 1e-5:
+        return eps
+    return 4096 * eps if eps < 1e-10 else 64 * eps
 
 
 def read_digit(plain: Signature, weighted: Signature) -> tuple[Tensor, Tensor]:

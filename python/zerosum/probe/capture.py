@@ -76,6 +76,7 @@ class Capture(TorchFunctionMode):
         self.anchor = torch.zeros((), requires_grad=True)
         self._bases = structures.tracks or structures.views  # whether views of weights are looked for
         self._depth = 0  # of backward passes inside of one another
+        self._proving = False  # whether rows are being attributed
         self._over = False  # whether a backward pass ended this epoch
         self._thread = threading.get_ident()
         self._label: Any = None
@@ -120,9 +121,11 @@ class Capture(TorchFunctionMode):
             stack.callback(self._remove_hooks)
             self._hooks = [t.parameter.register_hook(_Hook(t, "on_gradient")) for t in self.parameters]
             for module in self._modules:
-                if module._backward_hooks or module._backward_pre_hooks:
+                if module._backward_hooks or module._backward_pre_hooks or module._forward_hooks or module._forward_pre_hooks:
                     for hooks in (module._backward_hooks, module._backward_pre_hooks):
-                        stack.enter_context(self._guarding(hooks))
+                        stack.enter_context(self._guarding(hooks, _Guarded))
+                    for hooks in (module._forward_hooks, module._forward_pre_hooks):
+                        stack.enter_context(self._guarding(hooks, _GuardedForward))
             if not isinstance(self.model, torch.jit.ScriptModule):
                 stack.callback(self.model.register_forward_pre_hook(_Hook(self, "before_model"), with_kwargs=True).remove)
             for function, replacement in APPLIED.items():
@@ -164,6 +167,11 @@ class Capture(TorchFunctionMode):
         self.inputs.clear()
         self.auxiliary.clear()
         self.signatures.clear()
+
+    @property
+    def unnoticed(self) -> bool:
+        """Whether what runs is the probe's own, of which users' hooks are told nothing."""
+        return self.extra or self._proving
 
     @property
     def running(self) -> bool:
@@ -483,7 +491,11 @@ class Capture(TorchFunctionMode):
             return self.prover.nested(self, roots, grads) if self.phase is Phase.MEASURING else None
         if not self.sites and not self.whole:
             return None
-        proof = self.prover.attribute(self, roots, grads)
+        self._proving = True
+        try:
+            proof = self.prover.attribute(self, roots, grads)
+        finally:
+            self._proving = False
         if proof is not None:
             self.proofs.append(proof)
             if proof.of not in self.passes:
@@ -661,10 +673,10 @@ class Capture(TorchFunctionMode):
         return func(*args, **kwargs)
 
     @contextmanager
-    def _guarding(self, hooks: dict[Any, Any]) -> Iterator[None]:
+    def _guarding(self, hooks: dict[Any, Any], guarded: type[_Guarded]) -> Iterator[None]:
         before = dict(hooks)
         for key, hook in before.items():
-            hooks[key] = _Guarded(self, hook)
+            hooks[key] = guarded(self, hook)
         try:
             yield
         finally:
@@ -723,7 +735,21 @@ class _Guarded:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         capture = self._capture()
-        return None if capture is not None and capture.extra else self._hook(*args, **kwargs)
+        return None if capture is not None and capture.unnoticed else self._hook(*args, **kwargs)
+
+
+class _GuardedForward(_Guarded):
+    """A module's hook, which runs again where a checkpoint runs the module again for the probe's own passes, if it changes what the
+    module takes or gives."""
+
+    _changes = False
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if self._changes:
+            return self._hook(*args, **kwargs)
+        result = super().__call__(*args, **kwargs)
+        self._changes = result is not None
+        return result
 
 
 class _Hook:

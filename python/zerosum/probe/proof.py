@@ -239,6 +239,7 @@ class Structures:
         self.single: set[int] = set()  # parameters that have had one use in a pass, and never more
         self.several: set[int] = set()  # parameters that have had more
         self.tree: Tree | None = None
+        self.examples_second: bool | None = None  # whether the model's input has positions first; None: not known
         self.views = False  # whether views of weights are used
         self.tracks = True  # whether that has to be found out in the next block
         self.passes = 0
@@ -322,8 +323,10 @@ class Prover:
         leads: list[Sequence[int]] = [x.shape for x in capture.inputs] or [site.lead for site in capture.sites[:1]]
         second = {n for lead in leads for n in lead[1:2]}
         found = [*(size for size in vectors if size in second), *inputs, *vectors]
-        if 1 in lengths and 1 in second and found and found[0] > 1 and not capture.warned:
-            capture.warned = True
+        if 1 in lengths and 1 in second and found and found[0] > 1 and self.structures.examples_second:
+            found.insert(0, 1)  # as in the passes before, which had more examples
+        elif 1 in lengths and 1 in second and found and found[0] > 1 and self.structures.examples_second is None:
+            self.structures.examples_second = False
             warnings.warn(
                 f"zerosum.Probe: one loss was differentiated, and the model's input is ({found[0]}, 1, …): one example whose "
                 f"positions come first, or {found[0]} examples. The report takes it for {found[0]}: num_examples says what it is",
@@ -523,6 +526,10 @@ class Prover:
         if best.coupled:
             problem = f"the examples are coupled before the loss: {best.coupled}"
             best.named = [Named(None, problem, True, reached=n.reached) for n in best.named]
+        if best.perfect and capture.inputs and capture.inputs[-1].ndim > 1 and best.examples > 1:
+            first, second = capture.inputs[-1].shape[:2]
+            if first != second:
+                self.structures.examples_second = second == best.examples
         best = self._ordered(capture, roots, grads, best)
         if _unclear(best):
             N = best.examples
@@ -617,7 +624,8 @@ class Prover:
                     continue  # another dimension of the same size
                 if best is None or _rank(finding) > _rank(best):
                     best = finding
-                if best is finding and finding.perfect and finding.consistent:
+                vector = finding.first and all(len(shape_of(e)) == 1 for e in cut.edges)
+                if best is finding and finding.perfect and (finding.consistent or vector):
                     return finding
                 blamed = self._blame(capture, roots, grads, finding) if len(cut.edges) > 1 else cut.edges
                 skip |= {(e.node, e.output_nr) for e in blamed}
@@ -811,6 +819,7 @@ class Prover:
                 # What was taken for data does not depend on any: a function of weights alone, from the next pass on.
                 place, key = site.ambiguous
                 self.structures.alone[place] = self.structures.alone[key] = True
+                self.structures.calls.clear()
                 named.mixed, named.problem, named.settled, named.layout = False, "", False, None
                 for source in site.sources:
                     for t in source.parameters:
