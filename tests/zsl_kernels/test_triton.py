@@ -41,7 +41,7 @@ def test_the_suites_pass_under_the_interpreter(file, project_environment):
     done = subprocess.run(command, env=environment, cwd=HERE.parent.parent, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]
     passed = re.search(r"(\d+) passed", done.stdout)
-    assert passed is not None and int(passed[1]) >= 1, done.stdout[-2000:]
+    assert passed is not None, done.stdout[-2000:]
 
 
 def tf32(x: np.ndarray, half: int) -> np.ndarray:
