@@ -22,7 +22,7 @@ $(VENV)/.built: $(VENV)/.installed pyproject.toml setup.py $(NATIVE)
 test: $(VENV)/.built
 	ZSL_REQUIRE_NATIVE=1 $(BIN)/python -m pytest tests -n auto --maxprocesses 8 --dist worksteal $(PYTEST_ARGS)
 
-# 2000 random models under the probe against one backward pass for each example: about 5 minutes on 2 cores.
+# 2000 random models under the probe, three passes each, against one backward pass for each example: 3 to 5 minutes on 2 cores.
 fuzz: $(VENV)/.built
 	$(BIN)/python -m tests.zerosum.fuzz --count 2000 --seed 0 --jobs 2
 

@@ -121,6 +121,33 @@ def test_few_examples_are_proved_until_chance_is_ruled_out(n: int, proofs: int) 
     assert proved == [1] * proofs + [0, 0]
 
 
+class AddedMatrix(nn.Module):
+    """Calls of addmm and F.linear with operands that the rule does not take, or takes by keyword."""
+
+    def __init__(self, n: int) -> None:
+        super().__init__()
+        self.shift, self.weight = nn.Parameter(torch.randn(n, 6)), nn.Parameter(torch.randn(6, 6))
+        self.bias, self.last = nn.Parameter(torch.randn(6)), nn.Linear(6, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.tanh(torch.addmm(self.shift, x, self.weight))
+        x = torch.tanh(torch.addmm(self.bias, x, self.weight, beta=0.5))
+        return F.linear(x, self.last.weight, bias=self.last.bias)
+
+
+def test_calls_that_the_short_way_does_not_take() -> None:
+    torch.manual_seed(0)
+    model, x = AddedMatrix(8).double(), torch.randn(8, 6, dtype=torch.float64)
+    truth = per_example_gradients(losses_of(model(x)), model, trainable(model))
+    probe = zerosum.Probe(model, gram=True)
+    for _ in range(4):
+        model.zero_grad()
+        with probe:
+            losses_of(model(x)).sum().backward()
+        assert_truth(probe.report(), truth)
+        torch.testing.assert_close(gradients(model), {name: g.sum(0) for name, g in truth.items()}, rtol=1e-9, atol=1e-12)
+
+
 class Columns(nn.Module):
     """A layer on each position by itself, or on each example, then a function of all of them."""
 

@@ -315,7 +315,9 @@ class Capture(TorchFunctionMode):
         if self._over:
             self._begin_epoch()
         call = self.structures.calls.get(len(self.keys))
-        if call is None or call.func is not func or not call.fits(args, kwargs) or torch.is_autocast_enabled(call.device):
+        if call is None or call.func is not func or not call.by_rule or not call.fits(args, kwargs):
+            return None
+        if torch.is_autocast_enabled(call.device):
             return None
         rule = (None if kwargs else AGAIN.get(func)) or RULES.get(func)
         if rule is None or torch._C._functorch.maybe_current_level() is not None or self.elsewhere:
@@ -369,9 +371,14 @@ class Capture(TorchFunctionMode):
         try:
             if rule is not None and covered:
                 try:
-                    return rule(self, func, args, kwargs)
+                    result = rule(self, func, args, kwargs)
                 except Uncovered as problem:
                     reason = f"used by {name} on {problem}"
+                else:
+                    call = self.structures.calls.get(len(self.keys) - 1)
+                    if call is not None and not self._depth and call.key is self.keys[-1]:
+                        call.by_rule = True
+                    return result
             self.refuse_if_strict(refs[0].source.parameters[0], reason)
             if covered:
                 try:

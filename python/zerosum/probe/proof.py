@@ -150,7 +150,7 @@ class Proof:
 class Call:
     """A call that has weights among its operands, to be known again by its function, its weights and its operands' shapes."""
 
-    __slots__ = ("device", "func", "key", "label", "names", "shapes", "sources", "weights")
+    __slots__ = ("by_rule", "device", "func", "key", "label", "names", "shapes", "sources", "weights")
 
     def __init__(
         self,
@@ -162,6 +162,7 @@ class Call:
         key: Any,
     ) -> None:
         self.sources = sources
+        self.by_rule = False  # whether the rule of its function covered it
         weights = {id(source.parameter) for source in sources}
         self.func, self.label, self.key, self.names = func, label, key, tuple(kwargs)
         args = (*args, *kwargs.values())
