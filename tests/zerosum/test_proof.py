@@ -218,8 +218,23 @@ def test_reentrant_checkpoints(kind: str, covered: set[str]) -> None:
                 losses_of(model(x)).sum().backward()
         report = probe.report()
         assert {name.split(".")[0] for name in report} == covered
+        assert all("reentrant checkpoint" in reason for reason in report.coverage.not_covered.values())
         assert_truth(report, truth, refusable=kind != "plain")
         torch.testing.assert_close(gradients(model), {name: g.sum(0) for name, g in truth.items()}, rtol=1e-9, atol=1e-12)
+
+
+def test_a_last_batch_of_one_example_whose_positions_come_first() -> None:
+    """Batches with more examples have shown where they are."""
+    torch.manual_seed(0)
+    model = nn.Linear(3, 3).double()
+    probe = zerosum.Probe(model, gram=True)
+    for n in (4, 4, 1):
+        x = torch.randn(5, n, 3, dtype=torch.float64)
+        truth = per_example_gradients(model(x).square().mean((0, 2)), model, trainable(model))
+        with probe:
+            model(x).square().mean((0, 2)).sum().backward()
+        assert probe.report().num_examples == n
+        assert_truth(probe.report(), truth)
 
 
 def test_one_loss_of_an_input_whose_second_dimension_is_one_is_asked_about() -> None:

@@ -92,11 +92,14 @@ def test_autocast_to_bfloat16(kind: type[TwoLayers]) -> None:
 
     truth = per_example_gradients(losses(), model, trainable(model))
     probe = zerosum.Probe(model, direction=direction, gram=True)
+    how = []
     for _ in range(PASSES):
         with probe:
             losses().sum().backward()
+        how.append(probe.report().coverage.covered)
         assert_truth(probe.report(), truth, direction, rtol=3 * torch.finfo(torch.bfloat16).eps)
         assert_covers(probe.report(), model, truth)
+    assert how[0] == how[1] == how[2]
     assert probe.report()["head.weight"].abs_sum.dtype == torch.float32
 
 

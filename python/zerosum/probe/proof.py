@@ -329,8 +329,8 @@ class Prover:
         elif 1 in lengths and 1 in second and found and found[0] > 1 and self.structures.examples_second is None:
             self.structures.examples_second = False
             warnings.warn(
-                f"zerosum.Probe: one loss was differentiated, and the model's input is ({found[0]}, 1, …): one example whose "
-                f"positions come first, or {found[0]} examples. The report takes it for {found[0]}: num_examples says what it is",
+                f"zerosum.Probe: the model's input is ({found[0]}, 1, …) and there is one loss. These are {found[0]} examples, or one "
+                f"example whose positions come first. The probe assumes {found[0]} examples: num_examples says otherwise",
                 UserWarning,
                 stacklevel=2,
             )
