@@ -185,9 +185,6 @@ class Cut:
     axes: list[int]
     bypass: list[Node] = field(default_factory=list)
 
-    def without(self, k: int) -> Cut:
-        return Cut(self.edges[:k] + self.edges[k + 1 :], self.axes[:k] + self.axes[k + 1 :], self.bypass)
-
 
 def find_cut(
     roots: Sequence[GradientEdge],

@@ -79,7 +79,6 @@ class Capture(TorchFunctionMode):
         self._proving = False  # whether rows are being attributed
         self._over = False  # whether a backward pass ended this epoch
         self._thread = threading.get_ident()
-        self._label: Any = None
         tree = structures.tree
         if tree is None or not tree.is_of(model):
             tree = structures.tree = Tree(model)

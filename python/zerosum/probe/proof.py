@@ -329,8 +329,8 @@ class Prover:
         elif 1 in lengths and 1 in second and found and found[0] > 1 and self.structures.examples_second is None:
             self.structures.examples_second = False
             warnings.warn(
-                f"zerosum.Probe: the model's input is ({found[0]}, 1, …) and there is one loss. These are {found[0]} examples, or one "
-                f"example whose positions come first. The probe assumes {found[0]} examples: num_examples says otherwise",
+                f"zerosum.Probe: the model's input is ({found[0]}, 1, …) and there is one loss. These are {found[0]} examples, or "
+                f"one example whose positions come first. The probe assumes {found[0]} examples: num_examples says otherwise",
                 UserWarning,
                 stacklevel=2,
             )
