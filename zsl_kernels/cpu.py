@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -20,9 +21,9 @@ def load() -> str | None:
     if not library.exists():
         return "it was not built: reinstall with a C++ compiler and ZSL_BUILD_NATIVE unset"
     try:
-        torch.ops.load_library(library)
+        importlib.import_module("zsl_kernels._cpu")
         torch.ops.zsl_cpu.isa()
-    except (OSError, RuntimeError) as error:
+    except (ImportError, RuntimeError) as error:
         return f"{error}; if torch was changed after the installation, reinstall zsl_kernels"
     return None
 

@@ -15,6 +15,7 @@
 #include <vector>
 
 #include "matrix_unit.h"
+#include "ops.h"
 #include "workers.h"
 
 namespace zsl {
@@ -140,11 +141,12 @@ struct Partials {
 
 Tensor mirror_upper(const Tensor& gram) { return gram.triu().add(gram.triu(1).transpose(0, 1)); }
 
+}  // namespace
+
 // A result that was not asked for is undefined: None, in Python.
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> interference(
-    const Tensor& a, const Tensor& b, const OptionalTensor& direction, bool gram, int64_t tile_o, int64_t tile_k,
-    const OptionalTensor& begin, const OptionalTensor& added_begin, const OptionalTensor& added_index,
-    const OptionalTensor& added_values) {
+Sums interference(const Tensor& a, const Tensor& b, const OptionalTensor& direction, bool gram, int64_t tile_o, int64_t tile_k,
+                  const OptionalTensor& begin, const OptionalTensor& added_begin, const OptionalTensor& added_index,
+                  const OptionalTensor& added_values) {
   const Plain plain;
   const Shape shape = shape_of(a, b, begin, tile_o, tile_k);
   const auto options = sum_options(a);
@@ -179,6 +181,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> inter
           direction ? scalars.sum_row(3, 4, a) : Tensor(),
           gram ? mirror_upper(grams.sum(a)) : Tensor()};
 }
+
+namespace {
 
 // Of sq_norm, dot and abs_dot alone one, (N,).
 Tensor scalars_direct(int64_t which, const Tensor& a, const Tensor& b, const OptionalTensor& direction, int64_t tile_o,

@@ -15,6 +15,7 @@
 #include <utility>
 #include <vector>
 
+#include "ops.h"
 #include "workers.h"
 
 namespace zsl {
@@ -137,10 +138,10 @@ Scalars run_rows(RowArgs& args, const std::vector<double>& weights, int64_t elem
   return found;
 }
 
+}  // namespace
+
 // g (N, …): one row that every example touches.
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> dense_interference(const Tensor& g,
-                                                                                              const OptionalTensor& direction,
-                                                                                              bool gram) {
+Sums dense_interference(const Tensor& g, const OptionalTensor& direction, bool gram) {
   const Plain plain;
   TORCH_CHECK(g.dim() > 0 && g.device().is_cpu(), "expected a CPU tensor g (N, …), got ", g.sizes());
   const auto options = sum_options(g);
@@ -162,6 +163,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> dense
   Scalars s = run_rows(args, {1.0}, N * d, direction.has_value(), g);
   return {grad_sum, abs_sum, sq_sum, s[0], s[1], s[2], s[3], s[4]};
 }
+
+namespace {
 
 bool all_finite(const Tensor& x) {
   const auto check = [&](const auto* values) {
@@ -252,6 +255,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tenso
   return {rows, grad_sum, abs_sum, sq_sum, s[0], s[1], s[2], s[3], s[4]};
 }
 
+}  // namespace
+
 // x and b (N, T, K), mean and rstd (N, T); with example_ids (T,) they are (1, T, K) and (1, T). Without x only the bias.
 std::tuple<Tensor, Tensor> scale_bias_grad(const OptionalTensor& x, const Tensor& b, const OptionalTensor& mean,
                                            const OptionalTensor& rstd, const OptionalTensor& example_ids, int64_t num_examples,
@@ -299,6 +304,8 @@ std::tuple<Tensor, Tensor> scale_bias_grad(const OptionalTensor& x, const Tensor
   });
   return {scale, sum};
 }
+
+namespace {
 
 // What the sums over coordinates read of one weight, and how many workers' parts they are cut into.
 struct Coordinates {

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import threading
 import weakref
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
@@ -21,10 +22,11 @@ from zerosum.probe.derived import derive
 from zerosum.probe.layout import Uncovered
 from zerosum.probe.loss_tail import LOSSES, LossCall
 from zerosum.probe.parameters import DerivedWeight, GradSource, ParameterProbe, Ref
-from zerosum.probe.proof import Proof, Prover, Structures, Tree, reentrant
+from zerosum.probe.proof import Call, Proof, Prover, Short, Structures, Tree, reentrant
 from zerosum.probe.results import Pass, add_up
-from zerosum.probe.rules import AGAIN, APPLIED, RULES, again
+from zerosum.probe.rules import APPLIED, KNOWN, RULES, again
 from zerosum.probe.rules.site import Phase, Site
+from zsl_kernels.uses import Weight, only_for_weights
 
 _ACCESSORS = {"__get__", "__set__", "__delete__"}
 _NESTED = {tuple, list, dict}
@@ -64,8 +66,8 @@ class Capture(TorchFunctionMode):
         self.current: Pass | None = None
         self.passes: list[Pass] = []
         self.proofs: list[Proof] = []
-        self.epoch = 0
-        self.single, self.several = structures.single, structures.several
+        self.state = structures.state
+        self.state.epoch += 1
         self.sites: list[Site] = []
         self.keys: list[Any] = []
         self.losses: list[LossCall] = []
@@ -95,16 +97,15 @@ class Capture(TorchFunctionMode):
         for t in self.parameters:
             if t.parameter.is_complex():
                 t.refuse("its numbers are complex")
-        self._sources: dict[int, GradSource] = {id(t.parameter): t for t in self.parameters}
+        self.sources: dict[int, GradSource] = {id(t.parameter): t for t in self.parameters}
         self._derived: list[DerivedWeight] = []
         self.whole: dict[ParameterProbe, str] = {}  # weights whose gradients the loss is differentiated for, example by example
         self.passes_epoch = -1  # the epoch of the last pass
         self.mark = 0  # the sites before those that a checkpoint computes again
-        self.poison = ""
+        self._poison = ""
         # The dimension of examples of each reentrant checkpoint's results; -1 where their rows are of several.
         self.checkpoints: dict[Node, int] = {}
         self.warned = False
-        self._hooks: list[Any] = []
         self._retained: list[weakref.ref[Tensor]] = []
         # Which tensors depend on no data, while that has to be found out.
         self._constants: WeakIdKeyDictionary | None = WeakIdKeyDictionary() if structures.tracks else None
@@ -112,13 +113,19 @@ class Capture(TorchFunctionMode):
             own = (x for m in self._modules for x in vars(m).values() if isinstance(x, Tensor))
             for x in (*model.buffers(), *(p for p in names if not p.requires_grad), *own):
                 self._constants[x] = True
+        self.sees_all = self._bases or self._constants is not None  # whether calls without weights matter too
         self._stack = ExitStack()
 
     def start(self) -> None:
         self.open = True
         with ExitStack() as stack:
             stack.callback(self._remove_hooks)
-            self._hooks = [t.parameter.register_hook(_Hook(t, "on_gradient")) for t in self.parameters]
+            for t in self.parameters:
+                # (As register_hook does, without its handle.)
+                hooks: dict[Any, Any] | None = t.parameter._backward_hooks
+                if hooks is None:
+                    t.parameter._backward_hooks = hooks = OrderedDict()
+                hooks[t.marks] = t.marks
             for module in self._modules:
                 if module._backward_hooks or module._backward_pre_hooks or module._forward_hooks or module._forward_pre_hooks:
                     for hooks in (module._backward_hooks, module._backward_pre_hooks):
@@ -136,8 +143,10 @@ class Capture(TorchFunctionMode):
             self._stack = stack.pop_all()
 
     def _remove_hooks(self) -> None:
-        for hook in self._hooks:
-            hook.remove()
+        for t in self.parameters:
+            hooks: dict[Any, Any] | None = t.parameter._backward_hooks
+            if hooks:
+                hooks.pop(t.marks, None)
 
     def stop(self) -> None:
         self._stack.close()
@@ -146,6 +155,21 @@ class Capture(TorchFunctionMode):
         for t in self.parameters:
             if not t.parameter._backward_hooks:
                 t.parameter._backward_hooks = None  # as if there had never been any
+
+    @property
+    def epoch(self) -> int:
+        return self.state.epoch
+
+    @property
+    def poison(self) -> str:
+        """Why rows that come next in this backward pass may be of several examples."""
+        return self._poison
+
+    @poison.setter
+    def poison(self, why: str) -> None:
+        self._poison = why
+        if why:
+            self.state.at_once = False
 
     @property
     def elsewhere(self) -> bool:
@@ -158,7 +182,7 @@ class Capture(TorchFunctionMode):
         for t in self.parameters:
             t.release()
             t.results = None
-        self._sources.clear()
+        self.sources.clear()
         self._derived.clear()
         self.parameters.clear()
         self.sites.clear()
@@ -192,11 +216,11 @@ class Capture(TorchFunctionMode):
         """The weight that ``x`` is, or is a view of."""
         if x is None or not isinstance(x, Tensor) or not x.requires_grad:
             return None
-        source = self._sources.get(id(x))
+        source = self.sources.get(id(x))
         if source is not None:
             return source.ref
         base = x._base
-        source = None if base is None else self._sources.get(id(base))
+        source = None if base is None else self.sources.get(id(base))
         if source is None or x.dtype != source.tensor.dtype or x.is_conj() or x.is_neg():
             return None
         piece = Piece.of(x)
@@ -211,8 +235,8 @@ class Capture(TorchFunctionMode):
 
     def forget(self, x: Tensor) -> None:
         """Lets a function of weights alone be what it is: a term of the loss, and no use of them."""
-        if isinstance(self._sources.get(id(x)), DerivedWeight):
-            del self._sources[id(x)]
+        if isinstance(self.sources.get(id(x)), DerivedWeight):
+            del self.sources[id(x)]
 
     @contextmanager
     def watching(self) -> Iterator[None]:
@@ -222,8 +246,7 @@ class Capture(TorchFunctionMode):
 
     # The mode --------------------------------------------------------------------------------------------------------------------
 
-    def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
-        # (Most calls have no weight among their arguments: this is what the mode costs them.)
+    def _handle(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
         if func in _SPECIAL:
             return _SPECIAL[func](self, func, args, kwargs or {})
         if (self._touches(args) or (kwargs and self._touches(kwargs.values()))) and torch.is_grad_enabled():
@@ -235,7 +258,7 @@ class Capture(TorchFunctionMode):
 
     def _touches(self, args: Iterable[Any]) -> bool:
         """Whether a weight is among the arguments."""
-        sources, bases = self._sources, self._bases
+        sources, bases = self.sources, self._bases
         for x in args:
             if id(x) in sources:
                 return True
@@ -314,14 +337,16 @@ class Capture(TorchFunctionMode):
         if self._over:
             self._begin_epoch()
         call = self.structures.calls.get(len(self.keys))
-        if call is None or call.func is not func or not call.by_rule or not call.fits(args, kwargs):
+        if call is None or call.func is not func or not call.by_rule:
             return None
         if torch.is_autocast_enabled(call.device):
             return None
-        rule = (None if kwargs else AGAIN.get(func)) or RULES.get(func)
-        if rule is None or torch._C._functorch.maybe_current_level() is not None or self.elsewhere:
+        if torch._C._functorch.maybe_current_level() is not None or self.elsewhere or torch.autograd.forward_ad._current_level >= 0:
             return None
-        if torch.autograd.forward_ad._current_level >= 0:
+        if call.short is not None and func in KNOWN and (result := self._run_short(call, call.short, args, kwargs)) is not None:
+            return (result,)
+        rule = RULES.get(func)
+        if rule is None or not call.fits(args, kwargs):
             return None
         sites = self.sites
         before = len(sites)
@@ -334,7 +359,27 @@ class Capture(TorchFunctionMode):
             source.used = True
         for k in range(before, len(sites)):
             sites[k].label = call.label
+            sites[k].known = call.short and call.short.call
         return (result,)
+
+    def _run_short(self, call: Call, short: Short, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+        """The result of a known call without Python, or None where it is not like the one before."""
+        if kwargs or short.names:
+            if tuple(kwargs) != short.names:
+                return None
+            args = (*args, *kwargs.values())
+        site = Site(self, call.label, [None if t is None else t.ref for t in short.operands], short.lead)
+        result = short.call.run(args, site, len(self.sites) - 1, self.anchor)
+        if result is None:
+            self.sites.pop()
+            return None
+        site.known = short.call
+        site.alone = sum(1 << k for k, t in enumerate(short.operands) if t is not None)
+        self.keys.append(call.key)
+        for source, how in short.covers:
+            source.used = True
+            source.covered_by(how)
+        return result
 
     def _is_alone(self, key: Any, others: list[Tensor]) -> bool:
         """Whether a call is a function of weights alone: what else it has does not depend on data."""
@@ -377,6 +422,8 @@ class Capture(TorchFunctionMode):
                     call = self.structures.calls.get(len(self.keys) - 1)
                     if call is not None and not self._depth and call.key is self.keys[-1]:
                         call.by_rule = True
+                        if (known := KNOWN.get(func)) is not None:
+                            call.short = Short.of(self.state, known, args, kwargs, call.sources)
                     return result
             self.refuse_if_strict(refs[0].source.parameters[0], reason)
             if covered:
@@ -433,7 +480,7 @@ class Capture(TorchFunctionMode):
             self._rounds(refs, out.dtype)
             derived = derive(self, func, args, kwargs, refs, out)
             self._derived.append(derived)
-            self._sources[id(out)] = derived
+            self.sources[id(out)] = derived
 
     # Backward --------------------------------------------------------------------------------------------------------------------
 
@@ -476,16 +523,19 @@ class Capture(TorchFunctionMode):
             self._end_pass(proof)
 
     def _run(self, engine: Any, outputs: Any, inputs: Sequence[Any], kwargs: Any, phase: Phase, of: Pass | None) -> Any:
-        before = self.phase, self.current
+        state = self.state
+        before, once = (self.phase, self.current), state.at_once
         self.phase, self.current = phase, of
         self._depth += 1
         if self._depth == 1:
             self.mark, self.poison = len(self.sites), ""
+        state.at_once = phase is Phase.MEASURING and self._depth == 1 and of is not None and of.simple
         sites = len(self.sites)
         try:
             with self:
                 return engine(_edges(outputs), *map(_edges, inputs), **kwargs)
         finally:
+            state.at_once = once and not self.poison
             self._depth -= 1
             if not self._depth:
                 del self.sites[sites:]  # what was computed again
@@ -525,8 +575,8 @@ class Capture(TorchFunctionMode):
     @contextmanager
     def silenced(self, phase: Phase) -> Iterator[None]:
         """In which users' hooks do not run."""
-        before, self.extra, phase_before = self.extra, True, self.phase
-        self.phase = phase
+        before, self.extra, phase_before, once = self.extra, True, self.phase, self.state.at_once
+        self.phase, self.state.at_once = phase, False
         hooks = [(h, dict(h)) for t in self.parameters if (h := t.parameter._backward_hooks)] if not before else []
         kept = [(x, x.grad) for r in self._retained if (x := r()) is not None] if not before else []
         for h, _ in hooks:
@@ -538,7 +588,7 @@ class Capture(TorchFunctionMode):
             with torch._C._EnableTorchFunction():
                 yield
         finally:
-            self.extra, self.phase = before, phase_before
+            self.extra, self.phase, self.state.at_once = before, phase_before, once
             for h, saved in hooks:
                 h.update(saved)
             for x, grad in kept:
@@ -595,7 +645,7 @@ class Capture(TorchFunctionMode):
         hooks = [(h, dict(h)) for t in self.parameters if (h := t.parameter._backward_hooks)]
         for h, saved in hooks:
             for key, hook in saved.items():
-                if not isinstance(hook, _Hook):
+                if not isinstance(hook, Weight):
                     del h[key]
         try:
             yield
@@ -624,7 +674,7 @@ class Capture(TorchFunctionMode):
         add_up((t.results, t.direction) for t in self.parameters if t.results is not None)
 
     def _begin_epoch(self) -> None:
-        self.epoch += 1
+        self.state.epoch += 1
         self._over = False
         self.sites.clear()
         self.keys.clear()
@@ -633,7 +683,7 @@ class Capture(TorchFunctionMode):
         del self.inputs[:-1]
         self.whole.clear()
         for derived in self._derived:
-            self._sources.pop(id(derived.tensor), None)
+            self.sources.pop(id(derived.tensor), None)
         self._derived.clear()
 
     @property
@@ -829,3 +879,6 @@ _SPECIAL: dict[Any, Any] = {
     Tensor.register_hook: Capture._register_hook,
     Tensor.retain_grad: Capture._retain_grad,
 }
+
+# (Most calls have no weight among their arguments: what the mode costs them is most of its cost.)
+Capture.__torch_function__ = only_for_weights(Capture._handle, _SPECIAL)  # type: ignore[method-assign]

@@ -8,8 +8,8 @@ or never reached does not count, and one more use costs no more products.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -19,14 +19,17 @@ from torch import Tensor, nn
 import zsl_kernels as zk
 from zerosum.probe.contributions import Contribution, Contributions, Dense, Piece, Request, Sums, densified
 from zerosum.probe.results import Pass, Results
+from zsl_kernels.uses import State, Weight
 
 
 class Context(Protocol):
     """What a weight has to know of the capture that it belongs to."""
 
-    epoch: int  # counts the measured backward passes
-    single: set[int]  # parameters that have had one use in a pass, and never more
-    several: set[int]  # parameters that have had more in some pass
+    state: State
+
+    @property
+    def epoch(self) -> int:
+        """Counts what runs forward between backward passes."""
 
     @property
     def current(self) -> Pass | None:
@@ -43,6 +46,8 @@ class Context(Protocol):
 
 class GradSource:
     """A tensor whose per-example gradient is gathered: a parameter, or a function of parameters alone."""
+
+    gram = False  # whether the inner products of examples are asked for
 
     def __init__(self, context: Context, tensor: Tensor) -> None:
         self.context = context
@@ -214,18 +219,23 @@ class ParameterProbe(GradSource):
     statistics follow when it is complete, which a hook on the parameter tells.
     """
 
+    immediate = True  # whether what a use leaves may be computed at once
+
     def __init__(self, context: Context, names: list[str], parameter: nn.Parameter) -> None:
         super().__init__(context, parameter)
         self.name = names[0]
         self.names = names
         self.parameter = parameter
+        self.marks = Weight(context.state)
+        self.marks.owner = weakref.ref(self)
+        self._several = False  # whether it has had more than one use in some pass
 
     def renew(self, context: Context, direction: Tensor | None, gram: bool) -> None:
         """Starts a block."""
         self.context = context
         if (base := Piece.of(self.parameter)) != self.base:
             self.base, self.ref = base, Ref(self, base)
-        self._repeats = base.repeats
+        self._barred = self.base.repeats or not self.immediate  # from being measured at once
         self.direction = direction
         self.gram = gram
         self.how: list[str] = []  # the rules that cover it
@@ -236,14 +246,19 @@ class ParameterProbe(GradSource):
         self._gathered = None
         self._count = 0
         self._left = None
-        self._alone = -1  # the epoch in which one use was taken for the only one
         self._whole_piece = False
-        self._deferred = -1  # the epoch in which some use does not pass through the node
         self._late: Contributions | None = None
         self._whole = False  # whether what is late is all of the gradient, whatever the uses leave
         self._partial: Tensor | None = None  # the gradient of the backward passes in this one
         self._measured: Results | None = None  # what was computed of a gradient that has not come to the parameter yet
         self._fused: tuple[int, int] | None = None  # where the gradient lies that the node returned, and its version
+        marks = self.marks
+        marks.take()
+        marks.direction, marks.gram, marks.merges = direction, gram, False
+        self._mark()
+
+    def _mark(self) -> None:
+        self.marks.refused = self._barred or self.refused
 
     @property
     def parameters(self) -> list[ParameterProbe]:
@@ -256,37 +271,39 @@ class ParameterProbe(GradSource):
     def stands_alone(self, piece: Piece) -> bool:
         if self.context.running:
             return False
+        marks = self.marks
         epoch = self.context.epoch
-        if self._alone == epoch:
+        if marks.alone == epoch:
             self._not_alone()
             return False
-        gathered = self._gathered is not None and self._gathered[0] == epoch
-        if gathered or self._deferred == epoch or piece is not self.base or id(self.parameter) not in self.context.single:
+        if piece is not self.base or not marks.stands_alone():
             return False
-        self._alone, self._count = epoch, 1
+        marks.alone, self._count = epoch, 1
         return True
 
     def _not_alone(self) -> None:
         """One use was taken for the only one, and here is another: statistics come after the gradient."""
-        self.context.single.discard(id(self.parameter))
-        self.context.several.add(id(self.parameter))
-        self._deferred = self.context.epoch
+        self.marks.single, self._several = False, True
+        self.marks.deferred = self.context.epoch
+
+    def gathered(self) -> Tensor:
+        self.marks.gathered = self.context.epoch
+        return super().gathered()
 
     def note_uses(self) -> None:
         """Remembers, when a pass is over, whether it was used once."""
-        key, epoch = id(self.parameter), self.context.epoch
-        if self._alone == epoch:
+        marks, epoch = self.marks, self.context.epoch
+        if marks.alone == epoch:
             return
-        if self._gathered is None or self._gathered[0] != epoch or self._deferred == epoch or self._count != 1:
-            self.context.single.discard(key)
-            if self._count > 1:
-                self.context.several.add(key)
-        elif self._whole_piece and key not in self.context.several:
-            self.context.single.add(key)
+        if marks.gathered != epoch or marks.deferred == epoch or self._count != 1:
+            marks.single = False
+            self._several |= self._count > 1
+        elif self._whole_piece:
+            marks.single = not self._several
 
     def view(self, piece: Piece) -> Tensor:
         self._whole_piece = piece is self.base
-        if self._alone == self.context.epoch and not self.context.running:
+        if self.marks.alone == self.context.epoch and not self.context.running:
             self._not_alone()
         return super().view(piece)
 
@@ -299,10 +316,11 @@ class ParameterProbe(GradSource):
         self.problem = self.problem or problem
         self.results = None
         self._late = None
+        self.marks.refused = True
 
     def defer(self) -> None:
-        self._deferred = self.context.epoch
-        if self._alone == self.context.epoch and not self.context.running:
+        self.marks.deferred = self.context.epoch
+        if self.marks.alone == self.context.epoch and not self.context.running:
             self._not_alone()
 
     def pull(self, piece: Piece, contribution: Contribution) -> None:
@@ -317,6 +335,7 @@ class ParameterProbe(GradSource):
         self._late = Contributions(self.base)
         self._late.add(self.base, Dense(gradients))
         self._whole = True
+        self.marks.refused = True
 
     def _request(self) -> Request:
         now = self.context.current
@@ -327,7 +346,7 @@ class ParameterProbe(GradSource):
         """Whether statistics come after the gradient."""
         now = self.context.current
         assert now is not None
-        return self._deferred == self.context.epoch or self.context.nested or now.denominators is not None
+        return self.marks.deferred == self.context.epoch or self.context.nested or now.denominators is not None
 
     def sole(self, piece: Piece) -> Request | None:
         waits = self.refused or self.context.current is None or self._waits()
@@ -351,11 +370,11 @@ class ParameterProbe(GradSource):
 
     @property
     def ready(self) -> bool:
-        context = self.context
+        context, marks = self.context, self.marks
         now = context.current
-        if now is None or self.problem or self._whole or self._repeats or self._deferred == context.epoch:
+        if now is None or marks.refused or marks.deferred == context.epoch:
             return False
-        return now.unbatched is nullcontext and now.denominators is None and not context.nested
+        return now.simple and not context.nested
 
     def gradient_of_product(self, b: Tensor, a: Tensor) -> Tensor:
         return self._measure(Sums(*zk.interference(a, b, direction=self.direction, gram=self.gram)))
@@ -380,7 +399,10 @@ class ParameterProbe(GradSource):
         return grad
 
     def on_gradient(self, grad: Tensor) -> None:
-        """The parameter's gradient of one backward pass is complete: finishes what had to wait, and checks that none is missing."""
+        """The parameter's gradient of one backward pass is complete: finishes what had to wait, and checks that none is missing.
+
+        (It is not called where a use has left its sums with ``marks``, and just its gradient has come.)
+        """
         fused, self._fused = self._fused, None
         measured, self._measured = self._measured, None
         now = self.context.current
@@ -402,6 +424,7 @@ class ParameterProbe(GradSource):
                 self.refuse("part of its gradient came through an operation that the probe cannot see")
                 return
             late, self._late, self._whole = self._late, None, False
+            self._mark()
             plain = None  # the sum as it was differentiated, where that is not the results'
             if now.denominators is not None:
                 plain = late.grad_sum(self.parameter)
@@ -412,13 +435,26 @@ class ParameterProbe(GradSource):
                 self.take_results(measured)
             self._compare(sums, grad, eps, plain)
 
+    def take_marked(self) -> bool:
+        """Takes what the only use has left with ``marks``, if its gradient has come."""
+        if (sums := self.marks.take()) is None:
+            return False
+        if not self.problem:
+            now = self.context.current
+            assert now is not None
+            self.take_results(Results(Sums(*sums), now, self.parameter))  # type: ignore[arg-type]
+        return True
+
     def end_pass(self) -> None:
-        self.note_uses()
+        if not self.take_marked():
+            self.note_uses()
         if self._partial is not None:
             grad, self._partial = self._partial, None
             self.on_gradient(grad)
-        self._late, self._whole = None, False
-        self._measured = self._fused = None  # of a gradient that was not asked for
+        if self._whole:
+            self._whole = False
+            self._mark()
+        self._late = self._measured = self._fused = None  # of a gradient that was not asked for
         self.drop()
 
     def _compare(self, sums: Sums, grad: Tensor, eps: float, plain: Tensor | None) -> None:
@@ -442,6 +478,7 @@ class ParameterProbe(GradSource):
         """Keeps the results of one pass beside those of earlier ones."""
         if self.results is None:
             self.results = results
+            self.marks.merges = True
         elif results.latest in self.results.passes:
             self.refuse(
                 "the backward pass went through it twice, or its gradient came in parts (reentrant checkpoints of one weight)"
@@ -454,6 +491,7 @@ class ParameterProbe(GradSource):
     def release(self) -> None:
         """Lets go of the graph, whose nodes hold this: nothing should wait for the garbage collector."""
         self.drop()
+        self.marks.take()
         self._gathered = self._partial = self._late = self._measured = None
 
     def finish(self) -> None:

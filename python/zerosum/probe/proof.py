@@ -24,7 +24,10 @@ from zerosum.probe.loss_scale import Loss
 from zerosum.probe.loss_tail import TailReader, Term, follow_path
 from zerosum.probe.parameters import ParameterProbe
 from zerosum.probe.results import Pass
+from zerosum.probe.rules import Known
 from zerosum.probe.rules.site import Phase, Site
+from zsl_kernels import uses
+from zsl_kernels.uses import State
 
 if TYPE_CHECKING:
     from zerosum.probe.capture import Capture
@@ -100,7 +103,15 @@ class Stored:
     used: int = 0
     unproved: str = ""
     proofs: int = 1  # that found these layouts, one after another
+    short: tuple[int, bytes] = (0, b"")  # the number of examples, and for each use whether its rows are regular
     varies: bool = False  # whether another proof found other layouts: the order of rows is of the data
+
+    def __post_init__(self) -> None:
+        pairs = list(zip(self.layouts, self.problems, strict=True))
+        plain = [not problem and layout is not None and layout.plain for layout, problem in pairs]
+        examples = {layout.examples for layout, _ in pairs if layout is not None}
+        if len(examples) == 1:
+            self.short = examples.pop(), bytes(plain)
 
     def follow(self, earlier: Stored) -> None:
         """Takes account of what an earlier proof of the same structure found."""
@@ -150,7 +161,7 @@ class Proof:
 class Call:
     """A call that has weights among its operands, to be known again by its function, its weights and its operands' shapes."""
 
-    __slots__ = ("by_rule", "device", "func", "key", "label", "names", "shapes", "sources", "weights")
+    __slots__ = ("by_rule", "device", "func", "key", "label", "names", "shapes", "short", "sources", "weights")
 
     def __init__(
         self,
@@ -163,6 +174,7 @@ class Call:
     ) -> None:
         self.sources = sources
         self.by_rule = False  # whether the rule of its function covered it
+        self.short: Short | None = None  # the call without Python
         weights = {id(source.parameter) for source in sources}
         self.func, self.label, self.key, self.names = func, label, key, tuple(kwargs)
         args = (*args, *kwargs.values())
@@ -188,6 +200,39 @@ class Call:
             elif x is not shape and x != shape:
                 return False
         return True
+
+
+@dataclass
+class Short:
+    """A call as :mod:`zsl_kernels.uses` runs it."""
+
+    call: Any
+    names: tuple[str, ...]  # of keywords
+    operands: list[ParameterProbe | None]  # the weight and the bias, where they are the probe's
+    lead: Sequence[int]  # the rows' dimensions
+    covers: list[tuple[ParameterProbe, str]]
+
+    @classmethod
+    def of(
+        cls, state: State, known: Known, args: tuple[Any, ...], kwargs: dict[str, Any], sources: list[ParameterProbe]
+    ) -> Short | None:
+        """None where there is no such way."""
+        if uses.Call is None:
+            return None
+        bound, args = known.bind(*args, **kwargs), (*args, *kwargs.values())
+        if len(args) > len(bound) or any(x is not y for x, y in zip(args, bound, strict=False)):
+            return None  # keywords in another order, or none of a use's
+        if known.kind == "layer_norm" and (len(args) < len(bound) or len(args[1]) != 1):
+            return None
+        by_id = {id(source.parameter): source for source in sources}
+        found = [by_id.get(id(args[place])) if place < len(args) else None for place in known.places[1:]]
+        if sum(source is not None for source in found) != len(sources):
+            return None
+        marks = [None if source is None else source.marks for source in found]
+        call = uses.Call(known.kind, state, args, marks, known.places, known.backward)
+        names = (known.kind, f"{known.kind} bias")
+        covers = [(source, how) for source, how in zip(found, names, strict=True) if source is not None]
+        return cls(call, tuple(kwargs), found, args[known.places[0]].shape[:-1], covers)
 
 
 class Tree:
@@ -235,10 +280,9 @@ class Structures:
 
     def __init__(self) -> None:
         self.found: dict[Any, Stored] = {}
+        self.state = State()
         self.alone: dict[Any, bool] = {}  # which calls are functions of weights alone
         self.calls: dict[int, Call] = {}  # of the last pass, by their place in it
-        self.single: set[int] = set()  # parameters that have had one use in a pass, and never more
-        self.several: set[int] = set()  # parameters that have had more
         self.tree: Tree | None = None
         self.examples_second: bool | None = None  # whether the model's input has positions first; None: not known
         self.views = False  # whether views of weights are used
@@ -403,6 +447,7 @@ class Prover:
         return shapes[0][1] if shapes and len(shapes[0]) > 1 else 0
 
     def _assign(self, capture: Capture, stored: Stored) -> None:
+        capture.state.examples, capture.state.regular = stored.short
         for site, layout, problem, reached in zip(capture.sites, stored.layouts, stored.problems, stored.reached, strict=True):
             if not reached:
                 continue

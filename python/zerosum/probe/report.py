@@ -37,7 +37,7 @@ class ParameterReport:
     @cached_property
     def _scale(self) -> float:
         """Waits for the device, where the loss's factors were read there."""
-        return self._results.scale * float(self._results.common)
+        return self._results.scale * self._results.common.value
 
     @property
     def grad_sum(self) -> Tensor:
@@ -259,7 +259,10 @@ class Report(ByName[ParameterReport]):
     @cached_property
     def not_finite(self) -> list[str]:
         """Parameters with a NaN or an infinity among their gradients."""
-        return [name for name, p in self._parameters.items() if not p.finite]
+        if not self._parameters:
+            return []
+        finite = torch.stack([p.sq_norm.isfinite().all() for p in self._parameters.values()]).tolist()
+        return [name for name, is_finite in zip(self._parameters, finite, strict=True) if not is_finite]
 
     @property
     def finite(self) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -35,12 +36,31 @@ class Pass:
     def __hash__(self) -> int:
         return hash(self.number)
 
+    @property
+    def simple(self) -> bool:
+        """Whether a use's statistics are those of its gradient as it is."""
+        return self.denominators is None and self.unbatched is nullcontext
+
+
+class Scale:
+    """A number that may be on a device, which is waited for once, when it is asked for."""
+
+    def __init__(self, number: Tensor | float) -> None:
+        self._number = number
+
+    @cached_property
+    def value(self) -> float:
+        return float(self._number)
+
+
+ONE = Scale(1.0)
+
 
 class Results:
     """A parameter's sums and scalars for the loss that was differentiated, over its passes.
 
-    ``grad_sum`` shares its memory with the ``.grad`` that autograd stored, so that it costs nothing; its version tells whether
-    someone has written to it since.
+    ``grad_sum`` is another tensor of the memory that autograd stored as ``.grad``, so that it costs nothing; its version tells
+    whether someone has written to it since.
     """
 
     def __init__(self, sums: Sums, of: Pass, parameter: Tensor) -> None:
@@ -50,9 +70,9 @@ class Results:
         self._shape, self._dtype = parameter.shape, parameter.dtype
         self._scalars = {of: sums}
         self._scale: float | None = None  # None: that of its one pass
-        self.common: Tensor | float = 1.0  # what all of the block's results are multiplied by
-        self._hold(sums.grad_sum.detach())  # another tensor of the same memory
-        self.coordinates: Tensor | None = None
+        self.common = ONE  # what all of the block's results are multiplied by
+        self._hold(sums.grad_sum)
+        self.coordinates: tuple[_Table, int] | None = None
 
     @property
     def scale(self) -> float:
@@ -112,13 +132,13 @@ class Results:
         self._scalars.clear()
 
 
-def common_scale(passes: Iterable[Pass]) -> Tensor | float:
-    """n / |Σ c| over the passes of a block: what makes an average example's losses weigh one. On the device."""
+def common_scale(passes: Iterable[Pass]) -> Scale:
+    """n / |Σ c| over the passes of a block: what makes an average example's losses weigh one."""
     known = [p.factors for p in passes if p.factors is not None]
     if not known:
-        return 1.0
+        return ONE
     count, total = (torch.stack(parts).sum() for parts in zip(*known, strict=True))
-    return torch.where((count > 0) & (total != 0), count / total.abs(), 1.0)
+    return Scale(torch.where((count > 0) & (total != 0), count / total.abs(), 1.0))
 
 
 def add_up(results: Iterable[tuple[Results, Tensor | None]]) -> None:
@@ -129,18 +149,32 @@ def add_up(results: Iterable[tuple[Results, Tensor | None]]) -> None:
     grads, sizes, squares, directions = [], [], [], []
     for r, u in waiting:
         s = r.sums
+        shape = s.abs_sum.shape
         if u is not None:
-            u = (u if s.rows is None else u[s.rows]).reshape(s.abs_sum.shape)
-        grads.append(s.grad_sum.view(s.abs_sum.shape))
+            u = (u if s.rows is None else u[s.rows]).reshape(shape)
+        grads.append(s.grad_sum if s.grad_sum.shape == shape else s.grad_sum.view(shape))
         sizes.append(s.abs_sum)
         squares.append(s.sq_sum)
         directions.append(u)
     with torch.no_grad():
         found = zk.coordinate_sums_of_many(grads, sizes, squares, None if all(u is None for u in directions) else directions)
-    for (r, _), row in zip(waiting, found, strict=True):
-        r.coordinates = row
+    table = _Table(found)
+    for k, (r, _) in enumerate(waiting):
+        r.coordinates = table, k
 
 
-def coordinate_sums(coordinates: Tensor) -> CoordinateSums:
+class _Table:
+    """Sums over coordinates of several weights, a row for each, which come from their device in one copy when one is read."""
+
+    def __init__(self, rows: Tensor) -> None:
+        self._rows = rows
+
+    @cached_property
+    def rows(self) -> list[list[float]]:
+        return self._rows.tolist()
+
+
+def coordinate_sums(coordinates: tuple[_Table, int]) -> CoordinateSums:
     """Reads what :func:`add_up` left on the device, and waits for it."""
-    return CoordinateSums(*coordinates.tolist())
+    table, row = coordinates
+    return CoordinateSums(*table.rows[row])

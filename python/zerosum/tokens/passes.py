@@ -247,6 +247,7 @@ def _no_direction(names: list[str]) -> None:
 class _TailParameter(ParameterProbe):
     """Measures what lies behind the cut; of a tied weight it keeps the uses there."""
 
+    immediate = False
     tied = False
     uses: Contributions | None = None
 
@@ -416,6 +417,7 @@ class Accumulated:
 class ChunkParameter(ParameterProbe):
     """Adds the chunks up. ``tail`` are this chunk's uses behind the cut, of a tied weight."""
 
+    immediate = False
     total: Accumulated | None = None
     tail: Contributions | None = None
     factors: Tensor

@@ -10,7 +10,7 @@ what its per-example gradient is made of (see :mod:`zerosum.probe.contributions`
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +20,17 @@ import zsl_kernels as zk
 from zerosum.probe.rules import broadcast, embedding, grouped_mm, linear, linear_cross_entropy, norm
 
 Rule = Callable[..., Any]
+
+
+class Known(NamedTuple):
+    """An operation that :mod:`zsl_kernels.uses` has: its name there, the function that binds its arguments, the places of input,
+    weight and bias among them, and the function that its node calls where it has no way of its own."""
+
+    kind: str
+    bind: Callable[..., tuple[Any, ...]]
+    places: tuple[int, int, int]
+    backward: Callable[..., Any]
+
 
 RULES: dict[Callable[..., Any], Rule] = {
     F.linear: linear.rule,
@@ -40,8 +51,12 @@ RULES: dict[Callable[..., Any], Rule] = {
     zk.linear_cross_entropy: linear_cross_entropy.rule,
 }
 
-# The same for a call that is like one before, whose operands need no check.
-AGAIN: dict[Callable[..., Any], Rule] = {F.linear: linear.again, torch.addmm: linear.addmm_again}
+# What a call that is like one before runs as without Python, but for its backward pass in other than the plain cases.
+KNOWN: dict[Callable[..., Any], Known] = {
+    F.linear: Known("linear", linear.linear_arguments, (0, 1, 2), linear.backward),
+    torch.addmm: Known("addmm", linear.addmm_arguments, (1, 2, 0), linear.addmm_backward),
+    F.layer_norm: Known("layer_norm", norm.layer_norm_arguments, (0, 2, 3), norm.layer_norm_backward),
+}
 
 # autograd.Functions that a user's rule covers: the mode does not see their `apply` by itself.
 APPLIED: dict[type[torch.autograd.Function], Rule] = {}
@@ -81,7 +96,7 @@ def rule(function: Callable[..., Any] | type[torch.autograd.Function]) -> Callab
             APPLIED[function] = run
         else:
             RULES[function] = run
-            AGAIN.pop(function, None)
+            KNOWN.pop(function, None)
         return replacement
 
     return register

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -16,25 +16,7 @@ from zerosum.probe.rules.site import RuleContext, Site
 
 
 def rule(context: RuleContext, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-    return _apply(context, *_linear_arguments(*args, **kwargs), "linear")
-
-
-def again(context: RuleContext, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-    """:func:`rule`, of operands like those of an earlier call, without autocast."""
-    x, weight = args[:2]
-    if context.ref(x) is not None:
-        raise Uncovered("an input that is a weight")
-    site, (w, bias) = Site.of(context, "linear", x.shape[:-1], weight, args[2] if len(args) > 2 else None)
-    return _run(x, w, bias, F.linear, False, context.anchor, site)
-
-
-def addmm_again(context: RuleContext, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-    """:func:`addmm_rule`, of operands like those of an earlier call, without autocast."""
-    bias, x, weight = args
-    if context.ref(x) is not None or context.ref(weight) is None:
-        raise Uncovered("operands other than a bias, rows and a matrix")
-    site, (w, bias) = Site.of(context, "addmm", x.shape[:-1], weight, bias)
-    return _run(x, w, bias, _addmm, True, context.anchor, site)
+    return _apply(context, *linear_arguments(*args, **kwargs), "linear")
 
 
 def matmul_rule(context: RuleContext, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
@@ -51,7 +33,7 @@ def matmul_rule(context: RuleContext, func: Any, args: tuple[Any, ...], kwargs: 
 
 
 def addmm_rule(context: RuleContext, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-    bias, x, weight, scaled = _addmm_arguments(*args, **kwargs)
+    bias, x, weight, scaled = addmm_arguments(*args, **kwargs)
     if context.ref(x) is not None or bias.ndim != 1 or scaled:
         raise Uncovered("operands other than a bias, rows and a matrix")
     return _apply(context, x, weight, bias, "addmm", _addmm, True)
@@ -99,7 +81,7 @@ def _apply(
     return _Linear.apply(x, w, bias, product, transposed, context.anchor, site)
 
 
-def _linear_arguments(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor | None]:
+def linear_arguments(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor | None]:
     """Binds F.linear's positional and keyword arguments."""
     return input, weight, bias
 
@@ -108,7 +90,7 @@ def _matmul_arguments(input: Tensor, other: Tensor | None = None, mat2: Tensor |
     return input, other if other is not None else mat2  # type: ignore[return-value]
 
 
-def _addmm_arguments(
+def addmm_arguments(
     input: Tensor, mat1: Tensor, mat2: Tensor, *, beta: float = 1, alpha: float = 1
 ) -> tuple[Tensor, Tensor, Tensor, bool]:
     return input, mat1, mat2, beta != 1 or alpha != 1
@@ -143,34 +125,64 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         # (With torch functions on: a checkpoint computes the saved tensors again here, and the mode must see it.)
-        x, weight = ctx.saved_tensors
-        site: Site = ctx.site
-        needs_x, needs_weight, needs_bias = ctx.needs_input_grad[:3]
-        with torch._C.DisableTorchFunction():
-            grad_x = None
-            if needs_x:
-                matrix = weight.mT if ctx.transposed else weight
-                grad_x = grad @ matrix if matrix.dtype == grad.dtype else grad @ matrix.to(grad.dtype)
-                if grad_x.dtype != x.dtype:
-                    grad_x = grad_x.to(x.dtype)
-            if site.named(grad):
-                return grad_x, None, None, None, None, None, None
-            grad_weight = grad_bias = None
-            if needs_weight:
-                left, right = (x, grad) if ctx.transposed else (grad, x)
-                if (source := site.at_once(product=True)) is not None:
-                    grad_weight = source.gradient_of_product(site.rows(left, grad.dtype), site.rows(right, grad.dtype))
-                else:
-                    grad_weight = _product_of(site, left, right, grad.dtype, weight.dtype)
-            if needs_bias:
-                if (source := site.at_once(1)) is not None:
-                    grad_bias = source.gradient_of_dense(bias_gradients(site.layout, grad))
-                else:
-                    if site.plain(1):
-                        grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0)
-                    own = site.leave(lambda layout: Dense(bias_gradients(layout, grad.detach())), 1)
-                    grad_bias = grad_bias if own is None else own
-            return grad_x, grad_weight, grad_bias, None, None, None, None
+        saved = ctx.saved_tensors
+        grads = _backward(ctx.site, grad, saved, ctx.needs_input_grad[:3], ctx.transposed)
+        return *grads, None, None, None, None
+
+
+Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
+
+
+def backward(site: Site, grad: Tensor, saved: Sequence[Tensor], needs: Sequence[bool]) -> Gradients:
+    """The gradients of rows, matrix and bias, as far as they are needed, from what the call has saved."""
+    return _backward(site, grad, saved, needs, False)
+
+
+def addmm_backward(site: Site, grad: Tensor, saved: Sequence[Tensor], needs: Sequence[bool]) -> Gradients:
+    """:func:`backward` of a transposed matrix."""
+    return _backward(site, grad, saved, needs, True)
+
+
+def _backward(site: Site, grad: Tensor, saved: Sequence[Tensor], needs: Sequence[bool], transposed: bool) -> Gradients:
+    x, weight = saved
+    needs_x, needs_weight, needs_bias = needs
+    with torch._C.DisableTorchFunction():
+        grad_x = None
+        if needs_x:
+            matrix = weight.mT if transposed else weight
+            grad_x = grad @ matrix if matrix.dtype == grad.dtype else grad @ matrix.to(grad.dtype)
+            if grad_x.dtype != x.dtype:
+                grad_x = grad_x.to(x.dtype)
+        if site.named(grad):
+            return grad_x, None, None
+        grad_weight = grad_bias = None
+        if needs_weight:
+            left, right = (x, grad) if transposed else (grad, x)
+            if (source := site.at_once(product=True)) is not None:
+                b, a = site.rows(left, grad.dtype), site.rows(right, grad.dtype)
+                grad_weight = source.gradient_of_product(b, a)
+                if site.known is not None and grad.is_cpu:
+                    _plan(site.known, source.gram, a, b)
+            else:
+                grad_weight = _product_of(site, left, right, grad.dtype, weight.dtype)
+        if needs_bias:
+            if (source := site.at_once(1)) is not None:
+                grad_bias = source.gradient_of_dense(bias_gradients(site.layout, grad))
+            else:
+                if site.plain(1):
+                    grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0)
+                own = site.leave(lambda layout: Dense(bias_gradients(layout, grad.detach())), 1)
+                grad_bias = grad_bias if own is None else own
+        return grad_x, grad_weight, grad_bias
+
+
+def _plan(known: Any, gram: bool, a: Tensor, b: Tensor) -> None:
+    """Tells a known call how its next backward pass goes without Python, if the CPU's direct kernel is the choice."""
+    if known.planned == len(a):
+        return
+    N, T, K = a.shape
+    plan = zk.plan("interference", N=N, T=T, K=K, O=b.shape[-1], gram=gram, dtype=a.dtype)
+    known.plan(N, *(plan.tile if plan.impl == "cpu" else (0, 0)))
 
 
 def _product_of(site: Site, left: Tensor, right: Tensor, dtype: torch.dtype, of: torch.dtype) -> Tensor | None:
@@ -181,10 +193,6 @@ def _product_of(site: Site, left: Tensor, right: Tensor, dtype: torch.dtype, of:
         plain = (a.mT @ b).to(of)
     own = site.leave(lambda layout: _outer(layout, left.detach(), right.detach(), dtype))
     return plain if own is None else own
-
-
-# ``_Linear.apply`` where no functorch transform is active, which it would look for.
-_run = super(torch.autograd.Function, _Linear).apply
 
 
 def _outer(layout: Layout, left: Tensor, right: Tensor, dtype: torch.dtype) -> OuterProduct:

@@ -21,7 +21,7 @@ from zerosum.probe.rules.site import Rows, RuleContext, Site
 
 
 def layer_norm_rule(context: RuleContext, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-    x, shape, weight, bias, eps = _layer_norm_arguments(*args, **kwargs)
+    x, shape, weight, bias, eps = layer_norm_arguments(*args, **kwargs)
     if len(shape) != 1 or torch.is_autocast_enabled(x.device.type):
         call = _Call(lambda x, weight, bias: F.layer_norm(x, shape, weight, bias, eps), len(shape), False)
         return _normalize(context, call, x, weight, bias, "layer_norm")
@@ -91,7 +91,7 @@ def _normalize(context: RuleContext, call: _Call, x: Tensor, weight: Tensor | No
     return _Normalize.apply(x, *tensors, call, context.anchor, site)
 
 
-def _layer_norm_arguments(
+def layer_norm_arguments(
     input: Tensor, normalized_shape: list[int], weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5
 ) -> tuple[Tensor, list[int], Tensor | None, Tensor | None, float]:
     """Binds F.layer_norm's positional and keyword arguments."""
@@ -152,35 +152,43 @@ class _LayerNorm(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, shape: list[int], eps: float, anchor: Tensor, site: Site
     ) -> Tensor:
-        ctx.site, ctx.shape = site, shape
+        ctx.site = site
         y, mean, rstd = torch.native_layer_norm(x, shape, weight, bias, eps)
         ctx.save_for_backward(x, weight, bias, mean, rstd)
         return y
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, bias, mean, rstd = ctx.saved_tensors
-        site: Site = ctx.site
-        with torch._C.DisableTorchFunction():
-            naming = site.named(grad)
-            needs = ctx.needs_input_grad[:3]
-            plain = [needs[0], *(needs[k] and not naming and site.plain(k - 1) for k in (1, 2))]
-            grads = list(torch.ops.aten.native_layer_norm_backward(grad, x, ctx.shape, mean, rstd, weight, bias, plain))
-            grads = [g if p else None for g, p in zip(grads, plain, strict=True)]
-            if not naming:
-                scale, shift = (needs[k] and site.ref(k - 1) is not None for k in (1, 2))
-                if scale:
-                    # One pass for both; a bias that is not wanted costs nothing to speak of.
-                    found = _layer_norm_gradients(site.layout, x.detach(), grad.detach(), mean, rstd)
-                    for k in range(1 + shift):
-                        if (source := site.at_once(k)) is not None:
-                            grads[k + 1] = source.gradient_of_dense(found[k])
-                        elif (own := site.leave(partial(_found, found[k]), k)) is not None:
-                            grads[k + 1] = own
-                elif shift:
-                    own = site.leave(lambda layout: Dense(bias_gradients(layout, grad.detach())), 1)
-                    grads[2] = grads[2] if own is None else own
-            return *grads, *[None] * 4
+        return *layer_norm_backward(ctx.site, grad, ctx.saved_tensors, ctx.needs_input_grad[:3]), None, None, None, None
+
+
+def layer_norm_backward(
+    site: Site, grad: Tensor, saved: Sequence[Tensor | None], needs: Sequence[bool]
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """The gradients of input, scale and shift, as far as they are needed, from what the call has saved."""
+    x, weight, bias, mean, rstd = saved
+    assert x is not None
+    assert mean is not None
+    assert rstd is not None
+    with torch._C.DisableTorchFunction():
+        naming = site.named(grad)
+        plain = [needs[0], *(needs[k] and not naming and site.plain(k - 1) for k in (1, 2))]
+        found = torch.ops.aten.native_layer_norm_backward(grad, x, x.shape[-1:], mean, rstd, weight, bias, plain)
+        grads = [g if p else None for g, p in zip(found, plain, strict=True)]
+        if not naming:
+            scale, shift = (needs[k] and site.ref(k - 1) is not None for k in (1, 2))
+            if scale:
+                # One pass for both; a bias that is not wanted costs nothing to speak of.
+                each = _layer_norm_gradients(site.layout, x.detach(), grad.detach(), mean, rstd)
+                for k in range(1 + shift):
+                    if (source := site.at_once(k)) is not None:
+                        grads[k + 1] = source.gradient_of_dense(each[k])
+                    elif (own := site.leave(partial(_found, each[k]), k)) is not None:
+                        grads[k + 1] = own
+            elif shift:
+                own = site.leave(lambda layout: Dense(bias_gradients(layout, grad.detach())), 1)
+                grads[2] = grads[2] if own is None else own
+        return grads[0], grads[1], grads[2]
 
 
 def _found(g: Tensor, layout: Layout) -> Dense:

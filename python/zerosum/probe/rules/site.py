@@ -14,6 +14,7 @@ from zerosum.probe.contributions import Contribution
 from zerosum.probe.layout import Layout, Uncovered
 from zerosum.probe.parameters import GradSource, Ref
 from zerosum.probe.results import Pass
+from zsl_kernels.uses import State
 
 
 class Phase(Enum):
@@ -41,11 +42,13 @@ class RuleContext(Protocol):
 
     phase: Phase
     anchor: Tensor  # an operand of every use, so that a backward pass to it reaches all of them
-    epoch: int
-    single: set[int]
-    several: set[int]
+    state: State
     inseparable: str  # why nothing is differentiated again for one example
     poison: str  # why rows that come next in this backward pass may be of several examples
+
+    @property
+    def epoch(self) -> int:
+        """Counts what runs forward between backward passes."""
 
     @property
     def current(self) -> Pass | None:
@@ -88,7 +91,7 @@ class Site:
     ``layout`` is known when gradients are measured. ``label`` names the use to people.
     """
 
-    __slots__ = ("alone", "ambiguous", "context", "label", "layout", "lead", "problem", "refs", "rows_of")
+    __slots__ = ("alone", "ambiguous", "context", "known", "label", "layout", "lead", "problem", "refs", "rows_of")
 
     def __init__(
         self, context: RuleContext, label: str, refs: Sequence[Ref | None], lead: Sequence[int], rows_of: Rows | None = None
@@ -102,6 +105,7 @@ class Site:
         self.problem = ""
         self.alone = 0  # bit k: the k-th weight has no other use, and takes its gradient from this one
         self.ambiguous: Any = None  # the call, where it is not known whether its other operands depend on data
+        self.known: Any = None  # the call, where it is like one of an earlier pass
         context.enter(self)
 
     @classmethod

@@ -1,0 +1,525 @@
+// The known uses of weights under a probe, without Python: an autograd node whose backward computes a weight's gradient with its
+// statistics at once, and leaves these with the weight. That is the plain case: a weight's only use in the pass, whose rows are
+// (N, T, ·) in order, on the CPU. For anything else the node calls the rule's Python function, so that no rule is written twice.
+//
+// Who may take the short way is decided in Python (python/zerosum/probe): before a pass it says which uses are regular, and what
+// each weight wants.
+#include <ATen/core/grad_mode.h>
+#include <ATen/ops/_unsafe_view.h>
+#include <ATen/ops/addmm.h>
+#include <ATen/ops/linear.h>
+#include <ATen/ops/matmul.h>
+#include <ATen/ops/native_layer_norm.h>
+#include <ATen/ops/native_layer_norm_backward.h>
+#include <torch/csrc/autograd/custom_function.h>
+#include <torch/csrc/autograd/python_cpp_function.h>
+#include <torch/csrc/autograd/python_variable.h>
+#include <torch/csrc/utils/pybind.h>
+
+#include <array>
+#include <memory>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "ops.h"
+
+namespace zsl {
+namespace {
+
+namespace py = pybind11;
+using torch::autograd::AutogradContext;
+using torch::autograd::variable_list;
+
+// A Python object that a node holds: nodes are freed by threads of autograd's, and after the interpreter's end.
+class Object {
+ public:
+  explicit Object(py::object object) : pointer_(object.release().ptr()) {}
+  Object(const Object&) = delete;
+  Object& operator=(const Object&) = delete;
+  ~Object() {
+    if (!Py_IsInitialized()) return;
+    py::gil_scoped_acquire gil;
+    Py_XDECREF(pointer_);
+  }
+  py::handle get() const { return pointer_; }
+
+ private:
+  PyObject* pointer_;
+};
+
+// What is the same for all weights of a probe.
+struct State {
+  int64_t epoch = 0;     // counts what runs forward between backward passes
+  bool at_once = false;  // whether a backward pass runs whose regular uses may be computed at once
+  int64_t examples = 0;  // of that pass
+  std::string regular;   // for each use of the epoch, in order: whether its rows are regular
+  bool is_regular(size_t use) const { return use < regular.size() && regular[use]; }
+};
+
+struct Weight {
+  explicit Weight(std::shared_ptr<State> state) : state(std::move(state)) {}
+
+  std::shared_ptr<State> state;
+  bool single = false;                   // it has had one use in a pass, and never more
+  bool refused = false;                  // nothing is to be computed of it, or not here
+  int64_t alone = -1;                    // the epoch in which one use was taken for the only one
+  int64_t gathered = -1, deferred = -1;  // the epochs in which uses went through its node, or its statistics come late
+  OptionalTensor direction;
+  bool gram = false;
+
+  // What the last pass has left: the sums of a gradient, and where that lay.
+  bool waiting = false, arrived = false;
+  bool merges = false;  // whether earlier passes of the block have left sums, whose memory autograd is about to add to
+  Sums sums;
+  std::unique_ptr<Object> owner;  // a weak reference
+  const void* place = nullptr;
+  uint32_t version = 0;
+
+  // Whether a use is to be taken for the only one of this epoch.
+  bool stands_alone() const {
+    const int64_t epoch = state->epoch;
+    return single && alone != epoch && gathered != epoch && deferred != epoch;
+  }
+  bool ready() const { return !refused && deferred != state->epoch && !waiting; }
+
+  // Keeps sums, and returns the gradient: another tensor of the same memory and version, for autograd takes over what no one else
+  // refers to.
+  Tensor keep(Sums found, const Tensor& weight) {
+    sums = std::move(found);
+    const Tensor& total = std::get<0>(sums);
+    Tensor grad = total;
+    if (total.scalar_type() != weight.scalar_type()) {
+      grad = total.to(weight.scalar_type());
+    } else {
+      grad = Tensor(total.unsafeGetTensorImpl()->shallow_copy_and_detach(total.unsafeGetTensorImpl()->version_counter(), false));
+    }
+    place = grad.const_data_ptr(), version = static_cast<uint32_t>(grad._version());
+    waiting = true, arrived = false;
+    return grad;
+  }
+
+  // The hook: whether what has come to the parameter is what a use has left, and nothing besides.
+  bool arrives(const Tensor& grad) {
+    if (!waiting || grad.layout() != at::kStrided) return false;
+    arrived = !grad.numel() || (grad.const_data_ptr() == place && static_cast<uint32_t>(grad._version()) == version);
+    return arrived;
+  }
+
+  void drop() {
+    waiting = arrived = false;
+    sums = {};
+  }
+};
+
+using Weights = std::array<std::shared_ptr<Weight>, 2>;
+
+enum class Kind { linear, addmm, layer_norm };
+
+struct Plan {
+  int64_t examples = -1, tile_o = 0, tile_k = 0, threads = 0;
+  const Kernels* kernels = nullptr;
+  bool holds(int64_t E) const { return tile_o > 0 && examples == E && threads == at::get_num_threads() && kernels == active(); }
+};
+
+// A call that has been seen before.
+struct Known {
+  Kind kind;
+  std::shared_ptr<State> state;
+  Weights weights;
+  Plan plan;
+  std::unique_ptr<Object> backward;  // (site, grad, saved, needs) -> gradients
+};
+
+// One use: what its node keeps beside tensors.
+struct Use : torch::CustomClassHolder {
+  Use(std::shared_ptr<Known> known, py::object site, size_t index) : known(std::move(known)), site(std::move(site)), index(index) {
+    epoch = this->known->state->epoch;
+  }
+  std::shared_ptr<Known> known;
+  Object site;
+  size_t index;
+  int64_t epoch;
+};
+using UsePtr = c10::intrusive_ptr<Use>;
+
+bool is_plain(const Tensor& x) {
+  using at::DispatchKey;
+  constexpr c10::DispatchKeySet special(
+      {DispatchKey::Python, DispatchKey::FuncTorchBatched, DispatchKey::Batched, DispatchKey::Negative, DispatchKey::Conjugate});
+  return x.is_cpu() && x.layout() == at::kStrided && !x.key_set().has_any(special);
+}
+
+// (E, T, F)
+Tensor rows(const Tensor& x, int64_t E) {
+  if (x.dim() == 3 && x.size(0) == E) return x;
+  const int64_t F = x.size(-1), lead = F ? x.numel() / F : c10::multiply_integers(x.sizes().slice(0, x.dim() - 1));
+  return x.reshape({E, E ? lead / E : 0, F});
+}
+
+// Whether the strides are those of new memory, also where a size of one leaves them open.
+bool in_order(const Tensor& x) {
+  int64_t stride = 1;
+  for (int64_t d = x.dim() - 1; d >= 0; stride *= x.size(d--))
+    if (x.stride(d) != stride) return false;
+  return true;
+}
+
+// Whether this use may be computed at once, without Python.
+bool short_way(const Use& use, const Tensor& grad, const variable_list& saved, bool first, bool second) {
+  const State& state = *use.known->state;
+  if (!state.at_once || use.epoch != state.epoch || !state.is_regular(use.index) || at::GradMode::is_enabled() ||
+      c10::impl::TorchDispatchModeTLS::any_modes_set())
+    return false;
+  const auto same = [&](const Tensor& x) { return !x.defined() || (is_plain(x) && x.scalar_type() == grad.scalar_type()); };
+  if (!is_plain(grad) || !std::all_of(saved.begin(), saved.end(), same)) return false;
+  if (grad.scalar_type() != at::kFloat && grad.scalar_type() != at::kDouble) return false;
+  const Weights& weights = use.known->weights;
+  if ((first && !(weights[0] && weights[0]->ready())) || (second && !(weights[1] && weights[1]->ready()))) return false;
+  return use.known->kind == Kind::layer_norm || !first || use.known->plan.holds(state.examples);
+}
+
+// The gradients that the rule's Python function computes.
+std::array<Tensor, 3> long_way(const Use& use, const Tensor& grad, const variable_list& saved, const std::array<bool, 3>& needs) {
+  py::gil_scoped_acquire gil;
+  py::tuple tensors(saved.size());
+  for (size_t k = 0; k < saved.size(); ++k) tensors[k] = saved[k].defined() ? py::cast(saved[k]) : py::none();
+  const py::object found = py::reinterpret_borrow<py::object>(use.known->backward->get())(
+      use.site.get(), grad, tensors, py::make_tuple(needs[0], needs[1], needs[2]));
+  const py::tuple each = py::cast<py::tuple>(found);
+  std::array<Tensor, 3> grads;
+  for (size_t k = 0; k < 3; ++k)
+    if (!each[k].is_none()) grads[k] = py::cast<Tensor>(each[k]);
+  return grads;
+}
+
+Tensor bias_gradient(Weight& weight, const Tensor& each, const Tensor& bias) {
+  const OptionalTensor u = weight.direction ? OptionalTensor(weight.direction->reshape(-1)) : std::nullopt;
+  return weight.keep(dense_interference(each, u, weight.gram), bias);
+}
+
+std::array<bool, 3> wanted(AutogradContext* ctx, bool third) {
+  return {ctx->needs_input_grad(0), ctx->needs_input_grad(1), third && ctx->needs_input_grad(2)};
+}
+
+const Use& use_of(AutogradContext* ctx) { return *static_cast<Use*>(ctx->saved_data.at("use").toCapsule().get()); }
+
+// F.linear, and addmm and matmul, whose matrix is transposed.
+struct Linear : torch::autograd::Function<Linear> {
+  static Tensor forward(AutogradContext* ctx, const Tensor& x, const Tensor& weight, const OptionalTensor& bias,
+                        const Tensor& anchor, const UsePtr& use) {
+    ctx->saved_data.emplace("use", at::IValue::make_capsule(use));
+    ctx->saved_data.emplace("bias", bias.has_value());
+    ctx->save_for_backward({x, weight});
+    if (use->known->kind == Kind::addmm || in_order(x)) {
+      const at::AutoDispatchBelowADInplaceOrView below;
+      return use->known->kind == Kind::addmm ? at::addmm(*bias, x, weight) : at::linear(x, weight, bias);
+    }
+    // What torch does with other strides depends on whether the weight's transpose is to be differentiated, which is not known
+    // below.
+    const Tensor y = at::linear(x, weight, bias);
+    return y.is_view() ? at::_unsafe_view(y, y.sizes()) : y;  // as no view it may be written to
+  }
+
+  static variable_list backward(AutogradContext* ctx, const variable_list& given) {
+    const Use& use = use_of(ctx);
+    const variable_list saved = ctx->get_saved_variables();
+    const Tensor &grad = given[0], &x = saved[0], &weight = saved[1];
+    const auto needs = wanted(ctx, ctx->saved_data.at("bias").toBool());
+    if (!short_way(use, grad, saved, needs[1], needs[2])) {
+      const auto found = long_way(use, grad, saved, needs);
+      return {found[0], found[1], found[2], Tensor(), Tensor()};
+    }
+    const Plain plain;
+    const Known& known = *use.known;
+    const bool transposed = known.kind == Kind::addmm;
+    const int64_t E = known.state->examples;
+    Tensor grad_x, grad_weight, grad_bias;
+    if (needs[0]) grad_x = at::matmul(grad, transposed ? weight.mT() : weight);
+    const Tensor b = rows(grad, E);
+    if (needs[1]) {
+      const Tensor a = rows(x, E);
+      Weight& w = *known.weights[0];
+      Sums sums = interference(transposed ? b : a, transposed ? a : b, w.direction, w.gram, known.plan.tile_o, known.plan.tile_k,
+                               {}, {}, {}, {});
+      grad_weight = w.keep(std::move(sums), weight);
+    }
+    if (needs[2]) {
+      Tensor each = std::get<1>(scale_bias_grad({}, b, {}, {}, {}, E, true));
+      grad_bias = bias_gradient(*known.weights[1], each, grad);
+    }
+    return {grad_x, grad_weight, grad_bias, Tensor(), Tensor()};
+  }
+};
+
+struct LayerNorm : torch::autograd::Function<LayerNorm> {
+  static Tensor forward(AutogradContext* ctx, const Tensor& x, const OptionalTensor& weight, const OptionalTensor& bias, double eps,
+                        const Tensor& anchor, const UsePtr& use) {
+    ctx->saved_data.emplace("use", at::IValue::make_capsule(use));
+    const at::AutoDispatchBelowADInplaceOrView below;
+    auto [y, mean, rstd] = at::native_layer_norm(x, x.sizes().slice(x.dim() - 1), weight, bias, eps);
+    ctx->save_for_backward({x, weight.value_or(Tensor()), bias.value_or(Tensor()), mean, rstd});
+    return y;
+  }
+
+  static variable_list backward(AutogradContext* ctx, const variable_list& given) {
+    const Use& use = use_of(ctx);
+    const variable_list saved = ctx->get_saved_variables();
+    const Tensor &grad = given[0], &x = saved[0], &weight = saved[1], &bias = saved[2], &mean = saved[3], &rstd = saved[4];
+    std::array<bool, 3> needs = {ctx->needs_input_grad(0), false, false};
+    size_t input = 1;
+    for (size_t k = 1; k < 3; ++k)
+      if (saved[k].defined()) needs[k] = ctx->needs_input_grad(input++);
+    std::array<Tensor, 3> found;
+    if (!short_way(use, grad, saved, needs[1], needs[2])) {
+      found = long_way(use, grad, saved, needs);
+    } else {
+      const Plain plain;
+      const Known& known = *use.known;
+      const int64_t E = known.state->examples;
+      if (needs[0])
+        found[0] = std::get<0>(
+            at::native_layer_norm_backward(grad, x, x.sizes().slice(x.dim() - 1), mean, rstd, weight, bias, {true, false, false}));
+      if (needs[1] || needs[2]) {
+        const OptionalTensor scaled = needs[1] ? OptionalTensor(rows(x, E)) : std::nullopt;
+        const OptionalTensor means = needs[1] ? OptionalTensor(mean) : std::nullopt,
+                             rstds = needs[1] ? OptionalTensor(rstd) : std::nullopt;
+        const auto [scale, shift] = scale_bias_grad(scaled, rows(grad, E), means, rstds, {}, E, needs[2]);
+        if (needs[1]) found[1] = bias_gradient(*known.weights[0], scale, weight);
+        if (needs[2]) found[2] = bias_gradient(*known.weights[1], shift, bias);
+      }
+    }
+    return {found[0], found[1], found[2], Tensor(), Tensor(), Tensor()};
+  }
+};
+
+// What an argument of a known call has to be.
+struct Argument {
+  enum { weight, tensor, other } kind;
+  py::object value;  // the weight, or what is no tensor
+  at::DimVector sizes;
+  at::ScalarType dtype = at::kFloat;
+  bool requires_grad = false;
+
+  bool fits(py::handle x) const {
+    if (kind == weight) return x.is(value);
+    if (kind == other) return x.is(value) || (!THPVariable_Check(x.ptr()) && x.equal(value));
+    if (!THPVariable_CheckExact(x.ptr())) return false;
+    const Tensor& t = THPVariable_Unpack(x.ptr());
+    return t.sizes() == at::IntArrayRef(sizes) && t.scalar_type() == dtype && t.requires_grad() == requires_grad;
+  }
+};
+
+// A call of one place in the model, to be known again by its function, its weights and its operands' shapes.
+class Call {
+ public:
+  Call(const std::string& kind, std::shared_ptr<State> state, const py::tuple& args,
+       const std::vector<std::shared_ptr<Weight>>& weights, std::array<int, 3> places, py::object backward)
+      : known_(std::make_shared<Known>()), places_(places) {
+    known_->kind = kind == "linear" ? Kind::linear : kind == "addmm" ? Kind::addmm : Kind::layer_norm;
+    known_->state = std::move(state);
+    TORCH_CHECK(weights.size() == 2, "weights: expected two, got ", weights.size());
+    known_->weights = {weights[0], weights[1]};
+    known_->backward = std::make_unique<Object>(std::move(backward));
+    for (py::handle x : args) {
+      Argument argument;
+      const bool tensor = THPVariable_Check(x.ptr());
+      const int place = static_cast<int>(arguments_.size());
+      const bool own = tensor && ((place == places_[1] && weights[0]) || (place == places_[2] && weights[1]));
+      argument.kind = own ? Argument::weight : tensor ? Argument::tensor : Argument::other;
+      if (own || !tensor) argument.value = py::reinterpret_borrow<py::object>(x);
+      if (tensor) {
+        const Tensor& t = THPVariable_Unpack(x.ptr());
+        argument.sizes = t.sizes(), argument.dtype = t.scalar_type(), argument.requires_grad = t.requires_grad();
+      }
+      arguments_.push_back(std::move(argument));
+    }
+  }
+
+  bool fits(const py::tuple& args) const {
+    if (args.size() != arguments_.size()) return false;
+    for (size_t k = 0; k < arguments_.size(); ++k)
+      if (!arguments_[k].fits(args[k])) return false;
+    return true;
+  }
+
+  // The result of the call, or None where it is not like the one before.
+  py::object run(const py::tuple& args, py::object site, size_t index, const Tensor& anchor) {
+    if (!fits(args)) return py::none();
+    for (const auto& w : known_->weights)
+      if (w && !w->stands_alone()) return py::none();
+    for (const auto& w : known_->weights)
+      if (w) w->alone = known_->state->epoch;
+    const Tensor x = at(args, 0), weight = at(args, 1), bias = at(args, 2);
+    const auto given = [](const Tensor& t) { return t.defined() ? OptionalTensor(t) : std::nullopt; };
+    UsePtr use = c10::make_intrusive<Use>(known_, std::move(site), index);
+    const double eps = known_->kind == Kind::layer_norm ? py::cast<double>(args[4]) : 0;
+    Tensor y;
+    {
+      py::gil_scoped_release release;
+      y = known_->kind == Kind::layer_norm ? LayerNorm::apply(x, given(weight), given(bias), eps, anchor, use)
+                                           : Linear::apply(x, weight, given(bias), anchor, use);
+    }
+    return py::cast(y);
+  }
+
+  // For how many examples it is known whether there is a short way of the backward pass.
+  int64_t planned() const { return known_->plan.examples; }
+  // That way's tile; an empty one: there is none.
+  void plan(int64_t examples, int64_t tile_o, int64_t tile_k) {
+    known_->plan = {examples, tile_o, tile_k, at::get_num_threads(), active()};
+  }
+
+ private:
+  Tensor at(const py::tuple& args, size_t which) const {
+    const int place = places_[which];
+    if (place < 0 || static_cast<size_t>(place) >= args.size() || args[place].is_none()) return {};
+    return THPVariable_Unpack(static_cast<py::object>(args[place]).ptr());
+  }
+
+  std::shared_ptr<Known> known_;
+  std::array<int, 3> places_;  // of x, the weight and the bias; -1: none
+  std::vector<Argument> arguments_;
+};
+
+// The nodes in Python: they have a site, and the names of the functions that they stand for.
+template <class Function>
+PyObject* site_of(PyObject* self, void*) {
+  auto* node =
+      static_cast<torch::autograd::CppNode<Function>*>(reinterpret_cast<torch::autograd::THPCppFunction*>(self)->cdata.get());
+  const auto found = node->ctx_.saved_data.find("use");
+  if (found == node->ctx_.saved_data.end()) Py_RETURN_NONE;  // its buffers were freed
+  return static_cast<Use*>(found->second.toCapsule().get())->site.get().inc_ref().ptr();
+}
+
+template <class Function>
+PyObject* name_of(PyObject*, PyObject*) {
+  return PyUnicode_FromString(std::is_same_v<Function, Linear> ? "_LinearBackward" : "_LayerNormBackward");
+}
+
+template <class Function>
+void register_node(const char* name) {
+  using namespace torch::autograd;
+  static PyGetSetDef properties[] = {THP_FUNCTION_DEFAULT_PROPERTIES,
+                                     {"site", site_of<Function>, nullptr, nullptr, nullptr},
+                                     {nullptr, nullptr, nullptr, nullptr, nullptr}};
+  static PyMethodDef methods[] = {{"_register_hook_dict", THPCppFunction_register_hook_dict, METH_O, nullptr},
+                                  {"register_hook", THPCppFunction_register_hook, METH_O, nullptr},
+                                  {"register_prehook", THPCppFunction_register_prehook, METH_O, nullptr},
+                                  {"name", name_of<Function>, METH_NOARGS, nullptr},
+                                  {nullptr, nullptr, 0, nullptr}};
+  static PyTypeObject type;
+  registerCppFunction(typeid(CppNode<Function>), _initFunctionPyTypeObject(type, name, properties, methods));
+}
+
+// The sums whose gradient has come to the parameter, or None; whatever was left is gone then.
+py::object take(Weight& weight) {
+  if (!weight.waiting) return py::none();
+  if (!weight.arrived) {
+    weight.drop();
+    return py::none();
+  }
+  const auto& s = weight.sums;
+  py::object sums = py::make_tuple(std::get<0>(s), std::get<1>(s), std::get<2>(s), std::get<3>(s), std::get<4>(s), std::get<5>(s),
+                                   std::get<6>(s), std::get<7>(s));
+  weight.drop();
+  return sums;
+}
+
+void on_gradient(Weight& weight, const Tensor& grad) {
+  const bool arrived = weight.arrives(grad);
+  if ((arrived && !weight.merges) || !weight.owner) return;
+  const py::object owner = weight.owner->get()();
+  if (owner.is_none()) return;
+  arrived ? owner.attr("take_marked")() : owner.attr("on_gradient")(grad);
+}
+
+// Whether a tensor with an entry in `sources`, by its address, is among some arguments.
+bool touches(PyObject* sources, PyObject* arguments);
+
+bool is_source(PyObject* sources, PyObject* x) {
+  if (x == Py_None || PyLong_CheckExact(x) || PyFloat_CheckExact(x) || PyBool_Check(x)) return false;
+  if (PyTuple_CheckExact(x) || PyList_CheckExact(x) || PyDict_CheckExact(x)) return touches(sources, x);
+  const py::object key = py::reinterpret_steal<py::object>(PyLong_FromVoidPtr(x));
+  return PyDict_Contains(sources, key.ptr()) == 1;
+}
+
+bool touches(PyObject* sources, PyObject* arguments) {
+  if (PyDict_CheckExact(arguments)) {
+    PyObject *key, *value;
+    for (Py_ssize_t at = 0; PyDict_Next(arguments, &at, &key, &value);)
+      if (is_source(sources, value)) return true;
+    return false;
+  }
+  const Py_ssize_t count = PySequence_Fast_GET_SIZE(arguments);
+  for (Py_ssize_t k = 0; k < count; ++k)
+    if (is_source(sources, PySequence_Fast_GET_ITEM(arguments, k))) return true;
+  return false;
+}
+
+// What a mode's __torch_function__ does for most calls: nothing. `rest` is (handler, the functions that it wants to see in any
+// case).
+PyObject* for_weights(PyObject* rest, PyObject* const* given, Py_ssize_t count) {
+  static PyObject* const sources_name = PyUnicode_InternFromString("sources");
+  static PyObject* const all_name = PyUnicode_InternFromString("sees_all");
+  PyObject *handler = PyTuple_GET_ITEM(rest, 0), *wanted = PyTuple_GET_ITEM(rest, 1);
+  if (count < 3) return PyObject_Vectorcall(handler, given, static_cast<size_t>(count), nullptr);
+  PyObject *mode = given[0], *function = given[1];
+  PyObject* args = count > 3 ? given[3] : nullptr;
+  PyObject* kwargs = count > 4 && given[4] != Py_None ? given[4] : nullptr;
+  const py::object all = py::reinterpret_steal<py::object>(PyObject_GetAttr(mode, all_name));
+  const py::object sources = py::reinterpret_steal<py::object>(PyObject_GetAttr(mode, sources_name));
+  if (!all || !sources) return nullptr;
+  const bool plain = all.ptr() == Py_False && args && PyTuple_CheckExact(args) && PyDict_CheckExact(sources.ptr());
+  if (!plain || PyDict_Contains(wanted, function) != 0 || touches(sources.ptr(), args) ||
+      (kwargs && touches(sources.ptr(), kwargs)))
+    return PyErr_Occurred() ? nullptr : PyObject_Vectorcall(handler, given, static_cast<size_t>(count), nullptr);
+  return PyObject_Call(function, args, kwargs);
+}
+
+py::object only_for_weights(const py::function& handler, const py::dict& wanted) {
+  static PyMethodDef method = {"__torch_function__", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(&for_weights)),
+                               METH_FASTCALL, nullptr};
+  const py::tuple rest = py::make_tuple(handler, wanted);
+  const auto function = py::reinterpret_steal<py::object>(PyCFunction_New(&method, rest.ptr()));
+  return py::reinterpret_steal<py::object>(PyInstanceMethod_New(function.ptr()));
+}
+
+}  // namespace
+
+PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
+  py::class_<State, std::shared_ptr<State>>(m, "State")
+      .def(py::init<>())
+      .def_readwrite("epoch", &State::epoch)
+      .def_readwrite("at_once", &State::at_once)
+      .def_readwrite("examples", &State::examples)
+      .def_property(
+          "regular", [](const State& s) { return py::bytes(s.regular); },
+          [](State& s, const py::bytes& regular) { s.regular = regular; });
+  py::class_<Weight, std::shared_ptr<Weight>>(m, "Weight")
+      .def(py::init<std::shared_ptr<State>>())
+      .def_readwrite("single", &Weight::single)
+      .def_readwrite("refused", &Weight::refused)
+      .def_readwrite("alone", &Weight::alone)
+      .def_readwrite("gathered", &Weight::gathered)
+      .def_readwrite("deferred", &Weight::deferred)
+      .def_readwrite("direction", &Weight::direction)
+      .def_readwrite("gram", &Weight::gram)
+      .def_readwrite("merges", &Weight::merges)
+      .def_property("owner", nullptr, [](Weight& w, py::object owner) { w.owner = std::make_unique<Object>(std::move(owner)); })
+      .def_readonly("waiting", &Weight::waiting)
+      .def("stands_alone", &Weight::stands_alone)
+      .def("take", &take)
+      .def("__call__", &on_gradient);
+  py::class_<Call>(m, "Call")
+      .def(py::init<const std::string&, std::shared_ptr<State>, const py::tuple&, const std::vector<std::shared_ptr<Weight>>&,
+                    std::array<int, 3>, py::object>())
+      .def("run", &Call::run)
+      .def_property_readonly("planned", &Call::planned)
+      .def("plan", &Call::plan);
+  m.def("only_for_weights", &only_for_weights);
+  register_node<Linear>("zsl_kernels._cpu.LinearBackward");
+  register_node<LayerNorm>("zsl_kernels._cpu.LayerNormBackward");
+}
+
+}  // namespace zsl
