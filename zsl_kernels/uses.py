@@ -17,7 +17,7 @@ from zsl_kernels import backends
 Call: Any
 
 if backends.why_not("cpu") is None and not TYPE_CHECKING:
-    from zsl_kernels._cpu import Call, State, only_for_weights
+    from zsl_kernels._cpu import Call, State, only_for_weights, run_known
     from zsl_kernels._cpu import Weight as _Weight
 else:
     Call = None
@@ -29,6 +29,8 @@ else:
         epoch: int = 0  # counts what runs forward between backward passes
         at_once: bool = False  # whether a backward pass runs whose regular uses may be computed at once
         examples: int = 0  # of that pass
+        forward: bool = False  # whether what runs is the training's forward pass, in the epoch that its first use has begun
+        thread: int = 0  # that it runs in
         regular: bytes = b""  # for each use of the epoch, in order: whether its rows are regular
 
     @dataclass(eq=False)
@@ -60,6 +62,10 @@ else:
         """A mode's ``__torch_function__`` that asks ``handler`` only for functions that are ``wanted``, where an argument is one of
         the mode's ``sources`` (a dictionary by tensors' ids), or where the mode ``sees_all``."""
         return handler
+
+    def run_known(mode: Any, function: Any, args: Any, kwargs: Any, sources: Any) -> Any:
+        """The result of a call that the mode knows, without Python; None where it does not."""
+        return None
 
 
 class Weight(_Weight):

@@ -4,6 +4,7 @@
 //
 // Who may take the short way is decided in Python (python/zerosum/probe): before a pass it says which uses are regular, and what
 // each weight wants.
+#include <ATen/autocast_mode.h>
 #include <ATen/core/grad_mode.h>
 #include <ATen/ops/_unsafe_view.h>
 #include <ATen/ops/addmm.h>
@@ -12,6 +13,7 @@
 #include <ATen/ops/native_layer_norm.h>
 #include <ATen/ops/native_layer_norm_backward.h>
 #include <torch/csrc/autograd/custom_function.h>
+#include <torch/csrc/autograd/forward_grad.h>
 #include <torch/csrc/autograd/python_cpp_function.h>
 #include <torch/csrc/autograd/python_variable.h>
 #include <torch/csrc/utils/pybind.h>
@@ -50,10 +52,12 @@ class Object {
 
 // What is the same for all weights of a probe.
 struct State {
-  int64_t epoch = 0;     // counts what runs forward between backward passes
-  bool at_once = false;  // whether a backward pass runs whose regular uses may be computed at once
-  int64_t examples = 0;  // of that pass
-  std::string regular;   // for each use of the epoch, in order: whether its rows are regular
+  int64_t epoch = 0;         // counts what runs forward between backward passes
+  bool at_once = false;      // whether a backward pass runs whose regular uses may be computed at once
+  int64_t examples = 0;      // of that pass
+  bool forward = false;      // whether what runs is the training's forward pass, in the epoch that its first use has begun
+  unsigned long thread = 0;  // that it runs in
+  std::string regular;       // for each use of the epoch, in order: whether its rows are regular
   bool is_regular(size_t use) const { return use < regular.size() && regular[use]; }
 };
 
@@ -293,6 +297,29 @@ struct LayerNorm : torch::autograd::Function<LayerNorm> {
   }
 };
 
+// Whether a tensor with an entry in `sources`, by its address, is among some arguments.
+bool touches(PyObject* sources, PyObject* arguments);
+
+bool is_source(PyObject* sources, PyObject* x) {
+  if (x == Py_None || PyLong_CheckExact(x) || PyFloat_CheckExact(x) || PyBool_Check(x)) return false;
+  if (PyTuple_CheckExact(x) || PyList_CheckExact(x) || PyDict_CheckExact(x)) return touches(sources, x);
+  const py::object key = py::reinterpret_steal<py::object>(PyLong_FromVoidPtr(x));
+  return PyDict_Contains(sources, key.ptr()) == 1;
+}
+
+bool touches(PyObject* sources, PyObject* arguments) {
+  if (PyDict_CheckExact(arguments)) {
+    PyObject *key, *value;
+    for (Py_ssize_t at = 0; PyDict_Next(arguments, &at, &key, &value);)
+      if (is_source(sources, value)) return true;
+    return false;
+  }
+  const Py_ssize_t count = PySequence_Fast_GET_SIZE(arguments);
+  for (Py_ssize_t k = 0; k < count; ++k)
+    if (is_source(sources, PySequence_Fast_GET_ITEM(arguments, k))) return true;
+  return false;
+}
+
 // What an argument of a known call has to be.
 struct Argument {
   enum { weight, tensor, other } kind;
@@ -313,9 +340,15 @@ struct Argument {
 // A call of one place in the model, to be known again by its function, its weights and its operands' shapes.
 class Call {
  public:
-  Call(const std::string& kind, std::shared_ptr<State> state, const py::tuple& args,
-       const std::vector<std::shared_ptr<Weight>>& weights, std::array<int, 3> places, py::object backward)
-      : known_(std::make_shared<Known>()), places_(places) {
+  // `begin` takes the mode and this call, and gives the site; `function` and `names`, of keywords, and the arguments are those of
+  // the call.
+  Call(const std::string& kind, std::shared_ptr<State> state, py::object function, py::tuple names, const py::tuple& args,
+       const std::vector<std::shared_ptr<Weight>>& weights, std::array<int, 3> places, py::object begin, py::object backward)
+      : known_(std::make_shared<Known>()),
+        function_(std::move(function)),
+        begin_(std::move(begin)),
+        names_(std::move(names)),
+        places_(places) {
     known_->kind = kind == "linear" ? Kind::linear : kind == "addmm" ? Kind::addmm : Kind::layer_norm;
     known_->state = std::move(state);
     TORCH_CHECK(weights.size() == 2, "weights: expected two, got ", weights.size());
@@ -336,29 +369,30 @@ class Call {
     }
   }
 
-  bool fits(const py::tuple& args) const {
-    if (args.size() != arguments_.size()) return false;
-    for (size_t k = 0; k < arguments_.size(); ++k)
-      if (!arguments_[k].fits(args[k])) return false;
-    return true;
-  }
-
-  // The result of the call, or None where it is not like the one before.
-  py::object run(const py::tuple& args, py::object site, size_t index, const Tensor& anchor) {
-    if (!fits(args)) return py::none();
+  // The result of the call in the mode, or nothing where it is not like the one before.
+  py::object run(py::handle self, py::handle mode, PyObject* function, PyObject* args, PyObject* kwargs, PyObject* sources) const {
+    const State& state = *known_->state;
+    const std::vector<PyObject*> given = arguments(function, args, kwargs);
+    if (given.empty()) return {};
+    for (size_t k = 0; k < given.size(); ++k)
+      if (!arguments_[k].fits(given[k]) || (arguments_[k].kind == Argument::tensor && is_weight(sources, given[k]))) return {};
     for (const auto& w : known_->weights)
-      if (w && !w->stands_alone()) return py::none();
+      if (w && !w->stands_alone()) return {};
+    const Tensor x = at(given, 0), weight = at(given, 1), bias = at(given, 2);
+    if (at::autocast::is_autocast_enabled(x.device().type())) return {};
+    const size_t index = static_cast<size_t>(PyList_GET_SIZE(mode.attr("sites").ptr()));
+    UsePtr use = c10::make_intrusive<Use>(known_, begin_(mode, self), index);
     for (const auto& w : known_->weights)
-      if (w) w->alone = known_->state->epoch;
-    const Tensor x = at(args, 0), weight = at(args, 1), bias = at(args, 2);
-    const auto given = [](const Tensor& t) { return t.defined() ? OptionalTensor(t) : std::nullopt; };
-    UsePtr use = c10::make_intrusive<Use>(known_, std::move(site), index);
-    const double eps = known_->kind == Kind::layer_norm ? py::cast<double>(args[4]) : 0;
+      if (w) w->alone = state.epoch;
+    const Tensor anchor = py::cast<Tensor>(mode.attr("anchor"));
+    const auto given_or_not = [](const Tensor& t) { return t.defined() ? OptionalTensor(t) : std::nullopt; };
+    const bool norm = known_->kind == Kind::layer_norm;
+    const double eps = norm ? PyFloat_AsDouble(given[4]) : 0;
     Tensor y;
     {
       py::gil_scoped_release release;
-      y = known_->kind == Kind::layer_norm ? LayerNorm::apply(x, given(weight), given(bias), eps, anchor, use)
-                                           : Linear::apply(x, weight, given(bias), anchor, use);
+      y = norm ? LayerNorm::apply(x, given_or_not(weight), given_or_not(bias), eps, anchor, use)
+               : Linear::apply(x, weight, given_or_not(bias), anchor, use);
     }
     return py::cast(y);
   }
@@ -371,13 +405,41 @@ class Call {
   }
 
  private:
-  Tensor at(const py::tuple& args, size_t which) const {
+  // The arguments and the keywords' in one list; none where the function, their number or the keywords are others.
+  std::vector<PyObject*> arguments(PyObject* function, PyObject* args, PyObject* kwargs) const {
+    const Py_ssize_t count = PyTuple_GET_SIZE(args), named = kwargs ? PyDict_GET_SIZE(kwargs) : 0;
+    if (function != function_.ptr() || static_cast<size_t>(count + named) != arguments_.size() ||
+        static_cast<size_t>(named) != names_.size())
+      return {};
+    std::vector<PyObject*> given;
+    given.reserve(arguments_.size());
+    for (Py_ssize_t k = 0; k < count; ++k) given.push_back(PyTuple_GET_ITEM(args, k));
+    PyObject *name, *value;
+    Py_ssize_t place = 0, at = 0;
+    while (named && PyDict_Next(kwargs, &place, &name, &value)) {
+      PyObject* const known = PyTuple_GET_ITEM(names_.ptr(), at++);
+      if (name != known && PyObject_RichCompareBool(name, known, Py_EQ) != 1) return {};
+      given.push_back(value);
+    }
+    return given;
+  }
+
+  // Whether an activation may be a weight, or a view of one: of a leaf that is differentiated.
+  static bool is_weight(PyObject* sources, PyObject* x) {
+    if (is_source(sources, x)) return true;
+    const Tensor& t = THPVariable_Unpack(x);
+    return t.requires_grad() && t.is_view() && t._base().requires_grad() && t._base().is_leaf();
+  }
+
+  Tensor at(const std::vector<PyObject*>& given, size_t which) const {
     const int place = places_[which];
-    if (place < 0 || static_cast<size_t>(place) >= args.size() || args[place].is_none()) return {};
-    return THPVariable_Unpack(static_cast<py::object>(args[place]).ptr());
+    if (place < 0 || static_cast<size_t>(place) >= given.size() || given[place] == Py_None) return {};
+    return THPVariable_Unpack(given[place]);
   }
 
   std::shared_ptr<Known> known_;
+  py::object function_, begin_;
+  py::tuple names_;
   std::array<int, 3> places_;  // of x, the weight and the bias; -1: none
   std::vector<Argument> arguments_;
 };
@@ -434,27 +496,19 @@ void on_gradient(Weight& weight, const Tensor& grad) {
   arrived ? owner.attr("take_marked")() : owner.attr("on_gradient")(grad);
 }
 
-// Whether a tensor with an entry in `sources`, by its address, is among some arguments.
-bool touches(PyObject* sources, PyObject* arguments);
-
-bool is_source(PyObject* sources, PyObject* x) {
-  if (x == Py_None || PyLong_CheckExact(x) || PyFloat_CheckExact(x) || PyBool_Check(x)) return false;
-  if (PyTuple_CheckExact(x) || PyList_CheckExact(x) || PyDict_CheckExact(x)) return touches(sources, x);
-  const py::object key = py::reinterpret_steal<py::object>(PyLong_FromVoidPtr(x));
-  return PyDict_Contains(sources, key.ptr()) == 1;
-}
-
-bool touches(PyObject* sources, PyObject* arguments) {
-  if (PyDict_CheckExact(arguments)) {
-    PyObject *key, *value;
-    for (Py_ssize_t at = 0; PyDict_Next(arguments, &at, &key, &value);)
-      if (is_source(sources, value)) return true;
-    return false;
-  }
-  const Py_ssize_t count = PySequence_Fast_GET_SIZE(arguments);
-  for (Py_ssize_t k = 0; k < count; ++k)
-    if (is_source(sources, PySequence_Fast_GET_ITEM(arguments, k))) return true;
-  return false;
+// The result of a call that the mode knows, without Python; nothing where there is none, or where more has to be looked at.
+py::object run_known(py::handle mode, PyObject* function, PyObject* args, PyObject* kwargs, PyObject* sources) {
+  if (!at::GradMode::is_enabled() || c10::impl::tls_is_dispatch_key_included(at::DispatchKey::FuncTorchDynamicLayerFrontMode) ||
+      torch::autograd::ForwardADLevel::try_get_by_idx(0))
+    return {};
+  const py::object held = mode.attr("state"), known = mode.attr("known"), keys = mode.attr("keys");
+  const State& state = py::cast<const State&>(held);
+  if (!state.forward || state.thread != PyThread_get_thread_ident()) return {};
+  const py::int_ place(PyList_GET_SIZE(keys.ptr()));
+  PyObject* const found = PyDict_GetItemWithError(known.ptr(), place.ptr());
+  if (!found) return {};
+  const py::object call = py::reinterpret_borrow<py::object>(found);
+  return py::cast<const Call&>(call).run(call, mode, function, args, kwargs, sources);
 }
 
 // What a mode's __torch_function__ does for most calls: nothing. `rest` is (handler, the functions that it wants to see in any
@@ -463,18 +517,27 @@ PyObject* for_weights(PyObject* rest, PyObject* const* given, Py_ssize_t count) 
   static PyObject* const sources_name = PyUnicode_InternFromString("sources");
   static PyObject* const all_name = PyUnicode_InternFromString("sees_all");
   PyObject *handler = PyTuple_GET_ITEM(rest, 0), *wanted = PyTuple_GET_ITEM(rest, 1);
-  if (count < 3) return PyObject_Vectorcall(handler, given, static_cast<size_t>(count), nullptr);
-  PyObject *mode = given[0], *function = given[1];
-  PyObject* args = count > 3 ? given[3] : nullptr;
+  const auto handle = [&] { return PyObject_Vectorcall(handler, given, static_cast<size_t>(count), nullptr); };
+  if (count < 4 || !PyTuple_CheckExact(given[3])) return handle();
+  PyObject *mode = given[0], *function = given[1], *args = given[3];
   PyObject* kwargs = count > 4 && given[4] != Py_None ? given[4] : nullptr;
   const py::object all = py::reinterpret_steal<py::object>(PyObject_GetAttr(mode, all_name));
   const py::object sources = py::reinterpret_steal<py::object>(PyObject_GetAttr(mode, sources_name));
   if (!all || !sources) return nullptr;
-  const bool plain = all.ptr() == Py_False && args && PyTuple_CheckExact(args) && PyDict_CheckExact(sources.ptr());
-  if (!plain || PyDict_Contains(wanted, function) != 0 || touches(sources.ptr(), args) ||
-      (kwargs && touches(sources.ptr(), kwargs)))
-    return PyErr_Occurred() ? nullptr : PyObject_Vectorcall(handler, given, static_cast<size_t>(count), nullptr);
-  return PyObject_Call(function, args, kwargs);
+  const int is_wanted = PyDict_Contains(wanted, function);
+  if (is_wanted < 0) return nullptr;
+  if (all.ptr() != Py_False || is_wanted || !PyDict_CheckExact(sources.ptr())) return handle();
+  if (!touches(sources.ptr(), args) && !(kwargs && touches(sources.ptr(), kwargs))) return PyObject_Call(function, args, kwargs);
+  try {
+    if (py::object result = run_known(mode, function, args, kwargs, sources.ptr())) return result.release().ptr();
+  } catch (py::error_already_set& error) {
+    error.restore();
+    return nullptr;
+  } catch (...) {
+    torch::translate_exception_to_python(std::current_exception());
+    return nullptr;
+  }
+  return handle();
 }
 
 py::object only_for_weights(const py::function& handler, const py::dict& wanted) {
@@ -493,6 +556,8 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
       .def_readwrite("epoch", &State::epoch)
       .def_readwrite("at_once", &State::at_once)
       .def_readwrite("examples", &State::examples)
+      .def_readwrite("forward", &State::forward)
+      .def_readwrite("thread", &State::thread)
       .def_property(
           "regular", [](const State& s) { return py::bytes(s.regular); },
           [](State& s, const py::bytes& regular) { s.regular = regular; });
@@ -512,11 +577,15 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
       .def("take", &take)
       .def("__call__", &on_gradient);
   py::class_<Call>(m, "Call")
-      .def(py::init<const std::string&, std::shared_ptr<State>, const py::tuple&, const std::vector<std::shared_ptr<Weight>>&,
-                    std::array<int, 3>, py::object>())
-      .def("run", &Call::run)
+      .def(py::init<const std::string&, std::shared_ptr<State>, py::object, py::tuple, const py::tuple&,
+                    const std::vector<std::shared_ptr<Weight>>&, std::array<int, 3>, py::object, py::object>())
       .def_property_readonly("planned", &Call::planned)
       .def("plan", &Call::plan);
+  m.def("run_known",
+        [](py::handle mode, py::handle function, const py::tuple& args, const py::dict& kwargs, const py::dict& sources) {
+          const py::object found = run_known(mode, function.ptr(), args.ptr(), kwargs.ptr(), sources.ptr());
+          return found ? found : py::none();
+        });
   m.def("only_for_weights", &only_for_weights);
   register_node<Linear>("zsl_kernels._cpu.LinearBackward");
   register_node<LayerNorm>("zsl_kernels._cpu.LayerNormBackward");

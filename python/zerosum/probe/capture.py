@@ -22,11 +22,11 @@ from zerosum.probe.derived import derive
 from zerosum.probe.layout import Uncovered
 from zerosum.probe.loss_tail import LOSSES, LossCall
 from zerosum.probe.parameters import DerivedWeight, GradSource, ParameterProbe, Ref
-from zerosum.probe.proof import Call, Proof, Prover, Short, Structures, Tree, reentrant
+from zerosum.probe.proof import Proof, Prover, Short, Structures, Tree, reentrant
 from zerosum.probe.results import Pass, add_up
 from zerosum.probe.rules import APPLIED, KNOWN, RULES, again
 from zerosum.probe.rules.site import Phase, Site
-from zsl_kernels.uses import Weight, only_for_weights
+from zsl_kernels.uses import Weight, only_for_weights, run_known
 
 _ACCESSORS = {"__get__", "__set__", "__delete__"}
 _NESTED = {tuple, list, dict}
@@ -68,6 +68,11 @@ class Capture(TorchFunctionMode):
         self.proofs: list[Proof] = []
         self.state = structures.state
         self.state.epoch += 1
+        self.state.forward, self.state.thread = True, threading.get_ident()
+        if not KNOWN.keys() >= {call.func for call in structures.calls.values() if call.short is not None}:
+            structures.calls.clear()  # a rule has been registered for what was known
+            structures.known.clear()
+        self.known = structures.known
         self.sites: list[Site] = []
         self.keys: list[Any] = []
         self.losses: list[LossCall] = []
@@ -85,6 +90,7 @@ class Capture(TorchFunctionMode):
         if tree is None or not tree.is_of(model):
             tree = structures.tree = Tree(model)
             structures.calls.clear()
+            structures.known.clear()
         self._modules, names = tree.modules, tree.names
         self.parameters: list[ParameterProbe] = []
         for p, known in names.items():
@@ -343,7 +349,7 @@ class Capture(TorchFunctionMode):
             return None
         if torch._C._functorch.maybe_current_level() is not None or self.elsewhere or torch.autograd.forward_ad._current_level >= 0:
             return None
-        if call.short is not None and func in KNOWN and (result := self._run_short(call, call.short, args, kwargs)) is not None:
+        if call.short is not None and (result := run_known(self, func, args, kwargs, self.sources)) is not None:
             return (result,)
         rule = RULES.get(func)
         if rule is None or not call.fits(args, kwargs):
@@ -359,27 +365,8 @@ class Capture(TorchFunctionMode):
             source.used = True
         for k in range(before, len(sites)):
             sites[k].label = call.label
-            sites[k].known = call.short and call.short.call
+            sites[k].known = call.short
         return (result,)
-
-    def _run_short(self, call: Call, short: Short, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
-        """The result of a known call without Python, or None where it is not like the one before."""
-        if kwargs or short.names:
-            if tuple(kwargs) != short.names:
-                return None
-            args = (*args, *kwargs.values())
-        site = Site(self, call.label, [None if t is None else t.ref for t in short.operands], short.lead)
-        result = short.call.run(args, site, len(self.sites) - 1, self.anchor)
-        if result is None:
-            self.sites.pop()
-            return None
-        site.known = short.call
-        site.alone = sum(1 << k for k, t in enumerate(short.operands) if t is not None)
-        self.keys.append(call.key)
-        for source, how in short.covers:
-            source.used = True
-            source.covered_by(how)
-        return result
 
     def _is_alone(self, key: Any, others: list[Tensor]) -> bool:
         """Whether a call is a function of weights alone: what else it has does not depend on data."""
@@ -423,7 +410,9 @@ class Capture(TorchFunctionMode):
                     if call is not None and not self._depth and call.key is self.keys[-1]:
                         call.by_rule = True
                         if (known := KNOWN.get(func)) is not None:
-                            call.short = Short.of(self.state, known, args, kwargs, call.sources)
+                            call.short = Short.of(self.state, known, call, args, kwargs)
+                            if call.short is not None:
+                                self.known[len(self.keys) - 1] = call.short
                     return result
             self.refuse_if_strict(refs[0].source.parameters[0], reason)
             if covered:
@@ -524,18 +513,19 @@ class Capture(TorchFunctionMode):
 
     def _run(self, engine: Any, outputs: Any, inputs: Sequence[Any], kwargs: Any, phase: Phase, of: Pass | None) -> Any:
         state = self.state
-        before, once = (self.phase, self.current), state.at_once
+        before, once, forward = (self.phase, self.current), state.at_once, state.forward
         self.phase, self.current = phase, of
         self._depth += 1
         if self._depth == 1:
             self.mark, self.poison = len(self.sites), ""
+        state.forward = False
         state.at_once = phase is Phase.MEASURING and self._depth == 1 and of is not None and of.simple
         sites = len(self.sites)
         try:
             with self:
                 return engine(_edges(outputs), *map(_edges, inputs), **kwargs)
         finally:
-            state.at_once = once and not self.poison
+            state.at_once, state.forward = once and not self.poison, forward
             self._depth -= 1
             if not self._depth:
                 del self.sites[sites:]  # what was computed again
@@ -575,8 +565,9 @@ class Capture(TorchFunctionMode):
     @contextmanager
     def silenced(self, phase: Phase) -> Iterator[None]:
         """In which users' hooks do not run."""
-        before, self.extra, phase_before, once = self.extra, True, self.phase, self.state.at_once
-        self.phase, self.state.at_once = phase, False
+        state = self.state
+        before, self.extra, phase_before, once = self.extra, True, self.phase, (state.at_once, state.forward)
+        self.phase, state.at_once, state.forward = phase, False, False
         hooks = [(h, dict(h)) for t in self.parameters if (h := t.parameter._backward_hooks)] if not before else []
         kept = [(x, x.grad) for r in self._retained if (x := r()) is not None] if not before else []
         for h, _ in hooks:
@@ -588,7 +579,7 @@ class Capture(TorchFunctionMode):
             with torch._C._EnableTorchFunction():
                 yield
         finally:
-            self.extra, self.phase, self.state.at_once = before, phase_before, once
+            self.extra, self.phase, (state.at_once, state.forward) = before, phase_before, once
             for h, saved in hooks:
                 h.update(saved)
             for x, grad in kept:
@@ -667,7 +658,7 @@ class Capture(TorchFunctionMode):
             self.current = None
         for derived in self._derived:
             derived.drop()
-        self._over = True
+        self._over, self.state.forward = True, False
 
     def add_up(self) -> None:
         """The sums over coordinates of what was measured."""
@@ -675,7 +666,7 @@ class Capture(TorchFunctionMode):
 
     def _begin_epoch(self) -> None:
         self.state.epoch += 1
-        self._over = False
+        self._over, self.state.forward = False, not self._depth
         self.sites.clear()
         self.keys.clear()
         self.losses.clear()

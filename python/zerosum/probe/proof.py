@@ -174,7 +174,7 @@ class Call:
     ) -> None:
         self.sources = sources
         self.by_rule = False  # whether the rule of its function covered it
-        self.short: Short | None = None  # the call without Python
+        self.short: Any = None  # the call without Python
         weights = {id(source.parameter) for source in sources}
         self.func, self.label, self.key, self.names = func, label, key, tuple(kwargs)
         args = (*args, *kwargs.values())
@@ -204,19 +204,27 @@ class Call:
 
 @dataclass
 class Short:
-    """A call as :mod:`zsl_kernels.uses` runs it."""
+    """How a call begins that :mod:`zsl_kernels.uses` runs."""
 
-    call: Any
-    names: tuple[str, ...]  # of keywords
+    label: str
+    key: Any
     operands: list[ParameterProbe | None]  # the weight and the bias, where they are the probe's
     lead: Sequence[int]  # the rows' dimensions
     covers: list[tuple[ParameterProbe, str]]
+    alone: int  # as a site's
+
+    def begin(self, capture: Capture, call: Any) -> Site:
+        site = Site(capture, self.label, [None if t is None else t.ref for t in self.operands], self.lead)
+        site.known, site.alone = call, self.alone
+        capture.keys.append(self.key)
+        for source, how in self.covers:
+            source.used = True
+            source.covered_by(how)
+        return site
 
     @classmethod
-    def of(
-        cls, state: State, known: Known, args: tuple[Any, ...], kwargs: dict[str, Any], sources: list[ParameterProbe]
-    ) -> Short | None:
-        """None where there is no such way."""
+    def of(cls, state: State, known: Known, call: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The call as it runs without Python; None where it cannot."""
         if uses.Call is None:
             return None
         bound, args = known.bind(*args, **kwargs), (*args, *kwargs.values())
@@ -224,15 +232,16 @@ class Short:
             return None  # keywords in another order, or none of a use's
         if known.kind == "layer_norm" and (len(args) < len(bound) or len(args[1]) != 1):
             return None
-        by_id = {id(source.parameter): source for source in sources}
+        by_id = {id(source.parameter): source for source in call.sources}
         found = [by_id.get(id(args[place])) if place < len(args) else None for place in known.places[1:]]
-        if sum(source is not None for source in found) != len(sources):
+        if sum(source is not None for source in found) != len(call.sources):
             return None
-        marks = [None if source is None else source.marks for source in found]
-        call = uses.Call(known.kind, state, args, marks, known.places, known.backward)
         names = (known.kind, f"{known.kind} bias")
         covers = [(source, how) for source, how in zip(found, names, strict=True) if source is not None]
-        return cls(call, tuple(kwargs), found, args[known.places[0]].shape[:-1], covers)
+        alone = sum(1 << k for k, source in enumerate(found) if source is not None)
+        short = cls(call.label, call.key, found, args[known.places[0]].shape[:-1], covers, alone)
+        marks = [None if source is None else source.marks for source in found]
+        return uses.Call(known.kind, state, call.func, tuple(kwargs), args, marks, known.places, short.begin, known.backward)
 
 
 class Tree:
@@ -283,6 +292,7 @@ class Structures:
         self.state = State()
         self.alone: dict[Any, bool] = {}  # which calls are functions of weights alone
         self.calls: dict[int, Call] = {}  # of the last pass, by their place in it
+        self.known: dict[int, Any] = {}  # those of them that run without Python
         self.tree: Tree | None = None
         self.examples_second: bool | None = None  # whether the model's input has positions first; None: not known
         self.views = False  # whether views of weights are used
@@ -291,6 +301,7 @@ class Structures:
 
     def remember(self, place: int, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], refs: Sequence[Any], key: Any) -> None:
         """Keeps a call whose weights are whole parameters."""
+        self.known.pop(place, None)
         weights = {id(ref.source.tensor) for ref in refs if ref.source.tensor is ref.source.parameters[0].tensor}
         operands = (*args, *kwargs.values())
         flat = all(not isinstance(x, (list, tuple)) or not any(isinstance(y, Tensor) for y in x) for x in operands)

@@ -33,9 +33,6 @@ class Pass:
     factors: tuple[Tensor, Tensor] | None = None  # the number of examples with losses, and Σ c over them, where read off the loss
     unbatched: Any = field(default=nullcontext, repr=False)  # the context in which results are computed
 
-    def __hash__(self) -> int:
-        return hash(self.number)
-
     @property
     def simple(self) -> bool:
         """Whether a use's statistics are those of its gradient as it is."""
