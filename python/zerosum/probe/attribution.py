@@ -12,7 +12,8 @@ derivative shows (:func:`couples`).
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -226,6 +227,35 @@ def find_cut(
     return cut
 
 
+@contextmanager
+def stopping(edges: Sequence[GradientEdge]) -> Iterator[None]:
+    """In which backward passes go no further than some tensors, whose gradients can still be had.
+
+    A tensor of a cut may be computed from another one: a penalty on hidden states beside the losses, losses that count twice. What
+    reaches it by the other one is not to be counted with both.
+    """
+    handles = []
+    for edge in edges if len(edges) > 1 else ():
+
+        def stop(grads: tuple[Tensor | None, ...], number: int = edge.output_nr) -> tuple[Tensor | None, ...]:
+            return tuple(torch.zeros_like(g) if k == number and g is not None else g for k, g in enumerate(grads))
+
+        handles.append(edge.node.register_prehook(stop))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def nested(edges: Sequence[GradientEdge]) -> bool:
+    """Whether some tensors are computed from others of them."""
+    nodes = {e.node for e in edges}
+    return len(nodes) > 1 and any(
+        not nodes.isdisjoint(nodes_between([x for x, _ in node.next_functions if x is not None], set())) for node in nodes
+    )
+
+
 class Unproved(Exception):
     """Why nothing can be said of what lies behind a cut."""
 
@@ -241,7 +271,7 @@ def derivative(
     given = [
         torch.ones(shape_of(e), device=_device(e), dtype=_dtype(e)) if g is None else g for e, g in zip(roots, grads, strict=True)
     ]
-    with torch.enable_grad():
+    with torch.enable_grad(), stopping(edges):
         try:
             found = torch.autograd.grad(list(roots), list(edges), given, create_graph=True, allow_unused=True)
         except RuntimeError as problem:
@@ -271,13 +301,18 @@ def couples(roots: Sequence[GradientEdge], grads: Sequence[Tensor | None], cut: 
     """Why the gradient at one example's part of the cut depends on another's, or an empty string.
 
     The Hessian H of what was differentiated with respect to the cut has no entries between examples exactly where H (w ∘ v), for
-    random v and weights w of the examples, is w ∘ (H v).
+    random v and weights w of the examples, is w ∘ (H v). Nor may the gradient depend on what goes past the cut, which several
+    examples may have made. (Weights, and functions of them alone, none has made.)
     """
-    with torch.enable_grad():
+    past = {n for n in cut.bypass if getattr(n, "variable", None) is None and not hasattr(n, "source")}
+    with torch.enable_grad(), stopping(cut.edges):
         first = derivative(roots, grads, cut.edges)
         ordered = [g for g in first if g is not None and g.requires_grad]
         if not ordered:
             return ""
+        known = nodes_between([g.grad_fn for g in ordered if g.grad_fn is not None], {e.node for e in cut.edges})
+        if any(node in past for node in known):
+            return "the loss is not a sum over them"
         generator = torch.Generator().manual_seed(examples)
         v = [torch.randn(g.shape, generator=generator, dtype=torch.float64).to(g) for g in ordered]
         axes = [axis for g, axis in zip(first, cut.axes, strict=True) if g is not None and g.requires_grad]

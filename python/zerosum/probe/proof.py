@@ -68,6 +68,8 @@ class Finding:
     checkpoints: dict[Node, int] = field(default_factory=dict)  # reentrant ones, with their results' dimension of examples, or -1
     first: bool = True  # whether it is the cut next to the roots
     consistent: bool = True  # whether the first use has its examples in the first dimension
+    orderly: bool = True  # whether the first use has its examples in regular order
+    doubtful: bool = False  # whether a tensor of the cut has the examples' number by chance
 
     @property
     def reached(self) -> int:
@@ -100,6 +102,7 @@ class Stored:
     since: int  # the pass in which it was proved
     settled: list[bool]  # whether no other layout fits a use's rows
     checkpoints: list[int]  # the dimension of examples of reentrant checkpoints, in the order of :func:`_checkpoints`
+    nested: bool = False  # whether some of the terms are computed from others
     used: int = 0
     unproved: str = ""
     proofs: int = 1  # that found these layouts, one after another
@@ -507,7 +510,7 @@ class Prover:
             ]
             reader = TailReader(terms, stored.examples, stored.labels)
             proof.rows_per_example = self._positions_of(capture) if self.positions else 1
-            if proof.apart:
+            if proof.apart or stored.nested:
                 reader.take(self._gradients(capture, roots, grads, Cut([edge for _, edge, _ in terms], [0] * len(terms)), raw=True))
                 proof.of.factors = reader.factors(proof.rows_per_example)
             else:
@@ -568,9 +571,12 @@ class Prover:
             if labels is not None and self.declared is None and best is not None and not best.cut.bypass:
                 continue  # rows tell nothing more than what has been seen
             finding = self._find_of(capture, roots, grads, N, size, labels)
+            if labels is not None and self.declared is None and best is not None and finding is not None and best.good:
+                if not self._of_losses(capture, roots, best, finding):
+                    continue
             if finding is not None and (best is None or _rank(finding) > _rank(best)):
                 best = finding
-            if best is not None and best.perfect and best.examples > 1:
+            if best is not None and best.perfect and best.orderly and best.examples > 1:
                 break
         if best is None:
             # A graph that leads to no use, or losses that nothing tells apart.
@@ -651,6 +657,25 @@ class Prover:
         lead = tuple(site.lead)
         return self._of_positions(capture, Layout(1, inner=1 if lead[:1] == (1,) or not lead else lead[0]), torch.Size(lead), True)
 
+    @staticmethod
+    def _of_losses(capture: Capture, roots: list[GradientEdge], best: Finding, flat: Finding) -> bool:
+        """Whether what goes past a cut is a sum over rows that were flattened, or known losses of them. A mean of features over all
+        rows, from which something is computed, is no example's own: that is how routers are balanced."""
+        calls = {call.node for call in capture.losses}
+        ends = {(e.node, e.output_nr) for e in (*best.cut.edges, *flat.cut.edges)}
+        stack, seen = list(roots), set()
+        while stack:
+            edge = stack.pop()
+            if (edge.node, edge.output_nr) in seen or (edge.node, edge.output_nr) in ends or edge.node in calls:
+                continue
+            seen.add((edge.node, edge.output_nr))
+            if edge.node in capture.auxiliary or getattr(edge.node, "variable", None) is not None:
+                continue
+            if math.prod(shape_of(edge)) > 1:
+                return False
+            stack += [e for _, e in _following(edge.node)]
+        return True
+
     def _find_of(
         self,
         capture: Capture,
@@ -671,7 +696,7 @@ class Prover:
                 if finding is None:
                     break
                 finding.first = tier == 0 and not skip
-                finding.consistent = _consistent(capture, finding)
+                finding.consistent, finding.orderly = _consistent(capture, finding), _orderly(finding)
                 contested = _in_parts(finding) or any(
                     axis and shape_of(e)[0] == size for e, axis in zip(cut.edges, cut.axes, strict=True)
                 )
@@ -679,25 +704,60 @@ class Prover:
                 if not borne_out:
                     skip |= {(e.node, e.output_nr) for e in cut.edges}
                     continue  # another dimension of the same size
-                if best is None or _rank(finding) > _rank(best):
-                    best = finding
+                alone = self._alone(capture, roots, grads, finding)
+                apart = self._apart(capture, roots, grads, finding, alone)
+                finding.doubtful = apart is not None
+                for one in (finding, apart):
+                    if one is not None and (best is None or _rank(one) > _rank(best)):
+                        best = one
                 vector = finding.first and all(len(shape_of(e)) == 1 for e in cut.edges)
                 if best is finding and finding.perfect and (finding.consistent or vector):
                     return finding
-                blamed = self._blame(capture, roots, grads, finding) if len(cut.edges) > 1 else cut.edges
-                skip |= {(e.node, e.output_nr) for e in blamed}
+                blamed = [e for e, one in alone if one is None or one.coupled or one.good < one.reached]
+                skip |= {(e.node, e.output_nr) for e in blamed or cut.edges}
         return best
 
-    def _blame(
+    def _alone(
         self, capture: Capture, roots: list[GradientEdge], grads: list[Tensor | None], finding: Finding
-    ) -> list[GradientEdge]:
-        """The tensors of a cut that do not tell the losses apart; all of them where none does."""
-        blamed = []
-        for edge, axis in zip(finding.cut.edges, finding.cut.axes, strict=True):
-            alone = self._name(capture, roots, grads, Cut([edge], [axis]), finding.examples, finding.labels)
-            if alone is None or alone.coupled or alone.good < alone.reached:
-                blamed.append(edge)
-        return blamed or finding.cut.edges
+    ) -> list[tuple[GradientEdge, Finding | None]]:
+        """What each tensor of a cut tells, where there are several of them and they do not tell the losses apart together."""
+        cut = finding.cut
+        if len(cut.edges) < 2 or finding.perfect:
+            return []
+        return [
+            (edge, self._name(capture, roots, grads, Cut([edge], [axis]), finding.examples, finding.labels))
+            for edge, axis in zip(cut.edges, cut.axes, strict=True)
+        ]
+
+    def _apart(
+        self,
+        capture: Capture,
+        roots: list[GradientEdge],
+        grads: list[Tensor | None],
+        finding: Finding,
+        alone: list[tuple[GradientEdge, Finding | None]],
+    ) -> Finding | None:
+        """The cut without its tensors that tell nothing: they have the examples' number by chance, as a balance loss of as many
+        experts has. None where there are no such tensors, or no others."""
+        chance = {(e.node, e.output_nr) for e, one in alone if one is not None and (one.coupled or not one.good)}
+        cut = finding.cut
+        own = [k for k, e in enumerate(cut.edges) if (e.node, e.output_nr) not in chance]
+        if not chance or not own:
+            return None
+        bypass = [*cut.bypass, *(node for node, _ in chance)]
+        found = self._name(
+            capture,
+            roots,
+            grads,
+            Cut([cut.edges[k] for k in own], [cut.axes[k] for k in own], bypass),
+            finding.examples,
+            finding.labels,
+        )
+        if found is None or found.coupled or not found.good:
+            return None
+        found.first = finding.first
+        found.consistent, found.orderly = _consistent(capture, found), _orderly(found)
+        return found
 
     @staticmethod
     def _barrier(node: Node) -> bool:
@@ -707,8 +767,9 @@ class Prover:
     def _gradients(
         self, capture: Capture, roots: list[GradientEdge], grads: list[Tensor | None], cut: Cut, raw: bool = False
     ) -> list[Any]:
-        """What was differentiated by the tensors of the cut."""
-        found = capture.extra_backward(roots, cut.edges, grads, Phase.NAMING)
+        """What was differentiated by the tensors of the cut, each without what reaches it by another one of them."""
+        with attribution.stopping(cut.edges):
+            found = capture.extra_backward(roots, cut.edges, grads, Phase.NAMING)
         if raw:
             return [None if g is None else g.detach() for g in found]
         return [
@@ -738,7 +799,10 @@ class Prover:
         except attribution.Unproved as reason:
             unproved = f"what lies between the losses and the root cannot be differentiated twice ({reason})"
         if coupled:
-            return Finding(cut, N, labels, gradients, [Named(None, reached=True) for _ in capture.sites], coupled)
+            behind = _all_sites_before([e.node for e in cut.edges]) | _all_sites_before(cut.bypass)
+            if not behind & set(capture.sites):
+                return None
+            return Finding(cut, N, labels, gradients, [Named(None, reached=site in behind) for site in capture.sites], coupled)
         places = {site: k for k, site in enumerate(capture.sites)}
         named = [Named(None, reached=False) for _ in capture.sites]
         problem = ""
@@ -953,6 +1017,7 @@ class Prover:
             self.structures.passes + 1,
             [n.settled for n in named],
             [finding.checkpoints.get(node, 0) for node in _checkpoints(roots)],
+            attribution.nested([e for term in terms or () if (e := follow_path(roots, term.path, term.names)) is not None]),
             unproved=finding.unproved,
         )
 
@@ -1175,10 +1240,11 @@ def _enough(examples: int) -> int:
     return 1 if examples < 2 else math.ceil(4 / (math.lgamma(examples + 1) / math.log(10)))
 
 
-def _rank(finding: Finding) -> tuple[bool, bool, int, int, bool, int]:
+def _rank(finding: Finding) -> tuple[bool | int, ...]:
     """Better findings are larger. Where nothing shows that what lies behind a cut keeps examples apart, another cut goes first."""
     sure = int(not any(finding.cut.axes)) if not finding.perfect else 3 if finding.consistent else 2
-    return not finding.coupled, not finding.unproved, sure, finding.good, not finding.cut.bypass, -finding.reached
+    proved = not finding.coupled, not finding.unproved
+    return *proved, sure, finding.good, not finding.doubtful, not finding.cut.bypass, -finding.reached, finding.orderly
 
 
 def _consistent(capture: Capture, finding: Finding) -> bool:
@@ -1190,6 +1256,13 @@ def _consistent(capture: Capture, finding: Finding) -> bool:
                 return True
             return layout.axis == 0
     return True
+
+
+def _orderly(finding: Finding) -> bool:
+    """Whether the use that is nearest to the model's input has its examples in regular order. Examples that lie anywhere may be
+    something else of their number, such as classes."""
+    layout = next((n.layout for n in finding.named if n.reached), None)
+    return layout is None or layout.ids is None
 
 
 def _in_parts(finding: Finding) -> bool:
@@ -1252,6 +1325,17 @@ def _sites_before(nodes: Sequence[Node]) -> tuple[dict[Site, Node], list[Node]]:
             continue
         stack.extend(x for x, _ in node.next_functions if x is not None and x not in seen)
     return sites, checkpoints
+
+
+def _all_sites_before(nodes: Sequence[Node]) -> set[Site]:
+    """The uses that some nodes lead to, behind reentrant checkpoints too."""
+    found: set[Site] = set()
+    for node in attribution.nodes_between(nodes, set()):
+        if (site := getattr(node, "site", None)) is not None:
+            found.add(site)
+        if (again := getattr(node, "again", None)) is not None:
+            found.update(again.sites)
+    return found
 
 
 def _checkpoints(roots: Sequence[GradientEdge]) -> list[Node]:
