@@ -297,6 +297,7 @@ class Structures:
         self.calls: dict[int, Call] = {}  # of the last pass, by their place in it
         self.known: dict[int, Any] = {}  # those of them that run without Python
         self.tree: Tree | None = None
+        self.told: set[int] = set()  # numbers of examples of which it was said that they may be others
         self.examples_second: bool | None = None  # whether the model's input has positions first; None: not known
         self.views = False  # whether views of weights are used
         self.tracks = True  # whether that has to be found out in the next block
@@ -366,32 +367,39 @@ class Prover:
                     stacklevel=2,
                 )
 
+    @staticmethod
+    def _leads(capture: Capture) -> list[Sequence[int]]:
+        """The shapes of what enters the model; where it is not called, of the rows of its first use of a weight."""
+        return [x.shape for x in capture.inputs if x.ndim] or [site.lead for site in capture.sites if site.lead][:1]
+
     def _sizes(self, capture: Capture, roots: Sequence[GradientEdge], grads: Sequence[Tensor | None]) -> list[int]:
         """What N may be, the likeliest first."""
         if self.num_examples is not None:
             return [self.num_examples]
-        inputs = [x.shape[0] for x in reversed(capture.inputs) if x.ndim]
-        rows = [x.shape[:2].numel() for x in capture.inputs if x.ndim > 1]
-        if not capture.inputs:
-            inputs += [site.lead[0] for site in capture.sites if site.lead][:1]
+        leads = self._leads(capture)
+        inputs = [lead[0] for lead in reversed(leads) if lead]
+        rows = [lead[0] * lead[1] for lead in leads if len(lead) > 1]
         # A vector of losses, where it is not one of all positions' losses.
         flat = {*rows, *(n - 1 for n in rows if inputs and inputs[0] == 1)}
         lengths = list(_vectors(roots))
         vectors = [size for size in lengths if size > 1 and size not in flat - set(inputs)]
         # As many losses as the input has of a second dimension: positions may come first.
-        leads: list[Sequence[int]] = [x.shape for x in capture.inputs] or [site.lead for site in capture.sites[:1]]
         second = {n for lead in leads for n in lead[1:2]}
         found = [*(size for size in vectors if size in second), *inputs, *vectors]
-        if 1 in lengths and 1 in second and found and found[0] > 1 and self.structures.examples_second:
-            found.insert(0, 1)  # as in the passes before, which had more examples
-        elif 1 in lengths and 1 in second and found and found[0] > 1 and self.structures.examples_second is None:
-            self.structures.examples_second = False
-            warnings.warn(
-                f"zerosum.Probe: the model's input is ({found[0]}, 1, …) and there is one loss. These are {found[0]} examples, or "
-                f"one example whose positions come first. The probe assumes {found[0]} examples: num_examples says otherwise",
-                UserWarning,
-                stacklevel=2,
-            )
+        if found and found[0] > 1 and 1 in lengths and 1 in second:
+            if self.structures.examples_second:
+                found.insert(0, 1)  # as in the passes before, which had more examples
+            elif self.structures.examples_second is None:
+                self.structures.examples_second = False
+                warnings.warn(
+                    f"zerosum.Probe: the model's input is ({found[0]}, 1, …) and there is one loss. These are {found[0]} examples, "
+                    f"or one example whose positions come first. The probe assumes {found[0]} examples: num_examples says "
+                    "otherwise",
+                    UserWarning,
+                    stacklevel=2,
+                )
+        elif found and found[0] == 1 and self.structures.examples_second:
+            found = [*(n for n in leads[-1][1:2] if n in lengths), *found] if leads else found
         return list(dict.fromkeys(found))
 
     # One backward pass ------------------------------------------------------------------------------------------------------------
@@ -564,30 +572,34 @@ class Prover:
         best: Finding | None = None
         sizes = self._sizes(capture, roots, grads)
         if sizes and sizes[0] <= 1 and len(sizes) == 1:
-            return self._single(capture, roots, grads, sizes[0])
+            alone = self._single(capture, roots, grads, sizes[0])
+            return self._other_reading(capture, roots, grads, sizes[0], alone.named) or alone
         for labels, N, size in self._divisions(capture, sizes):
             if not N:
                 continue
             if labels is not None and self.declared is None and best is not None and not best.cut.bypass:
                 continue  # rows tell nothing more than what has been seen
             finding = self._find_of(capture, roots, grads, N, size, labels)
-            if labels is not None and self.declared is None and best is not None and finding is not None and best.good:
-                if not self._of_losses(capture, roots, best, finding):
-                    continue
+            rows_alone = labels is not None and self.declared is None
+            if rows_alone and best and best.good and finding and not self._of_losses(capture, roots, best, finding):
+                continue
             if finding is not None and (best is None or _rank(finding) > _rank(best)):
                 best = finding
             if best is not None and best.perfect and best.orderly and best.examples > 1:
                 break
+        one = "; if all of it is one example, num_examples=1 says so" if self.num_examples is None and 1 in _vectors(roots) else ""
         if best is None:
             # A graph that leads to no use, or losses that nothing tells apart.
             if not self._reaches(capture, roots, grads):
                 return None
-            problem = "the examples are coupled before the loss: no tensor on the way from the loss has a dimension of examples"
+            problem = f"the examples are coupled before the loss: no tensor on the way from it has a dimension of examples{one}"
             best = Finding(Cut([], []), sizes[0] if sizes else 0, None, [], [Named(None, problem, True) for _ in capture.sites])
+        if best.perfect and best.labels is None:
+            best = self._other_reading(capture, roots, grads, best.examples, best.named) or best
         if best.examples == 1 and sizes[:1] == [1]:
             return self._single(capture, roots, grads, 1)
         if best.coupled:
-            problem = f"the examples are coupled before the loss: {best.coupled}"
+            problem = f"the examples are coupled before the loss: {best.coupled}{one}"
             best.named = [Named(None, problem, True, reached=n.reached) for n in best.named]
         if best.perfect and capture.inputs and capture.inputs[-1].ndim > 1 and best.examples > 1:
             first, second = capture.inputs[-1].shape[:2]
@@ -602,6 +614,61 @@ class Prover:
             best.named = [Named(None, n.problem or problem, True, reached=n.reached) for n in best.named]
         self._tell(capture, best)
         return best
+
+    def _other_reading(
+        self, capture: Capture, roots: list[GradientEdge], grads: list[Tensor | None], N: int, named: list[Named]
+    ) -> Finding | None:
+        """Warns where the losses fit another number of examples as well as N, with which the uses are ``named``.
+
+        What was found with that number is returned where it is the likelier one: one row, whose losses are added up to several,
+        has several sequences."""
+        if self.num_examples is not None or self.positions or capture._over:
+            return None
+        lead = next(reversed(self._leads(capture)), ())
+        for n in dict.fromkeys(_vectors(roots)):
+            if n < 2 or n == N or 1 < N < n:
+                continue
+            found = self._find_of(capture, roots, grads, n, n, None)
+            if found is None or not found.perfect or any(shape_of(e) != (n,) for e in found.cut.edges):
+                continue
+            before = [one.names for one in named] if N > 1 else [None] * len(found.named)
+            k = next(k for k, one in enumerate(found.named) if one.reached)
+            names, theirs = found.named[k].names, before[k]
+            if names is None or (N > 1 and theirs is None):
+                continue
+            names, theirs = names.flatten(), torch.arange(names.numel()) if theirs is None else theirs.flatten()
+            pairs = torch.stack([names.cpu(), theirs.cpu()])[:, names.cpu() >= 0].unique(dim=1)  # the rows of each
+            counts = pairs[0].bincount()
+            if int((counts > 0).sum()) < 2:
+                continue
+            if N == 1 and tuple(lead[:2]) == (1, n):
+                if self.structures.examples_second is not None:
+                    continue
+                assumed = "one example"
+                shown = (
+                    f"the model's input is (1, {n}, …) and there are {n} losses. This is one example of {n} positions, or {n} "
+                    "examples whose positions come first"
+                )
+            elif not bool((counts > 1).any()):
+                continue
+            elif N == 1:
+                assumed = f"{n} examples"
+                shown = (
+                    f"the model's input is one row, of whose losses there are {n} sums. These are {n} examples, such as packed "
+                    "sequences, or one"
+                )
+            else:
+                assumed = f"{N} examples"
+                shown = (
+                    f"the model's input has {N} rows, of whose losses there are {n} sums. These are {N} examples, or {n} such as "
+                    "packed sequences"
+                )
+            if N not in self.structures.told:
+                self.structures.told.add(N)
+                said = f"zerosum.Probe: {shown}. The probe assumes {assumed}: num_examples says otherwise"
+                warnings.warn(said, UserWarning, stacklevel=2)
+            return found if N == 1 and tuple(lead[:2]) != (1, n) else None
+        return None
 
     def _ordered(self, capture: Capture, roots: list[GradientEdge], grads: list[Tensor | None], finding: Finding) -> Finding:
         """With the examples in the order of the first vector of losses, where the last one is a permutation of it."""
@@ -1298,10 +1365,13 @@ def _vectors(roots: Sequence[GradientEdge]) -> Iterator[int]:
         edge = stack.pop(0)
         seen += 1
         shape = shape_of(edge)
+        following = [e for _, e in _following(edge.node) if e.node._input_metadata] if not Prover._barrier(edge.node) else []
+        if shape == (1,) and following and all(len(shape_of(e)) < 2 and shape_of(e) != (1,) for e in following):
+            shape = ()  # a total that has kept its dimension
         if len(shape) == 1:
             yield shape[0]
-        elif not shape and not Prover._barrier(edge.node):
-            stack += [e for _, e in _following(edge.node) if e.node._input_metadata]
+        elif not shape:
+            stack += following
 
 
 def _sites_before(nodes: Sequence[Node]) -> tuple[dict[Site, Node], list[Node]]:
