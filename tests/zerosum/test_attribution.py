@@ -296,8 +296,21 @@ def test_a_constant_that_looks_like_examples(n: int, t: int) -> None:
 # Mixing, then what no mode sees into.
 
 
+class Signed(torch.autograd.Function):
+    """A function of the user's, without weights: x|x|, which cuts no example off."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return x * x.abs()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return 2 * grad * ctx.saved_tensors[0].abs()
+
+
 class Squared(torch.autograd.Function):
-    """A function of the user's, without weights."""
+    """The same, where negative numbers have no gradient."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
@@ -329,8 +342,8 @@ def scripted() -> Callable[[Tensor], Tensor]:
 
 
 OPAQUE: dict[str, Callable[[Tensor], Tensor]] = {
-    "custom function": Squared.apply,
-    "vmap over examples": torch.vmap(lambda row: torch.tanh(row) * row.sum()),
+    "custom function": Signed.apply,
+    "vmap over examples": torch.vmap(lambda row: torch.tanh(row) * row.mean()),
     "vmap over positions": torch.vmap(lambda row: torch.tanh(row) + row.square(), in_dims=1, out_dims=1),
     "script": lambda x: scripted()(x),
     "reentrant checkpoint": lambda x: checkpoint(torch.tanh, x, use_reentrant=True),
@@ -361,6 +374,23 @@ def test_weights_below_a_mixing_are_refused_and_those_above_are_covered(mixing: 
     assert {"more.weight", "more.bias", "b", "last.weight", "last.bias"} <= set(report)
     # Further functions on both sides change nothing of it.
     report = check_middle(lambda m, x: hide(m.more(hide(mix(hide(m.again(x)))))), n, t, refused=BELOW)
+    assert {"more.weight", "more.bias", "last.weight", "last.bias"} <= set(report)
+
+
+# What cuts examples off: negative numbers have no gradient, and where a sum is large the hyperbolic tangent has none.
+CUTTING: dict[str, Callable[[Tensor], Tensor]] = {
+    "custom function": Squared.apply,
+    "vmap over examples": torch.vmap(lambda row: torch.tanh(row) * row.sum()),
+}
+
+
+@pytest.mark.parametrize(("n", "t"), [(3, 5), (4, 4), (6, 4)])
+@pytest.mark.parametrize("opaque", CUTTING)
+@pytest.mark.parametrize("mixing", MIXINGS)
+def test_a_mixing_whose_examples_are_cut_off_is_refused_or_exact(mixing: str, opaque: str, n: int, t: int) -> None:
+    """Where all but one example's gradients vanish above a mixing, its rows are that example's alone, and may be covered."""
+    mix, hide = MIXINGS[mixing], CUTTING[opaque]
+    report = check_middle(lambda m, x: hide(m.more(hide(mix(hide(m.again(x)))))), n, t, optional=BELOW)
     assert {"more.weight", "more.bias", "last.weight", "last.bias"} <= set(report)
 
 
@@ -402,7 +432,8 @@ def test_a_mixing_without_a_gradient_is_no_mixing(n: int, t: int) -> None:
 def test_one_example_meets_nobody(mixing: str, n: int, t: int) -> None:
     """What mixes examples, over one: its gradient is its own. (Centered alone would leave zeros.)"""
     mix = MIXINGS[mixing]
-    check_middle(lambda m, x: m.more(x + mix(m.again(x))), n, t)
+    # A column that is centered over its positions too does not depend on what is added to it.
+    check_middle(lambda m, x: m.more(x + mix(m.again(x))), n, t, vanishing=("again.bias",) if mixing == "vmap" else ())
 
 
 # Rows that are picked by number and meet (N, …) tensors.
@@ -518,6 +549,10 @@ PAIRED: dict[str, Callable[[nn.Module, Tensor, Tensor], Tensor]] = {
 }
 
 
+# Both inputs enter the model as one tensor's first dimension.
+ONE_INPUT = ("joined and cut", "joined and sliced", "interleaved", "stacked in front")
+
+
 @sizes
 @pytest.mark.parametrize("told", [True, False])
 @pytest.mark.parametrize("pair", PAIRED)
@@ -526,6 +561,11 @@ def test_an_example_is_a_pair_of_inputs(pair: str, told: bool, n: int, t: int) -
     torch.manual_seed(0)
     model = Around(lambda m, x: m.again(x) * m.b).double()
     a, b = torch.randn(2, n, t, 3, dtype=torch.float64)
+    if not told and n == 1 and pair in ONE_INPUT:
+        # Two rows and one loss that couples them: two examples that meet, or a pair. The probe refuses, and says how to tell.
+        argument = "num_examples" if pair == "stacked in front" else "num_examples=1"
+        check_or_told(model, lambda: PAIRED[pair](model, a, b), argument=argument)
+        return
     # What compares two outputs does not depend on what is added to both.
     check(model, lambda: PAIRED[pair](model, a, b), vanishing=("last.bias",), **({"num_examples": n} if told else {}))
 
@@ -642,18 +682,34 @@ class Encoder(nn.Module):
 @pytest.mark.parametrize("how", ["plain", "checkpoint", "reentrant"])
 @pytest.mark.parametrize("batch_first", [True, False])
 def test_torchs_encoder_layers(batch_first: bool, how: str, n: int, t: int) -> None:
-    """With N the number of heads among the sizes; sequence first, the losses (N,) alone say what N is."""
+    """With N the number of heads among the sizes; sequence first, the losses (N,) alone say what N is.
+
+    They do not where there is one example or one position: (T, 1) and one loss may be T examples, and (1, N) and N losses one.
+    """
     torch.manual_seed(0)
     model = Encoder(batch_first, how).double()
     x = torch.randn((n, t, 3) if batch_first else (t, n, 3), dtype=torch.float64)
-    check(model, lambda: square_losses(model(x) if batch_first else model(x).transpose(0, 1)))
+    options = {"num_examples": n} if not batch_first and 1 in (n, t) and n != t else {}
+    check(model, lambda: square_losses(model(x) if batch_first else model(x).transpose(0, 1)), **options)
+
+
+@pytest.mark.parametrize(("n", "t"), [(1, 5), (5, 1)])
+@pytest.mark.parametrize("how", ["plain", "checkpoint", "reentrant"])
+def test_one_example_or_one_position_with_sequences_first_is_told(how: str, n: int, t: int) -> None:
+    torch.manual_seed(0)
+    model = Encoder(False, how).double()
+    x = torch.randn((t, n, 3), dtype=torch.float64)
+    check_or_told(model, lambda: square_losses(model(x).transpose(0, 1)), argument="num_examples")
 
 
 @pytest.mark.parametrize(("n", "t"), [(3, 5), (4, 4), (1, 5), (5, 1)])
 @pytest.mark.parametrize("told", [True, False])
 @pytest.mark.parametrize("kind", ["linear", "GRU", "LSTM", "attention", "convolution", "embedding"])
 def test_sequences_first_with_a_loss_for_each_example(kind: str, told: bool, n: int, t: int) -> None:
-    """(T, N, ·) all the way: (N,) losses are what tells the examples from the positions, at N = T too."""
+    """(T, N, ·) all the way: (N,) losses are what tells the examples from the positions, at N = T too.
+
+    With one example or one position nothing tells, and the probe asks; but for a convolution, whose input is (N, ·, T).
+    """
     torch.manual_seed(0)
     x: Tensor = torch.randn(t, n, WIDTH, dtype=torch.float64)
     layers: dict[str, Callable[[], nn.Module]] = {
@@ -678,7 +734,10 @@ def test_sequences_first_with_a_loss_for_each_example(kind: str, told: bool, n: 
         h = h[0] if isinstance(h, tuple) else h
         return model["last"](torch.tanh(h)).square().mean((0, 2))
 
-    check(model, losses, **({"num_examples": n} if told else {}))
+    if not told and 1 in (n, t) and kind != "convolution":
+        check_or_told(model, losses, argument="num_examples")
+    else:
+        check(model, losses, **({"num_examples": n} if told else {}))
 
 
 # Mixtures of experts by hand.
@@ -883,7 +942,11 @@ class PackedModel(nn.Module):
 @pytest.mark.parametrize("attend", [True, False])
 @pytest.mark.parametrize("leading", [True, False])
 def test_documents_that_are_packed(leading: bool, attend: bool, named: str, lengths: tuple[int, ...]) -> None:
-    """(R,) or (1, R) tokens, and losses (N,) by index_add. Ids name the examples, or their number does, or nothing."""
+    """(R,) or (1, R) tokens, and losses (N,) by index_add. Ids name the examples, or their number does, or nothing.
+
+    With nothing the probe says that there may be others. It cannot where one total is formed: the rows are then the examples, as
+    those of any batch are. Where they meet, that is what is said.
+    """
     if leading and named == "ids":
         pytest.skip("ids are of the first dimension's entries")
     torch.manual_seed(0)
@@ -898,8 +961,11 @@ def test_documents_that_are_packed(leading: bool, attend: bool, named: str, leng
         return rows.new_zeros(n).index_add(0, ids, rows)
 
     step = (lambda: losses(mark=True).sum().backward()) if named == "ids" else None
-    if named == "nothing":
-        check_or_told(model, losses)
+    if named == "nothing" and not leading and not attend and n == 1 < len(ids):
+        check(model, lambda: F.cross_entropy(model(tokens, ids), targets, reduction="none"), lambda: losses().sum().backward())
+    elif named == "nothing":
+        one_total = not leading and n == 1
+        check_or_told(model, losses, argument="serve several examples" if one_total and n < len(ids) else "num_examples")
     else:
         check(model, losses, step, num_examples=n)
 

@@ -631,9 +631,13 @@ class Prover:
             found = self._find_of(capture, roots, grads, n, n, None)
             if found is None or not found.perfect or any(shape_of(e) != (n,) for e in found.cut.edges):
                 continue
-            before = [one.names for one in named] if N > 1 else [None] * len(found.named)
-            k = next(k for k, one in enumerate(found.named) if one.reached)
-            names, theirs = found.named[k].names, before[k]
+            part: Finding | None = found  # one of the vectors: they may be parts of a longer one
+            if len(found.cut.edges) > 1:
+                part = self._name(capture, roots, grads, Cut(found.cut.edges[:1], [0]), n, None)
+            if part is None:
+                continue
+            k = next(k for k, one in enumerate(part.named) if one.reached)
+            names, theirs = part.named[k].names, named[k].names if N > 1 else None
             if names is None or (N > 1 and theirs is None):
                 continue
             names, theirs = names.flatten(), torch.arange(names.numel()) if theirs is None else theirs.flatten()
