@@ -10,7 +10,7 @@ import math
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -336,6 +336,7 @@ class Prover:
         self.verify = verify
         self.structures = structures
         self.declared: Tensor | None = None  # the example of each row, as the user says
+        self._found: dict[Any, tuple[Finding | None, Tensor | None]] = {}  # what cuts have told of the graph at hand
         self._barred: set[Site] = set()  # uses whose gradient comes by a reentrant checkpoint and another way
 
     # What is known before ---------------------------------------------------------------------------------------------------------
@@ -417,7 +418,10 @@ class Prover:
                 stored.used += 1
                 self._settle(capture, roots, grads, proof, stored)
                 return proof
-        finding = self._trust(capture) if self.verify == "never" else self._find(capture, roots, grads)
+        try:
+            finding = self._trust(capture) if self.verify == "never" else self._find(capture, roots, grads)
+        finally:
+            self._found.clear()
         if finding is None:
             return None
         earlier, stored = stored, self._store(capture, roots, grads, finding)
@@ -861,7 +865,23 @@ class Prover:
         N: int,
         labels: Tensor | None,
     ) -> Finding | None:
-        """Names the rows of all uses from one cut. None where no use is reached."""
+        """Names the rows of all uses from one cut. None where no use is reached. The same cut comes up again and again."""
+        edges = frozenset(zip(((e.node, e.output_nr) for e in cut.edges), cut.axes, strict=True))
+        key = edges, frozenset(cut.bypass), N, id(labels)
+        if key not in self._found:
+            self._found[key] = self._name_anew(capture, roots, grads, cut, N, labels), labels  # (kept, for its id)
+        found, _ = self._found[key]
+        return None if found is None else replace(found, named=[replace(one) for one in found.named])
+
+    def _name_anew(
+        self,
+        capture: Capture,
+        roots: list[GradientEdge],
+        grads: list[Tensor | None],
+        cut: Cut,
+        N: int,
+        labels: Tensor | None,
+    ) -> Finding | None:
         gradients = self._gradients(capture, roots, grads, cut)
         coupled, unproved = "", ""
         try:
