@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import pytest
 import torch
@@ -443,6 +444,69 @@ def test_two_losses_of_each_example(batch: Batch) -> None:
     check_end(batch, lambda b: (b.each() + 0.5 * b.rows().sum(1)).mean(), lambda b: b.each() + 0.5 * b.rows().sum(1))
 
 
+class Hidden(torch.autograd.Function):
+    """A layer that no mode sees."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return x @ weight.T
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+        x, weight = ctx.saved_tensors
+        return grad @ weight, grad.flatten(0, -2).T @ x.flatten(0, -2)
+
+
+PENALTIES: dict[str, Callable[[Tensor], Tensor]] = {"squares": torch.square, "the states themselves": lambda h: h}
+
+
+@pytest.mark.parametrize(("n", "t"), [(3, 5), (4, 4), (7, 3), (1, 5)])
+@pytest.mark.parametrize("seen", [True, False])
+@pytest.mark.parametrize("penalty", PENALTIES)
+def test_a_penalty_on_hidden_states_beside_the_losses(penalty: str, seen: bool, batch: Batch) -> None:
+    """The losses are computed from the states: their gradient there is not to be counted with the penalty's and again."""
+    below = nn.Linear(WIDTH, WIDTH, bias=False).double()
+    batch.model.below = below
+
+    def states(b: Batch) -> Tensor:
+        x = b.hidden()
+        return torch.sigmoid(below(x) if seen else Hidden.apply(x, below.weight))
+
+    def each(b: Batch, h: Tensor) -> Tensor:
+        return F.cross_entropy(b.model.pooled(h.mean(1)), b.classes, reduction="none")
+
+    def total(b: Batch) -> Tensor:
+        h = states(b)
+        return each(b, h).mean() + 0.1 * PENALTIES[penalty](h).mean()
+
+    def own(b: Batch) -> Tensor:
+        h = states(b)
+        return each(b, h) + 0.1 * PENALTIES[penalty](h).mean((1, 2))
+
+    check_end(batch, total, own)
+
+
+@pytest.mark.parametrize(("n", "t"), [(3, 5), (4, 4), (7, 3)])
+@pytest.mark.parametrize("marked", [True, False])
+def test_a_penalty_on_hidden_states_with_a_term_of_its_own(marked: bool, batch: Batch) -> None:
+    """A marked term is set apart in a backward pass from the losses and the penalty; one on a weight is named."""
+
+    def total(b: Batch) -> Tensor:
+        term = 0.2 * b.model.pooled.weight.square().sum()
+        return b.each().mean() + 0.1 * b.hidden().square().mean() + (zerosum.auxiliary(term) if marked else term)
+
+    def step() -> None:
+        batch.kept.clear()
+        total(batch).backward()
+
+    def losses() -> Tensor:
+        batch.kept.clear()
+        return batch.each() + 0.1 * batch.hidden().square().mean((1, 2))
+
+    check(batch.model, losses, step, refused=() if marked else ("pooled.weight",))
+
+
 # Micro-batches, and scalers.
 
 
@@ -595,6 +659,8 @@ COUPLED: dict[str, Loss] = {
     "mean of one times mean of another": lambda b: b.each().mean() * b.rows().mean(),
     "perplexity": lambda b: F.cross_entropy(b.logits().flatten(0, 1), b.targets.flatten()).exp(),
     "square of a total": lambda b: F.cross_entropy(b.pooled(), b.classes, reduction="sum") ** 2,
+    "times a balance of the rows": lambda b: b.each().mean() * (1 + b.logits().flatten(0, 1).mean(0).square().sum()),
+    "over a balance of the rows": lambda b: b.rows().mean() / (1 + b.pooled().mean(0).square().sum()),
     "ratio of two": lambda b: b.each().sum() / b.rows().sum(),
     "contrast": lambda b: F.cross_entropy(b.pooled() @ b.pooled().T, torch.arange(b.n)),
     "norm": lambda b: b.logits().norm(),

@@ -277,9 +277,11 @@ def derivative(
         except RuntimeError as problem:
             raise Unproved(str(problem).splitlines()[0]) from problem
     # A user's function may compute its backward pass of numbers that it kept, which says nothing of what they depend on.
-    for node in nodes_between([e.node for e in roots], {e.node for e in edges}):
+    ends = {e.node for e in edges}
+    for node in nodes_between([e.node for e in roots], ends):
         own = any(hasattr(node, name) for name in ("site", "again", "source"))
-        if isinstance(node, torch.autograd.function.BackwardCFunction) and not own:
+        users = isinstance(node, torch.autograd.function.BackwardCFunction) and not own
+        if users and not ends.isdisjoint(nodes_between([node], set())):
             raise Unproved(f"{node.name()} is a function of the user's")
     return found
 
