@@ -1,4 +1,4 @@
-# make test | fuzz | demo | bench | gpu-report | lint. The first call makes .venv, installs pinned dependencies and builds; later calls start at once.
+# make test | test-all | fuzz | demo | bench | gpu-report | lint. The first call makes .venv, installs pinned dependencies and builds; later calls start at once.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -7,7 +7,7 @@ NATIVE := $(shell find csrc -type f)
 DEMO_ARGS ?= --sizes 3 --layers 3
 PACKAGES := zsl_kernels python tests benchmarks setup.py
 
-.PHONY: all test fuzz demo bench gpu-report lint format clean
+.PHONY: all test test-all fuzz demo bench gpu-report lint format clean
 all: $(VENV)/.built
 
 $(VENV)/.installed: requirements.txt
@@ -21,6 +21,10 @@ $(VENV)/.built: $(VENV)/.installed pyproject.toml setup.py $(NATIVE)
 
 test: $(VENV)/.built
 	ZSL_REQUIRE_NATIVE=1 $(BIN)/python -m pytest tests -n auto --maxprocesses 8 --dist worksteal $(PYTEST_ARGS)
+
+# Every case of attribution and of the loss end too, of which `make test` runs a third: 10 more minutes of one core.
+test-all: export ZSL_TEST_ALL = 1
+test-all: test
 
 # 2000 random models under the probe, three passes each, against one backward pass for each example: 3 to 5 minutes on 2 cores.
 fuzz: $(VENV)/.built
