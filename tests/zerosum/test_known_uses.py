@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import zerosum
 import zsl_kernels as zk
 from tests.zerosum.oracle import PASSES, assert_truth, direction_for, gradients, per_example_gradients, trainable
-from zerosum.probe import proof
+from zerosum.probe import capture, proof, rules
 from zerosum.probe.rules import linear, norm
 from zsl_kernels import uses
 
@@ -283,6 +283,64 @@ def test_gradients_that_are_differentiated_again(calls: list[str]) -> None:
     assert model.last.weight.grad is not None
     assert model.last.weight.grad.requires_grad
     assert_truth(probe.report(), per_example_gradients(losses_of(model(x)), model, trainable(model)))
+
+
+class Operand(nn.Module):
+    """A product of activations, later of a weight, or a view of one, of the same shape."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(WIDTH, 7)
+        self.other = nn.Parameter(torch.randn(N, 7))
+        self.last = nn.Linear(7, 5)
+
+    def forward(self, x: Tensor, way: str) -> Tensor:
+        h = self.first(x)
+        operand = {"weight": self.other, "view": self.other.view(N, 7)}.get(way, h)
+        return self.last(operand) * h.sum(1, keepdim=True) + self.other.sum() * h.mean()
+
+
+@pytest.mark.parametrize("way", ["weight", "view"])
+def test_an_activation_is_a_weight_later(way: str) -> None:
+    torch.manual_seed(0)
+    model = Operand().double()
+    probe = zerosum.Probe(model, num_examples=N)
+    for k in range(PASSES + 2):
+        x, now = torch.randn(N, WIDTH, dtype=torch.float64), way if k >= PASSES else ""
+
+        def losses() -> Tensor:
+            return model(x, now).square().sum(1)  # noqa: B023
+
+        model.zero_grad()
+        with warnings.catch_warnings(), probe:
+            warnings.simplefilter("ignore")
+            losses().sum().backward()
+        grads = gradients(model)
+        truth = per_example_gradients(losses(), model, trainable(model))
+        for name, g in truth.items():
+            torch.testing.assert_close(grads[name], g.sum(0), rtol=1e-10, atol=1e-12)
+        assert_truth(probe.report(), truth, gram=False, refusable=True)
+
+
+def test_a_rule_that_is_registered_later_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("RULES", "KNOWN"):
+        for module in (rules, capture):
+            monkeypatch.setattr(module, name, dict(getattr(rules, name)))
+    capture.RULES, capture.KNOWN = rules.RULES, rules.KNOWN
+    model, x = setup()
+    probe, called = zerosum.Probe(model), []
+    for k in range(PASSES + 3):
+        if k == PASSES:
+
+            @zerosum.rule(F.linear)
+            def double(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+                called.append(1)
+                y = x @ weight.mT
+                return y if bias is None else y + bias
+
+        report = step(probe, model, x)
+        assert_truth(report, per_example_gradients(losses_of(model(x)), model, trainable(model)), gram=False)
+        assert bool(called) == (k >= PASSES)
 
 
 class Count(TorchDispatchMode):
