@@ -340,15 +340,10 @@ struct Argument {
 // A call of one place in the model, to be known again by its function, its weights and its operands' shapes.
 class Call {
  public:
-  // `begin` takes the mode and this call, and gives the site; `function` and `names`, of keywords, and the arguments are those of
-  // the call.
+  // `function`, `names` of keywords and the arguments are those of the call.
   Call(const std::string& kind, std::shared_ptr<State> state, py::object function, py::tuple names, const py::tuple& args,
-       const std::vector<std::shared_ptr<Weight>>& weights, std::array<int, 3> places, py::object begin, py::object backward)
-      : known_(std::make_shared<Known>()),
-        function_(std::move(function)),
-        begin_(std::move(begin)),
-        names_(std::move(names)),
-        places_(places) {
+       const std::vector<std::shared_ptr<Weight>>& weights, std::array<int, 3> places, py::object backward)
+      : known_(std::make_shared<Known>()), function_(std::move(function)), names_(std::move(names)), places_(places) {
     known_->kind = kind == "linear" ? Kind::linear : kind == "addmm" ? Kind::addmm : Kind::layer_norm;
     known_->state = std::move(state);
     TORCH_CHECK(weights.size() == 2, "weights: expected two, got ", weights.size());
@@ -370,7 +365,7 @@ class Call {
   }
 
   // The result of the call in the mode, or nothing where it is not like the one before.
-  py::object run(py::handle self, py::handle mode, PyObject* function, PyObject* args, PyObject* kwargs, PyObject* sources) const {
+  py::object run(py::handle mode, PyObject* function, PyObject* args, PyObject* kwargs, PyObject* sources) const {
     const State& state = *known_->state;
     const std::vector<PyObject*> given = arguments(function, args, kwargs);
     if (given.empty()) return {};
@@ -381,7 +376,7 @@ class Call {
     const Tensor x = at(given, 0), weight = at(given, 1), bias = at(given, 2);
     if (at::autocast::is_autocast_enabled(x.device().type())) return {};
     const size_t index = static_cast<size_t>(PyList_GET_SIZE(mode.attr("sites").ptr()));
-    UsePtr use = c10::make_intrusive<Use>(known_, begin_(mode, self), index);
+    UsePtr use = c10::make_intrusive<Use>(known_, mode.attr("begin")(), index);
     for (const auto& w : known_->weights)
       if (w) w->alone = state.epoch;
     const Tensor anchor = py::cast<Tensor>(mode.attr("anchor"));
@@ -438,7 +433,7 @@ class Call {
   }
 
   std::shared_ptr<Known> known_;
-  py::object function_, begin_;
+  py::object function_;
   py::tuple names_;
   std::array<int, 3> places_;  // of x, the weight and the bias; -1: none
   std::vector<Argument> arguments_;
@@ -508,7 +503,7 @@ py::object run_known(py::handle mode, PyObject* function, PyObject* args, PyObje
   PyObject* const found = PyDict_GetItemWithError(known.ptr(), place.ptr());
   if (!found) return {};
   const py::object call = py::reinterpret_borrow<py::object>(found);
-  return py::cast<const Call&>(call).run(call, mode, function, args, kwargs, sources);
+  return py::cast<const Call&>(call).run(mode, function, args, kwargs, sources);
 }
 
 // What a mode's __torch_function__ does for most calls: nothing. `rest` is (handler, the functions that it wants to see in any
@@ -578,7 +573,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
       .def("__call__", &on_gradient);
   py::class_<Call>(m, "Call")
       .def(py::init<const std::string&, std::shared_ptr<State>, py::object, py::tuple, const py::tuple&,
-                    const std::vector<std::shared_ptr<Weight>>&, std::array<int, 3>, py::object, py::object>())
+                    const std::vector<std::shared_ptr<Weight>>&, std::array<int, 3>, py::object>())
       .def_property_readonly("planned", &Call::planned)
       .def("plan", &Call::plan);
   m.def("run_known",

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import warnings
+from collections import Counter
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -13,6 +17,10 @@ from torch.utils.checkpoint import checkpoint
 import zerosum
 from tests.zerosum.models import Mixture, Tied, TwoLayers, UsedTwice
 from tests.zerosum.oracle import assert_truth, gradients, per_example_gradients, trainable
+from zerosum.probe.capture import Capture
+from zerosum.probe.parameters import ParameterProbe
+from zerosum.probe.proof import Proof, Prover
+from zerosum.probe.rules.site import Site
 
 
 def losses_of(output: Tensor) -> Tensor:
@@ -29,6 +37,53 @@ def step(probe: zerosum.Probe, model: nn.Module, tokens: Tensor) -> zerosum.Repo
     with probe:
         losses_of(model(tokens)).sum().backward()
     return probe.report()
+
+
+def held() -> Counter[str]:
+    """Objects of the probe's, and tensors, that are alive."""
+    gc.collect()
+    kinds = (Tensor, Capture, Site, Proof, Prover, ParameterProbe)
+    names = (type(x).__name__ for x in gc.get_objects() if issubclass(type(x), kinds))
+    return Counter(names)
+
+
+def one_more(probe: zerosum.Probe, model: nn.Module, tokens: Tensor) -> None:
+    step(probe, model, tokens)
+
+
+def one_that_fails(probe: zerosum.Probe, model: nn.Module, tokens: Tensor) -> None:
+    with contextlib.suppress(KeyError), probe:
+        losses_of(model(tokens)).sum().backward()
+        raise KeyError
+
+
+def one_without_a_backward_pass(probe: zerosum.Probe, model: nn.Module, tokens: Tensor) -> None:
+    with probe:
+        losses_of(model(tokens))
+
+
+def one_with_micro_batches(probe: zerosum.Probe, model: nn.Module, tokens: Tensor) -> None:
+    with probe:
+        for _ in range(3):
+            losses_of(model(tokens)).sum().backward()
+    model.zero_grad()
+
+
+@pytest.mark.parametrize("block", [one_more, one_that_fails, one_without_a_backward_pass, one_with_micro_batches])
+@pytest.mark.parametrize("new", [False, True], ids=["", "new probes"])
+def test_nothing_is_left_of_a_block(block: Callable[..., None], new: bool) -> None:
+    cases = [(kind, verify) for kind in (TwoLayers, Tied, UsedTwice, Mixture) for verify in ("once", "always")]
+    models = [(*setup(kind), verify) for kind, verify in cases]
+    probes = [zerosum.Probe(model, verify=verify) for model, _, verify in models]
+    counts = []
+    for _ in range(3):
+        if new:
+            probes = [zerosum.Probe(model, verify=verify) for model, _, verify in models]
+        for probe, (model, tokens, _) in zip(probes, models, strict=True):
+            for _ in range(4):
+                block(probe, model, tokens)
+        counts.append(held())
+    assert counts[1] == counts[2]
 
 
 @pytest.mark.parametrize("kind", [TwoLayers, Tied, UsedTwice])

@@ -188,6 +188,11 @@ class Capture(TorchFunctionMode):
         for t in self.parameters:
             t.release()
             t.results = None
+        for proof in self.proofs:
+            proof.release()
+        self.proofs.clear()
+        self.checkpoints.clear()
+        self.whole.clear()
         self.sources.clear()
         self._derived.clear()
         self.parameters.clear()
@@ -365,8 +370,14 @@ class Capture(TorchFunctionMode):
             source.used = True
         for k in range(before, len(sites)):
             sites[k].label = call.label
-            sites[k].known = call.short
+            sites[k].known = call.short and call.short.native
         return (result,)
+
+    def begin(self) -> Site:
+        """The site of the known call that runs next."""
+        call = self.structures.calls[len(self.keys)]
+        assert call.short is not None
+        return call.short.begin(self, call)
 
     def _is_alone(self, key: Any, others: list[Tensor]) -> bool:
         """Whether a call is a function of weights alone: what else it has does not depend on data."""
@@ -412,7 +423,7 @@ class Capture(TorchFunctionMode):
                         if (known := KNOWN.get(func)) is not None:
                             call.short = Short.of(self.state, known, call, args, kwargs)
                             if call.short is not None:
-                                self.known[len(self.keys) - 1] = call.short
+                                self.known[len(self.keys) - 1] = call.short.native
                     return result
             self.refuse_if_strict(refs[0].source.parameters[0], reason)
             if covered:
@@ -656,6 +667,7 @@ class Capture(TorchFunctionMode):
             self.add_up()
         finally:
             self.current = None
+            proof.release()
         for derived in self._derived:
             derived.drop()
         self._over, self.state.forward = True, False

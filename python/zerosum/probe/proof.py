@@ -151,6 +151,10 @@ class Proof:
             yield
         self.of.factors = self.reader.factors(self.rows_per_example)
 
+    def release(self) -> None:
+        """Lets go of the graph, whose nodes lead back here by ways that the garbage collector does not see."""
+        self.cut, self.gradients, self.labels, self.reader = None, [], None, None
+
     def part(self, example: int) -> list[Tensor]:
         """The gradients at the cut, of one example alone."""
         assert self.cut is not None
@@ -177,7 +181,7 @@ class Call:
     ) -> None:
         self.sources = sources
         self.by_rule = False  # whether the rule of its function covered it
-        self.short: Any = None  # the call without Python
+        self.short: Short | None = None  # how it runs without Python
         weights = {id(source.parameter) for source in sources}
         self.func, self.label, self.key, self.names = func, label, key, tuple(kwargs)
         args = (*args, *kwargs.values())
@@ -207,27 +211,27 @@ class Call:
 
 @dataclass
 class Short:
-    """How a call begins that :mod:`zsl_kernels.uses` runs."""
+    """A call that :mod:`zsl_kernels.uses` runs, and how it begins. ``native`` does not refer to it: the garbage collector does not
+    see into C++."""
 
-    label: str
-    key: Any
+    native: Any
     operands: list[ParameterProbe | None]  # the weight and the bias, where they are the probe's
     lead: Sequence[int]  # the rows' dimensions
     covers: list[tuple[ParameterProbe, str]]
     alone: int  # as a site's
 
-    def begin(self, capture: Capture, call: Any) -> Site:
-        site = Site(capture, self.label, [None if t is None else t.ref for t in self.operands], self.lead)
-        site.known, site.alone = call, self.alone
-        capture.keys.append(self.key)
+    def begin(self, capture: Capture, call: Call) -> Site:
+        site = Site(capture, call.label, [None if t is None else t.ref for t in self.operands], self.lead)
+        site.known, site.alone = self.native, self.alone
+        capture.keys.append(call.key)
         for source, how in self.covers:
             source.used = True
             source.covered_by(how)
         return site
 
     @classmethod
-    def of(cls, state: State, known: Known, call: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """The call as it runs without Python; None where it cannot."""
+    def of(cls, state: State, known: Known, call: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Short | None:
+        """None where the call cannot run without Python."""
         if uses.Call is None:
             return None
         bound, args = known.bind(*args, **kwargs), (*args, *kwargs.values())
@@ -242,9 +246,9 @@ class Short:
         names = (known.kind, f"{known.kind} bias")
         covers = [(source, how) for source, how in zip(found, names, strict=True) if source is not None]
         alone = sum(1 << k for k, source in enumerate(found) if source is not None)
-        short = cls(call.label, call.key, found, args[known.places[0]].shape[:-1], covers, alone)
         marks = [None if source is None else source.marks for source in found]
-        return uses.Call(known.kind, state, call.func, tuple(kwargs), args, marks, known.places, short.begin, known.backward)
+        native = uses.Call(known.kind, state, call.func, tuple(kwargs), args, marks, known.places, known.backward)
+        return cls(native, found, args[known.places[0]].shape[:-1], covers, alone)
 
 
 class Tree:
