@@ -15,7 +15,7 @@ WITHOUT_WAITING = {"TwoLayers": 5, "UsedTwice": 5, "Tied": 3, "Conv1D": 5, "Spli
 @pytest.fixture(scope="module")
 def lines(project_environment):
     command = [sys.executable, "-m", "tests.zerosum.elsewhere_driver"]
-    done = subprocess.run(command, env=project_environment, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, env=project_environment, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr[-3000:]
     return {line["model"]: line for line in map(json.loads, done.stdout.splitlines())}
 
@@ -32,7 +32,7 @@ def test_does_not_wait_for_the_device(name, lines):
 
 def test_tokens_are_measured_as_on_the_cpu(project_environment):
     command = [sys.executable, "-m", "tests.zerosum.elsewhere_tokens_driver"]
-    done = subprocess.run(command, env=project_environment, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, env=project_environment, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr[-3000:]
     found = {line["name"]: line["pairs"] for line in map(json.loads, done.stdout.splitlines())}
     assert found.keys() == {"exact", "sampled"}
