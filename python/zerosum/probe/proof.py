@@ -1315,7 +1315,12 @@ class Prover:
         found = []
         for weights in (None, attribution.weights_of_digit(N, 0), attribution.random_weights(N)):
             gs = [g if weights is None else g * along(weights, axis, g) for g, axis in zip(given, cut.axes, strict=True)]
-            found.append(capture.extra_backward(cut.edges, inputs, gs, Phase.NAMING))
+            try:
+                found.append(capture.extra_backward(cut.edges, inputs, gs, Phase.NAMING))
+            except RuntimeError:
+                if not reentrant([e.node for e in cut.edges]):
+                    raise
+                return False  # the way to the inputs leads through another reentrant checkpoint, which refuses: nothing is known
         for x, *more in zip(*found, strict=True):
             if x is None:
                 continue
