@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
 
 import pytest
 import torch
@@ -18,6 +17,7 @@ from torch import Tensor, nn
 
 import zerosum
 import zsl_kernels as zk
+from tests.zerosum.fuzz_blocks import HiddenProduct
 from tests.zerosum.oracle import gradients
 from tests.zerosum.steps import assert_gradients, assert_one_truth, check, quiet, truth_of
 
@@ -444,20 +444,6 @@ def test_two_losses_of_each_example(batch: Batch) -> None:
     check_end(batch, lambda b: (b.each() + 0.5 * b.rows().sum(1)).mean(), lambda b: b.each() + 0.5 * b.rows().sum(1))
 
 
-class Hidden(torch.autograd.Function):
-    """A layer that no mode sees."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
-        ctx.save_for_backward(x, weight)
-        return x @ weight.T
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
-        x, weight = ctx.saved_tensors
-        return grad @ weight, grad.flatten(0, -2).T @ x.flatten(0, -2)
-
-
 PENALTIES: dict[str, Callable[[Tensor], Tensor]] = {"squares": torch.square, "the states themselves": lambda h: h}
 
 
@@ -471,7 +457,7 @@ def test_a_penalty_on_hidden_states_beside_the_losses(penalty: str, seen: bool, 
 
     def states(b: Batch) -> Tensor:
         x = b.hidden()
-        return torch.sigmoid(below(x) if seen else Hidden.apply(x, below.weight))
+        return torch.sigmoid(below(x) if seen else HiddenProduct.apply(x, below.weight))
 
     def each(b: Batch, h: Tensor) -> Tensor:
         return F.cross_entropy(b.model.pooled(h.mean(1)), b.classes, reduction="none")

@@ -12,9 +12,10 @@ derivative shows (:func:`couples`).
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -227,25 +228,31 @@ def find_cut(
     return cut
 
 
+Hook = Callable[[tuple[Tensor | None, ...]], tuple[Tensor | None, ...] | None]
+
+
 @contextmanager
-def stopping(edges: Sequence[GradientEdge]) -> Iterator[None]:
-    """In which backward passes go no further than some tensors, whose gradients can still be had.
-
-    A tensor of a cut may be computed from another one: a penalty on hidden states beside the losses, losses that count twice. What
-    reaches it by the other one is not to be counted with both.
-    """
-    handles = []
-    for edge in edges if len(edges) > 1 else ():
-
-        def stop(grads: tuple[Tensor | None, ...], number: int = edge.output_nr) -> tuple[Tensor | None, ...]:
-            return tuple(torch.zeros_like(g) if k == number and g is not None else g for k, g in enumerate(grads))
-
-        handles.append(edge.node.register_prehook(stop))
+def hooked(hooks: Iterable[tuple[Node, Hook]]) -> Iterator[None]:
+    """In which nodes hand the gradients of their results to hooks, which may give others."""
+    handles = [node.register_prehook(hook) for node, hook in hooks]
     try:
         yield
     finally:
         for handle in handles:
             handle.remove()
+
+
+def stopping(edges: Sequence[GradientEdge]) -> AbstractContextManager[None]:
+    """In which backward passes go no further than some tensors, whose gradients can still be had.
+
+    A tensor of a cut may be computed from another one: a penalty on hidden states beside the losses, losses that count twice. What
+    reaches it by the other one is not to be counted with both.
+    """
+
+    def stop(number: int, grads: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
+        return tuple(torch.zeros_like(g) if k == number and g is not None else g for k, g in enumerate(grads))
+
+    return hooked((e.node, partial(stop, e.output_nr)) for e in edges if len(edges) > 1)
 
 
 def nested(edges: Sequence[GradientEdge]) -> bool:

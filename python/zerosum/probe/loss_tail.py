@@ -13,9 +13,10 @@ scaled by a gradient scaler. Rows with c_r = 0, such as ignored targets, are non
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -24,6 +25,7 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node
 
 import zsl_kernels as zk
+from zerosum.probe.attribution import hooked
 
 # The place of `reduction` among the positional arguments.
 LOSSES: dict[Any, int] = {
@@ -146,21 +148,14 @@ class TailReader:
         self._labels = labels
         self._found: dict[int, Tensor] = {}
 
-    @contextmanager
-    def reading(self) -> Iterator[None]:
-        handles = []
-        for k, (_, edge, _) in enumerate(self._terms):
+    def reading(self) -> AbstractContextManager[None]:
+        """In which the backward pass runs."""
 
-            def keep(grads: tuple[Tensor | None, ...], k: int = k, number: int = edge.output_nr) -> None:
-                if (g := grads[number]) is not None:
-                    self._found[k] = g.detach()
+        def keep(k: int, number: int, grads: tuple[Tensor | None, ...]) -> None:
+            if (g := grads[number]) is not None:
+                self._found[k] = g.detach()
 
-            handles.append(edge.node.register_prehook(keep))
-        try:
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
+        return hooked((edge.node, partial(keep, k, edge.output_nr)) for k, (_, edge, _) in enumerate(self._terms))
 
     def take(self, gradients: Sequence[Tensor | None]) -> None:
         """The gradients, where they are known otherwise."""

@@ -873,38 +873,32 @@ class Prover:
         edges = frozenset(zip(((e.node, e.output_nr) for e in cut.edges), cut.axes, strict=True))
         key = edges, frozenset(cut.bypass), N, id(labels)
         if key not in self._found:
-            self._found[key] = self._name_anew(capture, roots, grads, cut, N, labels), labels  # (kept, for its id)
+            gradients = self._gradients(capture, roots, grads, cut)
+            coupled, unproved = "", ""
+            try:
+                coupled = attribution.couples(roots, grads, cut, N if labels is None else len(labels))
+            except attribution.Unproved as reason:
+                unproved = f"what lies between the losses and the root cannot be differentiated twice ({reason})"
+            finding = Finding(cut, N, labels, gradients, [], coupled, unproved=unproved)
+            self._found[key] = self._name_uses(capture, finding), labels  # (kept, for its id)
         found, _ = self._found[key]
         return None if found is None else replace(found, named=[replace(one) for one in found.named])
 
-    def _name_anew(
-        self,
-        capture: Capture,
-        roots: list[GradientEdge],
-        grads: list[Tensor | None],
-        cut: Cut,
-        N: int,
-        labels: Tensor | None,
-    ) -> Finding | None:
-        gradients = self._gradients(capture, roots, grads, cut)
-        coupled, unproved = "", ""
-        try:
-            weights = N if labels is None else len(labels)
-            coupled = attribution.couples(roots, grads, cut, weights)
-        except attribution.Unproved as reason:
-            unproved = f"what lies between the losses and the root cannot be differentiated twice ({reason})"
-        if coupled:
+    def _name_uses(self, capture: Capture, finding: Finding) -> Finding | None:
+        """Fills in what a cut tells of each use."""
+        cut, N, labels, gradients = finding.cut, finding.examples, finding.labels, finding.gradients
+        if finding.coupled:
             behind = _all_sites_before([e.node for e in cut.edges]) | _all_sites_before(cut.bypass)
             if not behind & set(capture.sites):
                 return None
-            return Finding(cut, N, labels, gradients, [Named(None, reached=site in behind) for site in capture.sites], coupled)
+            finding.named = [Named(None, reached=site in behind) for site in capture.sites]
+            return finding
         places = {site: k for k, site in enumerate(capture.sites)}
-        named = [Named(None, reached=False) for _ in capture.sites]
+        finding.named = named = [Named(None, reached=False) for _ in capture.sites]
         problem = ""
         self._barred.clear()
-        passes, boundaries = self._name_segment(capture, cut.edges, cut.axes, gradients, N, labels, named, places)
+        finding.passes, boundaries = self._name_segment(capture, cut.edges, cut.axes, gradients, N, labels, named, places)
         done: set[Node] = set()
-        found: dict[Node, int] = {}
         while boundaries:
             node, axis = boundaries.pop()
             if node in done:
@@ -912,21 +906,21 @@ class Prover:
             done.add(node)
             if axis < 0:
                 problem = MIXED_CHECKPOINT
-            found[node] = -1 if problem else axis
+            finding.checkpoints[node] = -1 if problem else axis
             edges = [e for _, e in _following(node) if getattr(e.node, "variable", None) is None]
             edges = [e for e in edges if shape_of(e)[max(axis, 0) : max(axis, 0) + 1] == (N,)]
             if not edges:
                 continue
             starts = [_random(e) for e in edges]
             more, further = self._name_segment(capture, edges, [max(axis, 0)] * len(edges), starts, N, None, named, places, problem)
-            passes += more
+            finding.passes += more
             boundaries += further
         if not any(n.reached for n in named):
             return None
         for site in _sites_before(cut.bypass)[0]:
             if site in places:
                 named[places[site]].bypassed = True
-        return Finding(cut, N, labels, gradients, named, passes=passes, unproved=unproved, checkpoints=found)
+        return finding
 
     def _name_segment(
         self,
