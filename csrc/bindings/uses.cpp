@@ -123,7 +123,8 @@ enum class Kind { linear, addmm, layer_norm };
 struct Plan {
   int64_t examples = -1, tile_o = 0, tile_k = 0, threads = 0;
   const Kernels* kernels = nullptr;
-  bool holds(int64_t E) const { return tile_o > 0 && examples == E && threads == at::get_num_threads() && kernels == active(); }
+  bool is_for(int64_t E) const { return examples == E && threads == at::get_num_threads() && kernels == active(); }
+  bool holds(int64_t E) const { return tile_o > 0 && is_for(E); }
 };
 
 // A call that has been seen before.
@@ -392,8 +393,8 @@ class Call {
     return py::cast(y);
   }
 
-  // For how many examples it is known whether there is a short way of the backward pass.
-  int64_t planned() const { return known_->plan.examples; }
+  // Whether it is known, for E examples and as threads and kernels are now, if the backward pass has a short way.
+  bool planned(int64_t examples) const { return known_->plan.is_for(examples); }
   // That way's tile; an empty one: there is none.
   void plan(int64_t examples, int64_t tile_o, int64_t tile_k) {
     known_->plan = {examples, tile_o, tile_k, at::get_num_threads(), active()};
@@ -574,7 +575,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   py::class_<Call>(m, "Call")
       .def(py::init<const std::string&, std::shared_ptr<State>, py::object, py::tuple, const py::tuple&,
                     const std::vector<std::shared_ptr<Weight>>&, std::array<int, 3>, py::object>())
-      .def_property_readonly("planned", &Call::planned)
+      .def("planned", &Call::planned)
       .def("plan", &Call::plan);
   m.def("run_known",
         [](py::handle mode, py::handle function, const py::tuple& args, const py::dict& kwargs, const py::dict& sources) {

@@ -222,6 +222,30 @@ def test_a_second_use_is_noticed() -> None:
         assert_truth(probe.report(), per_example_gradients(losses_of(output), model, trainable(model)), gram=False)
 
 
+class InTwoPlaces(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.other, self.last = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, 5)
+
+    def forward(self, x: Tensor, way: str) -> Tensor:
+        if way == "second":
+            return self.last(self.other(x))
+        return self.last(x) + (self.last(x.sin()) if way == "both" else 0)
+
+
+def test_two_known_uses_of_one_weight() -> None:
+    """Each of the two places has been the weight's only use before."""
+    torch.manual_seed(0)
+    model = InTwoPlaces().double()
+    probe = zerosum.Probe(model, gram=True)
+    for way in (*["second"] * PASSES, *["first"] * PASSES, *["both"] * PASSES):
+        x = torch.randn(N, T, WIDTH, dtype=torch.float64)
+        model.zero_grad()
+        with probe:
+            losses_of(model(x, way)).sum().backward()
+        assert_truth(probe.report(), per_example_gradients(losses_of(model(x, way)), model, trainable(model)))
+
+
 def test_a_graph_of_an_earlier_forward_pass() -> None:
     """As where a generator's output is taken by a discriminator twice, and differentiated once."""
     model, x = setup()
@@ -244,6 +268,28 @@ def test_a_graph_of_an_earlier_forward_pass() -> None:
         assert report.num_examples == N
         for name in report:
             torch.testing.assert_close(report[name].abs_sum, truth[f"last.{name}"].abs().sum(0), rtol=1e-12, atol=0)
+
+
+def test_a_graph_of_an_earlier_block_is_no_part_of_this_one() -> None:
+    torch.manual_seed(0)
+    model = nn.ModuleDict({"early": nn.Linear(WIDTH, 5), "late": nn.Linear(WIDTH, 5)}).double()
+    x = torch.randn(N, T, WIDTH, dtype=torch.float64)
+    probe = zerosum.Probe(model)
+    last = {}
+    for name in ("early", "late"):
+        for _ in range(PASSES):
+            with probe:
+                last[name] = losses_of(model[name](x))
+                last[name].sum().backward(retain_graph=True)
+    model.zero_grad()
+    with probe:
+        (losses_of(model["late"](x)) + last["early"]).sum().backward()
+    report = probe.report()
+    assert "early.weight" not in report
+    assert "early.bias" not in report
+    truth = per_example_gradients(losses_of(model["late"](x)), model, ["late.weight", "late.bias"])
+    for name, g in truth.items():
+        torch.testing.assert_close(report[name].abs_sum, g.abs().sum(0), rtol=1e-12, atol=0)
 
 
 def test_a_graph_that_is_differentiated_after_the_block_and_during_a_later_one(calls: list[str]) -> None:
@@ -370,12 +416,19 @@ def test_another_instruction_set_and_number_of_threads(calls: list[str]) -> None
     truth = per_example_gradients(losses_of(model(x)), model, trainable(model))
     before, threads = zk.build_info()["cpu_isa"], torch.get_num_threads()
     try:
+        last = None
         for isa in (*zk.build_info()["cpu_isas"], before):
-            torch.ops.zsl_cpu.use_isa(isa)
-            for count in (1, threads):
+            for count in (1, max(threads, 2)):
+                torch.ops.zsl_cpu.use_isa(isa)
                 torch.set_num_threads(count)
-                for _ in range(PASSES):
-                    assert_truth(step(probe, model, x), truth, gram=False)
+                calls.clear()
+                assert_truth(step(probe, model, x), truth, gram=False)
+                assert "linear" in calls or last == (isa, count)  # planned anew
+                assert_truth(step(probe, model, x), truth, gram=False)
+                calls.clear()
+                assert_truth(step(probe, model, x), truth, gram=False)
+                assert not calls
+                last = isa, count
     finally:
         torch.ops.zsl_cpu.use_isa(before)
         torch.set_num_threads(threads)

@@ -178,7 +178,7 @@ def _backward(site: Site, grad: Tensor, saved: Sequence[Tensor], needs: Sequence
 
 def _plan(known: Any, gram: bool, a: Tensor, b: Tensor) -> None:
     """Tells a known call how its next backward pass goes without Python, if the CPU's direct kernel is the choice."""
-    if known.planned == len(a):
+    if known.planned(len(a)):
         return
     N, T, K = a.shape
     plan = zk.plan("interference", N=N, T=T, K=K, O=b.shape[-1], gram=gram, dtype=a.dtype)
