@@ -239,7 +239,7 @@ def test_two_known_uses_of_one_weight() -> None:
     model = InTwoPlaces().double()
     probe = zerosum.Probe(model, gram=True)
     for way in (*["second"] * PASSES, *["first"] * PASSES, *["both"] * PASSES):
-        x = torch.randn(N, T, WIDTH, dtype=torch.float64)
+        x = torch.randn(N, T, WIDTH, dtype=torch.float64, requires_grad=True)  # as the activation in the second place
         model.zero_grad()
         with probe:
             losses_of(model(x, way)).sum().backward()
