@@ -17,7 +17,8 @@ PYTHON
 # The tests mostly wait for Triton's compiler: in several processes, where pytest-xdist is installed.
 workers=()
 if "$python" -c "import xdist" 2>/dev/null; then
-  workers=(-n 8)
+  # pytest-benchmark warns that it does nothing there, and warnings are errors.
+  workers=(-n auto --maxprocesses 16 -p no:benchmark)
 else
   echo "pytest-xdist is not installed: the tests will take several times as long" >&2
 fi

@@ -32,11 +32,12 @@ class _Moved(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, device: str) -> Tensor:
+        ctx.set_materialize_grads(False)  # what a result does not depend on has no gradient, on a device as on the CPU
         return _move(x, device)
 
     @staticmethod
-    def backward(ctx: Any, c: Tensor) -> tuple[Tensor, None]:
-        return c.cpu(), None
+    def backward(ctx: Any, c: Tensor | None) -> tuple[Tensor | None, None]:
+        return None if c is None else c.cpu(), None
 
 
 def _move(x: Tensor, device: str) -> Tensor:

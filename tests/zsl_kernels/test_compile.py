@@ -99,6 +99,7 @@ def test_public_functions_compile_as_one_graph(call, backend, dynamic, implement
         assert_same(compiled, call, PROBLEM.make(), impl)
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")  # inductor's own
 def test_the_first_call_may_be_compiled(impl, monkeypatch):
     """Nothing has been loaded by then, where the backend is loaded by the first call."""
     torch._dynamo.reset()

@@ -12,6 +12,7 @@ derivative shows (:func:`couples`).
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
@@ -62,6 +63,22 @@ def along(weights: Tensor, axis: int, like: Tensor) -> Tensor:
     return weights.to(like).view(-1, *[1] * behind)
 
 
+@contextmanager
+def repeatable(edges: Iterable[GradientEdge]) -> Iterator[None]:
+    """Where backward passes give the same bits again, as far as PyTorch's operations can. Those of the CPU do so anyway."""
+    if all(_device(edge).type == "cpu" for edge in edges):
+        yield
+        return
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*[dD]eterministic")  # of operations that have no other form, and of cuBLAS
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        try:
+            yield
+        finally:
+            torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+
+
 @dataclass
 class Signature:
     """What is kept of a gradient (R, F): for each row some projections, and its norm. Both scale as the row does."""
@@ -83,10 +100,37 @@ class Signature:
         return cls(flat @ directions, torch.linalg.vector_norm(flat, dim=1), lead, torch.finfo(rows.dtype).eps)
 
 
-def follows(plain: Signature, weighted: Signature, weights: Tensor) -> Tensor:
-    """(R,) whether each row is the plain one times its own weight, (R,), up to rounding of its dtype."""
+def follows(plain: Signature, weighted: Signature, weights: Tensor, noise: Noise | None = None) -> Tensor:
+    """(R,) whether each row is the plain one times its own weight, (R,), up to rounding of its dtype and to noise."""
     error = (weighted.projected - weights[:, None] * plain.projected).abs().amax(1)
-    return error <= tolerance(plain.eps) * weights.abs() * plain.norm
+    allowed = tolerance(plain.eps) * plain.norm
+    if noise is not None:
+        allowed = torch.maximum(allowed, noise.allowed)
+    return error <= allowed * weights.abs()
+
+
+@dataclass
+class Noise:
+    """How far two runs of one pass differ, as those of a device do where sums are made by atomics."""
+
+    allowed: Tensor  # (R,) for each row
+    level: float  # of nearly all rows, as a part of their norms
+
+    @classmethod
+    def between(cls, plain: Signature, again: Signature) -> Noise | None:
+        """None where the pass repeats to the last bit.
+
+        A row is allowed 32 times its own difference, and 8 times that of nearly all rows: one sample of a row's noise is less than
+        a 32nd of another for one row in some ten thousand, by three projections. It is never allowed more than a 16th of its norm.
+        Weights that differ by up to 128 make another example's part of a row larger than that, where it is as large as the noise.
+        """
+        differences = (again.projected - plain.projected).abs().amax(1)
+        relative = (differences / plain.norm).nan_to_num(nan=0.0, posinf=0.0)
+        if not bool((relative > 0).any()):
+            return None
+        level = float(relative.quantile(0.9)) if len(relative) < 1 << 24 else float(relative.max())
+        allowed = torch.minimum(32 * differences + 8 * level * plain.norm, plain.norm / 16)
+        return cls(allowed, level)
 
 
 def tolerance(eps: float) -> float:
@@ -98,35 +142,38 @@ def tolerance(eps: float) -> float:
     return 4096 * eps if eps < 1e-10 else 64 * eps
 
 
-def read_digit(plain: Signature, weighted: Signature) -> tuple[Tensor, Tensor]:
+def read_digit(plain: Signature, weighted: Signature, noise: Noise | None) -> tuple[Tensor, Tensor]:
     """(R,) the digit that each row spells, and (R,) whether it spells one."""
     at = plain.projected.abs().argmax(1, keepdim=True)
     ratio = (weighted.projected.gather(1, at) / plain.projected.gather(1, at))[:, 0]
     exponent = ratio.abs().log2().round().nan_to_num(nan=99.0, posinf=99.0, neginf=99.0)
     valid = (exponent >= -3) & (exponent <= 4)
     digit = 2 * (exponent.clamp(-3, 4).long() + 3) + (ratio < 0)
-    return digit, valid & follows(plain, weighted, _weight(digit))
+    return digit, valid & follows(plain, weighted, _weight(digit), noise)
 
 
-def name_rows(plain: Signature, spelled: Sequence[Signature], checked: Signature | None, examples: int) -> Tensor:
+def name_rows(
+    plain: Signature, spelled: Sequence[Signature], checked: Signature | None, examples: int, noise: Noise | None = None
+) -> Tensor:
     """(*lead) the example of each row, or UNREACHED or MIXED."""
     names = torch.zeros(len(plain.norm), dtype=torch.long, device=plain.norm.device)
     fits = torch.ones_like(names, dtype=torch.bool)
     for digit, weighted in enumerate(spelled):
-        found, valid = read_digit(plain, weighted)
+        found, valid = read_digit(plain, weighted, noise)
         names += found * BASE**digit
         fits &= valid
     fits &= names < examples
     if checked is not None:
         weights = random_weights(examples).to(plain.norm.device)
-        fits &= follows(plain, checked, weights[names.clamp(max=examples - 1)])
+        fits &= follows(plain, checked, weights[names.clamp(max=examples - 1)], noise)
     names[~fits] = MIXED
     # What is left of gradients that cancel fits no weight where a pass does not repeat to the last bit. It counts for nothing.
     largest = plain.norm.nan_to_num(posinf=0.0).max() if len(plain.norm) else plain.norm.new_zeros(())
-    quiet = plain.norm <= plain.eps * largest
+    small = max(plain.eps, 0.0 if noise is None else noise.level)
+    quiet = plain.norm <= small * largest
     finite = plain.norm.isfinite()
     for weighted in spelled:
-        quiet = quiet & (weighted.norm <= BASE * plain.eps * largest)
+        quiet = quiet & (weighted.norm <= BASE * small * largest)
         finite = finite & weighted.norm.isfinite()
     names[~fits & quiet] = UNREACHED
     names[~finite] = UNREACHED  # infinities and NaN tell nothing
@@ -314,7 +361,7 @@ def couples(roots: Sequence[GradientEdge], grads: Sequence[Tensor | None], cut: 
     examples may have made. (Weights, and functions of them alone, none has made.)
     """
     past = {n for n in cut.bypass if getattr(n, "variable", None) is None and not hasattr(n, "source")}
-    with torch.enable_grad(), stopping(cut.edges):
+    with torch.enable_grad(), stopping(cut.edges), repeatable(cut.edges):
         first = derivative(roots, grads, cut.edges)
         ordered = [g for g in first if g is not None and g.requires_grad]
         if not ordered:

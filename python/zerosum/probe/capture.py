@@ -16,7 +16,7 @@ from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakIdKeyDictionary
 
-from zerosum.probe.attribution import Signature, edge_of
+from zerosum.probe.attribution import Signature, edge_of, repeatable
 from zerosum.probe.contributions import Piece
 from zerosum.probe.derived import derive
 from zerosum.probe.layout import Uncovered
@@ -563,7 +563,7 @@ class Capture(TorchFunctionMode):
         self, outputs: Sequence[GradientEdge], inputs: Sequence[Any], grads: Sequence[Tensor | None], phase: Phase
     ) -> tuple[Tensor | None, ...]:
         """``torch.autograd.grad`` that leaves no trace: nothing is accumulated, and no hook of the user's runs."""
-        with self.silenced(phase):
+        with self.silenced(phase), repeatable(outputs) if phase is Phase.NAMING else nullcontext():
             return self._run(
                 torch.autograd.grad,
                 list(outputs),

@@ -1,0 +1,98 @@
+"""Backward passes that do not repeat to the last bit, as on a device whose kernels add by atomics: naming rows allows for what two
+runs of a pass differ by, and still refuses what is coupled."""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import zerosum
+from tests.zerosum.models import TwoLayers
+from tests.zerosum.oracle import per_example_gradients, trainable
+from zerosum.probe import attribution
+
+N, T = 8, 6
+
+
+class Noise(torch.autograd.Function):
+    """The identity, whose gradient is off by another random part of itself in each pass."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, level: float) -> Tensor:
+        ctx.level = level
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, g: Tensor) -> tuple[Tensor, None]:
+        return g + ctx.level * g.abs().mean(-1, keepdim=True) * torch.randn_like(g), None
+
+
+class Noisy(TwoLayers):
+    level = 1e-4
+    leak = 0.0  # how much of the batch's mean each example gets
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        h = self.first(self.embedding(tokens))
+        h = h + self.leak * h.mean(0, keepdim=True)
+        return self.head(Noise.apply(h, self.level).tanh())
+
+
+def measured(model: nn.Module, tokens: Tensor) -> zerosum.Report:
+    probe = zerosum.Probe(model)
+    with probe:
+        model(tokens).square().flatten(1).mean(1).sum().backward()
+    return probe.report()
+
+
+@pytest.mark.parametrize("seed", range(20))
+@pytest.mark.parametrize("level", [1e-10, 1e-6, 1e-4, 1e-3])
+def test_noise_is_no_coupling(level: float, seed: int) -> None:
+    torch.manual_seed(seed)
+    model, tokens = Noisy().double(), torch.randint(0, 11, (N, T))
+    model.level = level
+    report = measured(model, tokens)
+    assert report.coverage.share == 1
+    model.level = 0.0
+    truth = per_example_gradients(model(tokens).square().flatten(1).mean(1), model, trainable(model))
+    for name, each in truth.items():
+        assert (report[name].l1 - each.abs().flatten(1).sum(1)).abs().max() <= 10 * level * each.abs().sum()
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("leak", [0.001, 0.03, 1.0])
+def test_coupling_is_seen_through_noise(leak: float, seed: int) -> None:
+    """Of a leak of 0.001 each other example's gradient has an eighth, which is about the noise."""
+    torch.manual_seed(seed)
+    model, tokens = Noisy().double(), torch.randint(0, 11, (N, T))
+    model.leak = leak
+    with pytest.warns(UserWarning, match="coupled before the loss"):
+        report = measured(model, tokens)
+    assert set(report) == {name for name, _ in model.named_parameters() if name.startswith("head")}
+
+
+def test_what_is_coupled_without_noise_is_refused_as_before() -> None:
+    torch.manual_seed(0)
+    model, tokens = Noisy().double(), torch.randint(0, 11, (N, T))
+    model.level, model.leak = 0.0, 1e-9
+    with pytest.warns(UserWarning, match="coupled before the loss"):
+        measured(model, tokens)
+
+
+def test_deterministic_algorithms_are_as_they_were() -> None:
+    model = nn.Linear(3, 2, device="meta")
+    edges = [torch.autograd.graph.get_gradient_edge(model(torch.empty(4, 3, device="meta")))]
+    for before in ((False, False), (True, True), (True, False)):
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+        try:
+            with warnings.catch_warnings(record=True) as told, contextlib.suppress(KeyError), attribution.repeatable(edges):
+                assert torch.is_deterministic_algorithms_warn_only_enabled()
+                raise KeyError
+            assert not told
+            after = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+            assert after == before
+        finally:
+            torch.use_deterministic_algorithms(False)
