@@ -4,10 +4,12 @@ ZSL_BUILD_NATIVE=0 leaves both out, ZSL_BUILD_CUDA=0 the CUDA kernels.
 """
 
 import os
+import re
 import shutil
 import subprocess
 import sys
 import sysconfig
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -16,10 +18,11 @@ root = Path(__file__).parent
 
 CUDA = "zsl_kernels._cuda"
 CUDA_SOURCES = ["csrc/bindings/cuda_kernels.cu", "csrc/bindings/cuda_module.cpp"]
+# The kernels of compute capability 9.0 alone: its own instructions are those of the architecture "90a".
+HOPPER_SOURCE = "csrc/bindings/hopper_kernels.cu"
 NVCC = shutil.which("nvcc")
 # -t 2: two architectures at a time. The runtime is linked statically: the module imports on a machine without a GPU.
-CUDA_FLAGS = ["-O3", "-std=c++17", "-t", "2", "-shared", "-cudart", "static", "-DZSL_MODULE=_cuda"]
-CUDA_FLAGS += ["-Xcompiler", "-fPIC,-Wall,-Wextra,-fvisibility=hidden"]
+CUDA_FLAGS = ["-O3", "-std=c++17", "-DZSL_MODULE=_cuda", "-Xcompiler", "-fPIC,-Wall,-Wextra,-fvisibility=hidden"]
 LEAVE_OUT = "ZSL_BUILD_CUDA=0 leaves the CUDA kernels out"
 
 
@@ -31,6 +34,12 @@ def cuda_architectures():
         sys.exit(f"zsl_kernels: {NVCC} compiles for none of compute_80, compute_90 and compute_100; {LEAVE_OUT}")
     newest = f"-gencode=arch=compute_{known[-1]},code=compute_{known[-1]}"  # PTX, for what comes later
     return [*(f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in known), newest]
+
+
+def has_hopper():
+    """Whether nvcc knows compute_90a: that of CUDA 12 or newer."""
+    found = re.search(r"release (\d+)\.", subprocess.run([NVCC, "--version"], capture_output=True, text=True).stdout)
+    return found is not None and int(found[1]) >= 12
 
 
 def cuda_headers():
@@ -72,7 +81,7 @@ def native_extensions():
     )
     extensions = [extension]
     if NVCC and os.environ.get("ZSL_BUILD_CUDA", "1") != "0":
-        extensions.append(Extension(CUDA, CUDA_SOURCES, depends=CUDA_SOURCES + cuda_headers()))
+        extensions.append(Extension(CUDA, CUDA_SOURCES, depends=[*CUDA_SOURCES, HOPPER_SOURCE, *cuda_headers()]))
 
     class BuildWithCuda(BuildExtension):
         """torch's builder refuses CUDA where torch has none; our module does not need torch's."""
@@ -88,9 +97,21 @@ def native_extensions():
         def build_cuda(self, extension):
             target = Path(self.get_ext_fullpath(extension.name))
             target.parent.mkdir(parents=True, exist_ok=True)
-            command = [NVCC, *CUDA_FLAGS, *cuda_architectures(), *cuda_includes(), *extension.sources, "-o", str(target)]
+            folder = Path(self.build_temp)
+            folder.mkdir(parents=True, exist_ok=True)
+            hopper = [HOPPER_SOURCE] if has_hopper() else []
+            compile_one = [NVCC, "-c", *CUDA_FLAGS, f"-DZSL_HOPPER={len(hopper)}", *cuda_includes()]
+            commands, objects = [], []
+            for source in [*extension.sources, *hopper]:
+                objects.append(str(folder / f"{Path(source).name}.o"))
+                architectures = (
+                    ["-gencode=arch=compute_90a,code=sm_90a"] if source in hopper else ["-t", "2", *cuda_architectures()]
+                )
+                commands.append([*compile_one, *(architectures if source.endswith(".cu") else []), source, "-o", objects[-1]])
             try:
-                self.spawn(command)
+                with ThreadPoolExecutor() as pool:
+                    list(pool.map(self.spawn, commands))
+                self.spawn([NVCC, "-shared", "-cudart", "static", *objects, "-o", str(target)])
             except Exception as error:
                 sys.exit(f"zsl_kernels: {error}; {LEAVE_OUT}")
 

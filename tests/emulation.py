@@ -10,8 +10,9 @@ from tests.inputs import EMULATED
 
 # Words in the names of tests of what the kernels are not for: threads of the CPU, and float64.
 OTHERS = ("threads", "float64")
-# The interpreter is slow: of each test's parameter sets a sample. The kernels' own tests, emulated_*.py, choose their sizes.
-SETS = {"triton": 12, "cuda": 10_000}
+# The interpreter is slow, and so are tiles of 128 × 128: of each test's parameter sets a sample. The kernels' own tests,
+# emulated_*.py, choose their sizes.
+SETS = {"triton": 12, "cuda": 10_000, "hopper": 16}
 
 
 def select(items: list[pytest.Item]) -> list[pytest.Item]:

@@ -71,6 +71,7 @@ RUN = 64
 # Roundings that an exponential counts as. PyTorch's and the C libraries' are within one eps of the exact value, a GPU's within two,
 # and NumPy's, by which Triton's interpreter computes, within 2.52.
 EXP = 6
+HALF = (torch.bfloat16, torch.float16)
 
 
 # Arithmetic ----------------------------------------------------------------------------------------------------------------------
@@ -89,20 +90,27 @@ class Arithmetic:
     three products. The partial sums grow evenly, so the mean of them is half of Σ|terms|: half a unit for each such addition.
 
     ``factor``: units by which half precision products with a float32 factor err, which the unit reads as tf32: 2⁻¹¹ of it.
+
+    ``slab``: units by which a product of two gradients errs that are rounded to bfloat16 before. The kernels of compute capability
+    9.0 hold those of bfloat16 operands so for the Gram: each errs by 2⁻⁹ of it at most, and both by 2¹⁵ units.
     """
 
     split: float = 0.0
     cuts: float = 0.0
     cuts_of_half: float = 0.0
     factor: float = 0.0
+    slab: float = 0.0
 
 
 ROUNDING = Arithmetic()
 # The threads of a CPU that stand in for CUDA's: tf32 parts, and sums that round. Triton's interpreter multiplies in float32.
 EMULATED_CUDA = Arithmetic(split=4.0)
 DEVICE = Arithmetic(split=4.0 + 3.0, cuts=3 / 8, cuts_of_half=1 / 16, factor=2.0**12)
+SLAB = 2.0**15
+# float32 products are six of bfloat16 parts there: what is left out is less than of tf32, and a unit's sums are as long.
+EMULATED_HOPPER, DEVICE_HOPPER = (dataclasses.replace(x, slab=SLAB) for x in (EMULATED_CUDA, DEVICE))
 
-_arithmetic = EMULATED_CUDA if os.environ.get("ZSL_TEST_EMULATED") == "cuda" else ROUNDING
+_arithmetic = {"cuda": EMULATED_CUDA, "hopper": EMULATED_HOPPER}.get(os.environ.get("ZSL_TEST_EMULATED", ""), ROUNDING)
 
 
 @contextmanager
@@ -129,6 +137,7 @@ class Error:
     wide: float = 0.0  # matrix products of what is float32 even if the operands have half precision
     length: float = 0.0  # the lengths of sums that a matrix unit may form
     factors: float = 0.0  # factors of such products that are float32 where the other operand has half precision
+    slabs: float = 0.0  # products of gradients, which may be rounded to bfloat16 before where the operands are
 
     def __add__(self, other: Error) -> Error:
         return Error(*(getattr(self, f.name) + getattr(other, f.name) for f in dataclasses.fields(Error)))
@@ -138,11 +147,13 @@ class Error:
         found = Error(*(m * getattr(self, f.name) for f in dataclasses.fields(Error)))
         return dataclasses.replace(found, variance=m * m * self.variance)
 
-    def units(self, dtype: torch.dtype, half: bool = False) -> float:
-        """The budget where terms are added in ``dtype``, in the arithmetic in force; ``half``: operands have half precision."""
+    def units(self, dtype: torch.dtype, operands: torch.dtype | None = None) -> float:
+        """The budget where terms are added in ``dtype``, in the arithmetic in force; ``operands``: their dtype, if another."""
+        half = operands in HALF
         e = self + self if dtype == torch.float64 else self
         found = min(DEVIATIONS * math.sqrt(e.variance), e.worst) + e.fixed + _arithmetic.split * e.wide
         if half:
+            found += _arithmetic.slab * e.slabs if operands == torch.bfloat16 else 0.0
             return found + _arithmetic.cuts_of_half * e.length / 2 + _arithmetic.factor * e.factors
         return found + _arithmetic.split * e.products + _arithmetic.cuts * e.length / 2
 
@@ -167,6 +178,11 @@ def product_of_gradients(n: int) -> Error:
     """The same of float32 gradients. The sums are rounded on a device too: PyTorch's products of float32 are, and CUDA kernels add
     the steps of the matrix unit themselves."""
     return chain(n) + rounding() + Error(wide=1)
+
+
+def gram_of_gradients(n: int) -> Error:
+    """The same of gradients that a kernel has formed."""
+    return product_of_gradients(n) + Error(slabs=1)
 
 
 def either(*errors: Error) -> Error:
@@ -226,7 +242,7 @@ def interference(s: Sizes) -> dict[str, Error]:
         "sq_norm": either(g.times(2) + rounding() + every, factored, ghost),
         "dot": along + every,
         "abs_dot": along + every,
-        "gram": either(g.times(2) + product_of_gradients(s.O * s.K), ghost),
+        "gram": either(g.times(2) + gram_of_gradients(s.O * s.K), ghost),
     }
 
 
@@ -317,12 +333,12 @@ class HeadErrors:
 
 def head(h: Tensor, weight: Tensor, onehot: Tensor, c: Tensor, dtype: torch.dtype) -> HeadErrors:
     """All in float64; ``c`` is zero where a position is ignored, ``dtype`` that of the operands."""
-    half = dtype in (torch.bfloat16, torch.float16)
+    half = dtype in HALF
     sums = torch.float32 if half else dtype
     K, V = h.shape[2], weight.shape[0]
 
     def units(e: Error) -> float:
-        return torch.finfo(sums).eps * e.units(sums, half)
+        return torch.finfo(sums).eps * e.units(sums, dtype)
 
     logit = product(K)
     # Σ exp: differences from the highest logit, exp of them, and float32 sums that float64 ends.

@@ -7,6 +7,7 @@ A :class:`Problem` describes a call's operands and makes them from a seed; :data
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import math
 import os
 from collections.abc import Callable, Iterator
@@ -21,14 +22,17 @@ import zsl_kernels as zk
 from tests import error_budgets
 from tests.devices import running_on
 from tests.error_budgets import Error, Sizes, rounding_of_result
+from zsl_kernels import shortcut
 from zsl_kernels.types import sum_dtype
 
-# The tests run the GPU's kernels on CPU tensors in processes of their own, which this names: "triton" or "cuda".
+plan = importlib.import_module("zsl_kernels.plan")  # the package's attribute of that name is the function
+
+# The tests run the GPU's kernels on CPU tensors in processes of their own, which this names: "triton", "cuda", or "hopper" for the
+# kernels of impl="cuda" that compute capability 9.0 alone has.
 EMULATED = os.environ.get("ZSL_TEST_EMULATED")
 
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-HALF = {torch.bfloat16, torch.float16}
 
 
 # Operands ----------------------------------------------------------------------------------------------------------------------
@@ -305,7 +309,29 @@ def gpu_implementations() -> list[str]:
     """ "<impl>@cuda", on a machine that has such a device."""
     if EMULATED or not torch.cuda.is_available():
         return []
-    return [f"{impl}@cuda" for impl in ("chunked", "triton", "cuda")]
+    hopper = ("hopper",) if torch.cuda.get_device_capability() == (9, 0) else ()
+    return [f"{impl}@cuda" for impl in ("chunked", "triton", "cuda", *hopper)]
+
+
+@contextmanager
+def _ways_of_cuda(impl: str) -> Iterator[None]:
+    """Of the ways of impl="cuda" those of compute capability 9.0 alone, or the others."""
+    if impl not in ("cuda", "hopper"):
+        yield
+        return
+    before = plan.GPU_WAYS["cuda"]
+    plan.GPU_WAYS["cuda"] = tuple(way for way in before if (way.__name__ == "hopper") == (impl == "hopper"))
+    _forget_plans()
+    try:
+        yield
+    finally:
+        plan.GPU_WAYS["cuda"] = before
+        _forget_plans()
+
+
+def _forget_plans() -> None:
+    plan.choose.cache_clear()
+    shortcut.forget()
 
 
 @contextmanager
@@ -313,8 +339,10 @@ def running(implementation: str) -> Iterator[str]:
     """Selects the instruction set or the device; gives the name for ``impl=``."""
     impl, _, device = implementation.partition("@")
     if device or impl == EMULATED:
-        with running_on(device or "cpu"), error_budgets.computing_by(error_budgets.DEVICE) if device else nullcontext():
-            yield impl
+        arithmetic = error_budgets.DEVICE_HOPPER if impl == "hopper" else error_budgets.DEVICE
+        computing = error_budgets.computing_by(arithmetic) if device else nullcontext()
+        with running_on(device or "cpu"), computing, _ways_of_cuda(impl):
+            yield "cuda" if impl == "hopper" else impl
         return
     impl, _, isa = implementation.partition("-")
     if not isa:
@@ -341,7 +369,7 @@ class Expected:
     error: Error
     dtype: torch.dtype  # of the result
     sums: torch.dtype  # in which terms are added
-    half: bool = False  # all operands have half precision
+    operands: torch.dtype | None = None  # that of all operands
     beside: Tensor | float = 0.0  # an absolute error that follows from another one's
 
     def rounding(self) -> Tensor:
@@ -349,7 +377,7 @@ class Expected:
 
     def allowed(self) -> Tensor:
         """Beside the rounding of the result."""
-        return self.error.units(self.sums, self.half) * torch.finfo(self.sums).eps * self.scale + self.beside
+        return self.error.units(self.sums, self.operands) * torch.finfo(self.sums).eps * self.scale + self.beside
 
     def share(self, x: Tensor) -> float:
         """The largest error of x beyond the rounding of the result, as a part of what is allowed."""
@@ -393,10 +421,10 @@ def expectations(
 
     if operands is None:
         operands = reduce(torch.promote_types, (x.dtype for x in tensors.values() if x.is_floating_point()))
-    sums, half = sum_dtype(operands), operands in HALF
+    sums = sum_dtype(operands)
     truth, scale = run(Tensor.double), run(lambda x: x.double().abs())
     return {
-        name: Expected(x, scale[name], errors[name], (dtypes or {}).get(name, sums), sums, half)
+        name: Expected(x, scale[name], errors[name], (dtypes or {}).get(name, sums), sums, operands)
         for name, x in truth.items()
         if x is not None
     }
@@ -427,7 +455,7 @@ def assert_within_budget(actual: Tensor, e: Expected, what: object = "") -> None
     assert actual.shape == e.truth.shape, what
     assert actual.dtype == e.dtype, what
     share = e.share(actual)
-    assert share <= 1, f"{what}: error of {share:.3g} budgets, of {e.error.units(e.sums, e.half):.3g} eps x sum of magnitudes"
+    assert share <= 1, f"{what}: error of {share:.3g} budgets, of {e.error.units(e.sums, e.operands):.3g} eps x sum of magnitudes"
 
 
 def assert_exact(actual: Tensor, e: Expected, what: object = "") -> None:

@@ -1,6 +1,7 @@
 """Builds the CUDA kernels for threads of a CPU (csrc/simt), and as a plugin runs a test process on them.
 
-``ZSL_TEST_EMULATED=cuda pytest -p tests.simt tests/zsl_kernels/test_interference.py`` runs what the kernels are for.
+``ZSL_TEST_EMULATED=cuda pytest -p tests.simt tests/zsl_kernels/test_interference.py`` runs what the kernels are for, and
+``ZSL_TEST_EMULATED=hopper`` those of compute capability 9.0.
 """
 
 from __future__ import annotations
@@ -10,12 +11,14 @@ import os
 import subprocess
 import sysconfig
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from pathlib import Path
 from types import ModuleType
 
 ROOT = Path(__file__).parents[1]
-SOURCES = (ROOT / "csrc/bindings/cuda_kernels.cu", ROOT / "csrc/bindings/cuda_module.cpp")
+KERNELS = ("csrc/bindings/cuda_kernels.cu", "csrc/bindings/hopper_kernels.cu")
+MODULE = "csrc/bindings/cuda_module.cpp"
 COMPILER = os.environ.get("CXX", "c++")
 
 
@@ -33,21 +36,26 @@ def _run(command: list[str]) -> None:
 
 
 @lru_cache
-def _module_object(folder: Path) -> Path:
-    """pybind11's part, which every build shares: it has nothing that a sanitizer should see."""
-    target = folder / "module.o"
-    includes = ("-I", str(pybind11()), "-I", sysconfig.get_paths()["include"])
-    # -O0: half of the time of -O1.
-    _run([COMPILER, "-std=c++17", "-O0", "-fPIC", "-DZSL_MODULE=zsl_simt", *includes, "-c", str(SOURCES[1]), "-o", str(target)])
+def _object(folder: Path, root: Path, source: str, flags: tuple[str, ...]) -> Path:
+    """Of one source under ``root``, compiled once for all builds in ``folder``."""
+    target = Path(tempfile.mkdtemp(dir=folder)) / f"{Path(source).name}.o"
+    options = ("-std=c++17", "-fPIC", *flags, "-DZSL_HOPPER=1", "-I", str(root / "csrc/simt"))
+    _run([COMPILER, *options, "-x", "c++", "-c", str(root / source), "-o", str(target)])
     return target
 
 
-def build(folder: Path, *flags: str, root: Path = ROOT) -> Path:
-    """The module ``zsl_simt``, of the kernels under ``root``, which may be a changed copy."""
-    module, target = _module_object(folder.parent), folder / "zsl_simt.so"
-    options = ("-std=c++17", "-O2", "-fPIC", "-shared", "-Wall", "-Wextra", "-Wno-unknown-pragmas", *flags)
-    kernels = str(root / "csrc/bindings/cuda_kernels.cu")
-    _run([COMPILER, *options, "-I", str(root / "csrc/simt"), "-x", "c++", kernels, "-x", "none", str(module), "-o", str(target)])
+def build(folder: Path, *flags: str, root: Path = ROOT, changed: str | None = None) -> Path:
+    """The module ``zsl_simt``. ``root``: of a copy in which the kernels of one source, ``changed``, differ."""
+    target = folder / "zsl_simt.so"
+    includes = ("-I", str(pybind11()), "-I", sysconfig.get_paths()["include"])
+    # pybind11's part has nothing that a sanitizer should see. -O0: half of the time of -O1.
+    objects = [_object(folder.parent, ROOT, MODULE, ("-O0", "-DZSL_MODULE=zsl_simt", *includes))]
+    options = ("-O2", "-Wall", "-Wextra", "-Wno-unknown-pragmas", *flags)
+    with ThreadPoolExecutor() as pool:
+        roots = [root if source == changed else ROOT for source in KERNELS]
+        objects += pool.map(lambda root, source: _object(folder.parent, root, source, options), roots, KERNELS)
+    sanitizers = [flag for flag in flags if flag.startswith("-fsanitize")]
+    _run([COMPILER, "-shared", *sanitizers, *map(str, objects), "-o", str(target)])
     return target
 
 
@@ -66,5 +74,7 @@ def load(path: Path) -> ModuleType:
 def pytest_configure(config):
     from zsl_kernels import cuda
 
+    if os.environ.get("ZSL_TEST_EMULATED") == "hopper":
+        os.environ.setdefault("ZSL_GPU_ARCH", "90")
     built = os.environ.get("ZSL_SIMT")
     cuda.emulate(load(Path(built) if built else build(Path(tempfile.mkdtemp(dir=tempfile.mkdtemp())))))

@@ -263,9 +263,9 @@ def test_the_deviation_of_a_chain_is_below_the_models(order, n):
 
 def test_a_device_adds_terms_of_its_own():
     e = error_budgets.product(256)
-    usual, of_half = (e.units(torch.float32, half) for half in (False, True))
+    usual, of_half = (e.units(torch.float32, operands) for operands in (torch.float32, torch.float16))
     assert usual == of_half
     with error_budgets.computing_by(error_budgets.DEVICE):
         assert e.units(torch.float32) == usual + error_budgets.DEVICE.split + 256 * 3 / 8 / 2
-        assert e.units(torch.float32, half=True) == usual + 256 / 16 / 2
+        assert e.units(torch.float32, torch.float16) == usual + 256 / 16 / 2
     assert e.units(torch.float32) == usual

@@ -193,8 +193,8 @@ def _chunked(call: Call) -> Candidate | None:
     return _library(call, "chunked", (rows, call.K), work, cost, workspace, slabs=-(-call.O // rows))
 
 
-_CPU = {"cpu": (_direct, _ghost), "chunked": (_rank_one, _matmul, _chunked)}
-_GPU = {
+CPU_WAYS = {"cpu": (_direct, _ghost), "chunked": (_rank_one, _matmul, _chunked)}
+GPU_WAYS = {
     "triton": (
         gpu_costs.triton_direct,
         gpu_costs.triton_stored,
@@ -202,7 +202,7 @@ _GPU = {
         gpu_costs.triton_ghost,
         gpu_costs.triton_backward,
     ),
-    "cuda": (gpu_costs.cuda_direct,),
+    "cuda": (gpu_costs.cuda_direct, gpu_costs.hopper),
 }
 
 
@@ -211,8 +211,10 @@ def choose(call: Call, impls: tuple[str, ...]) -> Plan:
     """The plan of a call among the ways of ``impls``. A way that several have is the first one's."""
     found: list[Candidate] = []
     for impl in impls:
-        found += [candidate for way in _CPU.get(impl, ()) if (candidate := way(call)) is not None]
-        found += [candidate for way in _GPU.get(impl, ()) for candidate in way(call)]
+        found += [candidate for way in CPU_WAYS.get(impl, ()) if (candidate := way(call)) is not None]
+        found += [candidate for way in GPU_WAYS.get(impl, ()) for candidate in way(call)]
+    if call.gpu is not None:
+        found = [gpu_costs.measured(candidate, call) for candidate in found]
     if not found:
         raise ValueError(f"impl: expected one with a kernel for {call}, got {', '.join(impls)}")
     owner = {candidate.way: candidate.impl for candidate in reversed(found)}

@@ -84,6 +84,11 @@ def keep(kind: Kind, call: Callable[..., Any]) -> Callable[..., Any]:
     return call
 
 
+def forget() -> None:
+    """Of all kinds: the choice of a kernel depends on something else from now on."""
+    _known.clear()
+
+
 def below_autograd(function: Callable[..., Any]) -> Callable[..., Any]:
     """A registered op's implementation as the op runs it when nothing is differentiated."""
 

@@ -204,7 +204,7 @@ def cuda_kernels(library: Path) -> Iterator[Kernel]:
     """Of the module that setup.py built; its kernels' names have their tile and the operands' type."""
     tiles = {(tile.rows, tile.cols, tile.slots): tile for tile in CUDA_TILES}
     for name, cubin in sass.cubins(library).items():
-        gpu = GPUS[int(name.split("sm_")[1].removesuffix(".cubin"))]
+        gpu = GPUS[int(name.split("sm_")[1].removesuffix(".cubin").removesuffix("a"))]
         for usage in sass.inspect(cubin):
             sizes = tuple(int(number) for number in re.findall(r"Li(\d+)E", usage.kernel)[:3])
             if sizes not in tiles or "Float16" in usage.kernel.replace("Bfloat16", ""):

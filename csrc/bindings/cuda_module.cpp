@@ -6,6 +6,9 @@
 #include <utility>
 
 #include "cuda_kernels.h"
+#if ZSL_HOPPER
+#include "hopper_kernels.h"
+#endif
 
 namespace py = pybind11;
 
@@ -83,6 +86,51 @@ void embedding(const Launch& launch, int element, const Shape& shape, const Stri
                                   to<const int64_t>(rows), sizes(shape, false), results(out)});
 }
 
+#if ZSL_HOPPER
+// pointer, parts, examples, positions, features, and the strides of the first three
+using Mapped = std::tuple<Pointer, uint64_t, uint64_t, uint64_t, uint64_t, uint64_t, uint64_t, uint64_t>;
+
+MappedTensor mapped(const Mapped& x) {
+  const auto [data, parts, examples, positions, features, part, example, position] = x;
+  return {to<const void>(data), parts, examples, positions, features, part, example, position};
+}
+
+// examples, steps, begin, products, O, K
+using Operands = std::tuple<int, int, Pointer, int, int64_t, int64_t>;
+// first tile, tiles, whole, parts, group
+using Schedule = std::tuple<int, int, int, int, int>;
+// grad_sum, abs_sum, sq_sum; l1, sq_norm, dot, abs_dot; partial scalars, workspace, slab; direction and its strides
+using HopperOut =
+    std::tuple<Pointer, Pointer, Pointer, Pointer, Pointer, Pointer, Pointer, Pointer, Pointer, Pointer, Pointer, int64_t, int64_t>;
+
+void hopper(int element, int slab, bool sums, const Mapped& a, const Mapped& b, const Operands& operands, const Schedule& schedule,
+            const HopperOut& out, const std::tuple<Pointer, Pointer, Pointer>& added, Pointer stream) {
+  const auto [examples, steps, begin, products, O, K] = operands;
+  const auto [first, tiles, whole, parts, group] = schedule;
+  const auto [grad, abs, sq, l1, sq_norm, dot, abs_dot, scalars, workspace, held, direction, row, col] = out;
+  const auto [bound, feature, values] = added;
+  launch_hopper(
+      Element{element}, slab, sums, mapped(a), mapped(b), {examples, steps, to<const int>(begin), products, O, K},
+      {first, tiles, whole, parts, group},
+      {to<float>(grad), to<float>(abs), to<float>(sq), to<float>(l1), to<float>(sq_norm), to<float>(dot), to<float>(abs_dot),
+       to<float>(scalars), to<float>(workspace), to<void>(held), to<const float>(direction), row, col},
+      {to<const int64_t>(bound), to<const int64_t>(feature), to<const float>(values)}, stream);
+}
+
+void pack(const Strided& from, int element, int64_t examples, int64_t positions, Pointer begin, Pointer first_step,
+          int64_t features, int64_t pitch, int64_t part, bool with_low, Pointer target, unsigned blocks, Pointer stream) {
+  const Element e{element};
+  launch_pack({operand(from, e), e, examples, positions, to<const int64_t>(begin), to<const int>(first_step), features, pitch, part,
+               with_low, to<void>(target)},
+              blocks, stream);
+}
+
+void slab_gram(Pointer x, Pointer y, bool bfloat16, int64_t x_rows, int64_t y_rows, int64_t elements, Pointer pairs,
+               unsigned blocks, Pointer stream) {
+  launch_slab_gram({to<const void>(x), to<const void>(y), bfloat16, x_rows, y_rows, elements, to<double>(pairs)}, blocks, stream);
+}
+#endif
+
 }  // namespace
 }  // namespace zsl
 
@@ -91,6 +139,11 @@ PYBIND11_MODULE(ZSL_MODULE, m) {
   m.def("gram", &gram);
   m.def("cross_gram", &cross_gram);
   m.def("embedding", &embedding);
+#if ZSL_HOPPER
+  m.def("hopper", &hopper);
+  m.def("pack", &pack);
+  m.def("slab_gram", &slab_gram);
+#endif
   m.def("shared_bytes", py::overload_cast<int, int, bool>(&shared_bytes),
         "Of a block: tile, examples held, whether it adds in runs.");
   m.def(

@@ -134,16 +134,19 @@ inline void mma_tf32(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[
   });
 }
 
+template <class T>
 struct Shuffled {
-  float own, other;
+  T own, other;
   int from;
 };
-ZSL_UNSEEN inline void exchange(Shuffled** lanes) {
+template <class T>
+ZSL_UNSEEN void exchange(Shuffled<T>** lanes) {
   for (int lane = 0; lane < simt::warp_size; ++lane) lanes[lane]->other = lanes[lanes[lane]->from]->own;
 }
-inline float shuffle_xor(float x, int mask) {
-  Shuffled mine = {x, 0, static_cast<int>(threadIdx.x) % simt::warp_size ^ mask};
-  simt::block->meet(&mine, exchange);
+template <class T>
+T shuffle_xor(T x, int mask) {
+  Shuffled<T> mine = {x, 0, static_cast<int>(threadIdx.x) % simt::warp_size ^ mask};
+  simt::block->meet(&mine, exchange<T>);
   return mine.other;
 }
 

@@ -103,7 +103,7 @@ class Block {
 
   void run(const std::function<void()>& body, Index index, Index grid_size, size_t shared_bytes) {
     // Of the exact size, so that the address sanitizer sees its end, and holding NaN.
-    shared = static_cast<unsigned char*>(std::malloc(shared_bytes ? shared_bytes : 1));
+    if (posix_memalign(reinterpret_cast<void**>(&shared), 1024, shared_bytes ? shared_bytes : 1)) fail("no shared memory");
     std::memset(shared, 0xff, shared_bytes);
     body_ = &body, at = index, grid = grid_size, block = this;
     prepare();
@@ -121,20 +121,33 @@ class Block {
     acquire();
   }
 
-  // The lanes of a warp meet: the last one runs `together` with what all of them brought.
-  template <class T, class F>
+  // The threads of a warp, or of several, meet: the last one runs `together` with what all of them brought.
+  template <int Threads = warp_size, class T, class F>
   ZSL_UNSEEN void meet(T* mine, F together) {
-    const size_t warp = static_cast<size_t>(current_) / warp_size;
-    brought_[static_cast<size_t>(current_)] = mine;
-    const int64_t before = meetings_[warp];
+    // Warps and groups of several meet in places of their own: a warp may meet while others of its group wait for it.
+    const size_t thread = static_cast<size_t>(current_), own = Threads == warp_size ? 0 : fibers_.size();
+    const size_t place = own / warp_size + thread / Threads;
+    brought_[own + thread] = mine;
+    const int64_t before = meetings_[place];
     idle_ = 0;
-    if (++arrived_[warp] == warp_size) {
-      arrived_[warp] = 0, ++meetings_[warp];
-      together(reinterpret_cast<T**>(&brought_[warp * warp_size]));
+    if (++arrived_[place] == Threads) {
+      arrived_[place] = 0, ++meetings_[place];
+      together(reinterpret_cast<T**>(&brought_[own + thread / Threads * Threads]));
     } else {
-      while (meetings_[warp] == before) yield();
+      while (meetings_[place] == before) yield();
     }
   }
+
+  // To the next thread that is not done. A wait that goes round twice without progress cannot end.
+  ZSL_UNSEEN void yield() {
+    const int count = static_cast<int>(fibers_.size());
+    if (++idle_ > 2 * count) fail("a barrier or a warp's operation that not every thread reaches");
+    int next = current_;
+    do next = next + 1 == count ? 0 : next + 1;
+    while (fibers_[static_cast<size_t>(next)].done);
+    if (next != current_) to(self(), next);
+  }
+  ZSL_UNSEEN void progress() { idle_ = 0; }
 
   unsigned char* shared = nullptr;
   Index at, grid;
@@ -142,8 +155,8 @@ class Block {
  private:
   explicit Block(int threads)
       : fibers_(static_cast<size_t>(threads)),
-        brought_(fibers_.size()),
-        arrived_(fibers_.size() / warp_size + 1),
+        brought_(2 * fibers_.size()),
+        arrived_(2 * (fibers_.size() / warp_size) + 1),
         meetings_(arrived_.size()) {
     for (size_t i = 0; i < fibers_.size(); ++i) {
       Fiber& fiber = fibers_[i];
@@ -198,16 +211,6 @@ class Block {
       to_host();
     else
       yield();
-  }
-
-  // To the next thread that is not done.
-  ZSL_UNSEEN void yield() {
-    const int count = static_cast<int>(fibers_.size());
-    if (++idle_ > 2 * count) fail("a barrier or a warp's operation that not every thread reaches");
-    int next = current_;
-    do next = next + 1 == count ? 0 : next + 1;
-    while (fibers_[static_cast<size_t>(next)].done);
-    if (next != current_) to(self(), next);
   }
 
   ZSL_UNSEEN void to(Fiber& from, int next) {

@@ -220,11 +220,139 @@ def far(module: ModuleType, element: int, stride: int, along: int) -> None:
     out.check(f"{ELEMENTS[element]}, stride {stride} of dimension {along}", *gradients(a, b))
 
 
+HOPPER_TILE, HOPPER_WARPS, BOX = 128, 8, 64
+
+
+class Mapped:
+    """An operand as boxes address it: of half precision as it is, or the copy that the module makes of it."""
+
+    def __init__(self, module: ModuleType, x: Numbers, element: int, begin: np.ndarray | None = None):
+        self.first_step = None
+        if begin is not None:
+            steps = np.maximum(1, -(-np.diff(begin) // BOX))
+            self.first_step = np.concatenate([[0], np.cumsum(steps)]).astype(np.int32)
+        F = x.data.shape[-1]
+        if element and begin is None and F % 8 == 0 and x.data.flags.c_contiguous:
+            self.held = self.of_copy(x.data.shape, np.uint16)
+            self.held[...] = x.data.view(np.uint16)
+            N, T, _ = x.data.shape
+            self.mapped = (self.held.ctypes.data, 1, N, T, F, N * T * F, T * F, F)
+            return
+        pitch, parts = -(-F // 8) * 8, 1 if element else 4
+        N, T = (1, int(self.first_step[-1]) * BOX) if begin is not None else x.data.shape[:2]
+        self.held = self.of_copy((parts, N, T, pitch), np.uint16)
+        part = N * T * pitch
+        pointers = (0, 0) if begin is None else (begin.ctypes.data, self.first_step.ctypes.data)
+        count = N if begin is None else len(begin) - 1
+        module.pack(x.strided(), element, count, T, *pointers, F, pitch, part, True, self.held.ctypes.data, 2, 0)
+        self.mapped = (self.held.ctypes.data, parts, N, T, F, part, T * pitch, pitch)
+
+    @staticmethod
+    def of_copy(shape: tuple[int, ...], dtype: type) -> np.ndarray:
+        """Memory of the exact size, at a multiple of 16 bytes, full of NaN."""
+        size = int(np.prod(shape)) * np.dtype(dtype).itemsize
+        raw = np.full(size + 16, 0xFF, np.uint8)
+        skip = -raw.ctypes.data % 16
+        return raw[skip : skip + size].view(dtype).reshape(shape)
+
+
+def hopper(
+    module: ModuleType, element: int, N: int, T: int, K: int, O: int, layout: str, parts: int, lengths: list[int] | None = None
+) -> None:
+    """Sums, scalars and the Gram in two launches' worth of tiles; with ``lengths`` ragged, with added rows."""
+    rng = np.random.default_rng(N + T + K)
+    begin = None
+    if lengths is None:
+        a, b = Numbers(rng, element, N, T, K, layout=layout), Numbers(rng, element, N, T, O, layout=layout)
+        g, size = gradients(a, b)
+    else:
+        N, begin = len(lengths), np.concatenate([[0], np.cumsum(lengths)])
+        a, b = Numbers(rng, element, int(begin[-1]), K, layout=layout), Numbers(rng, element, int(begin[-1]), O, layout=layout)
+        pieces = [(a.values[begin[i] : begin[i + 1]], b.values[begin[i] : begin[i + 1]]) for i in range(N)]
+        g, size = np.stack([y.T @ x for x, y in pieces]), np.stack([np.abs(y).T @ np.abs(x) for x, y in pieces])
+    mapped_a, mapped_b = (Mapped(module, x, element, begin) for x in (a, b))
+    down, across = -(-O // HOPPER_TILE), -(-K // HOPPER_TILE)
+    tiles = down * across
+    added, held = (0, 0, 0), []
+    if lengths is not None:
+        rows = [np.sort(rng.choice(O, min(O, i % 5), replace=False)) for i in range(N)]
+        feature, values = np.concatenate(rows), rng.standard_normal((sum(map(len, rows)), K)).astype(np.float32)
+        first = np.concatenate([[0], np.cumsum([len(x) for x in rows])])
+        edges = np.minimum(np.arange(down + 1) * HOPPER_TILE, O)
+        bound = np.stack([first[i] + np.searchsorted(rows[i], edges) for i in range(N)]).astype(np.int64)
+        for i in range(N):
+            for p in range(first[i], first[i + 1]):
+                g[i, feature[p]] += values[p]
+                size[i, feature[p]] += np.abs(values[p])
+        held = [bound, feature, values]
+        added = tuple(x.ctypes.data for x in held)
+    u = rng.standard_normal((K, O)).astype(np.float32).T
+    out = Results.__new__(Results)
+    out.sums, out.u = [Mapped.of_copy((O, K), np.float32) for _ in range(3)], u
+    scalars = np.full((4, N), np.nan, np.float32)
+    out.scalars, out.pairs = scalars[None], np.zeros((1, N, N))
+    exact = element != 1
+    for start in range(0, tiles, max(1, tiles - 1)):  # the last tile in a launch of its own
+        count = min(max(1, tiles - 1), tiles - start)
+        whole = count // 2 if parts > 1 else count
+        partials = np.full((4, N, count * HOPPER_WARPS), np.nan, np.float32)
+        work = Mapped.of_copy(((count - whole) * parts, 3 * HOPPER_TILE**2), np.float32)
+        slab = Mapped.of_copy((N, count * HOPPER_TILE**2), np.float32 if exact else np.uint16)
+        module.hopper(
+            element,
+            2 if exact else 1,
+            True,
+            mapped_a.mapped,
+            mapped_b.mapped,
+            (N, -(-T // BOX), 0 if begin is None else mapped_a.first_step.ctypes.data, 1 if element else 6, O, K),
+            (start, count, whole, parts, 8),
+            (
+                *(x.ctypes.data for x in out.sums),
+                *(scalars.ctypes.data + 4 * N * f for f in range(4)),
+                partials.ctypes.data,
+                work.ctypes.data,
+                slab.ctypes.data,
+                u.ctypes.data,
+                *(stride // 4 for stride in u.strides),
+            ),
+            added,
+            0,
+        )
+        pairs = np.full((2, N, N), np.nan)
+        module.slab_gram(slab.ctypes.data, 0, not exact, N, N, slab.shape[1], pairs.ctypes.data, 2, 0)
+        out.pairs += pairs.sum(0)
+        cross = np.full((1, N, 1), np.nan)
+        module.slab_gram(slab.ctypes.data, slab.ctypes.data, not exact, N, 1, slab.shape[1], cross.ctypes.data, 1, 0)
+        expect("the Gram of two slabs", cross[0, :1, 0], pairs.sum(0)[0, :1], pairs.sum(0)[0, :1])
+    if not exact:  # of gradients that were rounded to bfloat16
+        expect_rounded(out.pairs[0], g, size)
+        out.pairs = None
+    name = f"hopper, {ELEMENTS[element]}, {layout}, N, T, K, O = {N}, {T}, {K}, {O}, {parts} parts{', ragged' if lengths else ''}"
+    out.check(name, g, size)
+
+
+def expect_rounded(found: np.ndarray, g: np.ndarray, size: np.ndarray) -> None:
+    upper = np.triu(np.ones(found.shape, bool))
+    g, size = g.reshape(len(g), -1), size.reshape(len(g), -1)
+    expect("the Gram of rounded gradients", found[upper], (g @ g.T)[upper], 2.0**-8 / 1e-5 * (size @ size.T)[upper])
+
+
+def hopper_cases(module: ModuleType, short: bool) -> None:
+    for element in (1,) if short else range(3):
+        for layout in ("dense", "spread") if short else ("dense", "features first", "spread", "shared"):
+            hopper(module, element, 3, 70, 136, 40, layout, 1)
+    hopper(module, 1, 7, 400, 128, 136, "dense", 3)  # more steps than stages, tiles that are split over the examples
+    hopper(module, 0, 5, 3, 17, 130, "dense", 2, [0, 33, 1, 130, 64])
+    hopper(module, 2, 67, 1, 8, 8, "dense", 1)  # more than one run of examples, and than one group of the Gram's
+
+
 def main(path: str, *cases: str) -> None:
     """``short``: every tile with one kind of element, of which each has one, and the layouts that are copied in other ways."""
     module = load(path)
     layouts = ("dense", "spread") if "short" in cases else ("dense", "features first", "spread", "shared")
-    wanted = [case for case in cases if case != "short"] or ["regular", "groups", "cross", "ragged", "embedding"]
+    wanted = [case for case in cases if case != "short"] or ["regular", "groups", "cross", "ragged", "embedding", "hopper"]
+    if "hopper" in wanted:
+        hopper_cases(module, "short" in cases)
     if "far" in wanted:
         for element, along in ((0, 0), (1, 1), (2, 0)):
             far(module, element, 2**31 + 8, along)  # 16 bytes at a time

@@ -19,11 +19,11 @@ pytestmark = pytest.mark.skipif(not LIBRARY.exists(), reason="the CUDA kernels w
 
 @pytest.fixture(scope="module")
 def kernels():
-    """By architecture."""
+    """By architecture, of which 9.0 has kernels of its own alone, "90a"."""
     found = {}
     for name, cubin in sass.cubins(LIBRARY).items():
-        arch = int(name.rsplit("sm_", 1)[1].removesuffix(".cubin"))
-        found.setdefault(arch, []).extend(sass.inspect(cubin))
+        arch = name.rsplit("sm_", 1)[1].removesuffix(".cubin")
+        found.setdefault(int(arch) if arch.isdigit() else arch, []).extend(sass.inspect(cubin))
     return found
 
 
@@ -46,6 +46,27 @@ def test_products_are_those_of_the_matrix_unit(arch, kernels):
         if "Float16" in usage.kernel or "Bfloat16" in usage.kernel:
             # Most steps of the product go through a loop of copies, a barrier and products, and nothing else.
             assert any(sum(loop.instructions.values()) <= 25 * loop.matrix["HMMA"] for loop in looped), usage
+
+
+def test_the_kernels_of_hopper_have_no_stack_or_spills(kernels):
+    usages = kernels["90a"]
+    # By two elements five of sums and slabs; by two types of slabs three sizes and one of two slabs; two more.
+    assert len(usages) == 2 * 5 + 2 * 4 + 2
+    for usage in usages:
+        assert (usage.stack, usage.spills) == (0, 0), usage
+    # 168 at the start: the warps that copy give theirs to those that multiply.
+    assert {usage.registers for usage in usages if "hopper_kernel" in usage.kernel} == {168}
+
+
+def test_products_of_hopper_are_those_of_a_warpgroup_on_boxes(kernels):
+    for usage in kernels["90a"]:
+        if "hopper_kernel" in usage.kernel:
+            assert usage.instructions["UTMALDG"] >= 4, usage
+            (loop,) = [loop for loop in usage.loops if loop.own_matrix["HGMMA"]]
+            assert loop.own["HGMMA"] % 4 == 0, usage  # of a step, with little beside them
+            assert sum(loop.own.values()) < 25 * loop.own["HGMMA"], usage
+        if "slab_gram_kernel" in usage.kernel:
+            assert any(loop.matrix["HMMA"] for loop in usage.loops), usage
 
 
 @pytest.mark.parametrize("arch", GPUS)

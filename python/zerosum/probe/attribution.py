@@ -28,7 +28,9 @@ from zerosum.probe.layout import Layout
 UNREACHED = -1  # no loss's gradient reaches the row
 MIXED = -2  # several losses' gradients reach it
 BASE = 16  # weights of one pass: ±2^k for k from -3 to 4
+SMALLEST = 2.0**-3
 PROJECTIONS = 3
+MOST_LOST = 0.05  # of the rows, that may be lost in noise
 
 
 def digits(examples: int) -> int:
@@ -111,26 +113,35 @@ def follows(plain: Signature, weighted: Signature, weights: Tensor, noise: Noise
 
 @dataclass
 class Noise:
-    """How far two runs of one pass differ, as those of a device do where sums are made by atomics."""
+    """How far a pass is from one that scales exactly, as where a device adds by atomics, or where float16 underflows."""
 
     allowed: Tensor  # (R,) for each row
     level: float  # of nearly all rows, as a part of their norms
+    lost: Tensor  # (R,) rows that are so small beside their noise that they tell nothing
 
     @classmethod
-    def between(cls, plain: Signature, again: Signature) -> Noise | None:
-        """None where the pass repeats to the last bit.
+    def between(cls, plain: Signature, scaled: Signature) -> Noise | None:
+        """``scaled``: of a pass in which all weights are ``SMALLEST``. None where it is the plain one to the last bit.
 
-        A row is allowed 32 times its own difference, and 8 times that of nearly all rows: one sample of a row's noise is less than
-        a 32nd of another for one row in some ten thousand, by three projections. It is never allowed more than a 16th of its norm.
-        Weights that differ by up to 128 make another example's part of a row larger than that, where it is as large as the noise.
+        A row is allowed 64 times its own difference, 16 times that of nearly all rows as a part of the norm, and 8 times their
+        median, for small rows have the noise of large ones. It is never allowed more than a fourth of its norm. Single numbers are
+        one sample of their noise: those that lie together in the last dimension are taken together. Weights that differ by up to
+        128 make another example's part of a row larger than that, where it is as large as the noise.
         """
-        differences = (again.projected - plain.projected).abs().amax(1)
+        differences = (scaled.projected / SMALLEST - plain.projected).abs().amax(1)
         relative = (differences / plain.norm).nan_to_num(nan=0.0, posinf=0.0)
         if not bool((relative > 0).any()):
             return None
-        level = float(relative.quantile(0.9)) if len(relative) < 1 << 24 else float(relative.max())
-        allowed = torch.minimum(32 * differences + 8 * level * plain.norm, plain.norm / 16)
-        return cls(allowed, level)
+        level = float(relative.quantile(0.9)) if len(relative) < 1 << 24 else float(relative.median())
+        median = differences.nanmedian()
+        if plain.projected.shape[1] == 1 and len(plain.lead):
+            together = differences.view(plain.lead).square().mean(-1, keepdim=True).sqrt()
+            differences = torch.maximum(differences, together.expand(plain.lead).reshape(-1))
+        noise, most = 64 * differences + 16 * level * plain.norm + 8 * median, plain.norm / 4
+        lost = noise > most
+        if float(lost.double().mean()) > MOST_LOST:
+            lost = torch.zeros_like(lost)
+        return cls(torch.minimum(noise, most), level, lost)
 
 
 def tolerance(eps: float) -> float:
@@ -175,6 +186,8 @@ def name_rows(
     for weighted in spelled:
         quiet = quiet & (weighted.norm <= BASE * small * largest)
         finite = finite & weighted.norm.isfinite()
+    if noise is not None:
+        quiet = quiet | noise.lost
     names[~fits & quiet] = UNREACHED
     names[~finite] = UNREACHED  # infinities and NaN tell nothing
     return names.view(plain.lead)

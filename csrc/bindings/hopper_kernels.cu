@@ -1,0 +1,93 @@
+#include "hopper_kernels.h"
+
+#include <hopper_launch.cuh>
+#include <stdexcept>
+
+#include "../cuda/hopper.cuh"
+#include "../cuda/pack.cuh"
+#include "../cuda/slab_gram.cuh"
+
+namespace zsl {
+namespace {
+
+struct WarpgroupBfloat16 {
+  __device__ static void multiply_boxes(float (&c)[64], BoxPlace b, BoxPlace a, bool add) { multiply_boxes_bfloat16(c, b, a, add); }
+};
+struct WarpgroupFloat16 {
+  __device__ static void multiply_boxes(float (&c)[64], BoxPlace b, BoxPlace a, bool add) { multiply_boxes_float16(c, b, a, add); }
+};
+
+TensorMap map_of(const MappedTensor& x, bool bfloat16) {
+  const uint64_t sizes[4] = {x.features, x.positions, x.examples, x.parts};
+  const uint64_t strides[3] = {2 * x.position, 2 * x.example, 2 * x.part};
+  return tensor_map(x.data, sizes, strides, bfloat16);
+}
+
+template <class E, Slab slab, bool sums>
+void launch_as(const HopperArgs& args, uintptr_t stream) {
+  const HopperSchedule& s = args.schedule;
+  const int split = s.tiles - s.whole;
+  const unsigned blocks = static_cast<unsigned>(s.whole + split * s.parts);
+  launch("hopper_kernel", hopper_kernel<E, slab, sums>, 1, blocks, hopper_threads, sizeof(HopperShared), stream, args);
+  if (!sums) return;
+  const int64_t scalars = static_cast<int64_t>(args.results.direction ? 4 : 2) * args.operands.examples;
+  const int64_t last = (s.parts > 1 ? split * 48 : 0) + (scalars + hopper_warps - 1) / hopper_warps;
+  launch("finish_kernel", finish_kernel, 1, static_cast<unsigned>(last), hopper_consumers, 0, stream, args);
+}
+
+template <class E>
+void launch_element(int slab, bool sums, const HopperArgs& args, uintptr_t stream) {
+  if (sums && slab == 0) return launch_as<E, Slab::none, true>(args, stream);
+  if (sums && slab == 1) return launch_as<E, Slab::bfloat16, true>(args, stream);
+  if (sums) return launch_as<E, Slab::float32, true>(args, stream);
+  if (slab == 1) return launch_as<E, Slab::bfloat16, false>(args, stream);
+  if (slab == 2) return launch_as<E, Slab::float32, false>(args, stream);
+  throw std::invalid_argument("hopper: neither sums nor a slab");
+}
+
+template <class E, int octets, bool two>
+void launch_octets(const SlabGramArgs& args, unsigned blocks, uintptr_t stream) {
+  constexpr int64_t side = 8 * octets;
+  const int64_t down = (args.x_rows + side - 1) / side, across = (args.y_rows + side - 1) / side;
+  const int64_t pairs = args.upper ? across * (across + 1) / 2 : down * across;
+  launch("slab_gram_kernel", slab_gram_kernel<E, octets, two>, blocks, static_cast<unsigned>(pairs), slab_threads,
+         sizeof(float) * slab_warps * side * side, stream, args);
+}
+
+template <class E>
+void launch_slab_gram_as(SlabGramArgs args, unsigned blocks, uintptr_t stream) {
+  if (args.upper && args.x_rows <= 8) return launch_octets<E, 1, false>(args, blocks, stream);
+  if (args.upper && args.x_rows <= 16) return launch_octets<E, 2, false>(args, blocks, stream);
+  if (args.upper && args.x_rows <= slab_group) return launch_octets<E, 4, false>(args, blocks, stream);
+  if (args.upper) args.y = args.x;
+  launch_octets<E, E::octets_of_two, true>(args, blocks, stream);
+}
+
+}  // namespace
+
+void launch_hopper(Element element, int slab, bool sums, const MappedTensor& a, const MappedTensor& b,
+                   const HopperOperands& operands, const HopperSchedule& schedule, const HopperResults& results,
+                   const HopperAdded& added, uintptr_t stream) {
+  const bool bfloat16 = element != Element::float16;  // the parts of float32 too
+  const HopperArgs args = {map_of(a, bfloat16), map_of(b, bfloat16), operands, schedule, results, added};
+  if (bfloat16)
+    launch_element<WarpgroupBfloat16>(slab, sums, args, stream);
+  else
+    launch_element<WarpgroupFloat16>(slab, sums, args, stream);
+}
+
+void launch_pack(const Pack& x, unsigned blocks, uintptr_t stream) {
+  const PackArgs args = {x.from,     x.element, x.examples, x.positions, x.begin, x.first_step,
+                         x.features, x.pitch,   x.part,     x.with_low,  x.to};
+  launch("pack_kernel", pack_kernel, blocks, static_cast<unsigned>(x.examples), pack_threads, 0, stream, args);
+}
+
+void launch_slab_gram(const SlabGram& x, unsigned blocks, uintptr_t stream) {
+  const SlabGramArgs args = {x.x, x.y, x.x_rows, x.y_rows, x.elements, x.pairs, x.y == nullptr};
+  if (x.bfloat16)
+    launch_slab_gram_as<SlabBfloat16>(args, blocks, stream);
+  else
+    launch_slab_gram_as<SlabFloat32>(args, blocks, stream);
+}
+
+}  // namespace zsl

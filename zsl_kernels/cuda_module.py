@@ -1,0 +1,76 @@
+"""The module of the compiled CUDA kernels, and how tensors are handed to it.
+
+It knows pointers, sizes and a stream; tensors are checked and allocated in Python. It is the same for devices and for the emulation
+of the kernels on the CPU, which the tests use.
+"""
+
+from __future__ import annotations
+
+import importlib
+from contextlib import nullcontext
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+ELEMENTS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+_emulation: ModuleType | None = None
+
+
+def emulate(module: ModuleType | None) -> None:
+    """Runs the kernels of ``module``, built from csrc/simt, on CPU tensors from now on; None ends it."""
+    global _emulation
+    _emulation = module
+
+
+def emulated() -> bool:
+    return _emulation is not None
+
+
+def compiled() -> ModuleType:
+    return _emulation or importlib.import_module("zsl_kernels._cuda")
+
+
+def missing() -> str | None:
+    """Why the kernels cannot run here, or None."""
+    try:
+        built, driver = compiled().versions()
+    except (ImportError, AttributeError) as error:  # the latter of an older build
+        return f"it was not built, or does not load ({error}): reinstall with nvcc and ZSL_BUILD_CUDA unset"
+    if driver // 1000 < built // 1000:  # a newer minor version runs on the driver of an older one
+        return (
+            f"it was built with CUDA {_version(built)}, and the driver is of {_version(driver)}: update it, or build with its nvcc"
+        )
+    return None
+
+
+def _version(number: int) -> str:
+    return f"{number // 1000}.{number % 1000 // 10}"
+
+
+def exact() -> bool:
+    """Whether float32 products are to be those of float32: torch says when those of tf32 will do."""
+    return torch.backends.cuda.matmul.fp32_precision != "tf32"
+
+
+def stream(x: Tensor) -> int:
+    return torch.cuda.current_stream(x.device).cuda_stream if x.is_cuda else 0
+
+
+def guard(x: Tensor) -> torch.cuda.device | nullcontext[None]:
+    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
+
+
+def pointer(x: Tensor | None) -> int:
+    return 0 if x is None else x.data_ptr()
+
+
+def strided(x: Tensor) -> tuple[int, int, int, int]:
+    """The pointer and the strides of examples, positions and features of (N, T, features), or of rows (R, features)."""
+    position, feature = x.stride()[-2:]
+    return x.data_ptr(), x.stride(0) if x.ndim == 3 else 0, position, feature
+
+
+def written(x: Tensor) -> Tensor:
+    """The tensor, or where its negation is pending a copy: kernels read memory as it is."""
+    return x.resolve_neg()
