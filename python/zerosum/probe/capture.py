@@ -16,6 +16,7 @@ from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakIdKeyDictionary
 
+from zerosum.probe import compiled
 from zerosum.probe.attribution import Signature, edge_of, repeatable
 from zerosum.probe.contributions import Piece
 from zerosum.probe.derived import derive
@@ -24,7 +25,7 @@ from zerosum.probe.loss_tail import LOSSES, LossCall
 from zerosum.probe.parameters import DerivedWeight, GradSource, ParameterProbe, Ref
 from zerosum.probe.proof import Proof, Prover, Short, Structures, Tree, reentrant
 from zerosum.probe.results import Pass, add_up
-from zerosum.probe.rules import APPLIED, KNOWN, RULES, again
+from zerosum.probe.rules import APPLIED, KNOWN, RULES, again, embedding, linear, norm
 from zerosum.probe.rules.site import Phase, Site
 from zsl_kernels.uses import Weight, only_for_weights, run_known
 
@@ -91,7 +92,7 @@ class Capture(TorchFunctionMode):
             tree = structures.tree = Tree(model)
             structures.calls.clear()
             structures.known.clear()
-        self._modules, names = tree.modules, tree.names
+        self.modules, names = tree.modules, tree.names
         self.parameters: list[ParameterProbe] = []
         for p, known in names.items():
             if p.requires_grad:
@@ -116,9 +117,15 @@ class Capture(TorchFunctionMode):
         # Which tensors depend on no data, while that has to be found out.
         self._constants: WeakIdKeyDictionary | None = WeakIdKeyDictionary() if structures.tracks else None
         if self._constants is not None:
-            own = (x for m in self._modules for x in vars(m).values() if isinstance(x, Tensor))
+            own = (x for m in self.modules for x in vars(m).values() if isinstance(x, Tensor))
             for x in (*model.buffers(), *(p for p in names if not p.requires_grad), *own):
                 self._constants[x] = True
+        self.recomputed = False  # whether a checkpoint has computed uses again
+        self.hooked = False  # whether hooks of the user's see what is computed
+        self.compiling = False  # whether code may be compiled in this block
+        self.traced = 0  # the uses of the epoch that ran in compiled code
+        self._by_memory: dict[Any, ParameterProbe] = {}  # compiled code hands on a weight's memory
+        self._stamps: dict[int, tuple[Site, str]] = {}  # what they are known by
         self.sees_all = self._bases or self._constants is not None  # whether calls without weights matter too
         self._stack = ExitStack()
 
@@ -132,12 +139,27 @@ class Capture(TorchFunctionMode):
                 if hooks is None:
                     t.parameter._backward_hooks = hooks = OrderedDict()
                 hooks[t.marks] = t.marks
-            for module in self._modules:
+            for module in self.modules:
                 if module._backward_hooks or module._backward_pre_hooks or module._forward_hooks or module._forward_pre_hooks:
+                    self.hooked = True
                     for hooks in (module._backward_hooks, module._backward_pre_hooks):
                         stack.enter_context(self._guarding(hooks, _Guarded))
                     for hooks in (module._forward_hooks, module._forward_pre_hooks):
                         stack.enter_context(self._guarding(hooks, _GuardedForward))
+            steps = self.structures.compiled
+            mode = None if steps is None or self.hooked else steps.mode_for(self)
+            if mode is not None and steps is not None:
+                self.compiling = steps.compiling
+                if not self.compiling:
+                    stack.enter_context(torch.compiler.set_stance("eager_on_recompile"))
+                mode.hook.put_on(self.model)
+                stack.callback(mode.hook.take_off, self.model)
+                self._by_memory = {_memory(t.parameter): t for t in self.parameters}
+                mode.capture = self
+                stack.callback(setattr, mode, "capture", None)
+                stack.enter_context(mode)
+                self._stack = stack.pop_all()
+                return
             if not isinstance(self.model, torch.jit.ScriptModule):
                 stack.callback(self.model.register_forward_pre_hook(_Hook(self, "before_model"), with_kwargs=True).remove)
             for function, replacement in APPLIED.items():
@@ -201,6 +223,7 @@ class Capture(TorchFunctionMode):
         self.inputs.clear()
         self.auxiliary.clear()
         self.signatures.clear()
+        self._stamps.clear()
 
     @property
     def unnoticed(self) -> bool:
@@ -240,6 +263,7 @@ class Capture(TorchFunctionMode):
 
     def enter(self, site: Site) -> None:
         self.sites.append(site)
+        self.recomputed |= self._depth > 0
 
     def sign(self, site: Site, rows: Tensor) -> None:
         self.signatures[site] = Signature.of(rows)
@@ -482,6 +506,53 @@ class Capture(TorchFunctionMode):
             self._derived.append(derived)
             self.sources[id(out)] = derived
 
+    # Compiled code -------------------------------------------------------------------------------------------------------------
+
+    def enter_traced(self, stamp: int, kind: str, tensors: Sequence[Tensor | None]) -> None:
+        """Takes a use that runs in compiled code."""
+        if not self._watching or self._depth:
+            return
+        if self._over:
+            self._begin_epoch()
+        func = compiled.FUNCTIONS[kind]
+        x, *weights = (tensors[k] for k in ((1, 2, 0) if kind == "addmm" else range(len(tensors))))
+        assert x is not None
+        sources = [None if weight is None else self._by_memory.get(_memory(weight)) for weight in weights]
+        own = [t.name for t in sources if t is not None]
+        lead = x.shape if kind == "embedding" else x.shape[:-1]
+        site = Site(self, f"{func.__name__} ({', '.join(own[:1])})", [None if t is None else t.ref for t in sources], lead)
+        given = [y for y in tensors if y is not None]
+        self.keys.append((func, tuple(y.shape for y in given), given[0].dtype, None, False))
+        self._stamps[stamp] = site, kind
+        self.traced += 1
+        for k, t in enumerate(sources):
+            if t is not None:
+                t.used = True
+                t.covered_by(f"{kind} bias" if k else kind)
+                t.use_apart()
+                site.alone |= 1 << k
+
+    def refuse_traced(self, weight: Tensor) -> None:
+        """Takes a use in compiled code that is not known."""
+        if (t := self._by_memory.get(_memory(weight))) is not None:
+            t.refuse(compiled.UNKNOWN)
+
+    def leave_traced(self, stamp: int, grad: Tensor, saved: Sequence[Tensor], wanted: Sequence[bool]) -> Sequence[Tensor | None]:
+        """The gradients of a use's weight and bias, where they are measured."""
+        if stamp not in self._stamps or self.phase is not Phase.MEASURING:
+            return None, None
+        site, kind = self._stamps[stamp]
+        if not all(source.ready for source in site.sources):
+            # Something waits for other uses, or for the whole gradient: the compiler's tensors do not.
+            grad, saved = grad.clone(), [x.clone() for x in saved]
+        if kind in ("linear", "addmm"):
+            backward = linear.backward if kind == "linear" else linear.addmm_backward
+            return backward(site, grad, saved, (False, *wanted))[1:]
+        if kind == "embedding":
+            ids, weight = saved
+            return embedding.backward(site, grad, ids, weight.shape[0], weight.dtype), None
+        return norm.scale_backward(site, grad, saved[0], wanted)
+
     # Backward --------------------------------------------------------------------------------------------------------------------
 
     def _run_backward(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -500,6 +571,8 @@ class Capture(TorchFunctionMode):
             kwargs["inputs"] = _edges(kwargs["inputs"])
         given = kwargs.get("grad_tensors", kwargs.get("grad_outputs", inputs[1] if len(inputs) > 1 else None))
         engine = torch.autograd.backward if func is Tensor.backward else func
+        if (steps := self.structures.compiled) is not None and (kwargs.get("create_graph") or kwargs.get("retain_graph")):
+            steps.bar("a graph is differentiated again")
         proof = None
         if self._watching:
             proof = self._prepare(_roots(outputs), _given(given, outputs))
@@ -533,7 +606,8 @@ class Capture(TorchFunctionMode):
         state.at_once = phase is Phase.MEASURING and self._depth == 1 and of is not None and of.simple
         sites = len(self.sites)
         try:
-            with self:
+            # (What was compiled computes nothing again that has to be seen, and the compiler's own calls are not to be.)
+            with nullcontext() if self.traced else self:
                 return engine(_edges(outputs), *map(_edges, inputs), **kwargs)
         finally:
             state.at_once, state.forward = once and not self.poison, forward
@@ -665,6 +739,8 @@ class Capture(TorchFunctionMode):
             for t in self.parameters:
                 t.end_pass()
             self.add_up()
+            if proof.stored is not None and self.structures.compiled is not None:
+                self.structures.compiled.learn(self, proof.stored, proof.roots)
         finally:
             self.current = None
             proof.release()
@@ -683,6 +759,8 @@ class Capture(TorchFunctionMode):
         self.keys.clear()
         self.losses.clear()
         self.auxiliary.clear()
+        self._stamps.clear()
+        self.traced = 0
         del self.inputs[:-1]
         self.whole.clear()
         for derived in self._derived:
@@ -706,6 +784,8 @@ class Capture(TorchFunctionMode):
         if self._constants is not None:
             for x in inputs:
                 self._constants[x] = False  # whatever it was made of, it is data
+        if self.structures.compiled is not None:
+            self.structures.compiled.look(self, inputs)
         if inputs:
             self.inputs.append(inputs[0])
             self.prover.look(self, args, kwargs)
@@ -717,6 +797,9 @@ class Capture(TorchFunctionMode):
         if isinstance(result, Tensor) and result.grad_fn is not None and not self._depth:
             if self._over:
                 self._begin_epoch()
+            steps = self.structures.compiled
+            if steps is not None and steps.seen and not steps.barred and compiled.in_compiled_code():
+                steps.bar("its loss is computed in compiled code")
             self.losses.append(LossCall.of(func, args, kwargs, result))
         return result
 
@@ -725,9 +808,11 @@ class Capture(TorchFunctionMode):
         x, *rest = args
         if x.is_leaf or not rest:
             return func(*args, **kwargs)
+        self.hooked = True
         return func(x, _Guarded(self, rest[0]), *rest[1:], **kwargs)
 
     def _retain_grad(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        self.hooked = True
         self._retained.append(weakref.ref(args[0]))
         return func(*args, **kwargs)
 
@@ -758,7 +843,7 @@ def example_ids(x: Tensor, ids: Tensor) -> Tensor:
         ValueError: ``ids`` has another shape or other values.
         RuntimeError: the probe does not know N.
     """
-    for capture in _open_captures():
+    for capture in open_captures():
         capture.prover.declare(x, ids)
     return x
 
@@ -775,14 +860,17 @@ def auxiliary(loss: Tensor) -> Tensor:
     if not isinstance(loss, Tensor):
         raise TypeError(f"loss: expected a torch.Tensor, got {type(loss).__name__}")
     if loss.grad_fn is not None:
-        for capture in _open_captures():
+        for capture in open_captures():
             capture.auxiliary.add(loss.grad_fn)
             capture.forget(loss)
     return loss
 
 
-def _open_captures() -> list[Capture]:
-    return [mode for mode in torch.overrides._get_current_function_mode_stack() if isinstance(mode, Capture)]
+def open_captures() -> list[Capture]:
+    found = [
+        mode.capture if isinstance(mode, compiled.Traced) else mode for mode in torch.overrides._get_current_function_mode_stack()
+    ]
+    return [mode for mode in found if isinstance(mode, Capture)]
 
 
 class _Guarded:
@@ -843,7 +931,7 @@ def _seen_applying(function: type[torch.autograd.Function], replacement: Any) ->
     plain = function.apply
 
     def apply(*args: Any, **kwargs: Any) -> Any:
-        for capture in reversed(_open_captures()):
+        for capture in reversed(open_captures()):
             if torch.is_grad_enabled() and (capture._touches(args) or capture._touches(kwargs.values())):
                 return replacement(capture, plain, args, kwargs)
         return plain(*args, **kwargs)
@@ -863,6 +951,10 @@ def _edges(tensors: Any) -> Any:
     if not tensors or not all(isinstance(x, (Tensor, GradientEdge)) for x in tensors):
         return tensors
     return tuple(get_gradient_edge(x) if isinstance(x, Tensor) and x.requires_grad else x for x in tensors)
+
+
+def _memory(x: Tensor) -> tuple[Any, ...]:
+    return x.data_ptr(), x.shape, x.stride(), x.dtype
 
 
 def _roots(outputs: Any) -> list[GradientEdge]:

@@ -121,13 +121,16 @@ class Term:
     call: int | None
 
 
+COMPILED = "CompiledFunctionBackward"  # torch's node for code that was compiled
+
+
 def follow_path(roots: Sequence[GradientEdge], path: tuple[int, ...], names: tuple[str, ...]) -> GradientEdge | None:
-    """The edge at the end of a path, if the graph has the same nodes on the way."""
+    """The edge at the end of a path, if the graph has the same nodes on the way. (A compiled model's node may be at its end.)"""
     if path[0] >= len(roots):
         return None
     edge = roots[path[0]]
     for step, name in zip((*path[1:], None), names, strict=True):
-        if edge.node is None or edge.node.name() != name:
+        if edge.node is None or (edge.node.name() != name and (step is not None or edge.node.name() != COMPILED)):
             return None
         if step is not None:
             following = edge.node.next_functions

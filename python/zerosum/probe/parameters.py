@@ -26,6 +26,7 @@ class Context(Protocol):
     """What a weight has to know of the capture that it belongs to."""
 
     state: State
+    traced: int  # the uses of the epoch that ran in compiled code
 
     @property
     def epoch(self) -> int:
@@ -286,6 +287,14 @@ class ParameterProbe(GradSource):
         self.marks.single, self._several = False, True
         self.marks.deferred = self.context.epoch
 
+    def use_apart(self) -> None:
+        """Notes a use whose gradient comes to the parameter without a gathering node, whatever other uses there are."""
+        marks, epoch = self.marks, self.context.epoch
+        if epoch in (marks.alone, marks.gathered):
+            self.defer()
+        else:
+            marks.alone, self._count = epoch, 1
+
     def gathered(self) -> Tensor:
         self.marks.gathered = self.context.epoch
         return super().gathered()
@@ -416,6 +425,8 @@ class ParameterProbe(GradSource):
             grad, self._partial = grad + self._partial, None
         if fused is not None and self._late is None and (fused == (grad.data_ptr(), grad._version) or not grad.numel()):
             if measured is not None:
+                if self.context.traced and measured.grad_sum.data_ptr() == grad.data_ptr():
+                    measured.hold(grad.detach())  # what compiled code returned is another tensor of this memory
                 self.take_results(measured)
             return
         with torch.no_grad(), torch._C.DisableTorchFunction():

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from zerosum.probe.capture import Capture
+from zerosum.probe.capture import Capture, open_captures
+from zerosum.probe.compiled import CompiledSteps
 from zerosum.probe.loss_scale import Loss, check_loss_reduction, check_shape
 from zerosum.probe.proof import UNSEEN, Prover, Structures
 from zerosum.probe.report import Report
@@ -100,6 +101,8 @@ class Probe:
         self._grad_scaler = grad_scaler
         self._verify = verify
         self._structures = Structures()
+        if verify == "once" and not strict and not self._positions:
+            self._structures.compiled = CompiledSteps()
         self._capture: Capture | None = None
         self._report: Report | None = None
         self._blocks = 0
@@ -138,7 +141,7 @@ class Probe:
                 "zerosum.Probe: an exception left the probe open; it is closed, and starts anew", UserWarning, stacklevel=2
             )
             self.close()
-        if any(isinstance(mode, Capture) for mode in _active_modes()):
+        if open_captures():
             raise RuntimeError("a probe is open already: close it before opening another")
         self._skipping = self._blocks % self._every != 0
         self._blocks += 1
@@ -220,10 +223,6 @@ class Probe:
         if self._direction is None:
             return None
         return next((self._direction[name] for name in names if name in self._direction), None)
-
-
-def _active_modes() -> list[Any]:
-    return torch.overrides._get_current_function_mode_stack()
 
 
 def _check_supported(model: nn.Module) -> None:

@@ -19,6 +19,7 @@ from torch.autograd.graph import GradientEdge, Node
 
 from zerosum.probe import attribution
 from zerosum.probe.attribution import MIXED, UNREACHED, Cut, Signature, along, find_cut, layout_of, shape_of
+from zerosum.probe.compiled import UNPROVED, CompiledSteps
 from zerosum.probe.layout import Layout
 from zerosum.probe.loss_scale import Loss
 from zerosum.probe.loss_tail import TailReader, Term, follow_path
@@ -140,6 +141,8 @@ class Proof:
     passes: int = 0  # extra backward passes that the attribution took
     since: int = 0
     trusted: str = ""  # what was taken for granted
+    stored: Stored | None = None  # where the step may stay compiled from now on
+    roots: list[GradientEdge] = field(default_factory=list)
 
     @contextmanager
     def reading(self) -> Iterator[None]:
@@ -154,6 +157,7 @@ class Proof:
     def release(self) -> None:
         """Lets go of the graph, whose nodes lead back here by ways that the garbage collector does not see."""
         self.cut, self.gradients, self.labels, self.reader = None, [], None, None
+        self.stored, self.roots = None, []
 
     def part(self, example: int) -> list[Tensor]:
         """The gradients at the cut, of one example alone."""
@@ -305,6 +309,7 @@ class Structures:
         self.examples_second: bool | None = None  # whether the model's input has positions first; None: not known
         self.views = False  # whether views of weights are used
         self.tracks = True  # whether that has to be found out in the next block
+        self.compiled: CompiledSteps | None = None  # None: no step stays compiled
         self.passes = 0
 
     def remember(self, place: int, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], refs: Sequence[Any], key: Any) -> None:
@@ -413,6 +418,8 @@ class Prover:
         """Gives the sites of a backward pass their layouts. None where it reaches no use of a weight."""
         if not roots:
             return None
+        if capture.traced:
+            return self._compiled(capture, roots, grads)
         key = self._key(capture, roots)
         stored = self.structures.found.get(key)
         due = self.verify == "always" or (isinstance(self.verify, int) and stored is not None and stored.used % self.verify == 0)
@@ -421,6 +428,7 @@ class Prover:
             if proof is not None:
                 stored.used += 1
                 self._settle(capture, roots, grads, proof, stored)
+                self._note(proof, stored, roots)
                 return proof
         try:
             finding = self._trust(capture) if self.verify == "never" else self._find(capture, roots, grads)
@@ -437,6 +445,34 @@ class Prover:
         proof = self._proof(capture, finding, stored)
         stored.used += 1
         self._settle(capture, roots, grads, proof, stored)
+        self._note(proof, stored, roots)
+        return proof
+
+    def _note(self, proof: Proof, stored: Stored, roots: list[GradientEdge]) -> None:
+        """Keeps what is needed to leave a step compiled, where that may be."""
+        steps = self.structures.compiled
+        if steps is not None and steps.seen and stored.regular and stored.proofs >= _enough(stored.examples) and not proof.apart:
+            proof.stored, proof.roots = stored, roots
+
+    def _compiled(self, capture: Capture, roots: list[GradientEdge], grads: list[Tensor | None]) -> Proof | None:
+        """The proof of a known step some of whose uses have run in compiled code. What is not known cannot be proved there."""
+        steps = self.structures.compiled
+        assert steps is not None
+        step = steps.find(capture, roots)
+        proof = None if step is None else self._again(capture, roots, grads, step.stored)
+        if step is None or proof is None:
+            steps.miss(roots)
+            for t in capture.parameters:
+                t.refuse(UNPROVED)
+            return None
+        step.stored.used += 1
+        step.met = True
+        if not step.checked:
+            # Once the sums are computed apart from the gradients, and compared with them.
+            step.checked = True
+            for t in capture.parameters:
+                t.marks.deferred = capture.epoch
+        self._settle(capture, roots, grads, proof, step.stored)
         return proof
 
     def _key(self, capture: Capture, roots: list[GradientEdge]) -> Any:

@@ -68,14 +68,14 @@ class Results:
         self._scalars = {of: sums}
         self._scale: float | None = None  # None: that of its one pass
         self.common = ONE  # what all of the block's results are multiplied by
-        self._hold(sums.grad_sum)
+        self.hold(sums.grad_sum)
         self.coordinates: tuple[_Table, int] | None = None
 
     @property
     def scale(self) -> float:
         return self.latest.scale if self._scale is None else self._scale
 
-    def _hold(self, grad_sum: Tensor) -> None:
+    def hold(self, grad_sum: Tensor) -> None:
         self.grad_sum, self._version = grad_sum, grad_sum._version
 
     @property
@@ -94,7 +94,7 @@ class Results:
             setattr(mine, name, total.add_(more.view(total.shape)))
         mine.rows = None
         self.sums, self._scale = mine, 1.0
-        self._hold(mine.grad_sum)
+        self.hold(mine.grad_sum)
         self.passes += other.passes
         self._scalars |= other._scalars
         self.latest = other.latest

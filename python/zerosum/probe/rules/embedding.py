@@ -20,18 +20,18 @@ from zerosum.probe.rules.site import RuleContext, Site
 
 def plain(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     """Whether the call only looks rows up, and its gradient is dense."""
-    _, _, _, max_norm, scale_grad_by_freq, sparse = _arguments(*args, **kwargs)
+    _, _, _, max_norm, scale_grad_by_freq, sparse = lookup_arguments(*args, **kwargs)
     return max_norm is None and not scale_grad_by_freq and not sparse
 
 
 def rows(*args: Any, **kwargs: Any) -> Tensor:
     """The rows that a call looks up; -1 for those that get no gradient."""
-    ids, weight, padding_idx, *_ = _arguments(*args, **kwargs)
+    ids, weight, padding_idx, *_ = lookup_arguments(*args, **kwargs)
     return ids if padding_idx is None else torch.where(ids == padding_idx % weight.shape[0], -1, ids)
 
 
 def rule(context: RuleContext, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-    ids, weight, *_ = _arguments(*args, **kwargs)
+    ids, weight, *_ = lookup_arguments(*args, **kwargs)
     if context.ref(weight) is None or context.ref(ids) is not None or not plain(args, kwargs):
         raise Uncovered("max_norm, scale_grad_by_freq or sparse gradients")
     site, (table,) = Site.of(context, "embedding", ids.shape, weight)
@@ -55,7 +55,7 @@ def getitem_rule(context: RuleContext, func: Any, args: tuple[Any, ...], kwargs:
     return y.view(*ids.shape, *size[1:])
 
 
-def _arguments(
+def lookup_arguments(
     input: Tensor,
     weight: Tensor,
     padding_idx: int | None = None,
@@ -78,17 +78,21 @@ class _Embedding(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         (ids,) = ctx.saved_tensors
-        site: Site = ctx.site
-        with torch._C.DisableTorchFunction():
-            if site.named(grad):
-                return (None,) * 5
-            total = None
-            if site.plain():
-                padded = torch.where(ids < 0, ctx.num_rows, ids)
-                total = grad.new_zeros(ctx.num_rows + 1, grad.shape[-1]).index_add(0, padded.flatten(), grad.flatten(0, -2))
-                total = total[:-1].to(ctx.dtype)
-            own = site.leave(lambda layout: _gathered(layout, ids, grad.detach(), ctx.num_rows))
-            return total if own is None else own, None, None, None, None
+        return backward(ctx.site, grad, ids, ctx.num_rows, ctx.dtype), None, None, None, None
+
+
+def backward(site: Site, grad: Tensor, ids: Tensor, num_rows: int, dtype: torch.dtype) -> Tensor | None:
+    """The gradient of the weight, where autograd has to be given it. Negative ``ids`` get none."""
+    with torch._C.DisableTorchFunction():
+        if site.named(grad):
+            return None
+        total = None
+        if site.plain():
+            padded = torch.where(ids < 0, num_rows, ids)
+            total = grad.new_zeros(num_rows + 1, grad.shape[-1]).index_add(0, padded.flatten(), grad.flatten(0, -2))
+            total = total[:-1].to(dtype)
+        own = site.leave(lambda layout: _gathered(layout, ids, grad.detach(), num_rows))
+        return total if own is None else own
 
 
 def _gathered(layout: Layout, ids: Tensor, grad: Tensor, num_rows: int) -> RowGather:

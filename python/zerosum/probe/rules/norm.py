@@ -30,7 +30,7 @@ def layer_norm_rule(context: RuleContext, func: Any, args: tuple[Any, ...], kwar
 
 
 def rms_norm_rule(context: RuleContext, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-    x, shape, weight, eps = _rms_norm_arguments(*args, **kwargs)
+    x, shape, weight, eps = rms_norm_arguments(*args, **kwargs)
     call = _Call(lambda x, weight, bias: F.rms_norm(x, shape, weight, eps), len(shape), False)
     return _normalize(context, call, x, weight, None, "rms_norm")
 
@@ -98,7 +98,7 @@ def layer_norm_arguments(
     return input, normalized_shape, weight, bias, eps
 
 
-def _rms_norm_arguments(
+def rms_norm_arguments(
     input: Tensor, normalized_shape: list[int], weight: Tensor | None = None, eps: float | None = None
 ) -> tuple[Tensor, list[int], Tensor | None, float | None]:
     return input, normalized_shape, weight, eps
@@ -189,6 +189,17 @@ def layer_norm_backward(
                 own = site.leave(lambda layout: Dense(bias_gradients(layout, grad.detach())), 1)
                 grads[2] = grads[2] if own is None else own
         return grads[0], grads[1], grads[2]
+
+
+def scale_backward(site: Site, grad: Tensor, y: Tensor, needs: Sequence[bool]) -> tuple[Tensor | None, Tensor | None]:
+    """The gradients of scale and shift, as far as they are needed and measured, where ``y`` was normalized before."""
+    of_scale = of_shift = None
+    with torch._C.DisableTorchFunction():
+        if needs[0]:
+            of_scale = site.leave(lambda layout: Dense(scale_gradients(layout, y, grad)))
+        if needs[1]:
+            of_shift = site.leave(lambda layout: Dense(bias_gradients(layout, grad)), 1)
+    return of_scale, of_shift
 
 
 def _found(g: Tensor, layout: Layout) -> Dense:

@@ -45,6 +45,7 @@ class RuleContext(Protocol):
     state: State
     inseparable: str  # why nothing is differentiated again for one example
     poison: str  # why rows that come next in this backward pass may be of several examples
+    traced: int  # the uses of the epoch that ran in compiled code
 
     @property
     def epoch(self) -> int:

@@ -1,0 +1,388 @@
+"""Steps that stay compiled under a probe.
+
+A step is proved uncompiled, as every other. Once it is, later blocks put on a mode that a compiler can trace. Dynamo guards on the
+modes, so it keeps a graph for the inside of the block beside the plain one. In it the known uses of weights are ops that tell when
+they run (:mod:`zsl_kernels.traced_uses`). So a compiled pass leaves the same uses as an uncompiled one, and what was proved is
+looked up in the same way. What is not known runs uncompiled, as before.
+"""
+
+from __future__ import annotations
+
+import itertools
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge
+from torch.overrides import TorchFunctionMode
+
+from zerosum.probe.attribution import shape_of
+from zerosum.probe.layout import Layout
+from zerosum.probe.loss_tail import COMPILED, follow_path
+from zerosum.probe.rules import APPLIED, RULES
+from zerosum.probe.rules.embedding import lookup_arguments
+from zerosum.probe.rules.linear import addmm_arguments, linear_arguments
+from zerosum.probe.rules.norm import layer_norm_arguments, rms_norm_arguments
+from zsl_kernels.traced_uses import OPS, Found, listen
+
+if TYPE_CHECKING:
+    from zerosum.probe.capture import Capture
+    from zerosum.probe.proof import Stored
+
+# The functions that stay in compiled code. A compiler may call one by another of its names.
+KINDS: dict[Any, str] = {
+    F.linear: "linear",
+    **dict.fromkeys((torch.addmm, Tensor.addmm), "addmm"),
+    F.embedding: "embedding",
+    F.layer_norm: "layer_norm",
+    **dict.fromkeys((F.rms_norm, torch.rms_norm), "rms_norm"),
+    **dict.fromkeys((torch.mul, torch.multiply, Tensor.mul, Tensor.multiply, Tensor.__mul__, Tensor.__rmul__), "scale"),
+}
+FUNCTIONS: dict[str, Any] = {"scale": torch.mul}
+for function, kind in KINDS.items():
+    FUNCTIONS.setdefault(kind, function)
+_OWN_RULES = {function: RULES[function] for function in KINDS if function in RULES}
+_HOOK = "zerosum"  # the key of the hook on the model: a graph is for the same keys
+SHAPES = 4  # steps of other shapes run uncompiled: a compiler keeps few graphs of a function
+MISSES = 3  # compiled steps that nothing was known of, after which all run uncompiled
+REST = 8  # uncompiled blocks after such a step, which may prove one like it
+
+UNPROVED = "the step ran compiled, and no step like it has been proved; the next ones run uncompiled"
+UNKNOWN = "used in compiled code by an operation that was not there when the step was proved"
+
+
+@dataclass
+class Step:
+    """A step that was proved and may stay compiled."""
+
+    stored: Stored
+    order: list[int]  # the places of its uses in the uncompiled step
+    ends: list[tuple[int, ...]]  # the shapes of the loss's terms
+    training: bool
+    block: int  # the last in which it ran uncompiled
+    met: bool = False  # whether it has run where it might be compiled
+    checked: bool = False  # whether its sums were compared with autograd's gradients
+
+
+class CompiledSteps:
+    """What a probe keeps of compiled steps."""
+
+    def __init__(self) -> None:
+        self.barred = ""  # why every step runs uncompiled
+        self.seen = False  # whether the model is called from code to be compiled
+        self._steps: dict[Any, Step] = {}
+        self._mode: Traced | None = None
+        self._parameters: tuple[int, ...] = ()
+        self._rest = self._missed = self._block = 0
+        self._calm = False  # whether the last step that ran was known
+
+    def bar(self, reason: str) -> None:
+        self.barred = self.barred or reason
+
+    def look(self, capture: Capture, inputs: Sequence[Tensor]) -> None:
+        """Finds out whether the model is compiled, as it is called without being so."""
+        if self.barred or "torch._dynamo" not in sys.modules:
+            return
+        self.seen = self.seen or in_compiled_code() or any(_is_compiled(module) for module in capture.modules)
+        if any(hasattr(x, "_dynamo_dynamic_indices") for x in inputs):
+            self.bar("a dimension of its input was marked as dynamic")
+
+    def mode_for(self, capture: Capture) -> Traced | None:
+        """The mode of a block whose steps may stay compiled; None where there are no such steps."""
+        if self.barred or not self.seen:
+            return None
+        self._renew(capture)
+        self._block += 1
+        if not any(step.training == capture.model.training for step in self._steps.values()):
+            return None
+        if not _default_compiler() or APPLIED or any(RULES[f] is not rule for f, rule in _OWN_RULES.items()):
+            return None
+        if self._rest:
+            self._rest -= 1
+            return None
+        return self._mode
+
+    def _renew(self, capture: Capture) -> None:
+        """Forgets all steps where the trainable parameters are others."""
+        parameters = tuple(id(t.parameter) for t in capture.parameters)
+        if self._mode is None or parameters != self._parameters:
+            self._steps.clear()
+            self._parameters = parameters
+            self._mode = Traced()
+
+    @property
+    def compiling(self) -> bool:
+        """Whether what was not compiled before may be: a known step is likely to come next that has not been. In other blocks what
+        is not known runs as it was written, to be proved."""
+        return self._calm and any(not step.met and self._block - step.block <= SHAPES for step in self._steps.values())
+
+    def learn(self, capture: Capture, stored: Stored, roots: Sequence[GradientEdge]) -> None:
+        """Keeps a step that has just run uncompiled, if it may stay compiled from now on."""
+        if self.barred or not self.seen:
+            return
+        self._renew(capture)
+        if capture.recomputed or capture.auxiliary or capture.prover.declared is not None or capture.hooked:
+            self.bar("it has hooks, activations that are computed again, or a loss that is set apart")
+            return
+        known = stored.regular and not stored.nested and not stored.hidden and not stored.refused and not any(stored.problems)
+        if not known or capture.whole or any(t.problem for t in capture.parameters if t.used):
+            return
+        terms = [follow_path(roots, term.path, term.names) for term in stored.terms or ()]
+        if any(edge is None for edge in terms) or (stored.terms is None and capture.prover.loss is None):
+            return
+        if len(capture.keys) != len(capture.sites):
+            return
+        key, order = self._key(capture, roots)
+        if key is None:
+            return
+        alike: dict[Any, Layout] = {}
+        for place, entry in zip(order, key[0], strict=True):
+            layout = stored.layouts[place]
+            if layout is None or not layout.same_as(alike.setdefault(entry, layout)):
+                return
+        self._calm = key in self._steps
+        if self._calm:
+            step = self._steps[key]
+            step.block = self._block
+            step.met |= capture.compiling  # it could have been compiled in this block, and was not: nor will it be
+        elif len(self._steps) < SHAPES:
+            ends_at = [shape_of(edge) for edge in terms if edge is not None]
+            self._steps[key] = Step(stored, order, ends_at, capture.model.training, self._block)
+
+    def find(self, capture: Capture, roots: Sequence[GradientEdge]) -> Step | None:
+        """The step that has run forward compiled, whose uses are put in the order in which they were proved."""
+        key, order = self._key(capture, roots)
+        step = None if key is None else self._steps.get(key)
+        if step is None:
+            return None
+        terms = [follow_path(roots, term.path, term.names) for term in step.stored.terms or ()]
+        if [None if edge is None else shape_of(edge) for edge in terms] != step.ends:
+            return None
+        self._calm = True
+        places = dict(zip(step.order, order, strict=True))
+        for uses in (capture.sites, capture.keys):
+            uses[:] = [uses[places[k]] for k in range(len(uses))]
+        return step
+
+    def _key(self, capture: Capture, roots: Sequence[GradientEdge]) -> tuple[Any, list[int]]:
+        """What tells one step from others, with its uses in an order that does not depend on how the compiler has ordered them."""
+        numbers = {id(t): k for k, t in enumerate(capture.parameters)}
+        entries = []
+        for key, site in zip(capture.keys, capture.sites, strict=False):
+            use, mine = _use_of(key), []
+            if use is None:
+                return None, []
+            for ref in site.refs:
+                number = -1 if ref is None else numbers.get(id(ref.source), -2)
+                if number == -2 or (ref is not None and ref.piece != ref.source.base):
+                    return None, []  # a part or a function of weights
+                mine.append(number)
+            entries.append(((*mine, -1)[:2], use))
+        order = sorted(range(len(entries)), key=lambda k: (entries[k][0], k))
+        ends = tuple((edge.node.name(), shape_of(edge)) for edge in roots)
+        losses = tuple((call.name, call.reduction, call.shape, call.targets.shape) for call in capture.losses)
+        return (tuple(entries[k] for k in order), ends, losses, capture.model.training), order
+
+    def miss(self, roots: Sequence[GradientEdge]) -> None:
+        """Takes account of a compiled step that nothing was known of."""
+        self._missed += 1
+        self._rest = REST
+        if any(edge.node.name() == COMPILED for edge in roots):
+            self.bar("its loss is computed in compiled code")
+        elif self._missed == MISSES:
+            self.bar("its steps vary")
+
+
+class Traced(TorchFunctionMode):
+    """The mode of a block whose steps may stay compiled. A compiler traces what it does to the uses of weights; in code that is not
+    compiled it hands every call to the capture."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.token = listen(self)
+        self.capture: Capture | None = None
+        self.hook = ModelHook(self)
+        self._stamps = itertools.count()
+        _run_as_written(Traced.__torch_function__)
+        _run_as_written(ModelHook.__call__)
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
+        if torch.compiler.is_dynamo_compiling():
+            return traced(self, func, args, kwargs or {})
+        if func in OPS or self.capture is None:  # (a graph that runs operation by operation)
+            return func(*args, **kwargs) if kwargs else func(*args)
+        return self.capture.__torch_function__(func, types, args, kwargs)
+
+    # What the ops tell ------------------------------------------------------------------------------------------------------------
+
+    def enter(self, kind: str, tensors: Sequence[Tensor | None]) -> int:
+        stamp = next(self._stamps)
+        if self.capture is not None:
+            self.capture.enter_traced(stamp, kind, tensors)
+        return stamp
+
+    def leave(self, stamp: int, grad: Tensor, saved: Sequence[Tensor], wanted: Sequence[bool]) -> Found:
+        return (None, None) if self.capture is None else self.capture.leave_traced(stamp, grad, saved, wanted)
+
+    def unknown(self, weight: Tensor) -> None:
+        if self.capture is not None:
+            self.capture.refuse_traced(weight)
+
+
+class ModelHook:
+    """The hook on a model, before it is called. A compiler that traces the call leaves it out."""
+
+    def __init__(self, mode: Traced) -> None:
+        self._mode = mode
+
+    def __call__(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if torch.compiler.is_dynamo_compiling():
+            return
+        if self._mode.capture is not None:
+            self._mode.capture.before_model(model, args, kwargs)
+
+    def put_on(self, model: nn.Module) -> None:
+        # (As register_forward_pre_hook does, under the same key in every block.)
+        model._forward_pre_hooks[_HOOK] = self  # type: ignore[index]
+        model._forward_pre_hooks_with_kwargs[_HOOK] = True  # type: ignore[index]
+
+    @staticmethod
+    def take_off(model: nn.Module) -> None:
+        model._forward_pre_hooks.pop(_HOOK, None)  # type: ignore[call-overload]
+        model._forward_pre_hooks_with_kwargs.pop(_HOOK, None)  # type: ignore[call-overload]
+
+    def __deepcopy__(self, memo: Any) -> Any:
+        return _ignore
+
+    def __reduce__(self) -> Any:
+        return _inert, ()
+
+
+def _ignore(*args: Any) -> None:
+    """What is left of the hook in a copy of the model."""
+
+
+def _inert() -> Any:
+    return _ignore
+
+
+def traced(mode: Traced, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """A call in code that is compiled: of a known function on whole weights an op, and else the call itself, with an op that tells
+    of each weight among its operands. (A compiler traces this: it is to be simple.)"""
+    if not torch.is_grad_enabled():
+        return func(*args, **kwargs)
+    kind = KINDS.get(func)
+    if kind is not None:
+        y = _used(mode.token, kind, args, kwargs)
+        if y is not None:
+            return y
+    return func(*[_told(mode.token, x) for x in args], **{key: _told(mode.token, x) for key, x in kwargs.items()})
+
+
+def _used(token: Tensor, kind: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+    """The op in place of a call; None where it is none of whole weights and rows."""
+    x: Any
+    weight: Any
+    bias: Any
+    eps: Any
+    if kind == "linear":
+        x, weight, bias = linear_arguments(*args, **kwargs)
+        if _is_use(x, weight, bias) and weight.ndim == 2:
+            return torch.ops.zsl.use_product.default(x, weight, bias, kind, token, list(x.shape))[0]
+    elif kind == "addmm":
+        bias, x, weight, scaled = addmm_arguments(*args, **kwargs)
+        if _is_use(x, weight, bias) and bias.ndim == 1 and not scaled:
+            return torch.ops.zsl.use_product.default(x, weight, bias, kind, token, list(x.shape))[0]
+    elif kind == "embedding":
+        ids, weight, padding_idx, max_norm, scaled, sparse = lookup_arguments(*args, **kwargs)
+        if _is_rows(ids) and _is_weight(weight) and max_norm is None and not scaled and not sparse:
+            padding = -1 if padding_idx is None else padding_idx % weight.shape[0]
+            return torch.ops.zsl.use_lookup.default(ids, weight, padding, token, list(ids.shape))[0]
+    elif kind == "layer_norm":
+        x, shape, weight, bias, eps = layer_norm_arguments(*args, **kwargs)
+        if _is_use(x, weight, bias) and len(shape) == 1:
+            y = F.layer_norm(x, shape, None, None, eps)
+            return torch.ops.zsl.use_scale.default(y, weight, bias, kind, token, list(x.shape))[0]
+    elif kind == "rms_norm":
+        x, shape, weight, eps = rms_norm_arguments(*args, **kwargs)
+        if _is_use(x, weight, None) and len(shape) == 1:
+            y = F.rms_norm(x, shape, None, eps)
+            return torch.ops.zsl.use_scale.default(y, weight, None, kind, token, list(x.shape))[0]
+    elif len(args) == 2:
+        x, weight = (args[1], args[0]) if _is_weight(args[0]) else args
+        tensors = isinstance(x, Tensor) and isinstance(weight, Tensor)
+        if tensors and _is_use(x, weight, None) and weight.ndim == 1 and x.shape[-1] == weight.shape[0]:
+            return torch.ops.zsl.use_scale.default(x, weight, None, kind, token, list(x.shape))[0]
+    return None
+
+
+def _is_use(x: Tensor, weight: Any, bias: Any) -> bool:
+    """Whether rows meet a weight or a bias, all in one dtype."""
+    alike = all([w is None or w.dtype == x.dtype for w in (weight, bias)])
+    return alike and (_is_weight(weight) or _is_weight(bias)) and _is_rows(x)
+
+
+def _is_weight(x: Any) -> bool:
+    return isinstance(x, nn.Parameter) and x.requires_grad
+
+
+def _is_rows(x: Tensor) -> bool:
+    return x.ndim > 1 and not _is_weight(x) and not torch.is_autocast_enabled(x.device.type)
+
+
+def _told(token: Tensor, x: Any) -> Any:
+    """An operand, with an op that tells of it where it is a weight."""
+    if isinstance(x, nn.Parameter):
+        return torch.ops.zsl.use_unknown.default(x, token) if x.requires_grad else x
+    if type(x) is tuple:
+        return tuple([_told(token, y) for y in x])
+    if type(x) is list:
+        return [_told(token, y) for y in x]
+    return x
+
+
+def _use_of(key: Any) -> Any:
+    """What a capture notes of a use, whatever name it was called by; None where it would not stay in compiled code."""
+    function, shapes, dtype, autocast, alone = key
+    kind = KINDS.get(function)
+    if kind is None or autocast is not None or alone:
+        return None
+    if kind == "scale":
+        shapes = tuple(sorted(shapes, key=len, reverse=True))
+    x, weights = (shapes[1], shapes[::2]) if kind == "addmm" else (shapes[0], shapes[1:])
+    most = 2 if kind in ("linear", "addmm", "embedding") else 1
+    if len(x) < 2 or any(len(w) > most for w in weights) or (kind == "scale" and weights != (x[-1:],)):
+        return None
+    return kind, shapes, dtype
+
+
+def in_compiled_code() -> bool:
+    """Whether what runs was called by a function that is to be compiled."""
+    frame = sys._getframe(1)
+    while frame is not None:
+        if frame.f_code.co_name == "compile_wrapper" and frame.f_code.co_filename.endswith("eval_frame.py"):
+            return True
+        frame = frame.f_back  # type: ignore[assignment]
+    return False
+
+
+def _is_compiled(module: nn.Module) -> bool:
+    return module._compiled_call_impl is not None or type(module).__name__ == "OptimizedModule"
+
+
+def _default_compiler() -> bool:
+    """Whether compiled code runs as it does if nothing else is said."""
+    dynamo = sys.modules["torch._dynamo"]
+    stance = dynamo.eval_frame._stance
+    return stance.stance == "default" and stance.backend is None and not dynamo.config.compiled_autograd
+
+
+def _run_as_written(function: Any) -> None:
+    """Keeps a compiler from compiling a function that its own code calls, and all that this calls. It may still trace it."""
+    frames = sys.modules["torch._dynamo"].eval_frame
+    whole = frames.FrameExecStrategy(frames.FrameAction.SKIP, frames.FrameAction.SKIP)
+    frames.set_code_exec_strategy(function.__code__, whole)
