@@ -68,22 +68,24 @@ def _flat(x: Tensor) -> Tensor:
     return x.reshape(-1, x.shape[-1])
 
 
-def _results(grad: Tensor, found: Found) -> tuple[Tensor, ...]:
+def _results(like: Tensor, found: Found) -> tuple[Tensor, ...]:
     """With empty tensors for what was not asked for."""
-    return tuple(grad.new_empty(0) if x is None else x for x in found)
+    return tuple(like.new_empty(0) if x is None else x for x in found)
 
 
 # Products ------------------------------------------------------------------------------------------------------------------------
 #
-# ``kind`` is "linear", or "addmm" for a transposed matrix. ``shape`` is that of x, in plain numbers: a graph is for one shape.
+# ``kind`` is "linear", or "addmm" for a transposed matrix. ``shape`` is that of x, in plain numbers: a graph is for one shape. What
+# is computed has the dtype of x, which under autocast is lower than the weights'.
 
 
 def _product(x: Tensor, weight: Tensor, bias: Tensor | None, kind: str, token: Tensor, shape: list[int]) -> tuple[Tensor, Tensor]:
     with torch._C.DisableTorchFunction():
+        w, b = weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
         if kind == "linear":
-            stamp, y = _enter(token, kind, x, weight, bias), torch.ops.aten.linear.default(x, weight, bias)
+            stamp, y = _enter(token, kind, x, weight, bias), torch.ops.aten.linear.default(x, w, b)
         else:
-            stamp, y = _enter(token, kind, bias, x, weight), torch.ops.aten.addmm.default(bias, x, weight)
+            stamp, y = _enter(token, kind, bias, x, weight), torch.ops.aten.addmm.default(b, x, w)
         return y.contiguous(), stamp
 
 
@@ -96,14 +98,14 @@ def _product_backward(grad: Tensor, x: Tensor, weight: Tensor, kind: str, stamp:
         of_weight, of_bias = _leave(stamp, grad, (x, weight), wanted)
         if wanted[0] and of_weight is None:
             left, right = (grad, x) if kind == "linear" else (x, grad)
-            of_weight = _flat(left).mT @ _flat(right)
+            of_weight = (_flat(left).mT @ _flat(right)).to(weight.dtype)
         if wanted[1] and of_bias is None:
-            of_bias = _flat(grad).sum(0)
-        return _results(grad, (of_weight, of_bias))
+            of_bias = _flat(grad).sum(0).to(weight.dtype)
+        return _results(weight, (of_weight, of_bias))
 
 
 def _product_backward_fake(grad: Tensor, x: Tensor, weight: Tensor, kind: str, stamp: Tensor, wanted: list[bool]) -> Any:
-    return grad.new_empty(weight.shape if wanted[0] else (0,)), grad.new_empty(grad.shape[-1:] if wanted[1] else (0,))
+    return weight.new_empty(weight.shape if wanted[0] else (0,)), weight.new_empty(grad.shape[-1:] if wanted[1] else (0,))
 
 
 def _product_setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -118,7 +120,8 @@ def _product_grad(ctx: Any, grad: Tensor | None, _: Any) -> Grads:
     needs_x, *wanted = ctx.needs_input_grad[:3]
     if grad is None:
         return (None,) * 6
-    grad_x = grad @ (weight if ctx.kind == "linear" else weight.mT) if needs_x else None
+    matrix = weight if ctx.kind == "linear" else weight.mT
+    grad_x = grad @ matrix.to(grad.dtype) if needs_x else None
     found = torch.ops.zsl.use_product_backward.default(grad, x, weight, ctx.kind, stamp, wanted) if any(wanted) else (None, None)
     return grad_x, *(g if want else None for g, want in zip(found, wanted, strict=True)), None, None, None
 
@@ -177,7 +180,7 @@ _define(
 _autograd("use_lookup", _lookup_setup, _lookup_grad)
 
 
-# Scales and shifts of what was normalized -----------------------------------------------------------------------------------------
+# Scales and shifts of what was normalized, in the dtype that it has --------------------------------------------------------------
 
 
 def _scale(
@@ -186,37 +189,37 @@ def _scale(
     with torch._C.DisableTorchFunction():
         stamp = _enter(token, kind, x, weight, bias)
         y = x.clone() if weight is None else x * weight
-        return (y if bias is None else y.add_(bias)).contiguous(), stamp
+        return (y if bias is None else y + bias).to(x.dtype).contiguous(), stamp
 
 
-def _scale_backward(grad: Tensor, x: Tensor, stamp: Tensor, wanted: list[bool]) -> tuple[Tensor, ...]:
+def _scale_backward(grad: Tensor, x: Tensor, like: Tensor, stamp: Tensor, wanted: list[bool]) -> tuple[Tensor, ...]:
     with torch._C.DisableTorchFunction():
         of_weight, of_bias = _leave(stamp, grad, (x,), wanted)
         if wanted[0] and of_weight is None:
-            of_weight = _flat(grad * x).sum(0)
+            of_weight = _flat(grad * x).sum(0).to(like.dtype)
         if wanted[1] and of_bias is None:
-            of_bias = _flat(grad).sum(0)
-        return _results(grad, (of_weight, of_bias))
+            of_bias = _flat(grad).sum(0).to(like.dtype)
+        return _results(like, (of_weight, of_bias))
 
 
-def _scale_backward_fake(grad: Tensor, x: Tensor, stamp: Tensor, wanted: list[bool]) -> tuple[Tensor, ...]:
-    return tuple(grad.new_empty(grad.shape[-1:] if want else (0,)) for want in wanted)
+def _scale_backward_fake(grad: Tensor, x: Tensor, like: Tensor, stamp: Tensor, wanted: list[bool]) -> tuple[Tensor, ...]:
+    return tuple(like.new_empty(grad.shape[-1:] if want else (0,)) for want in wanted)
 
 
 def _scale_setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    x, weight, *_ = inputs
+    x, weight, bias, *_ = inputs
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(output[1])
-    ctx.save_for_backward(x, weight, output[1])
+    ctx.save_for_backward(x, weight, bias if weight is None else weight, output[1])
 
 
 def _scale_grad(ctx: Any, grad: Tensor | None, _: Any) -> Grads:
-    x, weight, stamp = ctx.saved_tensors
+    x, weight, like, stamp = ctx.saved_tensors
     needs_x, *wanted = ctx.needs_input_grad[:3]
     if grad is None:
         return (None,) * 6
-    grad_x = (grad if weight is None else grad * weight) if needs_x else None
-    found = torch.ops.zsl.use_scale_backward.default(grad, x, stamp, wanted) if any(wanted) else (None, None)
+    grad_x = (grad if weight is None else (grad * weight).to(grad.dtype)) if needs_x else None
+    found = torch.ops.zsl.use_scale_backward.default(grad, x, like, stamp, wanted) if any(wanted) else (None, None)
     return grad_x, *(g if want else None for g, want in zip(found, wanted, strict=True)), None, None, None
 
 
@@ -226,7 +229,7 @@ _define(
     lambda x, *_: (x.new_empty(x.shape), _stamp(x)),
 )
 _define(
-    "use_scale_backward(Tensor grad, Tensor x, Tensor stamp, bool[] wanted) -> (Tensor, Tensor)",
+    "use_scale_backward(Tensor grad, Tensor x, Tensor like, Tensor stamp, bool[] wanted) -> (Tensor, Tensor)",
     _scale_backward,
     _scale_backward_fake,
 )

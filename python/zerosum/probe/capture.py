@@ -518,16 +518,19 @@ class Capture(TorchFunctionMode):
         x, *weights = (tensors[k] for k in ((1, 2, 0) if kind == "addmm" else range(len(tensors))))
         assert x is not None
         sources = [None if weight is None else self._by_memory.get(_memory(weight)) for weight in weights]
+        if all(t is None for t in sources):
+            return  # a use of another model's weights
         own = [t.name for t in sources if t is not None]
         lead = x.shape if kind == "embedding" else x.shape[:-1]
         site = Site(self, f"{func.__name__} ({', '.join(own[:1])})", [None if t is None else t.ref for t in sources], lead)
         given = [y for y in tensors if y is not None]
-        self.keys.append((func, tuple(y.shape for y in given), given[0].dtype, None, False))
+        self.keys.append((func, tuple(y.shape for y in given), x.dtype, None, False))
         self._stamps[stamp] = site, kind
         self.traced += 1
         for k, t in enumerate(sources):
             if t is not None:
                 t.used = True
+                t.eps = max(t.eps, torch.finfo(x.dtype).eps if x.is_floating_point() else 0.0)
                 t.covered_by(f"{kind} bias" if k else kind)
                 t.use_apart()
                 site.alone |= 1 << k
@@ -739,8 +742,11 @@ class Capture(TorchFunctionMode):
             for t in self.parameters:
                 t.end_pass()
             self.add_up()
-            if proof.stored is not None and self.structures.compiled is not None:
-                self.structures.compiled.learn(self, proof.stored, proof.roots)
+            if (steps := self.structures.compiled) is not None:
+                if self.traced and any(t.problem for t in self.parameters if t.used):
+                    steps.bar("a gradient in compiled code was not what was expected")
+                elif proof.stored is not None:
+                    steps.learn(self, proof.stored, proof.roots)
         finally:
             self.current = None
             proof.release()

@@ -292,14 +292,16 @@ def _used(token: Tensor, kind: str, args: tuple[Any, ...], kwargs: dict[str, Any
     if kind == "linear":
         x, weight, bias = linear_arguments(*args, **kwargs)
         if _is_use(x, weight, bias) and weight.ndim == 2:
+            x = _lowered(x)
             return torch.ops.zsl.use_product.default(x, weight, bias, kind, token, list(x.shape))[0]
     elif kind == "addmm":
         bias, x, weight, scaled = addmm_arguments(*args, **kwargs)
         if _is_use(x, weight, bias) and bias.ndim == 1 and not scaled:
+            x = _lowered(x)
             return torch.ops.zsl.use_product.default(x, weight, bias, kind, token, list(x.shape))[0]
     elif kind == "embedding":
         ids, weight, padding_idx, max_norm, scaled, sparse = lookup_arguments(*args, **kwargs)
-        if _is_rows(ids) and _is_weight(weight) and max_norm is None and not scaled and not sparse:
+        if ids.ndim > 1 and _is_weight(weight) and max_norm is None and not scaled and not sparse:
             padding = -1 if padding_idx is None else padding_idx % weight.shape[0]
             return torch.ops.zsl.use_lookup.default(ids, weight, padding, token, list(ids.shape))[0]
     elif kind == "layer_norm":
@@ -315,23 +317,25 @@ def _used(token: Tensor, kind: str, args: tuple[Any, ...], kwargs: dict[str, Any
     elif len(args) == 2:
         x, weight = (args[1], args[0]) if _is_weight(args[0]) else args
         tensors = isinstance(x, Tensor) and isinstance(weight, Tensor)
-        if tensors and _is_use(x, weight, None) and weight.ndim == 1 and x.shape[-1] == weight.shape[0]:
+        if tensors and _is_use(x, weight, None) and x.dtype == weight.dtype and x.shape[-1:] == weight.shape:
             return torch.ops.zsl.use_scale.default(x, weight, None, kind, token, list(x.shape))[0]
     return None
 
 
 def _is_use(x: Tensor, weight: Any, bias: Any) -> bool:
-    """Whether rows meet a weight or a bias, all in one dtype."""
-    alike = all([w is None or w.dtype == x.dtype for w in (weight, bias)])
-    return alike and (_is_weight(weight) or _is_weight(bias)) and _is_rows(x)
+    """Whether rows meet a weight or a bias."""
+    return x.ndim > 1 and (_is_weight(weight) or _is_weight(bias)) and not _is_weight(x)
+
+
+def _lowered(x: Tensor) -> Tensor:
+    """The rows of a product, as they are under autocast."""
+    kind = x.device.type
+    lowers = torch.is_autocast_enabled(kind) and x.dtype != torch.float64
+    return x.to(torch.get_autocast_dtype(kind)) if lowers else x
 
 
 def _is_weight(x: Any) -> bool:
     return isinstance(x, nn.Parameter) and x.requires_grad
-
-
-def _is_rows(x: Tensor) -> bool:
-    return x.ndim > 1 and not _is_weight(x) and not torch.is_autocast_enabled(x.device.type)
 
 
 def _told(token: Tensor, x: Any) -> Any:
@@ -349,15 +353,17 @@ def _use_of(key: Any) -> Any:
     """What a capture notes of a use, whatever name it was called by; None where it would not stay in compiled code."""
     function, shapes, dtype, autocast, alone = key
     kind = KINDS.get(function)
-    if kind is None or autocast is not None or alone:
+    if kind is None or alone or (autocast is not None and kind == "scale"):
         return None
     if kind == "scale":
         shapes = tuple(sorted(shapes, key=len, reverse=True))
     x, weights = (shapes[1], shapes[::2]) if kind == "addmm" else (shapes[0], shapes[1:])
-    most = 2 if kind in ("linear", "addmm", "embedding") else 1
-    if len(x) < 2 or any(len(w) > most for w in weights) or (kind == "scale" and weights != (x[-1:],)):
+    product = kind in ("linear", "addmm")
+    if len(x) < 2 or any(len(w) > (2 if product or kind == "embedding" else 1) for w in weights):
         return None
-    return kind, shapes, dtype
+    if kind == "scale" and weights != (x[-1:],):
+        return None
+    return kind, shapes, (dtype if autocast is None or dtype == torch.float64 else autocast) if product else None
 
 
 def in_compiled_code() -> bool:
@@ -378,7 +384,8 @@ def _default_compiler() -> bool:
     """Whether compiled code runs as it does if nothing else is said."""
     dynamo = sys.modules["torch._dynamo"]
     stance = dynamo.eval_frame._stance
-    return stance.stance == "default" and stance.backend is None and not dynamo.config.compiled_autograd
+    backward = dynamo.config.compiled_autograd or dynamo.compiled_autograd.compiled_autograd_enabled
+    return stance.stance == "default" and stance.backend is None and not backward
 
 
 def _run_as_written(function: Any) -> None:
