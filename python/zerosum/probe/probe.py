@@ -31,7 +31,7 @@ class Probe:
     Uses of parameters are seen as the model's operations run, whatever the module that they are in; nothing in the model is
     changed. Whose row is whose is *proved* by differentiating the losses under other weights, once for each structure of the step.
     Several forward and backward passes in one block are micro-batches: sums add, examples come one after another. What runs under
-    ``torch.no_grad`` is ignored. Compiled models run uncompiled inside of the block.
+    ``torch.no_grad`` is ignored. Compiled models stay compiled once their step is proved.
 
     Args:
         model: the module whose trainable parameters are to be covered.
