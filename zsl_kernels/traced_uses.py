@@ -144,13 +144,17 @@ _autograd("use_product", _product_setup, _product_grad)
 
 def _lookup(ids: Tensor, weight: Tensor, padding_idx: int, token: Tensor, shape: list[int]) -> tuple[Tensor, Tensor]:
     with torch._C.DisableTorchFunction():
-        return torch.ops.aten.embedding.default(weight, ids), _enter(token, "embedding", ids, weight)
+        return torch.ops.aten.embedding.default(weight, ids), _enter(token, "embedding", _rows(ids, padding_idx), weight)
+
+
+def _rows(ids: Tensor, padding_idx: int) -> Tensor:
+    """With negative numbers for those that get no gradient."""
+    return ids if padding_idx < 0 else torch.where(ids == padding_idx, -1, ids)
 
 
 def _lookup_backward(grad: Tensor, ids: Tensor, weight: Tensor, padding_idx: int, stamp: Tensor) -> Tensor:
     with torch._C.DisableTorchFunction():
-        rows = ids if padding_idx < 0 else torch.where(ids == padding_idx, -1, ids)
-        (found, _) = _leave(stamp, grad, (rows, weight), (True, False))
+        (found, _) = _leave(stamp, grad, (_rows(ids, padding_idx), weight), (True, False))
         return torch.ops.aten.embedding_dense_backward(grad, ids, weight.shape[0], padding_idx, False) if found is None else found
 
 
@@ -236,6 +240,46 @@ _define(
 _autograd("use_scale", _scale_setup, _scale_grad)
 
 
+# Rows of the examples, and what is the same for all of them, such as the rows of a position table --------------------------------
+
+
+def _shared(x: Tensor, same: Tensor, token: Tensor, shape: list[int]) -> tuple[Tensor, Tensor]:
+    with torch._C.DisableTorchFunction():
+        stamp = _enter(token, "add", x, same)
+        return (x + same).contiguous(), stamp
+
+
+def _shared_backward(grad: Tensor, shape: Sequence[int], stamp: Tensor) -> Tensor:
+    with torch._C.DisableTorchFunction():
+        _leave(stamp, grad, (), (True, False))
+        return grad.sum_to_size(tuple(shape)).contiguous()
+
+
+def _shared_setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    ctx.shape = inputs[1].shape
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(output[1])
+
+
+def _shared_grad(ctx: Any, grad: Tensor | None, _: Any) -> Grads:
+    own = None if grad is None else torch.ops.zsl.use_shared_backward.default(grad, ctx.shape, *ctx.saved_tensors)
+    return grad, own, None, None
+
+
+_define(
+    "use_shared(Tensor x, Tensor same, Tensor token, int[] shape) -> (Tensor, Tensor)",
+    _shared,
+    lambda x, *_: (x.new_empty(x.shape), _stamp(x)),
+)
+_define(
+    "use_shared_backward(Tensor grad, SymInt[] shape, Tensor stamp) -> Tensor",
+    _shared_backward,
+    lambda grad, shape, stamp: grad.new_empty(shape),
+)
+_autograd("use_shared", _shared_setup, _shared_grad)
+
+
 # All other uses -------------------------------------------------------------------------------------------------------------------
 
 
@@ -276,6 +320,8 @@ OPS = frozenset(
         "lookup_backward",
         "scale",
         "scale_backward",
+        "shared",
+        "shared_backward",
         "unknown",
         "unknown_backward",
     )

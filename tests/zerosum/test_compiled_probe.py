@@ -126,6 +126,34 @@ def llama() -> nn.Module:
     return transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes, **ids, use_cache=False))
 
 
+def gpt2() -> nn.Module:
+    """A position table, layers whose matrix is transposed, a tied head."""
+    transformers = pytest.importorskip("transformers")
+    sizes = {
+        "vocab_size": VOCAB,
+        "n_positions": T + 2,
+        "n_embd": 16,
+        "n_layer": 1,
+        "n_head": 2,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    }
+    dropout = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0)
+    return transformers.GPT2LMHeadModel(transformers.GPT2Config(**sizes, **dropout, use_cache=False))
+
+
+class Positions(Small):
+    """A position table whose ids have one dimension."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.positions = nn.Embedding(T + 2, 8)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        positions = self.positions(torch.arange(tokens.shape[1]))
+        return self.last(torch.tanh(self.first(self.embedding(tokens) + positions)))
+
+
 def make(kind: Callable[[], nn.Module], dtype: torch.dtype = torch.float64) -> nn.Module:
     torch.manual_seed(0)
     return kind().to(dtype).train()
@@ -183,10 +211,10 @@ class Steps:
             return truth_of(self.model, lambda: losses_of(self.model(tokens)))
 
 
-COUNTS = {Small: 3, gpt: 6, TiedGPT: 6, Norms: 9, llama: 12}
+COUNTS = {Small: 3, gpt: 6, TiedGPT: 6, Norms: 9, llama: 12, gpt2: 11, Positions: 5}
 
 
-@pytest.mark.parametrize("kind", [gpt, TiedGPT, Norms, llama])
+@pytest.mark.parametrize("kind", [gpt, TiedGPT, Norms, Positions, llama, gpt2])
 def test_a_step_stays_compiled(kind: Callable[[], nn.Module], uses: list[str]) -> None:
     steps, tokens = Steps(make(kind)), tokens_of()
     steps.plain(tokens)

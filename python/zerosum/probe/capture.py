@@ -11,6 +11,7 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager, nullco
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 from torch.overrides import TorchFunctionMode
@@ -19,13 +20,13 @@ from torch.utils.weak import WeakIdKeyDictionary
 from zerosum.probe import compiled
 from zerosum.probe.attribution import Signature, edge_of, repeatable
 from zerosum.probe.contributions import Piece
-from zerosum.probe.derived import derive
+from zerosum.probe.derived import derive, derive_lookup
 from zerosum.probe.layout import Uncovered
 from zerosum.probe.loss_tail import LOSSES, LossCall
 from zerosum.probe.parameters import DerivedWeight, GradSource, ParameterProbe, Ref
 from zerosum.probe.proof import Proof, Prover, Short, Structures, Tree, reentrant
 from zerosum.probe.results import Pass, add_up
-from zerosum.probe.rules import APPLIED, KNOWN, RULES, again, embedding, linear, norm
+from zerosum.probe.rules import APPLIED, KNOWN, RULES, again, broadcast, embedding, linear, norm
 from zerosum.probe.rules.site import Phase, Site
 from zsl_kernels.uses import Weight, only_for_weights, run_known
 
@@ -126,6 +127,7 @@ class Capture(TorchFunctionMode):
         self.traced = 0  # the uses of the epoch that ran in compiled code
         self._by_memory: dict[Any, ParameterProbe] = {}  # compiled code hands on a weight's memory
         self._stamps: dict[int, tuple[Site, str]] = {}  # what they are known by
+        self._tables: list[DerivedWeight] = []  # the rows of position tables in it
         self.sees_all = self._bases or self._constants is not None  # whether calls without weights matter too
         self._stack = ExitStack()
 
@@ -224,6 +226,7 @@ class Capture(TorchFunctionMode):
         self.auxiliary.clear()
         self.signatures.clear()
         self._stamps.clear()
+        self._tables.clear()
 
     @property
     def unnoticed(self) -> bool:
@@ -354,7 +357,9 @@ class Capture(TorchFunctionMode):
         device = refs[0].source.tensor.device.type
         autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
         if not self._depth:
-            self.keys.append((func, tuple(x.shape for x in tensors), tensors[0].dtype, autocast, alone))
+            # (What is looked up alike for all examples is a function of one weight.)
+            lookup = (refs[0].source.parameters[0].name,) if alone and func is F.embedding else ()
+            self.keys.append((func, tuple(x.shape for x in tensors), tensors[0].dtype, autocast, alone, *lookup))
             if autocast is None and not alone:
                 self.structures.remember(len(self.keys) - 1, func, args, kwargs, refs, self.keys[-1])
         if alone:
@@ -515,16 +520,27 @@ class Capture(TorchFunctionMode):
         if self._over:
             self._begin_epoch()
         func = compiled.FUNCTIONS[kind]
+        if kind == "add":
+            self._add_traced(stamp, tensors)
+            return
         x, *weights = (tensors[k] for k in ((1, 2, 0) if kind == "addmm" else range(len(tensors))))
         assert x is not None
         sources = [None if weight is None else self._by_memory.get(_memory(weight)) for weight in weights]
         if all(t is None for t in sources):
             return  # a use of another model's weights
+        shapes = tuple(y.shape for y in tensors if y is not None)
+        steps = self.structures.compiled
+        assert steps is not None
+        if kind == "embedding" and (t := sources[0]) is not None and (self.parameters.index(t), x.shape) in steps.tables:
+            t.used = True
+            self.keys.append((func, shapes, x.dtype, None, True, t.name))
+            self._tables.append(derive_lookup(self, x.clone(), t.ref))
+            self.traced += 1
+            return
         own = [t.name for t in sources if t is not None]
         lead = x.shape if kind == "embedding" else x.shape[:-1]
         site = Site(self, f"{func.__name__} ({', '.join(own[:1])})", [None if t is None else t.ref for t in sources], lead)
-        given = [y for y in tensors if y is not None]
-        self.keys.append((func, tuple(y.shape for y in given), x.dtype, None, False))
+        self.keys.append((func, shapes, x.dtype, None, False))
         self._stamps[stamp] = site, kind
         self.traced += 1
         for k, t in enumerate(sources):
@@ -534,6 +550,17 @@ class Capture(TorchFunctionMode):
                 t.covered_by(f"{kind} bias" if k else kind)
                 t.use_apart()
                 site.alone |= 1 << k
+
+    def _add_traced(self, stamp: int, tensors: Sequence[Tensor | None]) -> None:
+        """Takes a sum of rows and of what is the same for all examples. Where there is one position table, it is that."""
+        if len(self._tables) == 1:
+            x, same = (y.shape for y in tensors if y is not None)
+            (derived,) = self._tables
+            derived.covered_by("add")
+            site = Site(self, f"add ({derived.parameters[0].name})", [derived.ref], x)
+            self.keys.append((torch.add, (x, same), None, None, False))
+            self._stamps[stamp] = site, "add"
+            self.traced += 1
 
     def refuse_traced(self, weight: Tensor) -> None:
         """Takes a use in compiled code that is not known."""
@@ -545,6 +572,11 @@ class Capture(TorchFunctionMode):
         if stamp not in self._stamps or self.phase is not Phase.MEASURING:
             return None, None
         site, kind = self._stamps[stamp]
+        if kind == "add":
+            if (ref := site.ref()) is not None and site.layout is not None:
+                part = broadcast.contribution(site.layout, grad.clone(), ref.source.tensor.shape, ref.piece)
+                ref.source.pull(ref.piece, part)
+            return None, None
         if not all(source.ready for source in site.sources):
             # Something waits for other uses, or for the whole gradient: the compiler's tensors do not.
             grad, saved = grad.clone(), [x.clone() for x in saved]
@@ -766,6 +798,7 @@ class Capture(TorchFunctionMode):
         self.losses.clear()
         self.auxiliary.clear()
         self._stamps.clear()
+        self._tables.clear()
         self.traced = 0
         del self.inputs[:-1]
         self.whole.clear()
@@ -791,7 +824,7 @@ class Capture(TorchFunctionMode):
             for x in inputs:
                 self._constants[x] = False  # whatever it was made of, it is data
         if self.structures.compiled is not None:
-            self.structures.compiled.look(self, inputs)
+            self.structures.compiled.look(inputs)
         if inputs:
             self.inputs.append(inputs[0])
             self.prover.look(self, args, kwargs)

@@ -9,6 +9,7 @@ looked up in the same way. What is not known runs uncompiled, as before.
 from __future__ import annotations
 
 import itertools
+import math
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -41,8 +42,11 @@ KINDS: dict[Any, str] = {
     F.layer_norm: "layer_norm",
     **dict.fromkeys((F.rms_norm, torch.rms_norm), "rms_norm"),
     **dict.fromkeys((torch.mul, torch.multiply, Tensor.mul, Tensor.multiply, Tensor.__mul__, Tensor.__rmul__), "scale"),
+    **dict.fromkeys((torch.add, Tensor.add, Tensor.__add__, Tensor.__radd__), "add"),
 }
-FUNCTIONS: dict[str, Any] = {"scale": torch.mul}
+# What may become of a position table's rows before they are added.
+_PASSED_ON = (Tensor.to, Tensor.contiguous, Tensor.unsqueeze)
+FUNCTIONS: dict[str, Any] = {"scale": torch.mul, "add": torch.add}
 for function, kind in KINDS.items():
     FUNCTIONS.setdefault(kind, function)
 _OWN_RULES = {function: RULES[function] for function in KINDS if function in RULES}
@@ -74,6 +78,7 @@ class CompiledSteps:
     def __init__(self) -> None:
         self.barred = ""  # why every step runs uncompiled
         self.seen = False  # whether the model is called from code to be compiled
+        self.tables: set[tuple[int, Any]] = set()  # weights that are looked up alike for all examples, and the ids' shapes
         self._steps: dict[Any, Step] = {}
         self._mode: Traced | None = None
         self._parameters: tuple[int, ...] = ()
@@ -83,17 +88,20 @@ class CompiledSteps:
     def bar(self, reason: str) -> None:
         self.barred = self.barred or reason
 
-    def look(self, capture: Capture, inputs: Sequence[Tensor]) -> None:
+    def look(self, inputs: Sequence[Tensor]) -> None:
         """Finds out whether the model is compiled, as it is called without being so."""
         if self.barred or "torch._dynamo" not in sys.modules:
             return
-        self.seen = self.seen or in_compiled_code() or any(_is_compiled(module) for module in capture.modules)
+        self.seen = self.seen or in_compiled_code()
         if any(hasattr(x, "_dynamo_dynamic_indices") for x in inputs):
             self.bar("a dimension of its input was marked as dynamic")
 
     def mode_for(self, capture: Capture) -> Traced | None:
         """The mode of a block whose steps may stay compiled; None where there are no such steps."""
-        if self.barred or not self.seen:
+        if self.barred or "torch._dynamo" not in sys.modules:
+            return None
+        self.seen = self.seen or any(_is_compiled(module) for module in capture.modules)
+        if not self.seen:
             return None
         self._renew(capture)
         self._block += 1
@@ -111,6 +119,7 @@ class CompiledSteps:
         parameters = tuple(id(t.parameter) for t in capture.parameters)
         if self._mode is None or parameters != self._parameters:
             self._steps.clear()
+            self.tables.clear()
             self._parameters = parameters
             self._mode = Traced()
 
@@ -134,13 +143,12 @@ class CompiledSteps:
         terms = [follow_path(roots, term.path, term.names) for term in stored.terms or ()]
         if any(edge is None for edge in terms) or (stored.terms is None and capture.prover.loss is None):
             return
-        if len(capture.keys) != len(capture.sites):
-            return
         key, order = self._key(capture, roots)
         if key is None:
             return
         alike: dict[Any, Layout] = {}
-        for place, entry in zip(order, key[0], strict=True):
+        used = [entry for entry in key[0] if entry[1][0] != "table"]
+        for place, entry in zip(order, used, strict=True):
             layout = stored.layouts[place]
             if layout is None or not layout.same_as(alike.setdefault(entry, layout)):
                 return
@@ -150,6 +158,7 @@ class CompiledSteps:
             step.block = self._block
             step.met |= capture.compiling  # it could have been compiled in this block, and was not: nor will it be
         elif len(self._steps) < SHAPES:
+            self.tables |= {(numbers[0], use[1][0]) for numbers, use in key[0] if use[0] == "table"}
             ends_at = [shape_of(edge) for edge in terms if edge is not None]
             self._steps[key] = Step(stored, order, ends_at, capture.model.training, self._block)
 
@@ -164,28 +173,43 @@ class CompiledSteps:
             return None
         self._calm = True
         places = dict(zip(step.order, order, strict=True))
-        for uses in (capture.sites, capture.keys):
-            uses[:] = [uses[places[k]] for k in range(len(uses))]
+        capture.sites[:] = [capture.sites[places[k]] for k in range(len(places))]
         return step
 
     def _key(self, capture: Capture, roots: Sequence[GradientEdge]) -> tuple[Any, list[int]]:
-        """What tells one step from others, with its uses in an order that does not depend on how the compiler has ordered them."""
-        numbers = {id(t): k for k, t in enumerate(capture.parameters)}
-        entries = []
-        for key, site in zip(capture.keys, capture.sites, strict=False):
-            use, mine = _use_of(key), []
-            if use is None:
+        """What tells one step from others, and its uses in an order that does not depend on how the compiler has ordered them."""
+        known = {id(t): k for k, t in enumerate(capture.parameters)}
+        names = {t.name: k for k, t in enumerate(capture.parameters)}
+        entries: list[tuple[tuple[int, int], Any, int]] = []
+        sites = iter(enumerate(capture.sites))
+        for key in capture.keys:
+            if key[4] and key[0] in _PASSED_ON:
+                continue
+            use = _use_of(key)
+            place, site = (-1, None) if key[4] else next(sites, (-1, None))
+            if use is None or (site is None) != (use[0] == "table"):
                 return None, []
+            if site is None:
+                entries.append(((names[key[5]], -1), use, place))
+                continue
+            mine: list[int] = []
             for ref in site.refs:
-                number = -1 if ref is None else numbers.get(id(ref.source), -2)
-                if number == -2 or (ref is not None and ref.piece != ref.source.base):
+                if ref is None:
+                    mine.append(-1)
+                elif use[0] == "add" and len(ref.source.parameters) == 1 and ref.source.parameters[0] is not ref.source:
+                    mine.append(known[id(ref.source.parameters[0])])
+                elif use[0] != "add" and id(ref.source) in known and ref.piece == ref.source.base:
+                    mine.append(known[id(ref.source)])
+                else:
                     return None, []  # a part or a function of weights
-                mine.append(number)
-            entries.append(((*mine, -1)[:2], use))
-        order = sorted(range(len(entries)), key=lambda k: (entries[k][0], k))
+            entries.append(((mine[0], mine[1] if len(mine) > 1 else -1), use, place))
+        if sum(use[0] == "table" for _, use, _ in entries) != sum(use[0] == "add" for _, use, _ in entries) or next(sites, None):
+            return None, []
+        entries.sort(key=lambda entry: (entry[0], entry[1][0] == "table", entry[2]))
         ends = tuple((edge.node.name(), shape_of(edge)) for edge in roots)
         losses = tuple((call.name, call.reduction, call.shape, call.targets.shape) for call in capture.losses)
-        return (tuple(entries[k] for k in order), ends, losses, capture.model.training), order
+        uses = tuple((numbers, use) for numbers, use, _ in entries)
+        return (uses, ends, losses, capture.model.training), [place for _, _, place in entries if place >= 0]
 
     def miss(self, roots: Sequence[GradientEdge]) -> None:
         """Takes account of a compiled step that nothing was known of."""
@@ -301,7 +325,7 @@ def _used(token: Tensor, kind: str, args: tuple[Any, ...], kwargs: dict[str, Any
             return torch.ops.zsl.use_product.default(x, weight, bias, kind, token, list(x.shape))[0]
     elif kind == "embedding":
         ids, weight, padding_idx, max_norm, scaled, sparse = lookup_arguments(*args, **kwargs)
-        if ids.ndim > 1 and _is_weight(weight) and max_norm is None and not scaled and not sparse:
+        if ids.ndim > 0 and _is_weight(weight) and max_norm is None and not scaled and not sparse:
             padding = -1 if padding_idx is None else padding_idx % weight.shape[0]
             return torch.ops.zsl.use_lookup.default(ids, weight, padding, token, list(ids.shape))[0]
     elif kind == "layer_norm":
@@ -314,6 +338,11 @@ def _used(token: Tensor, kind: str, args: tuple[Any, ...], kwargs: dict[str, Any
         if _is_use(x, weight, None) and len(shape) == 1:
             y = F.rms_norm(x, shape, None, eps)
             return torch.ops.zsl.use_scale.default(y, weight, None, kind, token, list(x.shape))[0]
+    elif kind == "add":
+        if len(args) == 2 and not kwargs and isinstance(args[0], Tensor) and isinstance(args[1], Tensor):
+            x, weight = (args[1], args[0]) if _is_shared(args[0], args[1]) else args
+            if _is_shared(weight, x):
+                return torch.ops.zsl.use_shared.default(x, weight, token, list(x.shape))[0]
     elif len(args) == 2:
         x, weight = (args[1], args[0]) if _is_weight(args[0]) else args
         tensors = isinstance(x, Tensor) and isinstance(weight, Tensor)
@@ -325,6 +354,12 @@ def _used(token: Tensor, kind: str, args: tuple[Any, ...], kwargs: dict[str, Any
 def _is_use(x: Tensor, weight: Any, bias: Any) -> bool:
     """Whether rows meet a weight or a bias."""
     return x.ndim > 1 and (_is_weight(weight) or _is_weight(bias)) and not _is_weight(x)
+
+
+def _is_shared(same: Tensor, x: Tensor) -> bool:
+    """Whether it may be rows of a position table, beside rows of several examples."""
+    rows = x.ndim == 3 and x.shape[0] > 1 and (same.shape == x.shape[1:] or (same.ndim == 3 and same.shape == (1, *x.shape[1:])))
+    return rows and same.requires_grad and not _is_weight(same) and not _is_weight(x) and same.dtype == x.dtype
 
 
 def _lowered(x: Tensor) -> Tensor:
@@ -351,10 +386,16 @@ def _told(token: Tensor, x: Any) -> Any:
 
 def _use_of(key: Any) -> Any:
     """What a capture notes of a use, whatever name it was called by; None where it would not stay in compiled code."""
-    function, shapes, dtype, autocast, alone = key
+    function, shapes, dtype, autocast, alone, *_ = key
     kind = KINDS.get(function)
-    if kind is None or alone or (autocast is not None and kind == "scale"):
+    if kind is None or (autocast is not None and kind in ("scale", "add")):
         return None
+    if alone:
+        return ("table", shapes, None) if kind == "embedding" and (len(shapes[0]) == 1 or shapes[0][0] == 1) else None
+    if kind == "add":
+        x, same = max(shapes, key=math.prod), min(shapes, key=math.prod)
+        rows = len(shapes) == 2 and len(x) == 3 and x[0] > 1 and same in (x[1:], (1, *x[1:]))
+        return (kind, (x, x[1:]), None) if rows else None
     if kind == "scale":
         shapes = tuple(sorted(shapes, key=len, reverse=True))
     x, weights = (shapes[1], shapes[::2]) if kind == "addmm" else (shapes[0], shapes[1:])

@@ -22,16 +22,24 @@ def derive(
     parents = list(dict.fromkeys(t for ref in refs for t in ref.source.parameters))
     derived = DerivedWeight(context, out, parents)
     if func is F.embedding and embedding.plain(args, kwargs):
-        derived.pullback, derived.roots = _lookup(context, args, kwargs, refs[0]), [derived]
+        derived.pullback, derived.roots = _lookup(context, embedding.rows(*args, **kwargs), refs[0]), [derived]
     else:
         derived.roots = list(dict.fromkeys(root for ref in refs for root in ref.source.roots))
         derived.pullback = _any(context, derived.roots, out)
     return derived
 
 
-def _lookup(context: RuleContext, args: tuple[Any, ...], kwargs: dict[str, Any], weight: Ref) -> Pullback:
+def derive_lookup(context: RuleContext, ids: Tensor, weight: Ref) -> DerivedWeight:
+    """Rows of a table at indices that are the same for all examples, as a weight that is nowhere itself."""
+    like = weight.source.tensor
+    out = torch.empty(*ids.shape, like.shape[1], dtype=like.dtype, device="meta", requires_grad=True)
+    derived = DerivedWeight(context, out, weight.source.parameters)
+    derived.pullback, derived.roots = _lookup(context, ids, weight), [derived]
+    return derived
+
+
+def _lookup(context: RuleContext, ids: Tensor, weight: Ref) -> Pullback:
     """Rows of a table at indices that are the same for all examples."""
-    ids = embedding.rows(*args, **kwargs)
     K = weight.piece.size[1]
     parent = weight.source
     for t in parent.parameters:
