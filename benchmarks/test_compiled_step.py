@@ -2,43 +2,46 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from dataclasses import replace
 from functools import lru_cache
 
 import pytest
 import torch
-from torch import nn
 
+from benchmarks.parametrize import over
 from benchmarks.training_steps import CONFIG, N, T, Workload
+from benchmarks.transformer_steps import ModelCase, TransformerWorkload
 from zerosum import Probe
-from zerosum.training.model import token_losses
 
 STEP = (
     "compiled training step",
-    f"GPT of width {CONFIG.width}, {CONFIG.layers} layers, vocabulary {CONFIG.vocab}, N={N}, T={T}, fp32, compiled by inductor: "
-    "forward and backward with every statistic of every parameter, as a ratio to the plain compiled step. The last column is the "
-    "probe with the model as it was written.",
+    f"GPT of width {CONFIG.width}, {CONFIG.layers} layers, vocabulary {CONFIG.vocab}, N={N}, T={T}, and models of transformers of "
+    "the same size, fp32, compiled by inductor: forward and backward with every statistic of every parameter, as a ratio to the "
+    "plain compiled step. The last column is the probe with the model as it was written.",
 )
-TARGETS = {"probe": 1.3, "probe + Gram": 1.3}
-PROOFS = 3  # steps that run before one is compiled, and that one
+TARGET = 1.3
+PROBES = {"probe": False, "probe + Gram": True, "probe, not compiled": False}  # whether there is a Gram
+CASES = [
+    "GPT",
+    ModelCase("GPT-2", width=CONFIG.width, layers=CONFIG.layers, vocab=CONFIG.vocab, N=N, T=T),
+    ModelCase("Llama", width=CONFIG.width, layers=CONFIG.layers, vocab=CONFIG.vocab, N=N, T=T),
+]
 
 
 class Compiled:
     """A model, compiled, and ways to take its step."""
 
-    def __init__(self) -> None:
-        self.work = Workload.make()
-        self.compiled = torch.compile(self.work.model, fullgraph=True)
-        gram = {"probe": False, "probe + Gram": True, "probe, not compiled": False}
-        self.probes = {column: Probe(self.work.model, gram=g) for column, g in gram.items()}
-        for column in self.probes:
-            for _ in range(PROOFS):
+    def __init__(self, case: str | ModelCase) -> None:
+        self.written = Workload.make() if isinstance(case, str) else TransformerWorkload.of(case)
+        self.compiled = replace(self.written, model=torch.compile(self.written.model, fullgraph=True))
+        self.probes = {column: Probe(self.written.model, gram=gram) for column, gram in PROBES.items()}
+        for column in PROBES:
+            for _ in range(4):  # two are proved, one is compiled and checked
                 self.probed(column)
 
-    def step(self, model: Callable[..., object]) -> None:
-        self.work.model.zero_grad()
-        assert isinstance(model, nn.Module)
-        token_losses(model, self.work.x, self.work.y).mean(1).sum().backward()
+    def step(self, work: Workload) -> None:
+        self.written.model.zero_grad()
+        work.losses().sum().backward()
 
     def plain(self) -> None:
         self.step(self.compiled)
@@ -46,27 +49,30 @@ class Compiled:
     def probed(self, column: str) -> None:
         probe = self.probes[column]
         with probe:
-            self.step(self.work.model if column == "probe, not compiled" else self.compiled)
+            self.step(self.written if column == "probe, not compiled" else self.compiled)
         report = probe.report()
         assert report.metrics
         assert not report.coverage.not_covered, report.coverage
 
 
 @lru_cache(maxsize=1)
-def compiled() -> Compiled:
-    return Compiled()
+def compiled(case: str | ModelCase) -> Compiled:
+    return Compiled(case)
 
 
 @pytest.mark.filterwarnings("ignore:.*is deprecated:DeprecationWarning")
-@pytest.mark.parametrize("column", ["probe", "probe + Gram", "probe, not compiled"])
-def test_compiled_step(compare, table, column):
-    of = compiled()
+@pytest.mark.parametrize("column", list(PROBES))
+@over(CASES, CASES[:1])
+def test_compiled_step(compare, table, case, column):
+    if case != "GPT":
+        pytest.importorskip("transformers")
+    of = compiled(case)
     compare(
         table(*STEP),
-        "forward + backward",
+        str(case),
         column,
         lambda: of.probed(column),
         of.plain,
         against="plain, compiled",
-        target=TARGETS.get(column),
+        target=None if column == "probe, not compiled" else TARGET,
     )
