@@ -103,25 +103,26 @@ class CompiledSteps:
         self.seen = self.seen or any(_is_compiled(module) for module in capture.modules)
         if not self.seen:
             return None
-        self._renew(capture)
         self._block += 1
-        if not any(step.training == capture.model.training for step in self._steps.values()):
-            return None
         if not _default_compiler() or APPLIED or any(RULES[f] is not rule for f, rule in _OWN_RULES.items()):
+            return None
+        self._renew(capture)
+        if not any(step.training == capture.model.training for step in self._steps.values()):
             return None
         if self._rest:
             self._rest -= 1
             return None
+        if self._mode is None:
+            self._mode = Traced()
         return self._mode
 
     def _renew(self, capture: Capture) -> None:
         """Forgets all steps where the trainable parameters are others."""
         parameters = tuple(id(t.parameter) for t in capture.parameters)
-        if self._mode is None or parameters != self._parameters:
+        if parameters != self._parameters:
             self._steps.clear()
             self.tables.clear()
             self._parameters = parameters
-            self._mode = Traced()
 
     @property
     def compiling(self) -> bool:
@@ -166,7 +167,7 @@ class CompiledSteps:
         """The step that has run forward compiled, whose uses are put in the order in which they were proved."""
         key, order = self._key(capture, roots)
         step = None if key is None else self._steps.get(key)
-        if step is None:
+        if step is None or capture.auxiliary or capture.prover.declared is not None:
             return None
         terms = [follow_path(roots, term.path, term.names) for term in step.stored.terms or ()]
         if [None if edge is None else shape_of(edge) for edge in terms] != step.ends:
@@ -424,6 +425,8 @@ def _is_compiled(module: nn.Module) -> bool:
 def _default_compiler() -> bool:
     """Whether compiled code runs as it does if nothing else is said."""
     dynamo = sys.modules["torch._dynamo"]
+    if not hasattr(dynamo.eval_frame, "set_code_exec_strategy"):
+        return False  # another release of torch
     stance = dynamo.eval_frame._stance
     backward = dynamo.config.compiled_autograd or dynamo.compiled_autograd.compiled_autograd_enabled
     return stance.stance == "default" and stance.backend is None and not backward
