@@ -3,6 +3,7 @@ count of the graphs that the compiler is asked for."""
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
@@ -230,6 +231,52 @@ def test_a_step_stays_compiled(kind: Callable[[], nn.Module], uses: list[str]) -
         steps.plain(tokens)
         steps.check(tokens)
     assert steps.counter.frame_count == 2, "entering or leaving the block has compiled anew"
+
+
+class Drawn(nn.Module):
+    """Layers in random order, of which some are used again, on rows in other layouts, or beside a tied head."""
+
+    def __init__(self, seed: int) -> None:
+        super().__init__()
+        rng = random.Random(seed)
+        self.embedding, self.layers = nn.Embedding(VOCAB, 8), nn.ModuleList([nn.Linear(8, 8)])
+        self.plan: list[tuple[str, int]] = []
+        for _ in range(rng.randint(2, 5)):
+            kind = rng.choice(["linear", "LayerNorm", "RMSNorm", "again", "positions first", "flat", "tied", "scale", "table"])
+            if kind in ("LayerNorm", "RMSNorm"):
+                self.layers.append(getattr(nn, kind)(8))
+            elif kind in ("scale", "table"):
+                self.layers.append(nn.RMSNorm(8) if kind == "scale" else nn.Embedding(T, 8))
+            elif kind != "again":
+                self.layers.append(nn.Linear(8, 8, bias=rng.random() < 0.7))
+            self.plan.append((kind, 0 if kind == "again" else len(self.layers) - 1))
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.embedding(tokens)
+        for kind, k in self.plan:
+            layer = self.layers[k]
+            if kind == "positions first":
+                x = torch.tanh(layer(x.mT.permute(2, 0, 1))).transpose(0, 1)
+            elif kind == "flat":
+                x = torch.tanh(layer(x.flatten(0, 1))).view(x.shape)
+            elif kind == "tied":
+                x = x + torch.tanh(F.linear(layer(x), self.embedding.weight))[..., :8]
+            elif kind == "scale":
+                x = layer.weight * torch.tanh(x)
+            elif kind == "table":
+                x = x + layer(torch.arange(x.shape[1])[None])
+            else:
+                x = torch.tanh(layer(x))
+        return x
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_drawn_models(seed: int, uses: list[str]) -> None:
+    """In a shape that is proved first, and in another that comes later."""
+    steps = Steps(make(lambda: Drawn(seed)), fullgraph=False)
+    for k, n in enumerate((N, N, N, N + 1, N, N + 1, N, N + 1)):
+        steps.check(tokens_of(n, seed=k))
+    assert uses or sum(kind == "table" for kind, _ in steps.model.plan) > 1
 
 
 @pytest.mark.filterwarnings("ignore:.*is deprecated:DeprecationWarning")

@@ -204,7 +204,8 @@ class CompiledSteps:
                 else:
                     return None, []  # a part or a function of weights
             entries.append(((mine[0], mine[1] if len(mine) > 1 else -1), use, place))
-        if sum(use[0] == "table" for _, use, _ in entries) != sum(use[0] == "add" for _, use, _ in entries) or next(sites, None):
+        tables, sums = (sum(use[0] == kind for _, use, _ in entries) for kind in ("table", "add"))
+        if tables > 1 or tables != sums or next(sites, None) is not None:
             return None, []
         entries.sort(key=lambda entry: (entry[0], entry[1][0] == "table", entry[2]))
         ends = tuple((edge.node.name(), shape_of(edge)) for edge in roots)
