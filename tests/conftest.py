@@ -1,6 +1,7 @@
 """What all tests share: how hypothesis runs, and the fixture that goes through the implementations."""
 
 import os
+import zlib
 
 # Before torch starts its threads: those that wait sleep. Spinning they take the processor from each other when something else runs,
 # and many short calls then take ten times as long.
@@ -14,7 +15,7 @@ from hypothesis import Phase, settings
 
 import zsl_kernels as zk
 from tests.emulation import select
-from tests.inputs import EMULATED, gpu_implementations, implementations, running
+from tests.inputs import EMULATED, cpu_isas, gpu_implementations, implementations, running
 
 if EMULATED == "triton":
     from tests.interpreter import repair
@@ -32,8 +33,22 @@ settings.load_profile("suite")
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     if EMULATED:
         kept = select(items)
-        config.hook.pytest_deselected(items=[item for item in items if item not in kept])
+    elif os.environ.get("ZSL_TEST_ALL") == "1" or any("::" in arg for arg in config.args):
+        return
+    else:
+        kept = [item for item in items if not _of_lesser_instructions(item) or zlib.crc32(item.nodeid.encode()) % 4 == 0]
+    if len(kept) < len(items):
+        chosen = set(kept)
+        config.hook.pytest_deselected(items=[item for item in items if item not in chosen])
         items[:] = kept
+
+
+def _of_lesser_instructions(item: pytest.Item) -> bool:
+    """Whether a test is of the CPU's kernels with other instructions than this processor's best: the same code, compiled again. By
+    default a fourth of these runs, always the same ones; `make test-all` runs them all, as does a test's own name."""
+    params = item.callspec.params if hasattr(item, "callspec") else {}
+    isa = str(params.get("impl") or params.get("cpu_isa") or "").removeprefix("cpu-")
+    return isa in cpu_isas()[1:]
 
 
 def pytest_report_header() -> str:

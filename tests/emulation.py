@@ -10,6 +10,8 @@ from tests.inputs import EMULATED
 
 # Words in the names of tests of what the kernels are not for: threads of the CPU, and float64.
 OTHERS = ("threads", "float64")
+# Hundreds of examples, each of them of several tiles of 128 × 128: half of the time of all. simt_checks.py has more than one run.
+TOO_MANY = ("N600", "thousands")
 # The interpreter is slow, and so are tiles of 128 × 128: of each test's parameter sets a sample. The kernels' own tests,
 # emulated_*.py, choose their sizes.
 SETS = {"triton": 12, "cuda": 10_000, "hopper": 16}
@@ -29,4 +31,5 @@ def select(items: list[pytest.Item]) -> list[pytest.Item]:
 
 def _of_kernels(item: pytest.Item) -> bool:
     params = item.callspec.params if hasattr(item, "callspec") else {}
-    return params.get("impl") == EMULATED and not any(word in item.name for word in OTHERS)
+    words = (*OTHERS, *TOO_MANY) if EMULATED == "hopper" else OTHERS
+    return params.get("impl") == EMULATED and not any(word in item.name for word in words)

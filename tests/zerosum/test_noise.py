@@ -8,6 +8,7 @@ import warnings
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 import zerosum
@@ -119,3 +120,48 @@ def test_deterministic_algorithms_are_as_they_were() -> None:
             assert after == before
         finally:
             torch.use_deterministic_algorithms(False)
+
+
+class Deep(nn.Module):
+    """Blocks whose noise has the size of an example's mean gradient, which drowns small rows and single numbers."""
+
+    def __init__(self, level: float, leak: float) -> None:
+        super().__init__()
+        self.level, self.leak = level, leak
+        self.embedding, self.positions = nn.Embedding(50, 32), nn.Parameter(torch.randn(256, 32))
+        self.linears = nn.ModuleList(nn.Linear(32, 32) for _ in range(4))
+        self.norms = nn.ModuleList(nn.LayerNorm(32) for _ in range(4))
+        self.head = nn.Linear(32, 50)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.embedding(tokens) + self.positions
+        for k, (linear, norm) in enumerate(zip(self.linears, self.norms, strict=True)):
+            h = linear(norm(x))
+            h = h + self.leak * h.mean(0, keepdim=True) if k == 2 else h
+            x = x + OfExamples.apply(h.tanh(), self.level)
+        return self.head(x)
+
+
+class OfExamples(Noise):
+    @staticmethod
+    def backward(ctx, g: Tensor) -> tuple[Tensor, None]:
+        size = g.abs().mean(-1, keepdim=True) + g.abs().mean((1, 2), keepdim=True)
+        return g + ctx.level * size * torch.randn_like(g), None
+
+
+@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize(("level", "leak"), [(1e-3, 0.0), (1e-2, 0.0), (3e-2, 0.0), (1e-3, 0.01), (1e-2, 0.1)])
+def test_rows_that_drown_in_noise_are_told_from_coupled_ones(level: float, leak: float, seed: int) -> None:
+    torch.manual_seed(seed)
+    model, tokens, targets = Deep(level, leak), torch.randint(50, (N, 256)), torch.randint(50, (N, 256))
+    weights = 3.0 * (torch.rand(N, 256) < 0.99)  # ignored positions
+    probe = zerosum.Probe(model)
+    with pytest.warns(UserWarning, match="coupled before the loss") if leak else contextlib.nullcontext(), probe:
+        losses = F.cross_entropy(model(tokens).mT, targets, reduction="none") * weights
+        losses.mean(1).sum().backward()
+    covered = probe.report().coverage.covered
+    behind = {name for name, _ in model.named_parameters() if name.startswith(("linears.3", "norms.3", "head"))}
+    if leak:
+        assert set(covered) == behind
+    else:
+        assert len(covered) == len(list(model.parameters()))

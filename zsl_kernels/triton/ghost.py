@@ -195,4 +195,5 @@ def sq_norm(plan: Plan, a: Tensor, b: Tensor) -> Tensor:
     assert gpu is not None
     if not (a.numel() and b.numel()):
         return a.new_zeros(a.shape[0], dtype=torch.float32)
-    return _partials(tile, gpu, a, b, a, b, True, True).sum(0).float()
+    # In a sum that is no square cancellation may leave less than nothing.
+    return _partials(tile, gpu, a, b, a, b, True, True).sum(0).float().clamp_(min=0)

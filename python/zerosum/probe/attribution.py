@@ -12,6 +12,7 @@ derivative shows (:func:`couples`).
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -30,7 +31,10 @@ MIXED = -2  # several losses' gradients reach it
 BASE = 16  # weights of one pass: ±2^k for k from -3 to 4
 SMALLEST = 2.0**-3
 PROJECTIONS = 3
-MOST_LOST = 0.05  # of the rows, that may be lost in noise
+QUANTILES = (0.5, 0.9, 0.99, 0.999)
+CLEAR = 0.25  # an error up to which a row's weight can be read through noise
+MOST_LOST = 0.5  # of the rows, that may be lost in noise
+MOST_STRANGE = 0.001  # of the rows, whose weights may be read wrong
 
 
 def digits(examples: int) -> int:
@@ -102,46 +106,50 @@ class Signature:
         return cls(flat @ directions, torch.linalg.vector_norm(flat, dim=1), lead, torch.finfo(rows.dtype).eps)
 
 
-def follows(plain: Signature, weighted: Signature, weights: Tensor, noise: Noise | None = None) -> Tensor:
-    """(R,) whether each row is the plain one times its own weight, (R,), up to rounding of its dtype and to noise."""
-    error = (weighted.projected - weights[:, None] * plain.projected).abs().amax(1)
-    allowed = tolerance(plain.eps) * plain.norm
-    if noise is not None:
-        allowed = torch.maximum(allowed, noise.allowed)
-    return error <= allowed * weights.abs()
+def follows(plain: Signature, weighted: Signature, weights: Tensor) -> Tensor:
+    """(R,) whether each row is the plain one times its own weight, (R,), up to rounding of its dtype."""
+    return error_of(plain, weighted, weights) <= tolerance(plain.eps) * plain.norm
+
+
+def error_of(plain: Signature, weighted: Signature, weights: Tensor) -> Tensor:
+    """(R,) how far each row is from the plain one times its own weight, (R,), as a part of the weight."""
+    return (weighted.projected - weights[:, None] * plain.projected).abs().amax(1) / weights.abs()
 
 
 @dataclass
 class Noise:
     """How far a pass is from one that scales exactly, as where a device adds by atomics, or where float16 underflows."""
 
-    allowed: Tensor  # (R,) for each row
-    level: float  # of nearly all rows, as a part of their norms
-    lost: Tensor  # (R,) rows that are so small beside their noise that they tell nothing
+    samples: tuple[Tensor, Tensor]  # (R,) of each row, as a part of its norm, by two passes
+    eps: float
 
     @classmethod
-    def between(cls, plain: Signature, scaled: Signature) -> Noise | None:
-        """``scaled``: of a pass in which all weights are ``SMALLEST``. None where it is the plain one to the last bit.
+    def between(cls, plain: Signature, again: Signature, scaled: Signature) -> Noise | None:
+        """``again``: of a second plain pass; ``scaled``: of one in which all weights are ``SMALLEST``. None where both are the
+        first to the last bit."""
+        ones = torch.ones_like(plain.norm)
+        errors = error_of(plain, again, ones), error_of(plain, scaled, SMALLEST * ones)
+        samples = tuple((x / plain.norm).nan_to_num(nan=0.0, posinf=math.inf) for x in errors)
+        return cls((samples[0], samples[1]), plain.eps) if any(bool((x > 0).any()) for x in samples) else None
 
-        A row is allowed 64 times its own difference, 16 times that of nearly all rows as a part of the norm, and 8 times their
-        median, for small rows have the noise of large ones. It is never allowed more than a fourth of its norm. Single numbers are
-        one sample of their noise: those that lie together in the last dimension are taken together. Weights that differ by up to
-        128 make another example's part of a row larger than that, where it is as large as the noise.
+    def explains(self, errors: Tensor, where: Tensor) -> bool:
+        """Whether errors of a pass with weights, parts of the rows' norms, are distributed as those of a pass without.
+
+        Of rows of one example they are. The weights of other examples are up to 128 times the own one: the largest errors of
+        rows of several examples are many times the part of the others. One sample says which rows are far from lost in noise, the
+        other is what their errors are compared with. (A weight that is read wrong makes an error of any size.)
         """
-        differences = (scaled.projected / SMALLEST - plain.projected).abs().amax(1)
-        relative = (differences / plain.norm).nan_to_num(nan=0.0, posinf=0.0)
-        if not bool((relative > 0).any()):
-            return None
-        level = float(relative.quantile(0.9)) if len(relative) < 1 << 24 else float(relative.median())
-        median = differences.nanmedian()
-        if plain.projected.shape[1] == 1 and len(plain.lead):
-            together = differences.view(plain.lead).square().mean(-1, keepdim=True).sqrt()
-            differences = torch.maximum(differences, together.expand(plain.lead).reshape(-1))
-        noise, most = 64 * differences + 16 * level * plain.norm + 8 * median, plain.norm / 4
-        lost = noise > most
-        if float(lost.double().mean()) > MOST_LOST:
-            lost = torch.zeros_like(lost)
-        return cls(torch.minimum(noise, most), level, lost)
+        chosen = where & (self.samples[0] <= CLEAR / 2)
+        if not bool(chosen.any()):
+            return False
+        found, expected = (_sample(x[chosen].clamp(max=2 * CLEAR)) for x in (errors, self.samples[1]))
+        return all(float(found.quantile(q)) <= 3 * float(expected.quantile(q)) + tolerance(self.eps) for q in QUANTILES)
+
+
+def _sample(x: Tensor) -> Tensor:
+    """At most so many numbers as torch sorts."""
+    x = x.nan_to_num(nan=0.0)
+    return x[:: len(x) // (1 << 22) + 1]
 
 
 def tolerance(eps: float) -> float:
@@ -153,44 +161,60 @@ def tolerance(eps: float) -> float:
     return 4096 * eps if eps < 1e-10 else 64 * eps
 
 
-def read_digit(plain: Signature, weighted: Signature, noise: Noise | None) -> tuple[Tensor, Tensor]:
+def read_digit(plain: Signature, weighted: Signature) -> tuple[Tensor, Tensor]:
     """(R,) the digit that each row spells, and (R,) whether it spells one."""
     at = plain.projected.abs().argmax(1, keepdim=True)
     ratio = (weighted.projected.gather(1, at) / plain.projected.gather(1, at))[:, 0]
     exponent = ratio.abs().log2().round().nan_to_num(nan=99.0, posinf=99.0, neginf=99.0)
     valid = (exponent >= -3) & (exponent <= 4)
-    digit = 2 * (exponent.clamp(-3, 4).long() + 3) + (ratio < 0)
-    return digit, valid & follows(plain, weighted, _weight(digit), noise)
+    return 2 * (exponent.clamp(-3, 4).long() + 3) + (ratio < 0), valid
 
 
 def name_rows(
-    plain: Signature, spelled: Sequence[Signature], checked: Signature | None, examples: int, noise: Noise | None = None
+    plain: Signature, spelled: Sequence[Signature], checked: Signature, examples: int, noise: Noise | None = None
 ) -> Tensor:
     """(*lead) the example of each row, or UNREACHED or MIXED."""
     names = torch.zeros(len(plain.norm), dtype=torch.long, device=plain.norm.device)
     fits = torch.ones_like(names, dtype=torch.bool)
+    errors = []
     for digit, weighted in enumerate(spelled):
-        found, valid = read_digit(plain, weighted, noise)
+        found, valid = read_digit(plain, weighted)
         names += found * BASE**digit
         fits &= valid
+        errors.append(error_of(plain, weighted, _weight(found)))
     fits &= names < examples
-    if checked is not None:
-        weights = random_weights(examples).to(plain.norm.device)
-        fits &= follows(plain, checked, weights[names.clamp(max=examples - 1)], noise)
-    names[~fits] = MIXED
+    errors.append(error_of(plain, checked, random_weights(examples).to(plain.norm.device)[names.clamp(max=examples - 1)]))
     # What is left of gradients that cancel fits no weight where a pass does not repeat to the last bit. It counts for nothing.
     largest = plain.norm.nan_to_num(posinf=0.0).max() if len(plain.norm) else plain.norm.new_zeros(())
-    small = max(plain.eps, 0.0 if noise is None else noise.level)
-    quiet = plain.norm <= small * largest
+    quiet = plain.norm <= plain.eps * largest
     finite = plain.norm.isfinite()
     for weighted in spelled:
-        quiet = quiet & (weighted.norm <= BASE * small * largest)
+        quiet = quiet & (weighted.norm <= BASE * plain.eps * largest)
         finite = finite & weighted.norm.isfinite()
     if noise is not None:
-        quiet = quiet | noise.lost
+        relative = [x / plain.norm for x in errors]
+        if all(noise.explains(x, finite & ~quiet) for x in relative):
+            clear = fits & (torch.stack([*relative, *noise.samples]).amax(0) <= CLEAR)
+            if float(clear.double().mean()) >= 1 - MOST_LOST:
+                names[~clear] = UNREACHED
+                return _without_strangers(names.view(plain.lead), examples)
+    for x in errors:
+        fits &= x <= tolerance(plain.eps) * plain.norm
+    names[~fits] = MIXED
     names[~fits & quiet] = UNREACHED
     names[~finite] = UNREACHED  # infinities and NaN tell nothing
     return names.view(plain.lead)
+
+
+def _without_strangers(names: Tensor, examples: int) -> Tensor:
+    """Names that were read through noise, without those few that do not fit a regular layout of all others."""
+    reached = names >= 0
+    for axis, _, inner in _candidates(names.shape, examples):
+        mine = torch.arange(names.shape[axis], device=names.device) // inner % examples
+        strange = (names != mine.view(-1, *[1] * (names.ndim - axis - 1))) & reached
+        if int(strange.sum()) <= MOST_STRANGE * names.numel():
+            return torch.where(strange, UNREACHED, names)
+    return names
 
 
 def layout_of(names: Tensor, examples: int) -> tuple[Layout, bool]:

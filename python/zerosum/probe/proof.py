@@ -1003,12 +1003,12 @@ class Prover:
         spelled = [run(attribution.weights_of_digit(N, digit)) for digit in range(attribution.digits(N))]
         checked = run(attribution.random_weights(N))
         boundaries: dict[Node, int] = {}
-        scaled: dict[Any, Signature] | None = None
+        more: list[dict[Any, Signature]] = []
         for x, signature in plain.items():
             names = attribution.name_rows(signature, [one[x] for one in spelled], checked[x], N)
             if bool((names == MIXED).any()):
-                scaled = scaled or run(torch.full((N,), attribution.SMALLEST, dtype=torch.float64))
-                if (noise := attribution.Noise.between(signature, scaled[x])) is not None:
+                more = more or [run(None), run(torch.full((N,), attribution.SMALLEST, dtype=torch.float64))]
+                if (noise := attribution.Noise.between(signature, *(one[x] for one in more))) is not None:
                     names = attribution.name_rows(signature, [one[x] for one in spelled], checked[x], N, noise)
             if isinstance(x, Site):
                 if x in places:
@@ -1026,7 +1026,7 @@ class Prover:
                 self._barred.add(site)
         for site in self._barred & places.keys():
             named[places[site]] = Named(None, BESIDE_CHECKPOINT, True)
-        return 2 + len(spelled) + (scaled is not None), list(boundaries.items())
+        return 2 + len(spelled) + len(more), list(boundaries.items())
 
     def _judge(self, capture: Capture, names: Tensor, N: int, problem: str = "") -> Named:
         """The layout of rows with these names."""
