@@ -22,7 +22,8 @@ $(VENV)/.built: $(VENV)/.installed pyproject.toml setup.py $(NATIVE)
 test: $(VENV)/.built
 	ZSL_REQUIRE_NATIVE=1 $(BIN)/python -m pytest tests -n auto --maxprocesses 8 --dist worksteal $(PYTEST_ARGS)
 
-# Every case of attribution and of the loss end too, of which `make test` runs a third: 10 more minutes of one core.
+# Every case of attribution and of the loss end too, of which `make test` runs a third, and of the kernels for other instruction sets
+# than the processor's best, of which it runs a fourth.
 test-all: export ZSL_TEST_ALL = 1
 test-all: test
 

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# On a machine with a CUDA device: the parity suite on it, then the benchmarks, kept as benchmarks/results/gpu.json and gpu.md.
+# On a machine with a CUDA device: the parity suite on it, then the benchmarks, kept as benchmarks/results/gpu_kernels.md, gpu.json
+# and gpu.md.
 # Meant to take under ten minutes on a recent device, with pytest-xdist. Needs a CUDA build of torch, and nvcc for the kernels in
 # CUDA C++. Options go to the benchmarks.
 set -euo pipefail
@@ -25,5 +26,6 @@ fi
 # The benchmarks are run whatever the tests find: the hour on a device may be the only one. A failure of either is the script's.
 failed=0
 "$python" -m pytest tests -m gpu "${workers[@]}" || failed=$?
+"$python" -m benchmarks.gpu.kernels || failed=$?
 "$python" -m pytest benchmarks/gpu --device cuda --results gpu "$@" || failed=$?
 exit "$failed"

@@ -16,6 +16,20 @@ def test_the_benchmarks_of_a_device_run(project_environment):
     assert "failed" not in done.stdout
 
 
+def test_the_kernels_and_the_step_are_timed(project_environment):
+    command = [sys.executable, "-m", "benchmarks.gpu.kernels", "--device", "cpu", "--quick"]
+    done = subprocess.run(command, env=project_environment, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert [line for line in done.stdout.splitlines() if line.startswith("#")] == [
+        "# Kernels and a step on the CPU",
+        "## bfloat16",
+        "## float32",
+        "## float32, tf32 allowed for both",
+        "## coordinate_sums",
+        "## A step of the project's GPT",
+    ]
+
+
 def test_the_script_says_what_is_missing(project_environment):
     environment = {**project_environment, "PYTHON": sys.executable, "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run([ROOT / "benchmarks" / "gpu.sh"], env=environment, capture_output=True, text=True, timeout=100)
@@ -29,6 +43,7 @@ def test_the_script_runs_the_benchmarks_whatever_the_tests_find(tmp_path):
     python.chmod(0o755)
     command = [ROOT / "benchmarks" / "gpu.sh", "-k", "head"]
     done = subprocess.run(command, env={**os.environ, "PYTHON": str(python)}, capture_output=True, text=True, timeout=100)
-    assert "pytest tests -m gpu -n 8" in done.stdout, done.stderr
+    assert "pytest tests -m gpu -n auto --maxprocesses 16 -p no:benchmark" in done.stdout, done.stderr
+    assert "-m benchmarks.gpu.kernels" in done.stdout
     assert "pytest benchmarks/gpu --device cuda --results gpu -k head" in done.stdout
     assert done.returncode == 3

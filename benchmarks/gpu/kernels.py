@@ -1,0 +1,166 @@
+"""Times the kernels and a training step on a device, and writes benchmarks/results/gpu_kernels.md.
+
+``python -m benchmarks.gpu.kernels``: three minutes on an H100. Kernels are timed in CUDA graphs, so the host's time is not in them;
+the step is as a user runs it, eagerly. ``--device cpu --quick`` shows whether it runs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+from collections.abc import Callable
+from pathlib import Path
+from time import perf_counter
+
+import torch
+
+import zerosum
+import zsl_kernels as zk
+from benchmarks.cases import Case, weight_gradient
+from zerosum.training.model import GPT, GPTConfig, token_losses
+
+RESULT = Path(__file__).parents[1] / "results" / "gpu_kernels.md"
+# A block's matrices of several widths, few and many examples, a head, short examples.
+CASES = [
+    Case(8, 1024, 768, 768),
+    Case(32, 1024, 768, 768),
+    Case(8, 1024, 3072, 768),
+    Case(8, 1024, 2048, 2048),
+    Case(32, 1024, 2048, 2048),
+    Case(8, 1024, 4096, 4096),
+    Case(8, 1024, 50304, 768),
+    Case(32, 256, 4096, 1024),
+    Case(64, 128, 2048, 2048),
+]
+ROUNDS = 9
+
+
+def microseconds(run: Callable[[], object], device: str) -> float:
+    """In the median, without the host's time where the device has graphs."""
+    if device.startswith("cuda"):
+        from triton.testing import do_bench_cudagraph
+
+        return 1e3 * do_bench_cudagraph(run, rep=25, return_mode="median")
+    times = []
+    for _ in range(3):
+        begin = perf_counter()
+        run()
+        times.append(perf_counter() - begin)
+    return 1e6 * statistics.median(times)
+
+
+def kernels(case: Case, dtype: torch.dtype, device: str) -> list[str]:
+    """A line of the table: the plain product in microseconds, and the others as ratios to it."""
+    a, b = (torch.randn(case.N, case.T, size, device=device).to(dtype) for size in (case.K, case.O))
+    u = torch.randn(case.O, case.K, device=device)
+    before = microseconds(lambda: weight_gradient(a, b), device)
+    found = [
+        microseconds(lambda: zk.interference(a, b), device),
+        microseconds(lambda: zk.interference(a, b, direction=u), device),
+        microseconds(lambda: zk.interference(a, b, gram=True), device),
+    ]
+    plain = (before + microseconds(lambda: weight_gradient(a, b), device)) / 2
+    way = zk.plan("interference", N=case.N, T=case.T, K=case.K, O=case.O, dtype=dtype, device=device).way
+    return [str(case), f"{plain:.0f}", *(f"{time / plain:.2f}" for time in found), way]
+
+
+def allowing_tf32(case: Case, device: str) -> list[str]:
+    before = torch.backends.cuda.matmul.fp32_precision
+    torch.backends.cuda.matmul.fp32_precision = "tf32"
+    try:
+        return kernels(case, torch.float32, device)
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = before
+
+
+def coordinate_sums(rows: int, cols: int, device: str) -> list[str]:
+    sums = [torch.randn(rows, cols, device=device).abs() for _ in range(3)]
+    time = microseconds(lambda: zk.coordinate_sums_of_many(*([x] for x in sums)), device)
+    copied = microseconds(lambda: sums[0] + sums[1], device)  # three matrices are moved here too
+    return [f"{rows} × {cols}", f"{time:.0f}", f"{time / copied:.2f}"]
+
+
+def step(config: GPTConfig, examples: int, half: bool, device: str) -> list[list[str]]:
+    """Lines for the plain step, with a probe, and with the Gram: milliseconds, ratio, the allocator's peak."""
+    torch.manual_seed(0)
+    model = GPT(config).to(device)
+    x, y = torch.randint(config.vocab, (2, examples, config.positions), device=device)
+    kind = device.split(":")[0]
+
+    def run(probe: zerosum.Probe | None) -> float:
+        model.zero_grad()
+        synchronize(device)
+        begin = perf_counter()
+        if probe is not None:
+            probe.__enter__()
+        with torch.autocast(kind, torch.bfloat16, enabled=half):
+            losses = token_losses(model, x, y).mean(1)
+        losses.sum().backward()
+        if probe is not None:
+            probe.__exit__(None, None, None)
+        synchronize(device)
+        return perf_counter() - begin
+
+    probes = {"plain": None, "probe": zerosum.Probe(model), "probe, with the Gram": zerosum.Probe(model, gram=True)}
+    times: dict[str, list[float]] = {name: [] for name in probes}
+    for _ in range(4):
+        for probe in probes.values():
+            run(probe)
+    for _ in range(ROUNDS):
+        for name, probe in probes.items():
+            times[name].append(run(probe))
+    lines = []
+    for name, probe in probes.items():
+        peak = ""
+        if kind == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+            run(probe)
+            peak = f"{torch.cuda.max_memory_allocated() / 1e9:.1f}"
+        ratio = statistics.median(mine / plain for mine, plain in zip(times[name], times["plain"], strict=True))
+        label = "bfloat16 by autocast" if half else "float32"
+        lines.append([f"{label}, {name}", f"{1e3 * statistics.median(times[name]):.1f}", f"{ratio:.2f}", peak])
+    return lines
+
+
+def synchronize(device: str) -> None:
+    if device.startswith("cuda"):
+        torch.cuda.synchronize()
+
+
+def table(head: list[str], rows: list[list[str]]) -> str:
+    rule = ["---", *["---:"] * (len(head) - 1)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in (head, rule, *rows))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--quick", action="store_true", help="one small case of each; writes nothing")
+    options = parser.parse_args()
+    device = options.device
+    name = torch.cuda.get_device_name(device) if device.startswith("cuda") else "the CPU"
+    cases = [Case(2, 16, 24, 32)] if options.quick else CASES
+    head = ["", "dW, µs", "sums", "with a direction", "with the Gram", "way"]
+    title = f"# Kernels and a step on {name}"
+    parts = [f"{title}\n\n`python -m benchmarks.gpu.kernels`, torch {torch.__version__}. Ratios are to the plain product dW."]
+    for title, rows in (
+        ("bfloat16", [kernels(case, torch.bfloat16, device) for case in cases]),
+        ("float32", [kernels(case, torch.float32, device) for case in cases]),
+        ("float32, tf32 allowed for both", [allowing_tf32(case, device) for case in cases]),
+    ):
+        parts.append(f"## {title}\n\n{table(head, rows)}")
+    sizes = [(8, 8)] if options.quick else [(768, 768), (4096, 4096), (50304, 768)]
+    rows = [coordinate_sums(*size, device) for size in sizes]
+    parts.append(f"## coordinate_sums\n\n{table(['matrix', 'µs', 'to an addition of two'], rows)}")
+    config = GPTConfig(50304, 768, 12, 12, 1024)
+    config, examples = (GPTConfig(64, 16, 1, 2, 8), 2) if options.quick else (config, 8)
+    rows = [line for half in (True, False) for line in step(config, examples, half, device)]
+    parts.append(f"## A step of the project's GPT\n\n{config}, N = {examples}\n\n{table(['', 'ms', 'ratio', 'peak, GB'], rows)}")
+    text = "\n\n".join(parts) + "\n"
+    print(text)
+    if not options.quick:
+        RESULT.write_text(text)
+
+
+if __name__ == "__main__":
+    main()
