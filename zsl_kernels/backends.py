@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import importlib
 import os
+from dataclasses import replace
 from types import ModuleType
 
 import torch
 from torch import Tensor
 
-from zsl_kernels import cpu
+from zsl_kernels import cpu, cuda_module
 from zsl_kernels.gpus import GPUS, OLDEST, Gpu, nearest, of_device
 from zsl_kernels.plan import OPS, Call, Plan, choose
 from zsl_kernels.types import INPUT_DTYPES, sum_dtype
@@ -115,7 +116,8 @@ def gpu_of(device: torch.device, arch: int | None = None) -> Gpu:
     if arch is None and device.type == "cuda":
         about = torch.cuda.get_device_properties(device)
         shared = about.shared_memory_per_multiprocessor - 1024  # the system has a KiB of every block
-        return of_device(10 * about.major + about.minor, about.multi_processor_count, shared)
+        gpu = of_device(10 * about.major + about.minor, about.multi_processor_count, shared)
+        return gpu if not gpu.boxes or cuda_module.has_boxes() else replace(gpu, boxes=False)
     return nearest(arch or int(os.environ.get("ZSL_GPU_ARCH", max(GPUS))))
 
 

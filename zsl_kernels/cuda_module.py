@@ -31,6 +31,14 @@ def compiled() -> ModuleType:
     return _emulation or importlib.import_module("zsl_kernels._cuda")
 
 
+def has_boxes() -> bool:
+    """Whether the kernels of compute capability 9.0 were built, which takes nvcc 12 or newer."""
+    try:
+        return hasattr(compiled(), "hopper")
+    except ImportError:
+        return False
+
+
 def missing() -> str | None:
     """Why the kernels cannot run here, or None."""
     try:

@@ -468,7 +468,7 @@ def hopper(call: Call) -> Iterator[Candidate]:
     of one example takes ``HOPPER_FOLD`` and ``HOPPER_STEP`` for each step of its positions."""
     gpu = call.gpu
     assert gpu is not None
-    if gpu.arch != 90 or gpu.shared_bytes < HOPPER_SHARED or call.op not in ("interference", "gram"):
+    if not gpu.boxes or gpu.shared_bytes < HOPPER_SHARED or call.op not in ("interference", "gram"):
         return
     tiles = max(1, ceil(call.O / HOPPER_TILE) * ceil(call.K / HOPPER_TILE))
     products = 1 if kind(call.dtype) == "half" else 6

@@ -26,10 +26,11 @@ class Gpu:
     warp_share: float
     cluster: int  # blocks of a library's product that share what they load
     max_warps: int = 64  # that a multiprocessor holds
+    boxes: bool = False  # whether there are kernels that copy boxes and multiply by warpgroups
 
 
 A100 = Gpu("A100", 80, 108, 166912, 312e12, 156e12, 19.5e12, 19.5e12, 5.0e12, 2.0e12, 1.0, 1)
-H100 = Gpu("H100", 90, 132, 232448, 989e12, 494e12, 67e12, 33.5e12, 5.5e12, 3.35e12, 0.62, 2)
+H100 = Gpu("H100", 90, 132, 232448, 989e12, 494e12, 67e12, 33.5e12, 5.5e12, 3.35e12, 0.62, 2, boxes=True)
 B200 = Gpu("B200", 100, 148, 232448, 2250e12, 1125e12, 75e12, 37.5e12, 10e12, 8.0e12, 0.31, 4)
 GPUS = {gpu.arch: gpu for gpu in (A100, H100, B200)}
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 import zsl_kernels as zk
 from tests.devices import FUNCTIONS, waiting_is_an_error
-from zsl_kernels import backends, gpu_costs
+from zsl_kernels import backends, cuda_module, gpu_costs
 from zsl_kernels.candidates import Call
 from zsl_kernels.configs import CONFIGS, CUDA_SUMS_HELD, CUDA_TILES, Config, kind
 from zsl_kernels.gpus import A100, GPUS, H100, nearest
@@ -136,6 +136,18 @@ def test_tiles_that_do_not_fit_are_no_candidates():
     found = {c.tile for c in choose(call("gram", N=8, gpu=small), ALL).candidates if c.impl == "cuda"}
     assert found
     assert found < {(tile.rows, tile.cols) for tile in CUDA_TILES}
+
+
+def test_kernels_that_were_not_built_are_no_candidates():
+    """nvcc 11 knows compute capability 9.0 without its own instructions."""
+    old = dataclasses.replace(H100, boxes=False)
+    assert {c.way for c in choose(call("gram", N=8, gpu=old), ("cuda",)).candidates} == {"direct"}
+    for module, boxes in ((SimpleNamespace(hopper=None), True), (SimpleNamespace(), False)):
+        cuda_module.emulate(module)
+        try:
+            assert cuda_module.has_boxes() == boxes
+        finally:
+            cuda_module.emulate(None)
 
 
 def test_a_program_alone_waits_for_each_tiles_operands():
