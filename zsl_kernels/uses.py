@@ -68,7 +68,17 @@ else:
         return None
 
 
-class Weight(_Weight):
+class NotCopied:
+    """A hook of which nothing is left in a copy of what it is on, or in a file."""
+
+    def __deepcopy__(self, memo: Any) -> Any:
+        return _ignore
+
+    def __reduce__(self) -> Any:
+        return _inert, ()
+
+
+class Weight(NotCopied, _Weight):
     """What a probe notes of one parameter, and the parameter's hook.
 
     ``single``: it has had one use in a pass, and never more. ``refused``: nothing is computed of it at once. ``alone``,
@@ -77,12 +87,6 @@ class Weight(_Weight):
     earlier passes, to whose memory autograd is about to add. ``owner``: a weak reference to what has ``on_gradient``, which is
     called with each gradient but those that a use has left, and ``take_marked``, which is called for these where they are merged.
     """
-
-    def __deepcopy__(self, memo: Any) -> Any:
-        return _ignore
-
-    def __reduce__(self) -> Any:
-        return _inert, ()
 
 
 def _ignore(*args: Any) -> None:

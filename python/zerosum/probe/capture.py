@@ -28,7 +28,7 @@ from zerosum.probe.proof import Proof, Prover, Short, Structures, Tree, reentran
 from zerosum.probe.results import Pass, add_up
 from zerosum.probe.rules import APPLIED, KNOWN, RULES, again, broadcast, embedding, linear, norm
 from zerosum.probe.rules.site import Phase, Site
-from zsl_kernels.uses import Weight, only_for_weights, run_known
+from zsl_kernels.uses import NotCopied, Weight, only_for_weights, run_known
 
 _ACCESSORS = {"__get__", "__set__", "__delete__"}
 _NESTED = {tuple, list, dict}
@@ -938,7 +938,7 @@ class _GuardedForward(_Guarded):
         return result
 
 
-class _Hook:
+class _Hook(NotCopied):
     """Calls a method while its object is alive. Copies of a model that is probed may carry it away without harm."""
 
     def __init__(self, target: Any, method: str) -> None:
@@ -948,20 +948,6 @@ class _Hook:
     def __call__(self, *args: Any) -> Any:
         target = self._target()
         return None if target is None else getattr(target, self._method)(*args)
-
-    def __deepcopy__(self, memo: Any) -> Callable[..., None]:
-        return _ignore
-
-    def __reduce__(self) -> tuple[Callable[[], Callable[..., None]], tuple[()]]:
-        return _inert, ()
-
-
-def _ignore(*args: Any) -> None:
-    """What is left of a hook in a copy."""
-
-
-def _inert() -> Callable[..., None]:
-    return _ignore
 
 
 @contextmanager

@@ -29,6 +29,7 @@ from zerosum.probe.rules.embedding import lookup_arguments
 from zerosum.probe.rules.linear import addmm_arguments, linear_arguments
 from zerosum.probe.rules.norm import layer_norm_arguments, rms_norm_arguments
 from zsl_kernels.traced_uses import OPS, Found, listen
+from zsl_kernels.uses import NotCopied
 
 if TYPE_CHECKING:
     from zerosum.probe.capture import Capture
@@ -259,7 +260,7 @@ class Traced(TorchFunctionMode):
             self.capture.refuse_traced(weight)
 
 
-class ModelHook:
+class ModelHook(NotCopied):
     """The hook on a model, before it is called. A compiler that traces the call leaves it out."""
 
     def __init__(self, mode: Traced) -> None:
@@ -280,20 +281,6 @@ class ModelHook:
     def take_off(model: nn.Module) -> None:
         model._forward_pre_hooks.pop(_HOOK, None)  # type: ignore[call-overload]
         model._forward_pre_hooks_with_kwargs.pop(_HOOK, None)  # type: ignore[call-overload]
-
-    def __deepcopy__(self, memo: Any) -> Any:
-        return _ignore
-
-    def __reduce__(self) -> Any:
-        return _inert, ()
-
-
-def _ignore(*args: Any) -> None:
-    """What is left of the hook in a copy of the model."""
-
-
-def _inert() -> Any:
-    return _ignore
 
 
 def traced(mode: Traced, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
