@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import statistics
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from time import perf_counter
 
@@ -91,13 +92,10 @@ def step(config: GPTConfig, examples: int, half: bool, device: str) -> list[list
         model.zero_grad()
         synchronize(device)
         begin = perf_counter()
-        if probe is not None:
-            probe.__enter__()
-        with torch.autocast(kind, torch.bfloat16, enabled=half):
-            losses = token_losses(model, x, y).mean(1)
-        losses.sum().backward()
-        if probe is not None:
-            probe.__exit__(None, None, None)
+        with probe or nullcontext():
+            with torch.autocast(kind, torch.bfloat16, enabled=half):
+                losses = token_losses(model, x, y).mean(1)
+            losses.sum().backward()
         synchronize(device)
         return perf_counter() - begin
 

@@ -75,25 +75,13 @@ __global__ void __launch_bounds__(slab_threads, two || (octets == 4 && E::number
     if (two)
       ys[i] = static_cast<const unsigned char*>(args.y) + (y_row < args.y_rows ? y_row : args.y_rows - 1) * bytes + lane % 4 * 16;
   }
-  float sums[down][octets][4];
-#pragma unroll
-  for (int i = 0; i < down; ++i)
-#pragma unroll
-    for (int j = 0; j < octets; ++j)
-#pragma unroll
-      for (int e = 0; e < 4; ++e) sums[i][j][e] = 0;
+  float sums[down][octets][4] = {};
   const int64_t units = args.elements / slab_unit;
   const int64_t from = units * blockIdx.y / gridDim.y, to = units * (blockIdx.y + 1) / gridDim.y;
   constexpr int loads = slab_unit / (slab_warps * 4 * E::numbers);  // of a unit, by each thread of each row
   for (int64_t unit = from; unit < to; ++unit) {
     // The matrix unit cuts sums off instead of rounding them: it adds the terms of one unit alone.
-    float step[down][octets][4];
-#pragma unroll
-    for (int i = 0; i < down; ++i)
-#pragma unroll
-      for (int j = 0; j < octets; ++j)
-#pragma unroll
-        for (int e = 0; e < 4; ++e) step[i][j][e] = 0;
+    float step[down][octets][4] = {};
 #pragma unroll
     for (int load = 0; load < loads; ++load) {
       const int64_t at = ((unit * loads + load) * slab_warps + warp) * 64;

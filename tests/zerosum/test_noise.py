@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import warnings
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -165,3 +166,49 @@ def test_rows_that_drown_in_noise_are_told_from_coupled_ones(level: float, leak:
         assert set(covered) == behind
     else:
         assert len(covered) == len(list(model.parameters()))
+
+
+class Few(nn.Module):
+    """Noise everywhere, and one position in 1024 whose rows are of several examples, or of another one."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind = kind
+        self.embedding, self.first, self.head = nn.Embedding(50, 16), nn.Linear(16, 16), nn.Linear(16, 50)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        h = self.first(self.embedding(tokens))
+        one = h[:, :1]
+        if self.kind == "mixed":
+            one = one + one.roll(1, 0)
+        elif self.kind == "moved":
+            one = one.flip(0)
+        return self.head(OfExamples.apply(torch.cat([one, h[:, 1:]], 1).tanh(), 1e-3))
+
+
+def few(kind: str, seed: int) -> tuple[Few, Tensor, zerosum.Probe, Callable[[], Tensor]]:
+    torch.manual_seed(seed)
+    model, tokens, targets = Few(kind).double(), torch.randint(50, (4, 1024)), torch.randint(50, (4, 1024))
+
+    def losses() -> Tensor:
+        return F.cross_entropy(model(tokens).mT, targets, reduction="none").mean(1)
+
+    return model, tokens, zerosum.Probe(model), losses
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_a_few_mixed_rows_are_not_lost_in_noise(seed: int) -> None:
+    _, _, probe, losses = few("mixed", seed)
+    with pytest.warns(UserWarning, match=r"4 of 4096 rows serve several examples"), probe:
+        losses().sum().backward()
+    assert set(probe.report()) == {"head.weight", "head.bias"}
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_a_few_rows_of_other_examples_are_named(seed: int) -> None:
+    model, _, probe, losses = few("moved", seed)
+    with probe:
+        losses().sum().backward()
+    report, truth = probe.report(), per_example_gradients(losses(), model, trainable(model))
+    for name, g in truth.items():
+        assert (report[name].sq_norm - g.flatten(1).square().sum(1)).abs().max() <= 1e-2 * g.square().sum() / len(g), name

@@ -12,7 +12,6 @@ derivative shows (:func:`couples`).
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -34,7 +33,7 @@ PROJECTIONS = 3
 QUANTILES = (0.5, 0.9, 0.99, 0.999)
 CLEAR = 0.25  # an error up to which a row's weight can be read through noise
 MOST_LOST = 0.5  # of the rows, that may be lost in noise
-MOST_STRANGE = 0.001  # of the rows, whose weights may be read wrong
+MOST_STRANGE = 0.01  # of the rows, whose weights may be read wrong
 
 
 def digits(examples: int) -> int:
@@ -94,6 +93,11 @@ class Signature:
     lead: torch.Size
     eps: float
 
+    @property
+    def strength(self) -> Tensor:
+        """(R,) the largest projection: next to nothing beside the norm where a row lies across the directions by chance."""
+        return self.projected.abs().amax(1)
+
     @classmethod
     def of(cls, rows: Tensor) -> Signature:
         """``rows`` is (*lead, F)."""
@@ -120,30 +124,46 @@ def error_of(plain: Signature, weighted: Signature, weights: Tensor) -> Tensor:
 class Noise:
     """How far a pass is from one that scales exactly, as where a device adds by atomics, or where float16 underflows."""
 
-    samples: tuple[Tensor, Tensor]  # (R,) of each row, as a part of its norm, by two passes
-    eps: float
+    plain: Signature
+    samples: tuple[Tensor, Tensor]  # (R,) of each row, by two passes
+    largest: Tensor  # (R,) of more samples
 
     @classmethod
-    def between(cls, plain: Signature, again: Signature, scaled: Signature) -> Noise | None:
-        """``again``: of a second plain pass; ``scaled``: of one in which all weights are ``SMALLEST``. None where both are the
-        first to the last bit."""
+    def between(cls, plain: Signature, again: Sequence[Signature], scaled: Sequence[Signature]) -> Noise | None:
+        """``again``: of further plain passes; ``scaled``: of passes in which all weights are ``SMALLEST``. None where all of them
+        are the first to the last bit.
+
+        All of four samples of a noisy row, each of three projections, are small by chance once in millions. Single numbers are one
+        sample of their noise: those that lie together in the last dimension are taken together.
+        """
         ones = torch.ones_like(plain.norm)
-        errors = error_of(plain, again, ones), error_of(plain, scaled, SMALLEST * ones)
-        samples = tuple((x / plain.norm).nan_to_num(nan=0.0, posinf=math.inf) for x in errors)
-        return cls((samples[0], samples[1]), plain.eps) if any(bool((x > 0).any()) for x in samples) else None
+        errors = [*(error_of(plain, x, ones) for x in again), *(error_of(plain, x, SMALLEST * ones) for x in scaled)]
+        largest = torch.stack(errors).nan_to_num(nan=0.0).amax(0)
+        if not bool((largest > 0).any()):
+            return None
+        if plain.projected.shape[1] == 1 and len(plain.lead):
+            together = largest.view(plain.lead).square().mean(-1, keepdim=True).sqrt()
+            largest = torch.maximum(largest, together.expand(plain.lead).reshape(-1))
+        return cls(plain, (errors[0], errors[-1]), largest)
+
+    @property
+    def size(self) -> Tensor:
+        """(R,) as a part of what can be read of a row."""
+        return self.largest / self.plain.strength
 
     def explains(self, errors: Tensor, where: Tensor) -> bool:
-        """Whether errors of a pass with weights, parts of the rows' norms, are distributed as those of a pass without.
+        """Whether a pass with weights has errors (R,) that are distributed as those of a pass without, as parts of the rows' norms.
 
-        Of rows of one example they are. The weights of other examples are up to 128 times the own one: the largest errors of
+        Those of rows of one example are. The weights of other examples are up to 128 times the own one: the largest errors of
         rows of several examples are many times the part of the others. One sample says which rows are far from lost in noise, the
         other is what their errors are compared with. (A weight that is read wrong makes an error of any size.)
         """
-        chosen = where & (self.samples[0] <= CLEAR / 2)
+        first, second = self.samples
+        chosen = where & (first <= CLEAR / 2 * self.plain.strength)
         if not bool(chosen.any()):
             return False
-        found, expected = (_sample(x[chosen].clamp(max=2 * CLEAR)) for x in (errors, self.samples[1]))
-        return all(float(found.quantile(q)) <= 3 * float(expected.quantile(q)) + tolerance(self.eps) for q in QUANTILES)
+        found, expected = (_sample((x / self.plain.norm)[chosen].clamp(max=2 * CLEAR)) for x in (errors, second))
+        return all(float(found.quantile(q)) <= 3 * float(expected.quantile(q)) + tolerance(self.plain.eps) for q in QUANTILES)
 
 
 def _sample(x: Tensor) -> Tensor:
@@ -192,12 +212,16 @@ def name_rows(
         quiet = quiet & (weighted.norm <= BASE * plain.eps * largest)
         finite = finite & weighted.norm.isfinite()
     if noise is not None:
-        relative = [x / plain.norm for x in errors]
-        if all(noise.explains(x, finite & ~quiet) for x in relative):
-            clear = fits & (torch.stack([*relative, *noise.samples]).amax(0) <= CLEAR)
-            if float(clear.double().mean()) >= 1 - MOST_LOST:
-                names[~clear] = UNREACHED
-                return _without_strangers(names.view(plain.lead), examples)
+        tells = finite & ~quiet
+        clear = fits & (torch.stack([*errors, *noise.samples]).amax(0) <= CLEAR * plain.strength)
+        enough = int((clear & tells).sum()) >= (1 - MOST_LOST) * int(tells.sum())
+        if enough and all(noise.explains(x, tells) for x in errors):
+            names[~clear] = MIXED
+            names[~tells] = UNREACHED
+            # An error past CLEAR takes some noise; another weight that is clear takes much.
+            lost, doubtful = tells & ~clear & (noise.size > CLEAR / 8), noise.size > CLEAR / 2
+            shape = plain.lead
+            return _through_noise(names.view(shape), lost.view(shape), doubtful.view(shape), examples)
     for x in errors:
         fits &= x <= tolerance(plain.eps) * plain.norm
     names[~fits] = MIXED
@@ -206,14 +230,14 @@ def name_rows(
     return names.view(plain.lead)
 
 
-def _without_strangers(names: Tensor, examples: int) -> Tensor:
-    """Names that were read through noise, without those few that do not fit a regular layout of all others."""
-    reached = names >= 0
+def _through_noise(names: Tensor, lost: Tensor, doubtful: Tensor, examples: int) -> Tensor:
+    """Names that were read through noise. Where all rows are in a regular order but those that are ``lost`` and a few ``doubtful``
+    ones, the order says whose these are. In no order nothing says it."""
     for axis, _, inner in _candidates(names.shape, examples):
         mine = torch.arange(names.shape[axis], device=names.device) // inner % examples
-        strange = (names != mine.view(-1, *[1] * (names.ndim - axis - 1))) & reached
-        if int(strange.sum()) <= MOST_STRANGE * names.numel():
-            return torch.where(strange, UNREACHED, names)
+        strange = (names != mine.view(-1, *[1] * (names.ndim - axis - 1))) & (names >= 0)
+        if not bool((strange & ~doubtful).any()) and int(strange.sum()) <= MOST_STRANGE * names.numel():
+            return names.masked_fill(lost | strange, UNREACHED)
     return names
 
 

@@ -1007,8 +1007,10 @@ class Prover:
         for x, signature in plain.items():
             names = attribution.name_rows(signature, [one[x] for one in spelled], checked[x], N)
             if bool((names == MIXED).any()):
-                more = more or [run(None), run(torch.full((N,), attribution.SMALLEST, dtype=torch.float64))]
-                if (noise := attribution.Noise.between(signature, *(one[x] for one in more))) is not None:
+                smallest = torch.full((N,), attribution.SMALLEST, dtype=torch.float64)
+                more = more or [run(weights) for weights in (None, None, smallest, smallest)]
+                again, scaled = ([one[x] for one in half] for half in (more[:2], more[2:]))
+                if (noise := attribution.Noise.between(signature, again, scaled)) is not None:
                     names = attribution.name_rows(signature, [one[x] for one in spelled], checked[x], N, noise)
             if isinstance(x, Site):
                 if x in places:
