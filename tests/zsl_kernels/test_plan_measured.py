@@ -49,6 +49,6 @@ def test_predictions_are_within_thirty_percent_in_the_median():
         assert 1 / 1.3 < statistics.median(found) < 1.3, way
     errors = [abs(math.log(ratio)) for found in ratios.values() for ratio in found]
     assert statistics.median(errors) < math.log(1.3)
-    # The way that is chosen is off by 1.4 at most: at 19 µs, where launches count.
+    # Of the way that is chosen each is: off by 1.4 at most, for the smallest weight, where launches count.
     hopper = [ratio for (_, way, _), found in ratios.items() for ratio in found if way == "hopper"]
     assert 1 / 1.5 < min(hopper) <= max(hopper) < 1.5
