@@ -1,7 +1,7 @@
 """The cost model against the clock: ``python -m benchmarks.costs [--isa avx2]``.
 
 Runs every way that the plan considers, on a grid of sizes; says how often the plan's choice was the fastest and where it lost
-most; and fits the constants of zsl_kernels/plan.py to the times.
+most; and fits the constants of zsl_kernels/planning/cpu_cost.py to the times.
 """
 
 from __future__ import annotations
@@ -20,8 +20,9 @@ import zsl_kernels as zk
 from benchmarks import machine
 from benchmarks.cases import Case, inputs
 from tests.inputs import Inputs, cpu_isas, running
-from zsl_kernels import chunked, cpu
-from zsl_kernels.plan import Candidate, Plan
+from zsl_kernels.backends.dispatch import BACKENDS
+from zsl_kernels.planning.call import Candidate
+from zsl_kernels.planning.choose import Plan
 
 GRID = [Case(N, T, O, K) for O, K in ((256, 256), (768, 768), (3072, 768)) for N in (8, 32) for T in (1, 4, 16, 64, 128, 256)]
 CALLS = {"interference": {}, "interference + Gram": {"gram": True}, "gram": {}, "sq_norm": {}, "dot": {}, "weighted_grad": {}}
@@ -61,10 +62,8 @@ def runner(name: str, plan: Plan, candidate: Candidate, x: Inputs) -> Callable[[
         "dot": (x.a, x.b, x.direction),
         "weighted_grad": (x.a, x.b, x.weights, None, None),
     }
-    if candidate.impl == "chunked":
-        return lambda: getattr(chunked, op)(*operands[op])
     forced = dataclasses.replace(plan, candidates=(candidate,))
-    return lambda: getattr(cpu, op)(forced, *operands[op])
+    return lambda: getattr(BACKENDS[candidate.impl], op)(forced, *operands[op])
 
 
 def measure(case: Case, name: str) -> list[Measured]:

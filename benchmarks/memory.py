@@ -23,7 +23,7 @@ from benchmarks.cases import Case
 from benchmarks.heads import HEADS, Head, HeadCase
 from benchmarks.training_steps import STEPS, Workload
 from benchmarks.transformer_steps import ModelCase, TransformerWorkload
-from zsl_kernels import reference
+from zsl_kernels.backends import reference
 
 
 class Operands(NamedTuple):

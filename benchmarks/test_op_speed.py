@@ -9,7 +9,7 @@ from torch import Tensor
 import zsl_kernels as zk
 from benchmarks.cases import Case, inputs, weight_gradient
 from benchmarks.parametrize import kernels_of, over
-from zsl_kernels import reference
+from zsl_kernels.backends import reference
 
 QUICK = [Case(8, 256, 256, 256), Case(8, 64, 256, 256)]
 SMALL = [*QUICK, Case(8, 256, 1024, 256), Case(64, 64, 256, 256), Case(8, 64, 3072, 768), Case(32, 256, 768, 768)]

@@ -7,7 +7,6 @@ A :class:`Problem` describes a call's operands and makes them from a seed; :data
 from __future__ import annotations
 
 import dataclasses
-import importlib
 import math
 import os
 from collections.abc import Callable, Iterator
@@ -22,10 +21,9 @@ import zsl_kernels as zk
 from tests import error_budgets
 from tests.devices import running_on
 from tests.error_budgets import Error, Sizes, rounding_of_result
-from zsl_kernels import shortcut
+from zsl_kernels import call_cache
+from zsl_kernels.planning import choose
 from zsl_kernels.types import sum_dtype
-
-plan = importlib.import_module("zsl_kernels.plan")  # the package's attribute of that name is the function
 
 # The tests run the GPU's kernels on CPU tensors in processes of their own, which this names: "triton", "cuda", or "hopper" for the
 # kernels of impl="cuda" that compute capability 9.0 alone has.
@@ -319,19 +317,19 @@ def _ways_of_cuda(impl: str) -> Iterator[None]:
     if impl not in ("cuda", "hopper"):
         yield
         return
-    before = plan.GPU_WAYS["cuda"]
-    plan.GPU_WAYS["cuda"] = tuple(way for way in before if (way.__name__ == "hopper") == (impl == "hopper"))
+    before = choose.GPU_WAYS["cuda"]
+    choose.GPU_WAYS["cuda"] = tuple(way for way in before if (way.__name__ == "hopper") == (impl == "hopper"))
     _forget_plans()
     try:
         yield
     finally:
-        plan.GPU_WAYS["cuda"] = before
+        choose.GPU_WAYS["cuda"] = before
         _forget_plans()
 
 
 def _forget_plans() -> None:
-    plan.choose.cache_clear()
-    shortcut.forget()
+    choose.choose.cache_clear()
+    call_cache.forget()
 
 
 @contextmanager

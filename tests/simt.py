@@ -72,9 +72,9 @@ def load(path: Path) -> ModuleType:
 
 
 def pytest_configure(config):
-    from zsl_kernels import cuda
+    from zsl_kernels.backends.cuda import module
 
     if os.environ.get("ZSL_TEST_EMULATED") == "hopper":
         os.environ.setdefault("ZSL_GPU_ARCH", "90")
     built = os.environ.get("ZSL_SIMT")
-    cuda.emulate(load(Path(built) if built else build(Path(tempfile.mkdtemp(dir=tempfile.mkdtemp())))))
+    module.emulate(load(Path(built) if built else build(Path(tempfile.mkdtemp(dir=tempfile.mkdtemp())))))

@@ -240,7 +240,7 @@ class Variant(NamedTuple):
     name: str
     kernel: Any  # of triton.jit
     dtype: str  # "half" or "float32"
-    config: Any  # zsl_kernels.configs.Config
+    config: Any  # zsl_kernels.planning.tiles.Config
     signature: dict[str, str]
     constants: dict[str, object]
     odd: tuple[str, ...] = ()

@@ -17,7 +17,7 @@ from benchmarks.parametrize import over
 from benchmarks.training_steps import STEPS, Workload, plain
 from tests.devices import moved
 from zerosum.training.model import GPTConfig
-from zsl_kernels import reference
+from zsl_kernels.backends import reference
 
 QUICK = [Case(4, 64, 64, 64)]
 # A block's matrices of width 768 and 2048, few and many examples, short ones, a head's chunk, single positions.

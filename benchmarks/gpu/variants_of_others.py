@@ -10,11 +10,11 @@ from collections.abc import Iterator
 from typing import Any
 
 from benchmarks.gpu.sass import Variant
-from zsl_kernels.configs import CONFIGS, GHOST_SHORT, Config
-from zsl_kernels.triton.backward import derivative_kernel, product_kernel
-from zsl_kernels.triton.embedding import embedding_interference_kernel
-from zsl_kernels.triton.ghost import ghost_kernel
-from zsl_kernels.triton.linear_cross_entropy import linear_cross_entropy_backward_kernel, linear_cross_entropy_kernel
+from zsl_kernels.backends.triton.backward import derivative_kernel, product_kernel
+from zsl_kernels.backends.triton.embedding import embedding_interference_kernel
+from zsl_kernels.backends.triton.ghost import ghost_kernel
+from zsl_kernels.backends.triton.linear_cross_entropy import linear_cross_entropy_backward_kernel, linear_cross_entropy_kernel
+from zsl_kernels.planning.tiles import CONFIGS, GHOST_SHORT, Config
 
 # Of the operands by kind of configuration; float16 compiles as bfloat16 does.
 _ELEMENT = {"half": "bf16", "float32": "fp32"}

@@ -9,9 +9,9 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from benchmarks.gpu.sass import Variant
-from zsl_kernels.configs import CONFIGS, UNALIGNED, Config
-from zsl_kernels.triton.interference import FOLD_BLOCK, FOLD_WARPS, fold_kernel, interference_kernel
-from zsl_kernels.triton.rank_one import RUN, rank_one_kernel
+from zsl_kernels.backends.triton.interference import FOLD_BLOCK, FOLD_WARPS, fold_kernel, interference_kernel
+from zsl_kernels.backends.triton.rank_one import RUN, rank_one_kernel
+from zsl_kernels.planning.tiles import CONFIGS, UNALIGNED, Config
 
 _SUMS = ("grad_ptr", "abs_ptr", "sq_ptr", "scalars_ptr")
 _ADDED = ("bound_ptr", "feature_ptr", "added_ptr")

@@ -1,4 +1,4 @@
-// The tiles: sizes, the layout of shared memory, and which warp does what. zsl_kernels/configs.py has the same numbers.
+// The tiles: sizes, the layout of shared memory, and which warp does what. zsl_kernels/planning/tiles.py has the same numbers.
 #pragma once
 
 #include "args.h"

@@ -21,7 +21,7 @@ import zsl_kernels as zk
 from tests.zerosum.oracle import PASSES, assert_truth, direction_for, gradients, per_example_gradients, trainable
 from zerosum.probe import capture, proof, rules
 from zerosum.probe.rules import linear, norm
-from zsl_kernels import uses
+from zsl_kernels.weight_uses import eager as uses
 
 N, T, WIDTH = 8, 6, 12
 
@@ -478,7 +478,7 @@ def test_without_the_compiled_kernels(tmp_path: Path) -> None:
 import torch, zerosum
 from tests.zerosum.test_known_uses import N, setup, step, losses_of
 from tests.zerosum.oracle import assert_truth, per_example_gradients, trainable
-from zsl_kernels import uses
+from zsl_kernels.weight_uses import eager as uses
 assert uses.Call is None
 model, x = setup()
 probe = zerosum.Probe(model, gram=True)

@@ -27,14 +27,18 @@ from tests.inputs import (
     irregular_sizes_of,
     sizes_of,
 )
-from zsl_kernels import backends, chunked, gpu_costs, small_chunked
-from zsl_kernels.plan import Plan
-from zsl_kernels.rows import Embedding, group
-from zsl_kernels.triton import embedding_interference, ghost
+from zsl_kernels.backends import dispatch
+from zsl_kernels.backends.chunked import embedding as portable
+from zsl_kernels.backends.chunked.gradients import interference_backward as portable_backward
+from zsl_kernels.backends.triton import backward, ghost, linear_cross_entropy
+from zsl_kernels.backends.triton.embedding import embedding_interference
+from zsl_kernels.planning import gpu_cost
+from zsl_kernels.planning.choose import Plan
+from zsl_kernels.ragged import group
+from zsl_kernels.tied import Embedding
 from zsl_kernels.types import Cotangents
 
 # The functions of these names hide their modules.
-backward = sys.modules["zsl_kernels.triton.backward"]
 head = sys.modules["zsl_kernels.linear_cross_entropy"]
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
@@ -59,7 +63,7 @@ GHOSTS = [
 
 
 def ghost_plan(op: str, a: Tensor, b: Tensor, a2: Tensor | None = None) -> Plan:
-    plan = backends.plan_call(op, a, b, impl="triton", a2=a2)
+    plan = dispatch.plan_call(op, a, b, impl="triton", a2=a2)
     return dataclasses.replace(plan, candidates=tuple(c for c in plan.candidates if c.way == "ghost"))
 
 
@@ -129,7 +133,7 @@ def assert_derivatives(found: tuple[Tensor | None, ...], arguments: tuple, sizes
     def compute(x):
         wide = None if added is None else added._replace(values=x["e"])
         given = Cotangents(**{name: x.get(f"c.{name}") for name in Cotangents._fields})
-        results = chunked.backward(x["a"], x["b"], x.get("u"), given, x.get("mix"), x["a2"], x["b2"], want, begin, wide)
+        results = portable_backward(x["a"], x["b"], x.get("u"), given, x.get("mix"), x["a2"], x["b2"], want, begin, wide)
         return dict(zip(("a", "b", "e"), results, strict=True))
 
     dtypes = {name: x.dtype for name, x in tensors.items()}
@@ -157,9 +161,9 @@ WORKSPACES = (64 << 20, 4_000, 700)
     ids=str,
 )
 def test_derivatives_are_right_for_any_workspace(problem, workspace, monkeypatch):
-    monkeypatch.setattr(gpu_costs, "BACKWARD_BYTES", workspace)
+    monkeypatch.setattr(gpu_cost, "BACKWARD_BYTES", workspace)
     x, generator = problem.make(), torch.Generator().manual_seed(1)
-    plan = backends.plan_call("interference_backward", x.a, x.b, impl="triton")
+    plan = dispatch.plan_call("interference_backward", x.a, x.b, impl="triton")
     every = cotangents(problem.N, problem.O, problem.K, generator)
     mix = torch.randn(problem.N, problem.M, generator=generator)
     for c, given in ((every, None), (every, mix), (Cotangents(), mix)):
@@ -172,7 +176,7 @@ def test_each_cotangent_has_its_own_derivative(field):
     problem = Problem(3, 4, 18, 9)
     x, generator = problem.make(), torch.Generator().manual_seed(2)
     c = Cotangents(**{field: getattr(cotangents(3, 9, 18, generator), field)})
-    plan = backends.plan_call("interference_backward", x.a, x.b, impl="triton")
+    plan = dispatch.plan_call("interference_backward", x.a, x.b, impl="triton")
     arguments = (x.a, x.b, x.direction, c, None, x.a, x.b, (True, True, False), None, None)
     assert_derivatives(backward.backward(plan, *arguments), arguments, sizes_of(problem))
 
@@ -188,7 +192,7 @@ def test_each_cotangent_has_its_own_derivative(field):
     ids=str,
 )
 def test_derivatives_of_ragged_rows_and_tied_weights(problem, mixed, workspace, monkeypatch):
-    monkeypatch.setattr(gpu_costs, "BACKWARD_BYTES", workspace)
+    monkeypatch.setattr(gpu_cost, "BACKWARD_BYTES", workspace)
     x, generator, N = problem.make(), torch.Generator().manual_seed(3), len(problem.lengths)
     a, b, begin = x["a"], x["b"], None
     e_examples = torch.arange(N)[:, None].expand(N, problem.S)
@@ -197,7 +201,7 @@ def test_derivatives_of_ragged_rows_and_tied_weights(problem, mixed, workspace, 
         a, b, begin, e_examples = groups.gather(a), groups.gather(b), groups.begin, x["e_examples"]
     tied = Embedding(x["ids"].flatten(), x["e"].flatten(0, -2), e_examples.flatten())
     added = tied.added(N, problem.O, a.dtype)
-    plan = backends.plan_call("interference_backward", a, b, impl="triton", gram=mixed, num_examples=N, added=True)
+    plan = dispatch.plan_call("interference_backward", a, b, impl="triton", gram=mixed, num_examples=N, added=True)
     mix = torch.randn(N, N, generator=generator) if mixed else None
     c = cotangents(N, problem.O, problem.K, generator)
     arguments = (a, b, x["direction"], c, mix, a, b, (True, True, True), begin, added)
@@ -212,7 +216,7 @@ def test_derivatives_that_float16_cannot_hold_as_factors():
     """s is past the largest float16, b so small that their product is not."""
     a, b = torch.ones(2, 3, 4, dtype=FP16), torch.full((2, 3, 5), 2.0**-14, dtype=FP16)
     c = Cotangents(grad_sum=torch.full((5, 4), 1e6))
-    plan = backends.plan_call("interference_backward", a, b, impl="triton")
+    plan = dispatch.plan_call("interference_backward", a, b, impl="triton")
     da, _, _ = backward.backward(plan, a, b, None, c, None, a, b, (True, False, False))
     torch.testing.assert_close(da, torch.full_like(da, 5 * 2.0**-14 * 1e6), rtol=2e-3, atol=0)
 
@@ -253,7 +257,7 @@ def test_heads_without_logits(N, T, K, V, dtype):
 
 def test_a_program_with_several_blocks_of_the_vocabulary(monkeypatch):
     """On a device so small that they do not all go to programs of their own; the logits grow from block to block, and fall."""
-    kernels = backends.module("triton").linear_cross_entropy
+    kernels = linear_cross_entropy
     gpu = dataclasses.replace(kernels.gpu_of(torch.device("cpu")), sms=1)
     monkeypatch.setattr(kernels, "gpu_of", lambda device: gpu)
     V = 3 * 4 * 256 + 5
@@ -323,7 +327,7 @@ def test_the_head_under_statistics_is_that_of_the_portable_form():
 def test_embeddings_with_a_frequent_token(dtype, gram, monkeypatch):
     """One token that every example has, many times over; padding, skipped and duplicate tokens; columns past a block; the Gram in
     several slabs."""
-    monkeypatch.setattr(small_chunked, "CHUNKED_BYTES", 4 * 12 * 130 * 3)
+    monkeypatch.setattr(portable, "CHUNKED_BYTES", 4 * 12 * 130 * 3)
     generator = torch.Generator().manual_seed(6)
     ids = torch.randint(-1, 9, (12, 20), generator=generator)
     ids[:, ::3] = 7
@@ -333,7 +337,7 @@ def test_embeddings_with_a_frequent_token(dtype, gram, monkeypatch):
     found, same = embedding_interference(*arguments), embedding_interference(*arguments)
 
     def definition(x):
-        fields = small_chunked.embedding_interference(ids, x["b"], None, 12, 3, x["u"], gram)._asdict()
+        fields = portable.embedding_interference(ids, x["b"], None, 12, 3, x["u"], gram)._asdict()
         assert torch.equal(fields.pop("rows"), found.rows)
         return fields
 
@@ -351,7 +355,7 @@ def test_embeddings_of_nothing(shape):
     N, T, K = shape
     ids, b = torch.zeros(N, T, dtype=torch.int64), torch.randn(N, T, K)
     found = embedding_interference(ids, b, None, N, -1, None, True)
-    want = small_chunked.embedding_interference(ids, b, None, N, -1, None, True)
+    want = portable.embedding_interference(ids, b, None, N, -1, None, True)
     for x, y in zip(found, want, strict=True):
         assert (x is None) == (y is None)
         assert x is None or torch.equal(x, y)

@@ -12,9 +12,13 @@ import torch
 import zsl_kernels as zk
 from tests import error_budgets
 from tests.inputs import Irregular, Problem, assert_exact, assert_within_budget, expectations, expected, irregular_options
-from zsl_kernels import backends, gpu_costs, triton
-from zsl_kernels.configs import CONFIGS, UNALIGNED, Config
-from zsl_kernels.triton import rank_one
+from zsl_kernels.backends import dispatch
+from zsl_kernels.backends.dispatch import TRITON as triton
+from zsl_kernels.backends.triton import interference as tiled
+from zsl_kernels.backends.triton import rank_one
+from zsl_kernels.ops import interference as interference_op
+from zsl_kernels.planning import gpu_cost
+from zsl_kernels.planning.tiles import CONFIGS, UNALIGNED, Config
 
 # Aligned operands, whose tiles are the shipped ones: past every tile's edge, and the examples past one run.
 PROBLEM = Problem(5, 37, 144, 272, dtype=torch.bfloat16, values="integers")
@@ -23,7 +27,7 @@ MANY = Problem(150, 3, 16, 16)
 
 def planned(op, x, way, config, splits=1, gram=False):
     """The plan of a call with another choice than its own."""
-    plan = backends.plan_call(op, x.a, x.b, impl="triton", gram=gram)
+    plan = dispatch.plan_call(op, x.a, x.b, impl="triton", gram=gram)
     chosen = dataclasses.replace(plan.chosen, way=way, config=config, tile=config[:2], splits=splits)
     return dataclasses.replace(plan, candidates=(chosen,))
 
@@ -48,7 +52,7 @@ def test_every_tile_of_the_direct_way(config):
 @pytest.mark.parametrize("slab_bytes", [1, 2 << 20, 32 << 20])
 def test_every_tile_of_the_stored_way(config, slab_bytes, monkeypatch):
     """Slabs of one tile, of some, of all."""
-    monkeypatch.setattr(gpu_costs, "SLAB_BYTES", slab_bytes)
+    monkeypatch.setattr(gpu_cost, "SLAB_BYTES", slab_bytes)
     x = PROBLEM.make()
     sums = triton.interference(planned("interference", x, "stored", config, 2, True), x.a, x.b, x.direction, True)
     assert_same(sums, PROBLEM, "interference, all")
@@ -98,7 +102,7 @@ def test_rank_one_sums(sizes, N, splits, dtype):
 def test_operands_that_are_not_aligned_take_a_tile_of_their_own(change, monkeypatch):
     x = Problem(2, 3, 64, 64).make()
     used = []
-    kernel = triton.tiled.interference_kernel
+    kernel = tiled.interference_kernel
     a = {
         "permuted": lambda a: a.transpose(1, 2).contiguous().transpose(1, 2),
         "odd row": lambda a: torch.cat((a, a[..., :3]), 2)[..., :64],
@@ -110,7 +114,7 @@ def test_operands_that_are_not_aligned_take_a_tile_of_their_own(change, monkeypa
         def __getitem__(self, grid):
             return lambda *args, **options: (used.append((options["ROWS"], options["COLS"])), kernel[grid](*args, **options))
 
-    monkeypatch.setattr(triton.tiled, "interference_kernel", Spy())
+    monkeypatch.setattr(tiled, "interference_kernel", Spy())
     plan = planned("interference", x, "direct", Config(32, 32, 16, 4, 2))
     got = triton.interference(plan, a, x.b, None, False).grad_sum
     assert used == [UNALIGNED["interference"][:2]]
@@ -123,7 +127,7 @@ def test_operands_that_are_not_aligned_take_a_tile_of_their_own(change, monkeypa
 @pytest.mark.parametrize("odd", [0, 1], ids=["first", "second"])
 def test_two_sets_of_which_one_is_not_aligned_share_their_slabs(odd, monkeypatch):
     """A slab of the one's tiles would not be whole tiles of the other's."""
-    monkeypatch.setattr(gpu_costs, "SLAB_BYTES", 1)
+    monkeypatch.setattr(gpu_cost, "SLAB_BYTES", 1)
     x = PROBLEM.make()
     sets = [[x.a, x.b], [x.a2, x.b2]]
     sets[odd][0] = sets[odd][0].transpose(1, 2).contiguous().transpose(1, 2)
@@ -153,7 +157,7 @@ def test_added_rows_reach_every_tile(way):
     x = problem.make()
     options = irregular_options(x)
     want = zk.interference(x["a"], x["b"], direction=x["direction"], gram=True, impl="reference", **options)
-    plan_call = backends.plan_call
+    plan_call = dispatch.plan_call
 
     def forced(op, a, b, **arguments):
         plan = plan_call(op, a, b, **arguments)
@@ -161,7 +165,7 @@ def test_added_rows_reach_every_tile(way):
         return dataclasses.replace(plan, candidates=(chosen,))
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(backends, "plan_call", forced)
+        patch.setattr(interference_op, "plan_call", forced)
         got = zk.interference(x["a"], x["b"], direction=x["direction"], gram=way == "stored", impl="triton", **options)
     for name, field in got._asdict().items():
         if field is not None:

@@ -40,7 +40,7 @@ def test_derivatives_are_those_without_it(call, problem, impl):
     assert_same(found, expected)
 
 
-def test_small_ops_too(impl):
+def test_ops_without_products_too(impl):
     g, ids = torch.randn(4, 9, 21), torch.randint(0, 7, (4, 9))
     calls = {
         "dense": lambda: zk.dense_interference(g, direction=g[0], gram=True, impl=impl).gram,

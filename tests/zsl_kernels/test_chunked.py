@@ -1,11 +1,10 @@
 """The chunked form in several slabs: real ones are so large that small problems have one."""
 
-import importlib
-
 import pytest
 
 from tests.inputs import CALLS, DIFFERENTIATED, Problem, assert_exact, cotangents, expected, expected_gradients, gradients
-from zsl_kernels import chunked
+from zsl_kernels.backends.chunked.gradients import _slabs
+from zsl_kernels.planning import cpu_cost
 
 PROBLEM = Problem(4, 6, 33, 13, values="integers")
 
@@ -13,8 +12,8 @@ PROBLEM = Problem(4, 6, 33, 13, values="integers")
 @pytest.fixture(params=[1, 5, 12], ids="{} rows".format)
 def rows(request, monkeypatch):
     """Slabs of so many of the 13 output rows, in buffers of 4 examples: the last slab is a partial one, or one row."""
-    monkeypatch.setattr(importlib.import_module("zsl_kernels.plan"), "CHUNKED_BYTES", request.param * 2 * 4 * 33 * 4)
-    slabs = [slab.stop - slab.start for slab in chunked._slabs(*(getattr(PROBLEM.make(), name) for name in "ab"), PROBLEM.N)]
+    monkeypatch.setattr(cpu_cost, "CHUNKED_BYTES", request.param * 2 * 4 * 33 * 4)
+    slabs = [slab.stop - slab.start for slab in _slabs(*(getattr(PROBLEM.make(), name) for name in "ab"), PROBLEM.N)]
     assert slabs[0] == request.param
     assert sum(slabs) == 13
     assert len(slabs) > 1

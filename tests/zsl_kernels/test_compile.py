@@ -6,7 +6,7 @@ from torch.library import opcheck
 
 import zsl_kernels as zk
 from tests.inputs import CALLS, OPERANDS, Problem, running
-from zsl_kernels import backends
+from zsl_kernels.backends import dispatch
 
 PROBLEM = Problem(3, 5, 33, 13, M=2, dtype=torch.float64)
 
@@ -103,7 +103,8 @@ def test_public_functions_compile_as_one_graph(call, backend, dynamic, implement
 def test_the_first_call_may_be_compiled(impl, monkeypatch):
     """Nothing has been loaded by then, where the backend is loaded by the first call."""
     torch._dynamo.reset()
-    monkeypatch.setattr(backends, "_gpu_missing", {})
+    for backend in (dispatch.TRITON, dispatch.CUDA):
+        monkeypatch.setattr(backend, "_loaded", False)
     x = Problem(3, 5, 33, 13).make()
     compiled = torch.compile(lambda a, b: zk.gram(a, b, impl=impl), fullgraph=True, backend="eager")
     assert torch.equal(compiled(x.a, x.b), zk.gram(x.a, x.b, impl=impl))

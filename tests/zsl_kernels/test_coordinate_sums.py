@@ -1,7 +1,6 @@
 """coordinate_sums against its definition."""
 
 import math
-import sys
 
 import pytest
 import torch
@@ -9,7 +8,6 @@ import torch
 import zsl_kernels as zk
 from tests.devices import waiting_is_an_error
 from tests.inputs import EMULATED
-from zsl_kernels import backends
 
 
 def definition(grad_sum, abs_sum, sq_sum, u):
@@ -205,7 +203,8 @@ def test_of_many_weights_by_unknown_implementations(impl, weights):
 def test_a_program_that_goes_through_many_blocks(impl, monkeypatch):
     if EMULATED != "triton":
         pytest.skip("of Triton's kernels, whose programs are so many elsewhere")
-    kernels = sys.modules[backends.module("triton").coordinate_sums.__module__]
+    from zsl_kernels.backends.triton import coordinates as kernels
+
     monkeypatch.setattr(kernels, "PROGRAMS", 4)
     *tensors, directions = ([x[5]] for x in many())
     found = assert_rows_are_those_of_single_calls(*tensors, directions, impl)

@@ -5,8 +5,8 @@ import pytest
 pytest.importorskip("triton")
 
 from benchmarks.gpu.sass import Variant, compile_triton
-from zsl_kernels.configs import CONFIGS, Config
-from zsl_kernels.triton.coordinates import BLOCK, PROGRAMS, WARPS, coordinate_parts_kernel, coordinate_totals_kernel
+from zsl_kernels.backends.triton.coordinates import BLOCK, PROGRAMS, WARPS, coordinate_parts_kernel, coordinate_totals_kernel
+from zsl_kernels.planning.tiles import CONFIGS, Config
 
 CONFIG = Config(0, 0, 0, WARPS, 1)
 KERNELS = {

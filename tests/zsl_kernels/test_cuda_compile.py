@@ -8,8 +8,8 @@ import pytest
 
 import zsl_kernels
 from benchmarks.gpu import sass
-from zsl_kernels.configs import CUDA_TILES
-from zsl_kernels.gpus import GPUS
+from zsl_kernels.planning.devices import GPUS
+from zsl_kernels.planning.tiles import CUDA_TILES
 
 LIBRARY = Path(zsl_kernels.__file__).with_name("_cuda.so")
 ELEMENTS = ("Float32", "Bfloat16", "Float16")

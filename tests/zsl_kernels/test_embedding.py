@@ -318,7 +318,7 @@ def test_the_derivative_of_a_gram_in_slabs(impl, monkeypatch):
     ids, b, options = leaves_of(case)
     want = case.call("reference", ids, b, options).gram
     (want_b,) = torch.autograd.grad(want.square().sum(), b)
-    monkeypatch.setattr("zsl_kernels.small_chunked.CHUNKED_BYTES", 1)
+    monkeypatch.setattr("zsl_kernels.backends.chunked.embedding.CHUNKED_BYTES", 1)
     got = case.call(impl, ids, b, options).gram
     torch.testing.assert_close(got, want)
     torch.testing.assert_close(torch.autograd.grad(got.square().sum(), b)[0], want_b)

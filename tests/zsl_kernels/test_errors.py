@@ -5,7 +5,7 @@ import torch
 
 import zsl_kernels as zk
 from tests.inputs import CALLS, Problem
-from zsl_kernels import backends, cpu
+from zsl_kernels.backends import cpu, dispatch
 
 N, T, K, O, M = 3, 4, 5, 6, 2
 
@@ -92,17 +92,17 @@ def test_unknown_impl(name):
 @pytest.mark.parametrize("impl", ["triton", "cuda"])
 @pytest.mark.parametrize("name", PAIR)
 def test_a_backend_that_is_not_built_is_refused(name, impl):
-    if backends.why_not(impl) is None:
+    if dispatch.why_not(impl) is None:
         pytest.skip(f"{impl} is live")
     assert_raises(RuntimeError, ["impl:", impl, "not available"], FUNCTIONS[name], GOOD, impl=impl)
 
 
 def test_a_library_that_was_not_built_is_refused_by_name_and_replaced_by_auto(monkeypatch, tmp_path):
     monkeypatch.setattr(cpu, "__file__", str(tmp_path / "cpu.py"))
-    reason = cpu.load()
+    reason = cpu._load()
     assert "not built" in reason
     assert "ZSL_BUILD_NATIVE" in reason
-    monkeypatch.setattr(backends, "why_not", lambda impl, *_: reason if impl == "cpu" else None)
+    monkeypatch.setattr(dispatch, "why_not", lambda impl, *_: reason if impl == "cpu" else None)
     assert zk.plan("gram", N=N, T=T, K=K, O=O).impl == "chunked"
     assert zk.gram(GOOD["a"], GOOD["b"]).shape == (N, N)
     assert_raises(RuntimeError, ["impl:", "cpu", reason], FUNCTIONS["gram"], GOOD, impl="cpu")

@@ -8,7 +8,7 @@ import zsl_kernels as zk
 from tests.devices import waiting_is_an_error
 from tests.inputs import CALLS as OPS
 from tests.inputs import DTYPES, Problem, assert_within_budget, expected
-from zsl_kernels.gpu_costs import SLAB_BYTES
+from zsl_kernels.planning.gpu_cost import SLAB_BYTES
 
 pytestmark = [
     pytest.mark.gpu,

@@ -11,11 +11,14 @@ from hypothesis import strategies as st
 
 import zsl_kernels as zk
 from tests.devices import FUNCTIONS, waiting_is_an_error
-from zsl_kernels import backends, cuda_module, gpu_costs
-from zsl_kernels.candidates import Call
-from zsl_kernels.configs import CONFIGS, CUDA_SUMS_HELD, CUDA_TILES, Config, kind
-from zsl_kernels.gpus import A100, GPUS, H100, nearest
-from zsl_kernels.plan import OPS, choose
+from zsl_kernels.backends import dispatch
+from zsl_kernels.backends.cuda import module as cuda_module
+from zsl_kernels.backends.gpu import gpu_of
+from zsl_kernels.planning import gpu_cost
+from zsl_kernels.planning.call import Call
+from zsl_kernels.planning.choose import OPS, choose
+from zsl_kernels.planning.devices import A100, GPUS, H100, nearest
+from zsl_kernels.planning.tiles import CONFIGS, CUDA_SUMS_HELD, CUDA_TILES, Config, kind
 
 ALL = ("triton", "cuda", "chunked")
 HALF = torch.bfloat16
@@ -154,27 +157,27 @@ def test_a_program_alone_waits_for_each_tiles_operands():
     plan = choose(call("interference", N=64, T=16, K=32, O=32), ("triton",))
     for c in plan.candidates:
         if c.way == "direct":
-            assert c.time > 64 / c.splits * gpu_costs.FILL
+            assert c.time > 64 / c.splits * gpu_cost.FILL
 
 
 def test_slabs_are_bounded_and_of_whole_tiles():
     for N, O, K, rows in [(8, 768, 768, 64), (32, 4096, 4096, 128), (2000, 4096, 4096, 64), (1, 10, 10, 64)]:
         config = Config(rows, 64, 32, 4, 3)
-        height, width = gpu_costs.slab_of(N, O, K, config)
+        height, width = gpu_cost.slab_of(N, O, K, config)
         assert (height % rows, width % 64) == (0, 0)
-        assert (height, width) == (rows, 64) or 4 * N * height * width <= gpu_costs.SLAB_BYTES
+        assert (height, width) == (rows, 64) or 4 * N * height * width <= gpu_cost.SLAB_BYTES
 
 
 def test_the_backward_pass_is_predicted_with_the_workspace_that_it_takes():
     (found,) = choose(call("interference_backward", N=32, K=2048, O=2048), ("triton",)).candidates
-    assert found.workspace == gpu_costs.BACKWARD_BYTES
+    assert found.workspace == gpu_cost.BACKWARD_BYTES
 
 
 def test_a_faster_device_is_predicted_to_be_faster():
     # (By the same kernels: one of them is of compute capability 9.0 alone.)
     times = [choose(call("interference", N=32, K=2048, O=2048, gpu=gpu), ("triton",)).chosen.time for gpu in GPUS.values()]
     assert times == sorted(times, reverse=True)
-    times = [gpu_costs.plain_product(gpu, 32, 1024, 2048, 2048, "bfloat16").device for gpu in GPUS.values()]
+    times = [gpu_cost.plain_product(gpu, 32, 1024, 2048, 2048, "bfloat16").device for gpu in GPUS.values()]
     assert times == sorted(times, reverse=True)
 
 
@@ -224,7 +227,7 @@ def test_an_unknown_architecture_is_planned_as_the_newest_that_it_can_run():
 def test_the_workspace_that_is_chosen_is_bounded(gpu, sizes):
     """What the memory test of a device (test_gpu.py) allows."""
     N, T, K, O = sizes
-    assert choose(call("interference", N=N, T=T, K=K, O=O, gpu=gpu), ALL).chosen.workspace <= gpu_costs.SLAB_BYTES
+    assert choose(call("interference", N=N, T=T, K=K, O=O, gpu=gpu), ALL).chosen.workspace <= gpu_cost.SLAB_BYTES
 
 
 def test_the_mode_of_a_device_test_survives_torch_s_warning(monkeypatch):
@@ -279,14 +282,16 @@ class Device:
         )
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
         monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: about)
-        monkeypatch.setattr(backends, "_gpu_missing", {"triton": None, "cuda": None})
+        for backend in (dispatch.TRITON, dispatch.CUDA):
+            monkeypatch.setattr(backend, "_loaded", True)
+            monkeypatch.setattr(backend, "_missing", None)
 
 
 @pytest.mark.parametrize("capability", [(8, 6), (8, 9), (12, 0)], ids=str)
 def test_a_device_is_planned_with_the_shared_memory_that_it_has(capability, monkeypatch):
     """Those of the same generation as a larger part have less: a block that asks for more would not be launched."""
     Device(monkeypatch, *capability)
-    gpu = backends.gpu_of(torch.device("cuda"))
+    gpu = gpu_of(torch.device("cuda"))
     assert (gpu.sms, gpu.shared_bytes) == (82, 101376)
     assert gpu.half_flops / gpu.sms == pytest.approx(A100.half_flops / A100.sms)
     for N, M, gram in ((1, None, True), (8, None, False), (8, None, True), (64, None, True), (300, None, True), (5, 90, True)):
@@ -304,20 +309,20 @@ def test_tensors_of_the_cpu_and_what_has_no_kernel_are_refused_by_name(impl, mon
     Device(monkeypatch, 9, 0)
     cpu, cuda = torch.device("cpu"), torch.device("cuda")
     with pytest.raises(ValueError, match=f"impl: '{impl}' expects CUDA tensors, got tensors on cpu"):
-        backends.impls_for(cpu, impl, "interference", torch.float32)
+        dispatch.impls_for(cpu, impl, "interference", torch.float32)
     with pytest.raises(ValueError, match=f"impl: '{impl}' has no kernel for weighted_grad"):
-        backends.impls_for(cuda, impl, "weighted_grad", torch.float32)
+        dispatch.impls_for(cuda, impl, "weighted_grad", torch.float32)
     with pytest.raises(TypeError, match=f"impl: '{impl}' expects float32, bfloat16 or float16, got float64"):
-        backends.impls_for(cuda, impl, "interference", torch.float64)
+        dispatch.impls_for(cuda, impl, "interference", torch.float64)
 
 
 def test_a_device_without_the_matrix_instructions_is_refused_by_name_and_not_chosen(monkeypatch):
     Device(monkeypatch, 7, 5)
     device = torch.device("cuda")
-    assert backends.impls_for(device, "auto", "interference", torch.float32) == ("chunked",)
+    assert dispatch.impls_for(device, "auto", "interference", torch.float32) == ("chunked",)
     for impl in ("triton", "cuda"):
         with pytest.raises(RuntimeError, match=f"impl: '{impl}' is not available: Name has compute capability 7.5; .* 8.0"):
-            backends.impls_for(device, impl, "interference", torch.float32)
+            dispatch.impls_for(device, impl, "interference", torch.float32)
         assert "7.5" in zk.build_info()[impl]
     Device(monkeypatch, 8, 0)
-    assert backends.impls_for(device, "auto", "interference", torch.float32) == ("triton", "cuda", "chunked")
+    assert dispatch.impls_for(device, "auto", "interference", torch.float32) == ("triton", "cuda", "chunked")

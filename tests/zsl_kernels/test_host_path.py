@@ -1,4 +1,4 @@
-"""The short way of calls like an earlier one (zsl_kernels/shortcut.py): the same results, and the long way wherever it must be."""
+"""Calls like an earlier one (zsl_kernels/call_cache.py): the same results, and the long way wherever it must be."""
 
 import pytest
 import torch
@@ -9,7 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import zsl_kernels as zk
 from tests.inputs import running
-from zsl_kernels import shortcut
+from zsl_kernels import call_cache
 
 N, T, K, O, V = 3, 5, 7, 6, 11
 
@@ -81,9 +81,9 @@ class Ops(TorchDispatchMode):
 
 @pytest.fixture(autouse=True)
 def nothing_known():
-    shortcut._known.clear()
+    call_cache._known.clear()
     yield
-    shortcut._known.clear()
+    call_cache._known.clear()
 
 
 @each_call
@@ -93,7 +93,7 @@ def test_later_calls_have_the_bits_of_the_registered_op(call, dtype, impl):
     with Ops() as ops:
         long = CALLS[call](x, impl=impl)
     if ops.seen:  # the operands stay on the CPU
-        assert not shortcut._known
+        assert not call_cache._known
     first = CALLS[call](x, impl=impl)
     assert_same(first, long)
     for _ in range(2):
@@ -116,9 +116,9 @@ def test_results_are_tensors_of_their_own(call):
 def test_the_short_way_is_taken_and_kept(call):
     x = operands()
     CALLS[call](x)
-    (short,) = shortcut._known.values()
+    (short,) = call_cache._known.values()
     taken = []
-    shortcut._known.update({kind: lambda *tensors: taken.append(tensors) or short(*tensors) for kind in shortcut._known})
+    call_cache._known.update({kind: lambda *tensors: taken.append(tensors) or short(*tensors) for kind in call_cache._known})
     CALLS[call](x)
     assert len(taken) == 1
 
@@ -135,7 +135,7 @@ def test_what_differs_in_anything_is_another_kind(call):
     for seen, setting in enumerate(settings):
         setting()
         # The portable form of an embedding is not kept: its time is that of the kernels.
-        assert len(shortcut._known) == seen + 1 - (call.startswith("embedding") and setting is settings[-1])
+        assert len(call_cache._known) == seen + 1 - (call.startswith("embedding") and setting is settings[-1])
 
 
 @each_call
@@ -143,7 +143,7 @@ def test_what_differs_in_anything_is_another_kind(call):
 def test_what_watches_sees_the_registered_op(call, watch):
     x = operands()
     want = CALLS[call](x)
-    shortcut._known.update({kind: lambda *tensors: pytest.fail("the short way") for kind in shortcut._known})
+    call_cache._known.update({kind: lambda *tensors: pytest.fail("the short way") for kind in call_cache._known})
     if watch == "derivative":
         leaves = {name: y.requires_grad_() if y.is_floating_point() else y for name, y in x.items()}
         found = CALLS[call](leaves)
@@ -175,7 +175,7 @@ def test_what_watches_sees_the_registered_op(call, watch):
     else:
 
         def inside(y):
-            assert shortcut.kind_of(call, "auto", None, x["b"]) is None
+            assert call_cache.kind_of(call, "auto", None, x["b"]) is None
             return y
 
         torch.func.vmap(inside)(torch.zeros(2))
@@ -188,7 +188,7 @@ def test_with_gradients_off_operands_may_want_them(call):
     leaves = {name: torch.nn.Parameter(y) if y.is_floating_point() else y for name, y in x.items()}
     with torch.no_grad():
         assert_same(CALLS[call](leaves), want)
-    assert len(shortcut._known) == 1
+    assert len(call_cache._known) == 1
     with torch.inference_mode():
         found = CALLS[call](leaves)
     assert all(y is None or y.is_inference() for y in flat(found))
@@ -203,7 +203,7 @@ def test_disabled_function_modes_do_not_watch(call):
     x = operands()
     with Mode(), torch._C.DisableTorchFunction():
         CALLS[call](x)
-    assert len(shortcut._known) == 1
+    assert len(call_cache._known) == 1
 
 
 @each_call
@@ -242,7 +242,7 @@ def test_a_change_of_threads_or_instruction_set_is_honored(call):
                         want = CALLS[call](x, impl=impl)
                     for _ in range(2):
                         assert_same(CALLS[call](x, impl=impl), want)
-            assert len(shortcut._known) == threads
+            assert len(call_cache._known) == threads
     finally:
         torch.set_num_threads(before)
 
@@ -286,7 +286,7 @@ def test_bad_arguments_are_refused_after_good_ones():
 
 
 def test_kinds_do_not_add_up(monkeypatch):
-    monkeypatch.setattr(shortcut, "_MOST", 4)
+    monkeypatch.setattr(call_cache, "_MOST", 4)
     for n in range(20):
         zk.bias_grad(torch.ones(n, 2, 3))
-        assert len(shortcut._known) <= 4
+        assert len(call_cache._known) <= 4

@@ -1,7 +1,6 @@
 """The cost model: a pure function, whose choices are those of DESIGN §2, and which the calls follow."""
 
 import dataclasses
-import importlib
 
 import pytest
 import torch
@@ -10,13 +9,15 @@ from hypothesis import strategies as st
 
 import zsl_kernels as zk
 from tests.inputs import CALLS, Problem, cpu_isas
+from zsl_kernels.planning import choose as model
+from zsl_kernels.planning import cpu_cost
+from zsl_kernels.planning.call import Call
 
-model = importlib.import_module("zsl_kernels.plan")  # the package's attribute of that name is the function
 BOTH = ("cpu", "chunked")
 
 
 def choose(op, N=8, T=256, K=768, O=768, M=None, gram=False, itemsize=4, threads=2, impls=BOTH):
-    return model.choose(model.Call(op, N, T, K, O, M, gram, itemsize, threads), impls)
+    return model.choose(Call(op, N, T, K, O, M, gram, itemsize, threads), impls)
 
 
 sizes = st.integers(0, 3000)
@@ -45,10 +46,10 @@ def test_direct_tiles_are_whole_register_tiles_within_the_limits(plan):
     for c in plan.candidates:
         if c.way == "direct":
             rows, cols = c.tile
-            assert 0 < rows <= model.TILE_O
-            assert 0 < cols <= model.TILE_K
-            assert rows % model.ROWS == 0
-            assert cols % model.COLS == 0
+            assert 0 < rows <= cpu_cost.TILE_O
+            assert 0 < cols <= cpu_cost.TILE_K
+            assert rows % cpu_cost.ROWS == 0
+            assert cols % cpu_cost.COLS == 0
 
 
 @given(plans)
@@ -65,7 +66,7 @@ def test_is_a_pure_function_of_its_arguments():
     before = str(choose("gram"))
     model.choose.cache_clear()
     assert str(choose("gram")) == before
-    assert "torch" not in vars(model)
+    assert not any("torch" in vars(module) for module in (model, cpu_cost))
 
 
 @pytest.mark.parametrize(
@@ -104,8 +105,8 @@ def test_workspace_does_not_grow_with_positions(op):
 @pytest.mark.parametrize("op", ["interference", "gram"])
 def test_stored_tiles_of_the_gram_are_bounded(op, N):
     (direct,) = [c for c in choose(op, N=N, T=512, gram=op == "interference").candidates if c.way == "direct"]
-    packed = 4 * (model.CHUNK * (model.TILE_O + model.TILE_K) + 7 * model.TILE_O * model.TILE_K)
-    assert direct.workspace <= model.STORED_BYTES + packed
+    packed = 4 * (cpu_cost.CHUNK * (cpu_cost.TILE_O + cpu_cost.TILE_K) + 7 * cpu_cost.TILE_O * cpu_cost.TILE_K)
+    assert direct.workspace <= cpu_cost.STORED_BYTES + packed
 
 
 def test_work_of_every_thread_where_there_are_tiles_enough():
@@ -118,8 +119,8 @@ def test_a_call_of_one_tile_is_cut_for_the_threads_that_there_are(threads):
     tiles = []
     for count in (1, 2):
         threads(count)
-        tiles.append(zk.plan("interference", N=8, T=64, K=model.TILE_K, O=model.TILE_O, impl="cpu").tile)
-    assert tiles[0] == (model.TILE_O, model.TILE_K)
+        tiles.append(zk.plan("interference", N=8, T=64, K=cpu_cost.TILE_K, O=cpu_cost.TILE_O, impl="cpu").tile)
+    assert tiles[0] == (cpu_cost.TILE_O, cpu_cost.TILE_K)
     assert tiles[1][0] * tiles[1][1] <= tiles[0][0] * tiles[0][1] // 2
 
 

@@ -17,7 +17,8 @@ from tests.inputs import (
     expected_irregular,
     irregular_gradients,
 )
-from zsl_kernels import chunked, rows
+from zsl_kernels.backends.chunked import gradients
+from zsl_kernels.ragged import group
 
 # Empty examples first, inside and last; one of a thousand rows among single ones; both sides of a chunk of positions; more
 # examples than rows; one example.
@@ -235,12 +236,12 @@ class Largest(TorchDispatchMode):
 
 def test_the_chunked_form_does_not_pad_to_the_longest_example():
     x = Irregular((1000, *([1] * 499)), 64, 32).make()
-    groups = rows.group(x["example_ids"], 500)
+    groups = group(x["example_ids"], 500)
     with Largest() as largest:
-        chunked.interference(groups.gather(x["a"]), groups.gather(x["b"]), None, False, groups.begin)
+        gradients.interference(groups.gather(x["a"]), groups.gather(x["b"]), None, False, groups.begin)
     assert largest.count <= 500 * 32 * 64  # the gradients; padded inputs would be half as much again for each of b and a ...
     with Largest() as largest:
-        chunked._parts(x["a"], x["b"], groups.begin)
+        gradients._parts(x["a"], x["b"], groups.begin)
     assert largest.count <= 2 * 1500 * 64  # ... and are at most twice what they were
 
 

@@ -10,7 +10,7 @@ triton = pytest.importorskip("triton")
 import triton.language as tl  # noqa: E402
 
 from benchmarks.gpu import sass  # noqa: E402
-from zsl_kernels.configs import Config  # noqa: E402
+from zsl_kernels.planning.tiles import Config  # noqa: E402
 
 TARGETS = {80: "HMMA", 90: "HGMMA", 100: "UTCHMMA"}
 

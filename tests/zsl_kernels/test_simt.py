@@ -19,9 +19,10 @@ import torch
 import zsl_kernels as zk
 from tests import error_budgets, simt
 from tests.inputs import Problem, assert_within_budget, expectations, expected
-from zsl_kernels import backends, cuda
-from zsl_kernels.configs import CUDA_SUMS_HELD, CUDA_TILES
-from zsl_kernels.gpus import GPUS, of_device
+from zsl_kernels.backends import dispatch
+from zsl_kernels.backends.cuda import module, persistent
+from zsl_kernels.planning.devices import GPUS, of_device
+from zsl_kernels.planning.tiles import CUDA_SUMS_HELD, CUDA_TILES
 
 CHECKS = simt.ROOT / "tests" / "native" / "simt_checks.py"
 SUITES = ("interference", "gram", "ragged", "tied", "embedding", "integer_operands")
@@ -86,10 +87,10 @@ def assert_ok(done):
 
 @pytest.fixture
 def emulated(built):
-    cuda.emulate(simt.load(built()))
+    module.emulate(simt.load(built()))
     with error_budgets.computing_by(error_budgets.EMULATED_CUDA):
         yield
-    cuda.emulate(None)
+    module.emulate(None)
 
 
 @pytest.mark.parametrize(("kernels", "least"), [("cuda", 350), ("hopper", 200)])
@@ -236,16 +237,16 @@ def test_every_architecture_gives_results_within_rounding(emulated, monkeypatch)
 
 def test_a_device_of_little_shared_memory_is_asked_for_no_more(emulated, monkeypatch):
     """Compute capability 8.6, 8.9 and 12.0: 99 KiB. Fewer examples are held, in more groups."""
-    gpu, asked, launch = of_device(89, 128, 101376), [], cuda._launch
+    gpu, asked, launch = of_device(89, 128, 101376), [], persistent._launch
 
     def recorded(gpu, tile, N, M, gram, O, K):
         found = launch(gpu, tile, N, M, gram, O, K)
         asked.append(tile.shared_bytes(found.held, found.held < N and not gram))
         return found
 
-    monkeypatch.setattr(cuda, "_launch", recorded)
-    for module in (backends, cuda):
-        monkeypatch.setattr(module, "gpu_of", lambda *_: gpu)
+    monkeypatch.setattr(persistent, "_launch", recorded)
+    for used in (dispatch, persistent):
+        monkeypatch.setattr(used, "gpu_of", lambda *_: gpu)
     for N in (4, 8, 33, 70):
         problem = Problem(N, 3, 41, 35)
         x, want = problem.make(), expected(problem, "interference, gram")
@@ -276,11 +277,11 @@ def test_a_device_of_little_shared_memory_is_asked_for_no_more(emulated, monkeyp
 )
 def test_a_driver_that_is_too_old_is_found_before_a_launch(built_with, driver, words):
     """The static runtime refuses every call then; a newer minor version is compatible."""
-    cuda.emulate(SimpleNamespace(versions=lambda: (built_with, driver)))
+    module.emulate(SimpleNamespace(versions=lambda: (built_with, driver)))
     try:
-        found = cuda.missing()
+        found = module.missing()
     finally:
-        cuda.emulate(None)
+        module.emulate(None)
     assert found is None if words is None else words in found
 
 
@@ -306,7 +307,7 @@ def test_views_with_a_pending_negation_are_read_negated(emulated):
 def test_a_gram_of_very_many_examples_has_a_kernel():
     """More pairs of groups than a grid's second dimension may have."""
     plan = zk.plan("gram", N=12000, T=1, K=1, O=1, device="cuda", arch=90, impl="cuda")
-    launch = cuda._launch(GPUS[90], CUDA_TILES[-1], 12000, None, True, 1, 1)
+    launch = persistent._launch(GPUS[90], CUDA_TILES[-1], 12000, None, True, 1, 1)
     assert (plan.impl, launch.pairs, launch.blocks) == ("cuda", 70500, 1)
 
 
@@ -322,7 +323,7 @@ def test_float32_products_are_float32_unless_torch_allows_tf32(emulated, monkeyp
     problem = Problem(3, 40, 33, 29)
     x, want = problem.make(), expected(problem, "interference")["grad_sum"]
     assert_within_budget(zk.interference(x.a, x.b, impl="cuda").grad_sum, want)
-    monkeypatch.setattr(cuda, "exact", lambda: False)
+    monkeypatch.setattr(persistent, "exact", lambda: False)
     less = zk.interference(x.a, x.b, impl="cuda").grad_sum
     assert want.share(less) > 10
     assert (less - want.truth).abs().max() < 0.1

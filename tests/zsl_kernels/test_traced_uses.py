@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.library import opcheck
 
-from zsl_kernels.traced_uses import listen
+from zsl_kernels.weight_uses.compiled import listen
 
 N, T, K, O, V = 2, 3, 4, 5, 7
 NOBODY = torch.tensor(-1)

@@ -62,7 +62,7 @@ def test_three_products_of_tf32_are_nearly_as_good_as_float32(dtype):
 
 @pytest.mark.parametrize("setting", ["none", "ieee", "tf32"])
 def test_precision_is_tf32_only_where_torch_allows_it(setting, monkeypatch):
-    from zsl_kernels.triton.tiles import precision
+    from zsl_kernels.backends.triton.tiles import precision
 
     before = torch.backends.cuda.matmul.fp32_precision
     try:
@@ -79,7 +79,7 @@ def test_reading_the_precision_does_not_raise_after_the_older_settings():
         "torch.set_float32_matmul_precision('high')\n"
         "torch.backends.cuda.matmul.allow_tf32 = True\n"
         "torch.backends.cuda.matmul.fp32_precision = 'tf32'\n"
-        "from zsl_kernels.triton.tiles import precision\n"
+        "from zsl_kernels.backends.triton.tiles import precision\n"
         "assert precision(torch.float32) == 'tf32'\n"
     )
     root = str(HERE.parent.parent)

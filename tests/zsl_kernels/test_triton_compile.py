@@ -10,8 +10,8 @@ pytest.importorskip("triton")
 
 from benchmarks.gpu.sass import compile_triton
 from benchmarks.gpu.variants import variants
-from zsl_kernels.configs import CONFIGS, UNALIGNED
-from zsl_kernels.gpus import GPUS
+from zsl_kernels.planning.devices import GPUS
+from zsl_kernels.planning.tiles import CONFIGS, UNALIGNED
 
 # The instructions that multiply on the matrix unit.
 UNITS = {80: {"HMMA"}, 90: {"HGMMA"}, 100: {"UTCHMMA", "UTCQMMA", "UTCMMA"}}

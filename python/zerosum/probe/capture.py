@@ -28,7 +28,7 @@ from zerosum.probe.proof import Proof, Prover, Short, Structures, Tree, reentran
 from zerosum.probe.results import Pass, add_up
 from zerosum.probe.rules import APPLIED, KNOWN, RULES, again, broadcast, embedding, linear, norm
 from zerosum.probe.rules.site import Phase, Site
-from zsl_kernels.uses import NotCopied, Weight, only_for_weights, run_known
+from zsl_kernels.weight_uses.eager import NotCopied, Weight, only_for_weights, run_known
 
 _ACCESSORS = {"__get__", "__set__", "__delete__"}
 _NESTED = {tuple, list, dict}

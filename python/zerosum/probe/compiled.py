@@ -2,8 +2,8 @@
 
 A step is proved uncompiled, as every other. Once it is, later blocks put on a mode that a compiler can trace. Dynamo guards on the
 modes, so it keeps a graph for the inside of the block beside the plain one. In it the known uses of weights are ops that tell when
-they run (:mod:`zsl_kernels.traced_uses`). So a compiled pass leaves the same uses as an uncompiled one, and what was proved is
-looked up in the same way. What is not known runs uncompiled, as before.
+they run (:mod:`zsl_kernels.weight_uses.compiled`). So a compiled pass leaves the same uses as an uncompiled one, and what was
+proved is looked up in the same way. What is not known runs uncompiled, as before.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ from zerosum.probe.rules import APPLIED, RULES
 from zerosum.probe.rules.embedding import lookup_arguments
 from zerosum.probe.rules.linear import addmm_arguments, linear_arguments
 from zerosum.probe.rules.norm import layer_norm_arguments, rms_norm_arguments
-from zsl_kernels.traced_uses import OPS, Found, listen
-from zsl_kernels.uses import NotCopied
+from zsl_kernels.weight_uses.compiled import OPS, Found, listen
+from zsl_kernels.weight_uses.eager import NotCopied
 
 if TYPE_CHECKING:
     from zerosum.probe.capture import Capture

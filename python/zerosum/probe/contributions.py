@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 import zsl_kernels as zk
-from zsl_kernels.linear_cross_entropy import HeadSums, output_gradients
-from zsl_kernels.rows import Embedding
+from zsl_kernels.streamed_head import HeadSums, output_gradients
+from zsl_kernels.tied import Embedding
 from zsl_kernels.types import sum_dtype
 
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 import zsl_kernels as zk
 from zerosum.probe.contributions import Contribution, Contributions, Dense, Piece, Request, Sums, densified
 from zerosum.probe.results import Pass, Results
-from zsl_kernels.uses import State, Weight
+from zsl_kernels.weight_uses.eager import State, Weight
 
 
 class Context(Protocol):

@@ -27,8 +27,8 @@ from zerosum.probe.parameters import ParameterProbe
 from zerosum.probe.results import Pass
 from zerosum.probe.rules import Known
 from zerosum.probe.rules.site import Phase, Site
-from zsl_kernels import uses
-from zsl_kernels.uses import State
+from zsl_kernels.weight_uses import eager as uses
+from zsl_kernels.weight_uses.eager import State
 
 if TYPE_CHECKING:
     from zerosum.probe.capture import Capture
@@ -215,8 +215,10 @@ class Call:
 
 @dataclass
 class Short:
-    """A call that :mod:`zsl_kernels.uses` runs, and how it begins. ``native`` does not refer to it: the garbage collector does not
-    see into C++."""
+    """A call that :mod:`zsl_kernels.weight_uses.eager` runs, and how it begins.
+
+    ``native`` does not refer to it: the garbage collector does not see into C++.
+    """
 
     native: Any
     operands: list[ParameterProbe | None]  # the weight and the bias, where they are the probe's

@@ -23,8 +23,11 @@ Rule = Callable[..., Any]
 
 
 class Known(NamedTuple):
-    """An operation that :mod:`zsl_kernels.uses` has: its name there, the function that binds its arguments, the places of input,
-    weight and bias among them, and the function that its node calls where it has no way of its own."""
+    """An operation that :mod:`zsl_kernels.weight_uses.eager` has.
+
+    Its name there, the function that binds its arguments, the places of input, weight and bias among them, and the function that
+    its node calls where it has no way of its own.
+    """
 
     kind: str
     bind: Callable[..., tuple[Any, ...]]

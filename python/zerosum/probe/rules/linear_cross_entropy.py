@@ -10,7 +10,7 @@ from torch import Tensor
 from zerosum.probe.contributions import StreamedHead, Sums
 from zerosum.probe.layout import Layout, Uncovered
 from zerosum.probe.rules.site import RuleContext, Site, elements
-from zsl_kernels.linear_cross_entropy import HeadSums, backward, check_operands, default_chunk, forward
+from zsl_kernels.streamed_head import HeadSums, backward, check_operands, default_chunk, forward
 
 
 def rule(context: RuleContext, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:

@@ -14,7 +14,7 @@ from zerosum.probe.contributions import Contribution
 from zerosum.probe.layout import Layout, Uncovered
 from zerosum.probe.parameters import GradSource, Ref
 from zerosum.probe.results import Pass
-from zsl_kernels.uses import State
+from zsl_kernels.weight_uses.eager import State
 
 
 class Phase(Enum):

@@ -1,0 +1,224 @@
+"""The kernels of compute capability 9.0: per-example gradients by products of a warpgroup, which read boxes of the operands.
+
+Boxes can be addressed where features are dense and rows begin at multiples of 16 bytes. Other operands are copied, ragged rows so
+that each example begins a box, and float32 ones as bfloat16 parts: x = high + middle + low, of which six products make one of
+float32, or three where tf32 will do. For the Gram the kernel leaves the gradients in slabs, which a second one multiplies.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from zsl_kernels.backends.cuda.module import ELEMENTS, compiled, exact, guard, pointer, stream, strided, written
+from zsl_kernels.planning.choose import Plan
+from zsl_kernels.planning.devices import Gpu
+from zsl_kernels.planning.gpu_cost import HOPPER_TILE, hopper_schedule, hopper_slab_tiles
+from zsl_kernels.tied import AddedRows
+from zsl_kernels.types import InterferenceSums
+
+STEP = 64  # positions of a box
+WARPS = 8  # that leave partial scalars of a tile
+PART = 3 * HOPPER_TILE**2  # numbers of one part of a split tile
+PARTS = 4  # of a float32 operand: high, middle, low, and high where it is finite
+GROUP = 8  # rows of tiles that are in work at one time
+ELEMENTS_OF_BLOCK = 4096  # of a slab, at least
+
+
+class _Operand(NamedTuple):
+    """An operand as boxes address it: (parts, examples, positions, features), of ragged rows with one example."""
+
+    held: Tensor
+    mapped: tuple[int, ...]
+
+    @classmethod
+    def of(cls, x: Tensor, products: int, begin: Tensor | None, first_step: Tensor | None, rows: int) -> _Operand:
+        """``rows``: at most so many of ragged examples, in whole steps."""
+        x = written(x)
+        if begin is None and x.dtype != torch.float32 and _addressable(x):
+            N, T, F = x.shape
+            # (A dimension of one has any stride.)
+            position = x.stride(1) if T > 1 else F + -F % 8
+            example = x.stride(0) if N > 1 else T * position
+            return cls(x, (x.data_ptr(), 1, N, T, F, N * example, example, position))
+        N = x.shape[0] if begin is None else begin.shape[0] - 1
+        F = x.shape[-1]
+        pitch = F + -F % 8
+        parts = PARTS if x.dtype == torch.float32 else 1
+        examples, positions = (N, x.shape[1]) if begin is None else (1, rows)
+        held = x.new_empty(parts, examples, positions, pitch, dtype=torch.bfloat16 if parts > 1 else x.dtype)
+        part = examples * positions * pitch
+        blocks = min(65535, max(1, -(-positions * pitch // (8 * 1024 * (1 if begin is None else N)))))
+        compiled().pack(
+            strided(x),
+            ELEMENTS[x.dtype],
+            N,
+            positions,
+            pointer(begin),
+            pointer(first_step),
+            F,
+            pitch,
+            part,
+            products == 6,
+            held.data_ptr(),
+            blocks,
+            stream(x),
+        )
+        return cls(held, (held.data_ptr(), parts, examples, positions, F, part, positions * pitch, pitch))
+
+
+def _addressable(x: Tensor) -> bool:
+    N, T, F = x.shape
+    strides = [s for s, size in ((x.stride(0), N), (x.stride(1), T)) if size > 1]
+    return x.data_ptr() % 16 == 0 and (x.stride(2) == 1 or F == 1) and all(0 < s < 1 << 38 and s % 8 == 0 for s in strides)
+
+
+class _Operands:
+    """``a`` and ``b`` with what tells their examples apart."""
+
+    def __init__(self, plan: Plan, a: Tensor, b: Tensor, begin: Tensor | None):
+        assert plan.call.gpu is not None
+        self.gpu: Gpu = plan.call.gpu
+        self.like, self.element = a, ELEMENTS[a.dtype]
+        self.O, self.K = b.shape[-1], a.shape[-1]
+        self.first_step: Tensor | None = None
+        rows = 0
+        if begin is None and a.shape[1] == 0:  # rows of a tied weight may be added to nothing
+            a, b = (x.new_zeros(x.shape[0], 1, x.shape[2]) for x in (a, b))
+        if begin is None:
+            self.N, self.steps = a.shape[0], -(-a.shape[1] // STEP)
+        else:
+            self.N, self.steps = begin.shape[0] - 1, 0
+            counts = ((begin.diff() + (STEP - 1)) // STEP).clamp_(min=1)
+            self.first_step = torch.nn.functional.pad(counts.cumsum(0), (1, 0)).int()
+            rows = (a.shape[0] // STEP + self.N) * STEP
+        self.products = 1 if a.dtype != torch.float32 else 6 if exact() else 3
+        self.a, self.b = (_Operand.of(x, self.products, begin, self.first_step, rows) for x in (a, b))
+        # Of half precision operands the Gram is as good as they are, unless torch is told that products of bfloat16 may not be.
+        coarse = a.dtype == torch.bfloat16 and torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction
+        self.slab_dtype = torch.bfloat16 if coarse else torch.float32
+
+    @property
+    def tiles(self) -> int:
+        return -(-self.O // HOPPER_TILE) * -(-self.K // HOPPER_TILE)
+
+    def launch(
+        self,
+        first: int,
+        tiles: int,
+        slab: Tensor | None,
+        results: tuple[Tensor | None, ...] | None = None,
+        u: Tensor | None = None,
+        added: tuple[Tensor, Tensor, Tensor] | None = None,
+    ) -> None:
+        """Of ``tiles`` from the ``first`` on. ``results``: the three sums and the four scalars, to which the first launch's are
+        added; without them the slab alone is written."""
+        whole, parts = hopper_schedule(self.gpu, tiles, self.N) if results is not None else (tiles, 1)
+        pointers: list[int] = [0] * 9
+        if results is not None:
+            scalars = (2 if u is None else 4) * self.N * tiles * WARPS
+            work = self.like.new_empty(((tiles - whole) * parts * PART if parts > 1 else 0) + scalars, dtype=torch.float32)
+            # Scalars behind the parts, which lie at multiples of 16 bytes.
+            pointers = [*map(pointer, results), work.data_ptr() + 4 * (work.numel() - scalars), work.data_ptr()]
+        compiled().hopper(
+            self.element,
+            0 if slab is None else 1 if slab.dtype == torch.bfloat16 else 2,
+            results is not None,
+            self.a.mapped,
+            self.b.mapped,
+            (self.N, self.steps, pointer(self.first_step), self.products, self.O, self.K),
+            (first, tiles, whole, parts, GROUP),
+            (*pointers, pointer(slab), pointer(u), *((0, 0) if u is None else u.stride())),
+            (0, 0, 0) if added is None else tuple(map(pointer, added)),
+            stream(self.like),
+        )
+
+    def slab(self, tiles: int) -> Tensor:
+        return self.like.new_empty(self.N, tiles * HOPPER_TILE**2, dtype=self.slab_dtype)
+
+
+def interference(
+    plan: Plan,
+    a: Tensor,
+    b: Tensor,
+    direction: Tensor | None,
+    gram: bool,
+    begin: Tensor | None = None,
+    added: AddedRows | None = None,
+) -> InterferenceSums:
+    """Every sum and scalar, in two launches, or with the Gram in three for each slab."""
+    N, O, K = a.shape[0] if begin is None else begin.shape[0] - 1, b.shape[-1], a.shape[-1]
+    u = None if direction is None else written(direction.to(torch.float32))
+    sums = [a.new_empty(O, K, dtype=torch.float32) for _ in range(3)]
+    scalars = [a.new_empty(N, dtype=torch.float32) for _ in range(2 if u is None else 4)]
+    pairs: Tensor | None = None
+    if 0 in (N, O, K) or (a.shape[-2] == 0 and added is None):
+        for x in (*sums, *scalars):
+            x.zero_()
+        pairs = a.new_zeros(N, N, dtype=torch.float32) if gram else None
+    else:
+        results = (*sums, *scalars, None, None)[:7]
+        with guard(a):
+            operands = _Operands(plan, a, b, begin)
+            rows = None if added is None else _added(added, O)
+            each = hopper_slab_tiles(operands.gpu, operands.tiles, N, operands.slab_dtype.itemsize) if gram else operands.tiles
+            for first in range(0, operands.tiles, each):
+                tiles = min(each, operands.tiles - first)
+                slab = operands.slab(tiles) if gram else None
+                operands.launch(first, tiles, slab, results, u, rows)
+                if slab is not None:
+                    products = _products(operands.gpu, slab, None)
+                    pairs = products if pairs is None else pairs.add_(products)
+            pairs = None if pairs is None else _mirrored(pairs).float()
+    dot, abs_dot = scalars[2:] if u is not None else (None, None)
+    return InterferenceSums(sums[0], sums[1], sums[2], scalars[0], scalars[1], dot, abs_dot, pairs).asked_for(u, gram)
+
+
+def gram(plan: Plan, a: Tensor, b: Tensor, a2: Tensor | None, b2: Tensor | None, begin: Tensor | None = None) -> Tensor:
+    """⟨g_i, g_k⟩, or of one set's gradients with another's, slab by slab."""
+    N = a.shape[0] if begin is None else begin.shape[0] - 1
+    M = N if a2 is None else a2.shape[0]
+    if 0 in (N, M, a.shape[-1], b.shape[-1], a.shape[-2], 1 if a2 is None else a2.shape[-2]):
+        return a.new_zeros(N, M, dtype=torch.float32)
+    with guard(a):
+        x = _Operands(plan, a, b, begin)
+        y = None if a2 is None or b2 is None else _Operands(plan, a2, b2, None)
+        each = hopper_slab_tiles(x.gpu, x.tiles, N + (0 if y is None else M), x.slab_dtype.itemsize)
+        pairs: Tensor | None = None
+        for first in range(0, x.tiles, each):
+            tiles = min(each, x.tiles - first)
+            slabs = []
+            for z in (x,) if y is None else (x, y):
+                slabs.append(z.slab(tiles))
+                z.launch(first, tiles, slabs[-1])
+            products = _products(x.gpu, slabs[0], None if y is None else slabs[1])
+            pairs = products if pairs is None else pairs.add_(products)
+    assert pairs is not None
+    return (_mirrored(pairs) if y is None else pairs).float()
+
+
+def _products(gpu: Gpu, x: Tensor, y: Tensor | None) -> Tensor:
+    """x yᵀ in float64; of one slab what is above the diagonal need not be right below it."""
+    N, M, E = x.shape[0], (x if y is None else y).shape[0], x.shape[1]
+    blocks = max(1, min(2 * gpu.sms, E // ELEMENTS_OF_BLOCK))
+    partials = x.new_empty(blocks, N, M, dtype=torch.float64)
+    bfloat16 = x.dtype == torch.bfloat16
+    compiled().slab_gram(x.data_ptr(), pointer(y), bfloat16, N, M, E, partials.data_ptr(), blocks, stream(x))
+    return partials.sum(0)
+
+
+def _mirrored(upper: Tensor) -> Tensor:
+    """The symmetric matrix that has been computed on and above its diagonal alone."""
+    return upper.triu() + upper.triu(1).T
+
+
+def _added(added: AddedRows, O: int) -> tuple[Tensor, Tensor, Tensor]:
+    """(N, rows of tiles + 1): which of the added rows each example has in each row of tiles. Both are in order, so that a search
+    does; and the rows."""
+    N, device = added.begin.shape[0] - 1, added.feature.device
+    examples = torch.searchsorted(added.begin, torch.arange(added.feature.shape[0], device=device), right=True) - 1
+    edges = (torch.arange(-(-O // HOPPER_TILE) + 1, device=device) * HOPPER_TILE).clamp_(max=O)
+    bounds = torch.searchsorted(examples * O + added.feature, torch.arange(N, device=device)[:, None] * O + edges)
+    return bounds, added.feature, added.values

@@ -1,0 +1,229 @@
+"""The kernels of csrc/cuda/product.cuh, for compute capability 8.0 and newer: blocks that stay for many tiles of the weight.
+
+Blocks leave partial scalars and Grams in float64, which are added up here: no atomics, so results are the same bits on every run.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from zsl_kernels.backends.chunked.embedding import pairs_of
+from zsl_kernels.backends.cuda.module import ELEMENTS, compiled, exact, guard, pointer, stream, strided, written
+from zsl_kernels.backends.gpu import gpu_of
+from zsl_kernels.planning.choose import Plan
+from zsl_kernels.planning.devices import Gpu
+from zsl_kernels.planning.tiles import CUDA_SUMS_HELD, CUDA_TILES, CudaTile
+from zsl_kernels.tied import AddedRows
+from zsl_kernels.types import EmbeddingSums, InterferenceSums
+
+
+class _Launch(NamedTuple):
+    """How one call is laid out over a device's blocks."""
+
+    tile: int  # in CUDA_TILES
+    held: int  # examples whose tiles a block holds at a time
+    group: int  # examples of either side of a block's part of the Gram
+    pairs: int  # of such groups
+    blocks: int  # among which the weight's tiles are divided
+
+    @property
+    def shares(self) -> int:
+        return self.blocks * CUDA_TILES[self.tile].shares
+
+
+def _launch(gpu: Gpu, tile: CudaTile, N: int, M: int | None, gram: bool, O: int, K: int) -> _Launch:
+    """For the Gram of N examples, with M others if there are any, or for their sums alone."""
+    held, group, pairs = tile.groups(N, M, tile.fitting(gpu.shared_bytes)) if gram else (min(N, CUDA_SUMS_HELD), N, 1)
+    tiles = -(-O // tile.rows) * -(-K // tile.cols)
+    resident = max(1, min(2, (gpu.shared_bytes + 1024) // (tile.shared_bytes(held, held < N and not gram) + 1024)))
+    blocks = max(1, min(tiles, -(-gpu.sms * resident // pairs)))
+    return _Launch(CUDA_TILES.index(tile), held, group, pairs, blocks)
+
+
+class _Results:
+    """What a launch writes, and what becomes of it."""
+
+    def __init__(self, like: Tensor, launch: _Launch, N: int, shape: tuple[int, int], sums: bool, gram: bool, u: Tensor | None):
+        def empty(*size: int, dtype: torch.dtype) -> Tensor:
+            return torch.empty(size, dtype=dtype, device=like.device)
+
+        self.sums = tuple(empty(*shape, dtype=torch.float32) for _ in range(3)) if sums else ()
+        self.scalars = empty(launch.blocks, 4, N, dtype=torch.float64) if sums else None
+        self.pairs = empty(launch.shares, N, N, dtype=torch.float64) if gram else None
+        self.direction = u
+
+    def pointers(self) -> tuple[int, ...]:
+        u = self.direction
+        tensors = (*(self.sums or (None, None, None)), self.scalars, self.pairs, u)
+        return (*map(pointer, tensors), *((0, 0) if u is None else u.stride()))
+
+    def gram(self) -> Tensor | None:
+        return None if self.pairs is None else _mirrored(self.pairs.sum(0)).float()
+
+    def result(self, gram: Tensor | None) -> InterferenceSums:
+        assert self.scalars is not None
+        grad_sum, abs_sum, sq_sum = self.sums
+        # Clones: an op's outputs may not share storage.
+        l1, sq_norm, dot, abs_dot = (x.clone() for x in self.scalars.sum(0).float())
+        found = InterferenceSums(grad_sum, abs_sum, sq_sum, l1, sq_norm, dot, abs_dot, gram)
+        return found.asked_for(self.direction, gram is not None)
+
+
+def _mirrored(upper: Tensor) -> Tensor:
+    """The symmetric matrix that has been computed on and above its diagonal alone."""
+    return upper.triu() + upper.triu(1).T
+
+
+def _nothing(like: Tensor, shape: tuple[int, int], N: int, u: Tensor | None, gram: bool) -> InterferenceSums:
+    def zeros(*size: int) -> Tensor:
+        return torch.zeros(size, dtype=torch.float32, device=like.device)
+
+    sizes = (shape, shape, shape, (N,), (N,), (N,), (N,), (N, N))
+    return InterferenceSums(*(zeros(*size) for size in sizes)).asked_for(u, gram)
+
+
+def interference(
+    plan: Plan,
+    a: Tensor,
+    b: Tensor,
+    direction: Tensor | None,
+    gram: bool,
+    begin: Tensor | None = None,
+    added: AddedRows | None = None,
+) -> InterferenceSums:
+    N = a.shape[0] if begin is None else begin.shape[0] - 1
+    a, b = written(a), written(b)
+    u = None if direction is None else written(direction.to(torch.float32))
+    shape = (b.shape[-1], a.shape[-1])
+    if not N * shape[0] * shape[1]:
+        return _nothing(a, shape, N, u, gram)
+    own = _gram_launch(plan, a, b, N, begin, added, True, gram, u)
+    if not gram or own.pairs is not None:
+        return own.result(own.gram())
+    return own.result(_gram_launch(plan, a, b, N, begin, added, False, True, None).gram())
+
+
+def _gram_launch(
+    plan: Plan,
+    a: Tensor,
+    b: Tensor,
+    N: int,
+    begin: Tensor | None,
+    added: AddedRows | None,
+    sums: bool,
+    gram: bool,
+    u: Tensor | None,
+) -> _Results:
+    """One launch: of the sums, the Gram or both; of the sums alone where both are wanted and a block cannot hold every example."""
+    gpu, tile = _planned(plan)
+    O, K = b.shape[-1], a.shape[-1]
+    gram = gram and (tile.fitting(gpu.shared_bytes) >= N or not sums)
+    launch = _launch(gpu, tile, N, None, gram, O, K)
+    results = _Results(a, launch, N, (O, K), sums, gram, u)
+    rows = (0, 0, 0) if added is None else (pointer(added.begin), pointer(added.feature), pointer(added.values))
+    T = a.shape[1] if begin is None else 0
+    with guard(a):
+        compiled().gram(
+            (launch.tile, launch.blocks, launch.pairs, stream(a)),
+            ELEMENTS[a.dtype],
+            (O, K, launch.held, launch.group, exact()),
+            strided(a),
+            strided(b),
+            N,
+            T,
+            pointer(begin),
+            rows,
+            results.pointers(),
+        )
+    return results
+
+
+def _planned(plan: Plan) -> tuple[Gpu, CudaTile]:
+    assert plan.call.gpu is not None
+    return plan.call.gpu, next(tile for tile in CUDA_TILES if (tile.rows, tile.cols) == plan.tile)
+
+
+def gram(plan: Plan, a: Tensor, b: Tensor, a2: Tensor | None, b2: Tensor | None, begin: Tensor | None = None) -> Tensor:
+    N = a.shape[0] if begin is None else begin.shape[0] - 1
+    M = N if a2 is None else a2.shape[0]
+    a, b = written(a), written(b)
+    O, K = b.shape[-1], a.shape[-1]
+    if not N * M * O * K:
+        return torch.zeros(N, M, dtype=torch.float32, device=a.device)
+    if a2 is None or b2 is None:
+        found = _gram_launch(plan, a, b, N, begin, None, False, True, None).gram()
+        assert found is not None
+        return found
+    a2, b2 = written(a2), written(b2)
+    gpu, tile = _planned(plan)
+    launch = _launch(gpu, tile, N, M, True, O, K)
+    pairs = torch.empty(launch.shares, N, M, dtype=torch.float64, device=a.device)
+    with guard(a):
+        compiled().cross_gram(
+            (launch.tile, launch.blocks, launch.pairs, stream(a)),
+            ELEMENTS[a.dtype],
+            (O, K, launch.held, launch.group, exact()),
+            *(strided(a), strided(b), N, a.shape[1]),
+            *(strided(a2), strided(b2), M, a2.shape[1]),
+            pointer(pairs),
+        )
+    return pairs.sum(0).float()
+
+
+def _embedding_tile(gpu: Gpu, N: int, gram: bool) -> CudaTile:
+    """The largest that holds all examples; for the Gram of more in groups the last, and without it the largest."""
+    if gram:
+        return next((tile for tile in CUDA_TILES if tile.fitting(gpu.shared_bytes) >= N), CUDA_TILES[-1])
+    fitting = [tile for tile in CUDA_TILES if tile.shared_bytes(CUDA_SUMS_HELD, True) <= gpu.shared_bytes]
+    return next((tile for tile in fitting if tile.slots >= N), fitting[0])
+
+
+def embedding_interference(
+    ids: Tensor,
+    b: Tensor,
+    example_ids: Tensor | None,
+    num_examples: int,
+    padding_idx: int,
+    direction: Tensor | None,
+    gram: bool,
+) -> EmbeddingSums:
+    N, K = num_examples, b.shape[2]
+    p = pairs_of(ids, b.shape[1], example_ids, num_examples, padding_idx)
+    U = p.rows.shape[0]
+    b = written(b)
+    u, u_rows = direction, p.rows
+    if direction is not None and direction.dtype != torch.float32:  # of a whole weight, only the rows that are touched are copied
+        u, u_rows = direction.index_select(0, p.rows).float(), torch.arange(U, device=b.device)
+    u = None if u is None else written(u)
+    if not N * U * K:
+        return EmbeddingSums(p.rows, *_nothing(b, (U, K), N, u, gram))
+    row_begin, place_begin = (torch.nn.functional.pad(counts.cumsum(0), (1, 0)) for counts in (p.row_counts, p.counts))
+    tensors = (row_begin, p.row, p.example, place_begin, p.place, u_rows)
+
+    def run(sums: bool, gram: bool) -> _Results:
+        launch = _launch(gpu, tile, N, None, gram, U, K)
+        results = _Results(b, launch, N, (U, K), sums, gram, u if sums else None)
+        with guard(b):
+            compiled().embedding(
+                (launch.tile, launch.blocks, launch.pairs, stream(b)),
+                ELEMENTS[b.dtype],
+                (U, K, launch.held, launch.group, exact()),
+                strided(b),
+                N,
+                max(b.shape[1], 1),
+                *map(pointer, tensors),
+                results.pointers(),
+            )
+        return results
+
+    gpu = gpu_of(b.device)
+    tile = _embedding_tile(gpu, N, gram)
+    if not gram or tile.fitting(gpu.shared_bytes) >= N:
+        own = run(True, gram)
+        found = own.result(own.gram())
+    else:
+        found = run(True, False).result(run(False, True).gram())
+    return EmbeddingSums(p.rows, *found)

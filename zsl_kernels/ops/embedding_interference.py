@@ -1,0 +1,204 @@
+"""The statistics of an embedding's per-example gradients, of which few rows are not zero."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from zsl_kernels import call_cache
+from zsl_kernels.backends import cpu, dispatch, reference
+from zsl_kernels.backends.chunked import embedding
+from zsl_kernels.backends.dispatch import backend_for
+from zsl_kernels.ops.registration import Grads, define, differentiable, differentiable_never, empty, sums_like
+from zsl_kernels.types import Cotangents, EmbeddingSums, InterferenceSums
+from zsl_kernels.validation import check_device, check_examples, check_integers, check_range, check_size, check_tensor, long
+
+
+def embedding_interference(
+    ids: Tensor,
+    b: Tensor,
+    num_embeddings: int,
+    *,
+    padding_idx: int | None = None,
+    example_ids: Tensor | None = None,
+    num_examples: int | None = None,
+    direction: Tensor | None = None,
+    gram: bool = False,
+    impl: str = "auto",
+) -> EmbeddingSums:
+    """All sums and scalars of an embedding's per-example gradients. With ``onehot = F.one_hot(ids, V).to(b.dtype)``::
+
+        g = torch.einsum("ntv,ntk->nvk", onehot, b)     # (N, V, K), never formed
+        rows = ids.unique()                             # (U,)
+        grad_sum, abs_sum, sq_sum = g.sum(0)[rows], g.abs().sum(0)[rows], g.square().sum(0)[rows]
+        l1, sq_norm, dot, abs_dot, gram                 # as interference has them
+
+    Work and memory follow the touched rows, whatever ``num_embeddings`` is. Positions whose id is ``padding_idx`` or negative
+    count as absent. Differentiable once in ``b`` and ``direction`` (whose derivative is dense). As the number of touched rows
+    depends on values, ``torch.compile(fullgraph=True)`` needs ``torch._dynamo.config.capture_dynamic_output_shape_ops``.
+
+    Args:
+        ids: (N, *positions), of any integer dtype.
+        b: (N, *positions, K), the gradients with respect to the embedding's output; float32, bfloat16, float16 or float64.
+        num_embeddings: V, the rows of the weight.
+        padding_idx: as torch.nn.Embedding has it: from -V to V - 1.
+        example_ids, num_examples: rows of mixed examples: ids (R,), b (R, K), example_ids (R,) of any integer dtype.
+        direction: (V, K), any floating dtype; only its touched rows are read.
+        gram: whether to compute the pairwise inner products.
+        impl: see the package's documentation.
+
+    Raises:
+        TypeError: an argument is not a tensor or number, or has another dtype.
+        ValueError: an argument has another shape or device, or ``impl`` is unknown.
+        IndexError: an id is not below ``num_embeddings``, or an example id is not in range (on the CPU).
+        RuntimeError: the named ``impl`` is not available on this machine.
+    """
+    kind = None
+    if example_ids is None and num_examples is None:
+        kind = call_cache.kind_of("embedding", impl, (num_embeddings, padding_idx, bool(gram)), b, ids, direction)
+        if kind is not None and (call := call_cache.find(kind)) is not None:
+            return call(ids, b, direction)
+    check_tensor("b", b)
+    check_integers("ids", ids)
+    V = check_size("num_embeddings", num_embeddings)
+    if ids.ndim == 0 or (example_ids is not None and ids.ndim != 1):
+        wanted = "(N, ...)" if example_ids is None else "(R,), as example_ids are given"
+        raise ValueError(f"ids: expected shape {wanted}, got {tuple(ids.shape)}")
+    if b.shape[:-1] != ids.shape or b.ndim == 1:
+        raise ValueError(f"b: expected {tuple(ids.shape)}, the shape of ids, and a K behind, got {tuple(b.shape)}")
+    check_device("ids", ids, "b", b)
+    if b.device.type == "meta":
+        raise ValueError("b: expected a tensor with data, for the touched rows depend on it; got one on meta")
+    if padding_idx is not None and not -V <= padding_idx < V:
+        raise ValueError(f"padding_idx: expected None or a row from {-V} to {V - 1}, got {padding_idx}")
+    if direction is not None:
+        check_tensor("direction", direction)
+        if direction.shape != (V, b.shape[-1]):
+            raise ValueError(f"direction: expected shape ({V}, {b.shape[-1]}), that of the weight, got {tuple(direction.shape)}")
+        check_device("direction", direction, "b", b)
+    N = check_examples(ids, "ids", example_ids, num_examples)
+    dispatch.impls_for(b.device, impl)
+    row = -1 if padding_idx is None else padding_idx % V
+    if kind is not None and dispatch.impls_for(b.device, impl)[0] == "cpu":
+        return call_cache.keep(kind, _call(N, V, row, bool(gram)))(ids, b, direction)
+    lead = (N, math.prod(ids.shape[1:])) if example_ids is None else (1, ids.shape[0])
+    arguments = (
+        ids.reshape(lead),
+        b.reshape(*lead, b.shape[-1]),
+        example_ids,
+        N,
+        V,
+        row,
+        direction,
+        bool(gram),
+    )
+    if impl == "reference":
+        return reference.embedding_interference(*arguments)
+    return _run(*arguments, impl)
+
+
+def _run(*arguments: Any) -> EmbeddingSums:
+    """The op, of its schema's arguments, with None for what was not asked for."""
+    *_, direction, gram, _ = arguments
+    *sums, rows = op(*arguments)
+    return EmbeddingSums(rows, *InterferenceSums(*sums).asked_for(direction, gram))
+
+
+def _call(N: int, V: int, padding_idx: int, gram: bool) -> Callable[..., EmbeddingSums]:
+    """What the op comes to on the CPU, where examples are a dimension: a function of ids, b and the direction."""
+    kernel = cpu.kernels.embedding_interference.default
+
+    def call(ids: Tensor, b: Tensor, direction: Tensor | None) -> EmbeddingSums:
+        if b.ndim != 3:
+            b = b.reshape(N, math.prod(ids.shape[1:]), b.shape[-1])
+        return EmbeddingSums._make(kernel(ids, b, None, N, V, padding_idx, direction, gram))
+
+    return call
+
+
+def _embedding(
+    ids: Tensor,
+    b: Tensor,
+    example_ids: Tensor | None,
+    num_examples: int,
+    num_embeddings: int,
+    padding_idx: int,
+    direction: Tensor | None,
+    gram: bool,
+    impl: str,
+) -> tuple[Tensor, ...]:
+    backend = backend_for("embedding_interference", b.device, impl, b.dtype)
+    if not backend.checks_ids:
+        check_range("ids", ids, num_embeddings, negative=True)
+        check_range("example_ids", example_ids, num_examples)
+        ids, example_ids = ids.long(), long(example_ids)
+    rows, *sums = backend.embedding_interference(ids, b, example_ids, num_examples, num_embeddings, padding_idx, direction, gram)
+    # The integers come last: torch's own checks of ops add results up, in the dtype of the first.
+    return *(empty(b, 0) if x is None else x for x in sums), rows
+
+
+def _embedding_fake(ids: Tensor, b: Tensor, example_ids: Tensor | None, num_examples: int, *rest: Any) -> tuple[Tensor, ...]:
+    *_, direction, gram, _ = rest
+    U = torch.library.get_ctx().new_dynamic_size()
+    return *sums_like(b, (U, b.shape[2]), num_examples, direction, gram), ids.new_empty(U, dtype=torch.int64)
+
+
+op = define(
+    "embedding_interference(Tensor ids, Tensor b, Tensor? example_ids, SymInt num_examples, SymInt num_embeddings, "
+    "SymInt padding_idx, Tensor? direction, bool gram, str impl) -> "
+    "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _embedding,
+    _embedding_fake,
+)
+
+
+def _embedding_setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    ids, b, example_ids, ctx.num_examples, _, ctx.padding_idx, direction, ctx.gram, _ = inputs
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(output[-1])
+    ctx.save_for_backward(ids, b, example_ids, direction)
+
+
+def _embedding_grad(ctx: Any, *cotangents: Tensor | None) -> Grads:
+    ids, b, example_ids, u = ctx.saved_tensors
+    *c_sums, c_gram, _ = cotangents
+    c = Cotangents(*c_sums)
+    if u is None:
+        c = c._replace(dot=None, abs_dot=None)
+    mix = c_gram + c_gram.T if ctx.gram and c_gram is not None else None
+    want_b = ctx.needs_input_grad[1] and (mix is not None or any(x is not None for x in c))
+    want_u = ctx.needs_input_grad[6] and (c.dot is not None or c.abs_dot is not None)
+    db = du = None
+    if want_b or want_u:
+        db, du = op_backward(ids, b, example_ids, ctx.num_examples, ctx.padding_idx, u, *c, mix, want_b, want_u)
+    return None, db if want_b else None, None, None, None, None, du if want_u else None, None, None
+
+
+differentiable(op, _embedding_setup, _embedding_grad)
+
+
+def _embedding_backward(ids: Tensor, b: Tensor, example_ids: Tensor | None, *rest: Any) -> tuple[Tensor, Tensor]:
+    num_examples, padding_idx, direction, *cotangents, mix, want_b, want_u = rest
+    arguments = (ids.long(), b, long(example_ids), num_examples, padding_idx, direction, Cotangents(*cotangents), mix)
+    db, du = embedding.embedding_backward(*arguments, (want_b, want_u))
+    return b.new_empty(0) if db is None else db, b.new_empty(0) if du is None else du
+
+
+def _embedding_backward_fake(ids: Tensor, b: Tensor, example_ids: Tensor | None, *rest: Any) -> tuple[Tensor, Tensor]:
+    direction, (want_b, want_u) = rest[2], rest[-2:]
+    du = torch.empty_like(direction, memory_format=torch.contiguous_format) if want_u else b.new_empty(0)
+    return b.new_empty(b.shape if want_b else (0,)), du
+
+
+op_backward = define(
+    "embedding_backward(Tensor ids, Tensor b, Tensor? example_ids, SymInt num_examples, SymInt padding_idx, Tensor? direction, "
+    "Tensor? c_grad, Tensor? c_abs, Tensor? c_sq, Tensor? c_l1, Tensor? c_sqn, Tensor? c_dot, Tensor? c_absdot, Tensor? mix, "
+    "bool want_b, bool want_u) -> (Tensor, Tensor)",
+    _embedding_backward,
+    _embedding_backward_fake,
+)
+differentiable_never(op_backward)
