@@ -1,7 +1,7 @@
 """The CPU backend: the compiled kernels of csrc/cpu.
 
-Each is a function of ``torch.ops.zsl_cpu``, which csrc/bindings registers: product_ops.cpp has those of inputs and output gradients,
-row_ops.cpp the others.
+Each is a function of ``torch.ops.zsl_cpu``, which csrc/bindings registers: product_ops.cpp has those of inputs and output
+gradients, row_ops.cpp the others.
 """
 
 from __future__ import annotations
