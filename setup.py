@@ -17,7 +17,7 @@ from setuptools import Extension, setup
 root = Path(__file__).parent
 
 CUDA = "zsl_kernels._cuda"
-CUDA_SOURCES = ["csrc/bindings/cuda_kernels.cu", "csrc/bindings/cuda_module.cpp"]
+CUDA_SOURCES = ["csrc/bindings/cuda_kernels.cu", "csrc/bindings/row_kernels.cu", "csrc/bindings/cuda_module.cpp"]
 # The kernels of compute capability 9.0 alone: its own instructions are those of the architecture "90a".
 HOPPER_SOURCE = "csrc/bindings/hopper_kernels.cu"
 NVCC = shutil.which("nvcc")

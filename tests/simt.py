@@ -17,7 +17,7 @@ from pathlib import Path
 from types import ModuleType
 
 ROOT = Path(__file__).parents[1]
-KERNELS = ("csrc/bindings/cuda_kernels.cu", "csrc/bindings/hopper_kernels.cu")
+KERNELS = ("csrc/bindings/cuda_kernels.cu", "csrc/bindings/hopper_kernels.cu", "csrc/bindings/row_kernels.cu")
 MODULE = "csrc/bindings/cuda_module.cpp"
 COMPILER = os.environ.get("CXX", "c++")
 

@@ -26,6 +26,8 @@ def test_the_kernels_and_the_step_are_timed(project_environment):
         "## float32",
         "## float32, tf32 allowed for both",
         "## coordinate_sums",
+        "## dense_interference",
+        "## scale_bias_grad",
         "## A step of the project's GPT",
     ]
 

@@ -81,6 +81,50 @@ def coordinate_sums(rows: int, cols: int, device: str) -> list[str]:
     return [f"{rows} × {cols}", f"{time:.0f}", f"{time / copied:.2f}"]
 
 
+def dense(N: int, P: int, dtype: torch.dtype, device: str) -> list[str]:
+    """A line of the table: PyTorch's sum of the gradients, which reads them once, in microseconds, and others as ratios to it."""
+    g, u = torch.randn(N, P, device=device).to(dtype), torch.randn(P, device=device)
+    return _to_a_read(
+        f"N={N} P={P} {_short(dtype)}",
+        lambda: g.sum(),
+        [
+            lambda: zk.dense_interference(g),
+            lambda: zk.dense_interference(g, direction=u),
+            lambda: zk.dense_interference(g, direction=u, gram=True),
+            lambda: zk.dense_interference(g, direction=u, gram=True, impl="chunked"),
+        ],
+        device,
+    )
+
+
+def scale_bias(N: int, T: int, K: int, dtype: torch.dtype, device: str) -> list[str]:
+    """The same of a norm's scale and bias, of which x and b are read."""
+    x, b = (torch.randn(N, T, K, device=device).to(dtype) for _ in range(2))
+    mean, rstd = (torch.randn(N, T, device=device) for _ in range(2))
+    return _to_a_read(
+        f"N={N} T={T} K={K} {_short(dtype)}",
+        lambda: (x.sum(), b.sum()),
+        [
+            lambda: zk.scale_bias_grad(x, b, mean=mean, rstd=rstd),
+            lambda: zk.scale_grad(x, b, rstd=rstd),
+            lambda: zk.bias_grad(b),
+            lambda: zk.scale_bias_grad(x, b, mean=mean, rstd=rstd, impl="chunked"),
+        ],
+        device,
+    )
+
+
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _to_a_read(label: str, read: Callable[[], object], runs: list[Callable[[], object]], device: str) -> list[str]:
+    before = microseconds(read, device)
+    found = [microseconds(run, device) for run in runs]
+    plain = (before + microseconds(read, device)) / 2
+    return [label, f"{plain:.1f}", *(f"{time / plain:.2f}" for time in found)]
+
+
 def step(config: GPTConfig, examples: int, half: bool, device: str) -> list[list[str]]:
     """Lines for the plain step, with a probe, and with the Gram: milliseconds, ratio, the allocator's peak."""
     torch.manual_seed(0)
@@ -150,6 +194,14 @@ def main() -> None:
     sizes = [(8, 8)] if options.quick else [(768, 768), (4096, 4096), (50304, 768)]
     rows = [coordinate_sums(*size, device) for size in sizes]
     parts.append(f"## coordinate_sums\n\n{table(['matrix', 'µs', 'to an addition of two'], rows)}")
+    held = [(2, 24)] if options.quick else [(8, 768), (32, 768), (32, 50304), (8, 4096 * 4096), (200, 768 * 768)]
+    rows = [dense(*size, dtype, device) for size in held for dtype in (torch.bfloat16, torch.float32)]
+    head = ["gradients", "their sum, µs", "sums", "with a direction", "and the Gram", "by PyTorch"]
+    parts.append(f"## dense_interference\n\n{table(head, rows)}")
+    norms = [(2, 16, 24)] if options.quick else [(8, 1024, 768), (32, 1024, 768), (8, 1024, 4096), (8, 12288, 64)]
+    rows = [scale_bias(*size, dtype, device) for size in norms for dtype in (torch.bfloat16, torch.float32)]
+    head = ["operands", "their sums, µs", "scale and bias", "scale", "bias", "scale and bias by PyTorch"]
+    parts.append(f"## scale_bias_grad\n\n{table(head, rows)}")
     config = GPTConfig(50304, 768, 12, 12, 1024)
     config, examples = (GPTConfig(64, 16, 1, 2, 8), 2) if options.quick else (config, 8)
     rows = [line for half in (True, False) for line in step(config, examples, half, device)]

@@ -57,6 +57,7 @@ class Usage:
     loops: tuple[Loop, ...] = field(repr=False)  # with matrix instructions, innermost first
     hot: tuple[Loop, ...] = field(repr=False)  # those without another such loop inside
     ffma_in_loops: int = 0
+    wide_loads: int = 0  # from global memory, of 16 bytes
 
     @property
     def spills(self) -> int:
@@ -128,7 +129,8 @@ def _usage(kernel: str, registers: int, stack: int, shared: int, code: Code) -> 
                 hot.append(loop)
     ffma = code.count(in_loops)["FFMA"]
     everything = code.count(set(range(len(code.instructions))))
-    return Usage(kernel, registers, stack, shared, everything, tuple(loops), tuple(hot), ffma)
+    wide = sum(x.name == "LDG" and ".128" in x.text for x in code.instructions)
+    return Usage(kernel, registers, stack, shared, everything, tuple(loops), tuple(hot), ffma, wide)
 
 
 class Code:

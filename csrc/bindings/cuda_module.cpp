@@ -1,11 +1,18 @@
 // The kernels as a Python module of pointers, sizes, strides and a stream: no torch, and no device before a launch.
 // A pointer of 0 is one that is not there.
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
+#include <algorithm>
 #include <array>
+#include <initializer_list>
+#include <iterator>
+#include <stdexcept>
 #include <utility>
+#include <vector>
 
 #include "cuda_kernels.h"
+#include "row_kernels.h"
 #if ZSL_HOPPER
 #include "hopper_kernels.h"
 #endif
@@ -86,6 +93,91 @@ void embedding(const Launch& launch, int element, const Shape& shape, const Stri
                                   to<const int64_t>(rows), sizes(shape, false), results(out)});
 }
 
+void slab_gram(Pointer x, Pointer y, bool bfloat16, int64_t x_rows, int64_t y_rows, int64_t elements, Pointer pairs,
+               unsigned blocks, Pointer stream) {
+  launch_slab_gram({to<const void>(x), to<const void>(y), bfloat16, x_rows, y_rows, elements, to<double>(pairs)}, blocks, stream);
+}
+
+bool aligned(std::initializer_list<Pointer> pointers) {
+  return std::all_of(pointers.begin(), pointers.end(), [](Pointer p) { return p % 16 == 0; });
+}
+
+// pointer and stride of a direction
+using Along = std::tuple<Pointer, int64_t>;
+// grad_sum, abs_sum, sq_sum; l1, sq_norm, dot, abs_dot
+using DenseOut = std::tuple<Pointer, Pointer, Pointer, Pointer, Pointer, Pointer, Pointer>;
+// blocks of coordinates, parts of the examples, examples of a part, warps that share coordinates; padded coordinates
+using DenseLaunch = std::tuple<unsigned, unsigned, int64_t, int, int64_t>;
+
+// partial sums and scalars; slab
+using DenseWork = std::tuple<Pointer, Pointer, Pointer>;
+
+void dense(const DenseLaunch& shape, int element, const Strided& g, int64_t N, int64_t P, const Along& direction,
+           const DenseOut& out, const DenseWork& work, Pointer stream) {
+  const Element e{element};
+  const auto [blocks, parts, part, lanes, padded] = shape;
+  const auto [u, u_stride] = direction;
+  const auto [grad, abs, sq, l1, sq_norm, dot, abs_dot] = out;
+  const auto [sums, scalars, slab] = work;
+  const bool vectors = parts > 1 ? sums % 16 == 0 && P % 4 == 0 : aligned({grad, abs, sq});
+  launch_dense(e,
+               {operand(g, e),
+                N,
+                P,
+                padded,
+                part,
+                lanes,
+                static_cast<int>((part + lanes - 1) / lanes),
+                to<float>(sums),
+                to<double>(scalars),
+                to<float>(grad),
+                to<float>(abs),
+                to<float>(sq),
+                to<float>(l1),
+                to<float>(sq_norm),
+                to<float>(dot),
+                to<float>(abs_dot),
+                to<const float>(u),
+                u_stride,
+                u_stride == 1 && u % 16 == 0,
+                vectors,
+                to<void>(slab)},
+               blocks, parts, stream);
+}
+
+// pointer and strides of examples and positions
+using Statistic = std::tuple<Pointer, int64_t, int64_t>;
+
+void scale_bias(unsigned parts, int lanes, int x_element, int b_element, const Strided& x, const Strided& b, const Statistic& mean,
+                const Statistic& rstd, int64_t N, int64_t T, int64_t K, Pointer begin, Pointer order, Pointer scale, Pointer bias,
+                int64_t next_part, Pointer stream) {
+  const Element of_x{x_element}, of_b{b_element};
+  const auto [means, mean_example, mean_position] = mean;
+  const auto [rstds, rstd_example, rstd_position] = rstd;
+  launch_scale_bias(of_x, of_b,
+                    {operand(x, of_x), operand(b, of_b), to<const float>(means), to<const float>(rstds), mean_example,
+                     mean_position, rstd_example, rstd_position, to<const int64_t>(begin), to<const int64_t>(order), N, T, K, lanes,
+                     to<float>(scale), to<float>(bias), next_part},
+                    parts, stream);
+}
+
+// what is added, whether it is float64, rows, numbers of a row, numbers of a result, results, side of a symmetric matrix
+using Adding = std::tuple<Pointer, bool, int64_t, int64_t, int64_t, std::vector<Pointer>, int64_t>;
+
+void add_partials(const std::vector<Adding>& all, Pointer stream) {
+  AddPartialsArgs args = {};
+  if (all.size() > partials_at_once) throw std::invalid_argument("add_partials: too many at once");
+  for (size_t i = 0; i < all.size(); ++i) {
+    const auto& [from, wide, rows, width, each, results, side] = all[i];
+    Partials& x = args.of[i];
+    if (results.size() > std::size(x.to) || each * static_cast<int64_t>(results.size()) < width)
+      throw std::invalid_argument("add_partials: the results do not take the numbers");
+    x.from = to<const void>(from), x.wide = wide, x.rows = rows, x.width = width, x.each = each, x.side = side;
+    std::transform(results.begin(), results.end(), x.to, to<float>);
+  }
+  launch_add_partials(args, stream);
+}
+
 #if ZSL_HOPPER
 // pointer, parts, examples, positions, features, and the strides of the first three
 using Mapped = std::tuple<Pointer, uint64_t, uint64_t, uint64_t, uint64_t, uint64_t, uint64_t, uint64_t>;
@@ -124,11 +216,6 @@ void pack(const Strided& from, int element, int64_t examples, int64_t positions,
                with_low, to<void>(target)},
               blocks, stream);
 }
-
-void slab_gram(Pointer x, Pointer y, bool bfloat16, int64_t x_rows, int64_t y_rows, int64_t elements, Pointer pairs,
-               unsigned blocks, Pointer stream) {
-  launch_slab_gram({to<const void>(x), to<const void>(y), bfloat16, x_rows, y_rows, elements, to<double>(pairs)}, blocks, stream);
-}
 #endif
 
 }  // namespace
@@ -139,10 +226,13 @@ PYBIND11_MODULE(ZSL_MODULE, m) {
   m.def("gram", &gram);
   m.def("cross_gram", &cross_gram);
   m.def("embedding", &embedding);
+  m.def("slab_gram", &slab_gram);
+  m.def("dense", &dense);
+  m.def("scale_bias", &scale_bias);
+  m.def("add_partials", &add_partials);
 #if ZSL_HOPPER
   m.def("hopper", &hopper);
   m.def("pack", &pack);
-  m.def("slab_gram", &slab_gram);
 #endif
   m.def("shared_bytes", py::overload_cast<int, int, bool>(&shared_bytes),
         "Of a block: tile, examples held, whether it adds in runs.");

@@ -5,7 +5,6 @@
 
 #include "../cuda/hopper.cuh"
 #include "../cuda/pack.cuh"
-#include "../cuda/slab_gram.cuh"
 
 namespace zsl {
 namespace {
@@ -45,24 +44,6 @@ void launch_element(int slab, bool sums, const HopperArgs& args, uintptr_t strea
   throw std::invalid_argument("hopper: neither sums nor a slab");
 }
 
-template <class E, int octets, bool two>
-void launch_octets(const SlabGramArgs& args, unsigned blocks, uintptr_t stream) {
-  constexpr int64_t side = 8 * octets;
-  const int64_t down = (args.x_rows + side - 1) / side, across = (args.y_rows + side - 1) / side;
-  const int64_t pairs = args.upper ? across * (across + 1) / 2 : down * across;
-  launch("slab_gram_kernel", slab_gram_kernel<E, octets, two>, blocks, static_cast<unsigned>(pairs), slab_threads,
-         sizeof(float) * slab_warps * side * side, stream, args);
-}
-
-template <class E>
-void launch_slab_gram_as(SlabGramArgs args, unsigned blocks, uintptr_t stream) {
-  if (args.upper && args.x_rows <= 8) return launch_octets<E, 1, false>(args, blocks, stream);
-  if (args.upper && args.x_rows <= 16) return launch_octets<E, 2, false>(args, blocks, stream);
-  if (args.upper && args.x_rows <= slab_group) return launch_octets<E, 4, false>(args, blocks, stream);
-  if (args.upper) args.y = args.x;
-  launch_octets<E, E::octets_of_two, true>(args, blocks, stream);
-}
-
 }  // namespace
 
 void launch_hopper(Element element, int slab, bool sums, const MappedTensor& a, const MappedTensor& b,
@@ -80,14 +61,6 @@ void launch_pack(const Pack& x, unsigned blocks, uintptr_t stream) {
   const PackArgs args = {x.from,     x.element, x.examples, x.positions, x.begin, x.first_step,
                          x.features, x.pitch,   x.part,     x.with_low,  x.to};
   launch("pack_kernel", pack_kernel, blocks, static_cast<unsigned>(x.examples), pack_threads, 0, stream, args);
-}
-
-void launch_slab_gram(const SlabGram& x, unsigned blocks, uintptr_t stream) {
-  const SlabGramArgs args = {x.x, x.y, x.x_rows, x.y_rows, x.elements, x.pairs, x.y == nullptr};
-  if (x.bfloat16)
-    launch_slab_gram_as<SlabBfloat16>(args, blocks, stream);
-  else
-    launch_slab_gram_as<SlabFloat32>(args, blocks, stream);
 }
 
 }  // namespace zsl

@@ -30,13 +30,4 @@ struct Pack {
 };
 void launch_pack(const Pack& pack, unsigned blocks, uintptr_t stream);
 
-// (blocks, x_rows, y_rows) partial products of slabs; y null: of x with itself, on and above the diagonal.
-struct SlabGram {
-  const void *x, *y;
-  bool bfloat16;
-  int64_t x_rows, y_rows, elements;
-  double* pairs;
-};
-void launch_slab_gram(const SlabGram& args, unsigned blocks, uintptr_t stream);
-
 }  // namespace zsl

@@ -14,6 +14,12 @@ namespace zsl {
 constexpr int slab_warps = 8, slab_threads = 32 * slab_warps;
 constexpr int slab_group = 32;  // rows of a slab that a block has, at most
 constexpr int slab_unit = 512;  // elements that a block takes at a time
+// Whether the registers take all loads of a unit at a time of four octets of float32 too: they do on 9.0 alone.
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ == 900
+constexpr bool slab_loads_at_once = true;
+#else
+constexpr bool slab_loads_at_once = false;
+#endif
 
 struct SlabGramArgs {
   const void *x, *y;  // (rows, elements); y null: x with itself
@@ -82,8 +88,7 @@ __global__ void __launch_bounds__(slab_threads, two || (octets == 4 && E::number
   for (int64_t unit = from; unit < to; ++unit) {
     // The matrix unit cuts sums off instead of rounding them: it adds the terms of one unit alone.
     float step[down][octets][4] = {};
-#pragma unroll
-    for (int load = 0; load < loads; ++load) {
+    const auto multiply = [&](int load) {
       const int64_t at = ((unit * loads + load) * slab_warps + warp) * 64;
       Loaded x[2 * down], y[octets];
 #pragma unroll
@@ -96,6 +101,13 @@ __global__ void __launch_bounds__(slab_threads, two || (octets == 4 && E::number
       for (int i = 0; i < down; ++i)
 #pragma unroll
         for (int j = 0; j < octets; ++j) E::multiply(step[i][j], x[2 * i], x[2 * i + 1], two ? y[j] : x[j]);
+    };
+    if (octets == 4 && E::numbers == 4 && !slab_loads_at_once) {
+#pragma unroll 2
+      for (int load = 0; load < loads; ++load) multiply(load);
+    } else {
+#pragma unroll
+      for (int load = 0; load < loads; ++load) multiply(load);
     }
 #pragma unroll
     for (int i = 0; i < down; ++i)

@@ -107,18 +107,18 @@ class Block {
     std::memset(shared, 0xff, shared_bytes);
     body_ = &body, at = index, grid = grid_size, block = this;
     prepare();
-    release();
+    release(&begins_);
     to(host_, 0);
-    acquire();
+    acquire(&ends_);
     std::free(shared);
   }
 
   Fiber& self() { return fibers_[static_cast<size_t>(current_)]; }
 
   void barrier() {
-    release();
+    release(&barriers_);
     wait();
-    acquire();
+    acquire(&barriers_);
   }
 
   // The threads of a warp, or of several, meet: the last one runs `together` with what all of them brought.
@@ -197,9 +197,9 @@ class Block {
   ZSL_UNSEEN static void enter() {
     block->arrive(nullptr);
     for (;;) {
-      block->acquire();
+      block->acquire(&block->begins_);
       (*block->body_)();
-      block->release();
+      block->release(&block->ends_);
       block->finish();
     }
   }
@@ -244,15 +244,16 @@ class Block {
 #endif
   }
 
-  // What came before a release, by any thread, comes before what follows an acquire.
-  void release() {
+  // What came before a release, by any thread, comes before what follows an acquire of the same. Beginning and end are not the
+  // barriers': a thread that has ended is not ordered before one that begins after it.
+  void release([[maybe_unused]] void* what) {
 #if defined(__SANITIZE_THREAD__)
-    __tsan_release(this);
+    __tsan_release(what);
 #endif
   }
-  void acquire() {
+  void acquire([[maybe_unused]] void* what) {
 #if defined(__SANITIZE_THREAD__)
-    __tsan_acquire(this);
+    __tsan_acquire(what);
 #endif
   }
 
@@ -263,6 +264,7 @@ class Block {
   std::vector<int> arrived_;
   std::vector<int64_t> meetings_;
   int64_t barriers_ = 0;
+  char begins_ = 0, ends_ = 0;  // what the host and the threads are ordered by
   int current_ = 0, waiting_ = 0, left_ = 0, idle_ = 0;
 };
 

@@ -220,6 +220,181 @@ def far(module: ModuleType, element: int, stride: int, along: int) -> None:
     out.check(f"{ELEMENTS[element]}, stride {stride} of dimension {along}", *gradients(a, b))
 
 
+SLAB_UNIT = 512
+
+
+def dense(
+    module: ModuleType, element: int, N: int, P: int, layout: str, lanes: int, blocks: int, parts: int, along: bool, gram: bool
+) -> None:
+    """Of gradients that are held: ``lanes`` warps share coordinates, ``blocks`` of which there are, by ``parts`` of examples."""
+    rng = np.random.default_rng(N + P)
+    check_dense(module, element, Numbers(rng, element, N, 1, P, layout=layout), layout, lanes, blocks, parts, along, gram)
+
+
+def check_dense(
+    module: ModuleType, element: int, g: Numbers, name: str, lanes: int, blocks: int, parts: int, along: bool, gram: bool
+) -> None:
+    N, _, P = g.values.shape
+    part, fields = -(-N // parts), 4 if along else 2
+    padded = -(-P // SLAB_UNIT) * SLAB_UNIT if gram else P
+    u = np.random.default_rng(1).standard_normal((1, 2 * P)).astype(np.float32)[:, :: 2 if P % 2 else 1][:, :P] if along else None
+    out = Results.__new__(Results)
+    out.sums, out.u = [Mapped.of_copy((1, P), np.float32) for _ in range(3)], u
+    scalars = np.zeros((4, N), np.float32)
+    scalars[:fields] = np.nan
+    out.scalars, out.pairs = scalars[None], None
+    partial_sums, partial_scalars = Mapped.of_copy((parts, 3, P), np.float32), np.full((blocks, fields, N), np.nan)
+    slab = Mapped.of_copy((N, padded), np.uint16 if element == 1 else np.float32) if gram else None
+    module.dense(
+        (blocks, parts, part, lanes, padded),
+        element,
+        g.strided(),
+        N,
+        P,
+        (0, 0) if u is None else (u.ctypes.data, u.strides[1] // 4),
+        (*(x.ctypes.data for x in out.sums), *(scalars.ctypes.data + 4 * N * f if f < fields else 0 for f in range(4))),
+        (partial_sums.ctypes.data, partial_scalars.ctypes.data, 0 if slab is None else slab.ctypes.data),
+        0,
+    )
+    adding = []
+    if parts > 1:
+        adding.append((partial_sums.ctypes.data, False, parts, 3 * P, P, [x.ctypes.data for x in out.sums], 0))
+    if blocks > 1:
+        results = [scalars.ctypes.data + 4 * N * f for f in range(fields)]
+        adding.append((partial_scalars.ctypes.data, True, blocks, fields * N, N, results, 0))
+    if slab is not None:
+        pairs, total = np.full((2, N, N), np.nan), Mapped.of_copy((N, N), np.float32)
+        module.slab_gram(slab.ctypes.data, 0, element == 1, N, N, padded, pairs.ctypes.data, 2, 0)
+        adding.append((pairs.ctypes.data, True, 2, N * N, N * N, [total.ctypes.data], N))
+    if adding:
+        module.add_partials(adding, 0)
+    if slab is not None:
+        out.pairs = total[None].astype(np.float64)
+        if not np.array_equal(total, total.T):
+            sys.exit("wrong: a Gram that is not symmetric")
+    shape = f"{ELEMENTS[element]}, {name}, N, P = {N}, {P}, {lanes} lanes, {blocks} blocks, {parts} parts"
+    out.check(f"dense, {shape}", g.values, np.abs(g.values))
+
+
+def scale_bias(
+    module: ModuleType, elements: tuple[int | None, int], sizes: tuple[int, int, int], layout: str, lanes: int, parts: int
+) -> None:
+    """Of regular rows, with both statistics. Of x and b the element types; without one for x the bias alone."""
+    rng, (x_element, b_element) = np.random.default_rng(sum(sizes)), elements
+    x = None if x_element is None else Numbers(rng, x_element, *sizes, layout=layout)
+    check_scale_bias(module, elements, x, Numbers(rng, b_element, *sizes, layout=layout), layout, lanes, parts)
+
+
+def ragged_scale_bias(
+    module: ModuleType, elements: tuple[int | None, int], lengths: list[int], K: int, ordered: bool, lanes: int, parts: int
+) -> None:
+    rng, (x_element, b_element), R = np.random.default_rng(6), elements, sum(lengths)
+    x = None if x_element is None else Numbers(rng, x_element, R, K)
+    check_scale_bias(module, elements, x, Numbers(rng, b_element, R, K), "ragged", lanes, parts, lengths, ordered)
+
+
+def check_scale_bias(
+    module: ModuleType,
+    elements: tuple[int | None, int],
+    x: Numbers | None,
+    b: Numbers,
+    name: str,
+    lanes: int,
+    parts: int,
+    lengths: list[int] | None = None,
+    ordered: bool = True,
+) -> None:
+    rng, rows, K = np.random.default_rng(7), b.values.shape[:-1], b.values.shape[-1]
+    mean, rstd = rng.standard_normal(rows).astype(np.float32), rng.standard_normal((*rows[::-1],)).astype(np.float32).T
+    N, T = (len(lengths), 0) if lengths is not None else rows
+    begin = order = None
+    terms = {"bias": b.values}
+    sizes = {"bias": np.abs(b.values)}
+    if x is not None:
+        terms["scale"] = b.values * (x.values - mean[..., None]) * rstd[..., None]
+        sizes["scale"] = np.abs(b.values) * (np.abs(x.values) + np.abs(mean[..., None])) * np.abs(rstd[..., None])
+    if lengths is not None:
+        begin = np.concatenate([[0], np.cumsum(lengths)])
+        order = np.arange(len(mean)) if ordered else rng.permutation(len(mean))
+        of = [order[begin[i] : begin[i + 1]] for i in range(N)]
+
+    def per_example(y: np.ndarray) -> np.ndarray:
+        return y.sum(1) if lengths is None else np.stack([y[rows].sum(0) for rows in of])
+
+    work = np.full((len(terms), parts, N, K), np.nan, np.float32)
+    module.scale_bias(
+        parts,
+        lanes,
+        elements[0] or 0,
+        elements[1],
+        (0, 0, 0, 0) if x is None else x.strided(),
+        b.strided(),
+        *((y.ctypes.data, *([0] * (2 - y.ndim)), *(stride // 4 for stride in y.strides)) for y in (mean, rstd)),
+        *(N, T, K),
+        0 if begin is None else begin.ctypes.data,
+        0 if order is None or ordered else order.ctypes.data,
+        0 if x is None else work[1].ctypes.data,
+        work[0].ctypes.data,
+        N * K,
+        0,
+    )
+    for found, (field, term), size in zip(work, terms.items(), sizes.values(), strict=True):
+        total = Mapped.of_copy((N, K), np.float32)
+        module.add_partials([(found.ctypes.data, False, parts, N * K, N * K, [total.ctypes.data], 0)], 0)
+        types = " and ".join(ELEMENTS[e] for e in elements if e is not None)
+        what = f"{field} of {types}, {name}, N, T, K = {N}, {T}, {K}, {lanes} lanes, {parts} parts"
+        expect(what, total, per_example(term), per_example(size))
+
+
+def row_cases(module: ModuleType, short: bool) -> None:
+    for element in range(3):
+        for layout in ("dense", "spread") if short else ("dense", "features first", "spread", "shared"):
+            dense(module, element, 11, 300, layout, 8, 2, 1, along=True, gram=True)
+            scale_bias(module, (element, element), (2, 37, 72), layout, 16, 2)
+        dense(module, element, 9, 2600, "dense", 1, 1, 2, along=element != 1, gram=False)  # more coordinates than a block has
+    dense(module, 1, 130, 40, "dense", 4, 1, 2, along=True, gram=True)  # more examples than a warp has at a time
+    dense(module, 0, 7, 1024, "dense", 2, 3, 1, along=False, gram=True)
+    dense(module, 2, 5, 513, "dense", 8, 4, 3, along=True, gram=False)  # blocks and parts that have nothing
+    for elements in ((0, 1), (1, 0)) if short else ((x, b) for x in (None, 0, 1, 2) for b in range(3)):
+        scale_bias(module, elements, (2, 70, 264), "dense", 32, 1)
+        ragged_scale_bias(module, elements, [0, 33, 1, 70, 0, 5], 40, False, 2, 3)
+    ragged_scale_bias(module, (None, 2), [3, 0, 9], 1, True, 1, 1)
+
+
+def far_row_cases(module: ModuleType) -> None:
+    """Strides past 31 bits, of examples, positions and coordinates."""
+    for stride in (2**31 + 8, 2**31 + 3):
+        with Spread(Numbers(np.random.default_rng(8), 1, 2, 1, 16), (stride, 16, 1)) as g:
+            check_dense(module, 1, g, f"stride {stride}", 8, 1, 1, True, False)
+        for strides in ((stride, 16, 1), (16, stride, 1)):
+            x = Numbers(np.random.default_rng(9), 0, 2, 2, 16)
+            with Spread(Numbers(np.random.default_rng(8), 1, 2, 2, 16), strides) as b:
+                check_scale_bias(module, (0, 1), x, b, f"strides {strides}", 2, 1)
+    with Spread(Numbers(np.random.default_rng(8), 1, 2, 1, 16), (1, 1, 2**28 + 1)) as g:
+        check_dense(module, 1, g, "far coordinates", 8, 1, 1, True, False)
+
+
+class Spread:
+    """Numbers at strides over memory of which a few pages are touched."""
+
+    def __init__(self, numbers: Numbers, strides: tuple[int, ...]):
+        self.numbers, itemsize = numbers, numbers.data.itemsize
+        shape = numbers.data.shape
+        size = itemsize * (1 + sum(x * (n - 1) for x, n in zip(strides, shape, strict=True)))
+        self.memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | MAP_NORESERVE)
+        flat = np.frombuffer(self.memory, numbers.data.dtype)
+        wide = np.lib.stride_tricks.as_strided(flat, shape, [itemsize * x for x in strides])
+        wide[...] = numbers.data
+        numbers.data = wide
+
+    def __enter__(self) -> Numbers:
+        return self.numbers
+
+    def __exit__(self, *_: object) -> None:
+        del self.numbers.data  # before the memory, to which it refers
+        self.memory.close()
+
+
 HOPPER_TILE, HOPPER_WARPS, BOX = 128, 8, 64
 
 
@@ -350,10 +525,13 @@ def main(path: str, *cases: str) -> None:
     """``short``: every tile with one kind of element, of which each has one, and the layouts that are copied in other ways."""
     module = load(path)
     layouts = ("dense", "spread") if "short" in cases else ("dense", "features first", "spread", "shared")
-    wanted = [case for case in cases if case != "short"] or ["regular", "groups", "cross", "ragged", "embedding", "hopper"]
+    wanted = [case for case in cases if case != "short"] or ["regular", "groups", "cross", "ragged", "embedding", "hopper", "rows"]
     if "hopper" in wanted:
         hopper_cases(module, "short" in cases)
+    if "rows" in wanted:
+        row_cases(module, "short" in cases)
     if "far" in wanted:
+        far_row_cases(module)
         for element, along in ((0, 0), (1, 1), (2, 0)):
             far(module, element, 2**31 + 8, along)  # 16 bytes at a time
             far(module, element, 2**31 + 3, along)

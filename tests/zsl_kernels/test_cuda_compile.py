@@ -13,6 +13,7 @@ from zsl_kernels.planning.tiles import CUDA_TILES
 
 LIBRARY = Path(zsl_kernels.__file__).with_name("_cuda.so")
 ELEMENTS = ("Float32", "Bfloat16", "Float16")
+SMALL = ("dense_kernel", "scale_bias_kernel", "add_partials_kernel", "slab_gram_kernel")
 
 pytestmark = pytest.mark.skipif(not LIBRARY.exists(), reason="the CUDA kernels were not built: there is no nvcc")
 
@@ -30,7 +31,9 @@ def kernels():
 @pytest.mark.parametrize("arch", GPUS)
 def test_every_kernel_is_there_without_stack_or_spills(arch, kernels):
     usages = kernels[arch]
-    assert len(usages) == len(CUDA_TILES) * (len(ELEMENTS) + 1)
+    # Of held gradients three elements with and without a direction, of scales nine pairs of elements and three of a bias alone, of
+    # slabs' Grams two elements by three sizes and one of two slabs, and the sums of partial results.
+    assert len(usages) == len(CUDA_TILES) * (len(ELEMENTS) + 1) + 3 * 2 + 9 + 3 + 2 * 4 + 1
     assert len({usage.kernel for usage in usages}) == len(usages)
     for usage in usages:
         assert (usage.stack, usage.spills) == (0, 0), usage
@@ -40,6 +43,8 @@ def test_every_kernel_is_there_without_stack_or_spills(arch, kernels):
 @pytest.mark.parametrize("arch", GPUS)
 def test_products_are_those_of_the_matrix_unit(arch, kernels):
     for usage in kernels[arch]:
+        if any(name in usage.kernel for name in SMALL):
+            continue
         assert usage.matrix["HMMA"] > 0, usage
         looped = [loop for loop in usage.loops if loop.matrix["HMMA"]]
         assert looped, usage
@@ -48,10 +53,21 @@ def test_products_are_those_of_the_matrix_unit(arch, kernels):
             assert any(sum(loop.instructions.values()) <= 25 * loop.matrix["HMMA"] for loop in looped), usage
 
 
+@pytest.mark.parametrize("arch", GPUS)
+def test_row_kernels_read_16_bytes_at_a_time(arch, kernels):
+    """Of four examples, or positions, together: of x and b each, of float32 beside half precision two times."""
+    for usage in kernels[arch]:
+        if "dense_kernel" in usage.kernel or "scale_bias_kernel" in usage.kernel:
+            assert usage.wide_loads >= 4, usage
+            if "scale_bias_kernel" in usage.kernel and "Lb1E" in usage.kernel:
+                assert usage.wide_loads >= 8, usage
+            assert usage.registers <= 128, usage  # two blocks of 256 threads to a multiprocessor
+
+
 def test_the_kernels_of_hopper_have_no_stack_or_spills(kernels):
     usages = kernels["90a"]
-    # By two elements five of sums and slabs; by two types of slabs three sizes and one of two slabs; two more.
-    assert len(usages) == 2 * 5 + 2 * 4 + 2
+    # By two elements five of sums and slabs; two more.
+    assert len(usages) == 2 * 5 + 2
     for usage in usages:
         assert (usage.stack, usage.spills) == (0, 0), usage
     # 168 at the start: the warps that copy give theirs to those that multiply.
@@ -65,8 +81,14 @@ def test_products_of_hopper_are_those_of_a_warpgroup_on_boxes(kernels):
             (loop,) = [loop for loop in usage.loops if loop.own_matrix["HGMMA"]]
             assert loop.own["HGMMA"] % 4 == 0, usage  # of a step, with little beside them
             assert sum(loop.own.values()) < 25 * loop.own["HGMMA"], usage
-        if "slab_gram_kernel" in usage.kernel:
-            assert any(loop.matrix["HMMA"] for loop in usage.loops), usage
+
+
+@pytest.mark.parametrize("arch", GPUS)
+def test_products_of_slabs_are_those_of_the_matrix_unit(arch, kernels):
+    found = [usage for usage in kernels[arch] if "slab_gram_kernel" in usage.kernel]
+    assert len(found) == 8
+    for usage in found:
+        assert any(loop.matrix["HMMA"] for loop in usage.loops), usage
 
 
 @pytest.mark.parametrize("arch", GPUS)

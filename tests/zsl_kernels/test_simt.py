@@ -15,17 +15,22 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import zsl_kernels as zk
 from tests import error_budgets, simt
 from tests.inputs import Problem, assert_within_budget, expectations, expected
 from zsl_kernels.backends import dispatch
 from zsl_kernels.backends.cuda import module, persistent
+from zsl_kernels.backends.cuda import rows as row_ops
+from zsl_kernels.ops import scale_bias_grad
 from zsl_kernels.planning.devices import GPUS, of_device
 from zsl_kernels.planning.tiles import CUDA_SUMS_HELD, CUDA_TILES
 
 CHECKS = simt.ROOT / "tests" / "native" / "simt_checks.py"
 SUITES = ("interference", "gram", "ragged", "tied", "embedding", "integer_operands")
+ROW_SUITES = ("dense", "scale_bias", "row_kernels")  # the kernels of which are the same on every device
+SMALL_SOURCES = ("cuda/dense.cuh", "cuda/scale_bias.cuh", "cuda/add_partials.cuh", "cuda/numbers.cuh")
 # Of the build. "early": copies of boxes happen at once, in place of as late as may be.
 VARIANTS = {
     "address": ("-fsanitize=address", "-O1", "-g1", "-fno-omit-frame-pointer"),
@@ -50,7 +55,7 @@ def built(tmp_path_factory):
             if plant is None:
                 made[key] = simt.build(own, *flags)
             else:
-                source = simt.KERNELS["hopper" in plant[0]]
+                source = simt.KERNELS[1 if "hopper" in plant[0] else 2 if plant[0] in SMALL_SOURCES else 0]
                 made[key] = simt.build(own, *flags, "-Wno-error", root=changed(own, *plant), changed=source)
         return made[key]
 
@@ -93,9 +98,12 @@ def emulated(built):
     module.emulate(None)
 
 
-@pytest.mark.parametrize(("kernels", "least"), [("cuda", 350), ("hopper", 200)])
+@pytest.mark.parametrize(("kernels", "least"), [("cuda", 480), ("hopper", 200)])
 def test_the_parity_suites_pass(kernels, least, built, project_environment):
-    files = [str(simt.ROOT / "tests" / "zsl_kernels" / f"test_{name}.py") for name in SUITES]
+    files = [
+        str(simt.ROOT / "tests" / "zsl_kernels" / f"test_{name}.py")
+        for name in (*SUITES, *(ROW_SUITES if kernels == "cuda" else ()))
+    ]
     environment = {**project_environment, "ZSL_TEST_EMULATED": kernels, "ZSL_SIMT": str(built())}
     command = [sys.executable, "-m", "pytest", "-x", "-p", "tests.simt", "-p", "no:cacheprovider", *files]
     done = subprocess.run(command, cwd=simt.ROOT, env=environment, capture_output=True, text=True, timeout=600)
@@ -190,6 +198,55 @@ PLANTED = {
         ("cuda/embedding.cuh", "__syncthreads();  // the tiles", "if (threadIdx.x) __syncthreads();  // the tiles"),
         None,
         ("embedding", "not every thread reaches"),
+    ),
+    "a row of lanes left out": (
+        ("cuda/scale_bias.cuh", "for (int half = rows / 2; half > 0; half /= 2)", "for (int half = rows / 2; half > 1; half /= 2)"),
+        None,
+        ("rows", "wrong: "),
+    ),
+    "no barrier between the rows of lanes": (
+        ("cuda/scale_bias.cuh", "    __syncthreads();\n    if (row < half)", "    if (row < half)"),
+        "thread",
+        ("rows", "data race"),
+    ),
+    "a position that two parts have": (
+        (
+            "cuda/scale_bias.cuh",
+            "to = first + count * (blockIdx.y + 1) / gridDim.y;",
+            "to = first + (count * (blockIdx.y + 1) + 1) / gridDim.y;",
+        ),
+        None,
+        ("rows", "wrong: "),
+    ),
+    "a warp's partial added twice": (
+        ("cuda/add_partials.cuh", "for (int w = 1; w < row_warps; ++w)", "for (int w = 0; w < row_warps; ++w)"),
+        None,
+        ("rows", "wrong: "),
+    ),
+    "a Gram that is not mirrored": (
+        ("cuda/add_partials.cuh", "r > c ? c * x.side + r : at", "at"),
+        None,
+        ("rows", "wrong: "),
+    ),
+    "a warp's examples left out": (
+        ("cuda/dense.cuh", "for (int l = 0; l < lanes; ++l)", "for (int l = 0; l + 1 < lanes; ++l)"),
+        None,
+        ("rows", "wrong: "),
+    ),
+    "scalars of another example": (
+        ("cuda/dense.cuh", "const bool upper = lane & mask;", "const bool upper = !(lane & mask);"),
+        None,
+        ("rows", "wrong: "),
+    ),
+    "no barrier before sums are overwritten": (
+        ("cuda/dense.cuh", "__syncthreads();  // before the next sums overwrite these", ""),
+        "thread",
+        ("rows", "data race"),
+    ),
+    "a read past the coordinates": (
+        ("cuda/numbers.cuh", "if (from[i] && at < left)", "if (from[i])"),
+        "address",
+        ("rows", "heap-buffer-overflow"),
     ),
 }
 
@@ -327,3 +384,77 @@ def test_float32_products_are_float32_unless_torch_allows_tf32(emulated, monkeyp
     less = zk.interference(x.a, x.b, impl="cuda").grad_sum
     assert want.share(less) > 10
     assert (less - want.truth).abs().max() < 0.1
+
+
+def launches(monkeypatch):
+    """The names of the kernels that are called from now on."""
+    module, called = row_ops.compiled(), []
+
+    def recorded(name):
+        def run(*arguments):
+            called.append(name)
+            return getattr(module, name)(*arguments)
+
+        return run
+
+    names = ("dense", "scale_bias", "slab_gram", "add_partials")
+    monkeypatch.setattr(row_ops, "compiled", lambda: SimpleNamespace(**{name: recorded(name) for name in names}))
+    return called
+
+
+class Operations(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.called = set()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.called.add(function.overloadpacket.__name__)
+        return function(*args, **(kwargs or {}))
+
+
+def test_calls_of_row_kernels_are_one_launch_or_two(emulated, monkeypatch):
+    """And of PyTorch's operations none that would be a launch on a device."""
+    called = launches(monkeypatch)
+    g, u = torch.randn(9, 6, 100), torch.randn(6, 100)
+    x, y = torch.randn(3, 200, 40), torch.randn(3, 200)
+    calls = {
+        ("dense",): lambda: dispatch.CUDA.dense_interference(g[:, 0], u[0], False),
+        ("dense", "add_partials"): lambda: dispatch.CUDA.dense_interference(g, u, False),
+        ("dense", "slab_gram", "add_partials"): lambda: dispatch.CUDA.dense_interference(g, u, True),
+        ("scale_bias", "add_partials"): lambda: dispatch.CUDA.scale_bias_grad(x, x, y, y, None, 3, True),
+        ("scale_bias",): lambda: dispatch.CUDA.scale_bias_grad(x[:, :5], x[:, :5], y[:, :5], None, None, 3, False),
+    }
+    for names, call in calls.items():
+        called.clear()
+        with Operations() as operations:
+            call()
+        assert tuple(called) == names
+        assert operations.called <= {"empty", "view", "_unsafe_view", "select", "slice", "alias"}, operations.called
+
+
+def test_float64_is_refused_whichever_operand_has_it(emulated):
+    x, wide = torch.ones(2, 3, 4), torch.ones(2, 3, 4, dtype=torch.float64)
+    calls = (
+        lambda: zk.dense_interference(wide, impl="cuda"),
+        lambda: zk.bias_grad(wide, impl="cuda"),
+        lambda: zk.scale_bias_grad(x, wide, impl="cuda"),
+        lambda: zk.scale_bias_grad(wide, x, impl="cuda"),
+        lambda: scale_bias_grad._call(wide, x, True, "cuda"),
+    )
+    for call in calls:
+        with pytest.raises(TypeError, match="impl: 'cuda' expects float32, bfloat16 or float16, got float64"):
+            call()
+
+
+def test_row_kernels_with_a_pending_negation_are_read_negated(emulated):
+    z = torch.view_as_complex(torch.randn(3, 5, 7, 2, generator=torch.Generator().manual_seed(0)))
+    x = z.conj().imag
+    assert x.is_neg()
+    for impl in ("reference", "cuda"):
+        sums = zk.dense_interference(x, direction=x[0], impl=impl)
+        scale, bias = zk.scale_bias_grad(x, x, mean=x[..., 0], rstd=x[..., 1], impl=impl)
+        found = (sums.grad_sum, sums.dot, scale, bias)
+        if impl == "reference":
+            want = found
+    for got, wanted in zip(found, want, strict=True):
+        torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-4)

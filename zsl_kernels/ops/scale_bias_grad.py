@@ -104,7 +104,7 @@ def _run(
 ) -> tuple[Any, Any]:
     """With a ``kind`` the call is one of it, and kept."""
     if kind is not None:
-        return call_cache.keep(kind, _call(b, bias, impl))(b, x, mean, rstd)
+        return call_cache.keep(kind, _call(x, b, bias, impl))(b, x, mean, rstd)
     if example_ids is not None:
         b = b.unsqueeze(0)
         x, mean, rstd = (None if y is None else y.unsqueeze(0) for y in (x, mean, rstd))
@@ -147,9 +147,9 @@ def _check_scale(
     return N
 
 
-def _call(b: Tensor, bias: bool, impl: str) -> Callable[..., tuple[Tensor | None, Tensor | None]]:
-    """What the op comes to for tensors like b, where examples are a dimension: a function of b, x, mean and rstd."""
-    N, backend = b.shape[0], backend_for("scale_bias_grad", b.device, impl, b.dtype)
+def _call(x: Tensor | None, b: Tensor, bias: bool, impl: str) -> Callable[..., tuple[Tensor | None, Tensor | None]]:
+    """What the op comes to for tensors like x and b, where examples are a dimension: a function of b, x, mean and rstd."""
+    N, backend = b.shape[0], backend_for("scale_bias_grad", b.device, impl, _sum_like(x, b).dtype)
     if backend is CPU:
         kernel = cpu.kernels.scale_bias_grad.default
         return lambda b, x, mean, rstd: kernel(x, b, mean, rstd, None, N, bias)
@@ -170,7 +170,7 @@ def _scale_bias(
     x: Tensor | None, b: Tensor, mean: Tensor | None, rstd: Tensor | None, example_ids: Tensor | None, num_examples: int, *rest: Any
 ) -> tuple[Tensor, Tensor]:
     bias, impl = rest
-    backend = backend_for("scale_bias_grad", b.device, impl, b.dtype)
+    backend = backend_for("scale_bias_grad", b.device, impl, _sum_like(x, b).dtype)
     if not backend.checks_ids:
         check_range("example_ids", example_ids, num_examples)
         example_ids = long(example_ids)

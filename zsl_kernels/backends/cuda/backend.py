@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from zsl_kernels.backends.cuda import hopper, module, persistent
+from zsl_kernels.backends.cuda import hopper, module, persistent, rows
 from zsl_kernels.backends.gpu import GpuBackend
 from zsl_kernels.planning.choose import Plan
 from zsl_kernels.tied import AddedRows
@@ -13,7 +13,7 @@ from zsl_kernels.types import EmbeddingSums, InterferenceSums
 
 class Cuda(GpuBackend):
     name = "cuda"
-    ops = frozenset({"interference", "gram", "embedding_interference"})
+    ops = frozenset({"interference", "gram", "embedding_interference", "dense_interference", "scale_bias_grad"})
 
     def emulated(self) -> bool:
         return module.emulated()
@@ -50,3 +50,18 @@ class Cuda(GpuBackend):
         gram: bool,
     ) -> EmbeddingSums:
         return persistent.embedding_interference(ids, b, example_ids, num_examples, padding_idx, direction, gram)
+
+    def dense_interference(self, g: Tensor, direction: Tensor | None, gram: bool) -> InterferenceSums:
+        return rows.dense_interference(g, direction, gram)
+
+    def scale_bias_grad(
+        self,
+        x: Tensor | None,
+        b: Tensor,
+        mean: Tensor | None,
+        rstd: Tensor | None,
+        example_ids: Tensor | None,
+        num_examples: int,
+        bias: bool,
+    ) -> tuple[Tensor | None, Tensor | None]:
+        return rows.scale_bias_grad(x, b, mean, rstd, example_ids, num_examples, bias)
