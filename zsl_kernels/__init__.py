@@ -12,9 +12,9 @@ Where the rows of a batch are not (N, T, ·), like those that reach one expert o
 ``example_ids`` (R,), integers in any order, and ``num_examples`` N, ``a`` is (R, K), ``b`` (R, O) and
 g_i = Σ_{r: example_ids[r] = i} b_r a_rᵀ, zero for an example without rows.
 
-Public too, for what embeds more than the functions: ``streamed_head`` (a classification head in pieces), ``weight_uses`` (what takes
-the place of a weight's uses under a probe) and ``planning`` (the cost model). ``ops`` and ``backends`` have the implementation. Each
-starts with a list of its modules.
+Public too, for what embeds more than the functions: ``streamed_head`` (a classification head in pieces), ``weight_uses`` (what
+takes the place of a weight's uses under a probe) and ``planning`` (the cost model). ``ops`` and ``backends`` have the
+implementation. Each starts with a list of its modules.
 """
 
 from zsl_kernels.backends.dispatch import build_info, plan

@@ -41,7 +41,7 @@ def default_chunk(rows: int, V: int, dtype: torch.dtype) -> int:
 
 def _backend(h: Tensor, impl: str) -> Backend:
     """Whose passes over the logits a call takes. ``impl`` is that of the statistics, which need not have any."""
-    impl = derivative_impl(impl, "linear_cross_entropy")
+    impl = derivative_impl(impl, "linear_cross_entropy", h.device)
     return backend_for("linear_cross_entropy", h.device, impl, h.dtype)
 
 

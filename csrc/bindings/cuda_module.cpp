@@ -191,22 +191,23 @@ MappedTensor mapped(const Mapped& x) {
 using Operands = std::tuple<int, int, Pointer, int, int64_t, int64_t>;
 // first tile, tiles, whole, parts, group
 using Schedule = std::tuple<int, int, int, int, int>;
-// grad_sum, abs_sum, sq_sum; l1, sq_norm, dot, abs_dot; partial scalars, workspace, slab; direction and its strides
-using HopperOut =
-    std::tuple<Pointer, Pointer, Pointer, Pointer, Pointer, Pointer, Pointer, Pointer, Pointer, Pointer, Pointer, int64_t, int64_t>;
+// grad_sum, abs_sum, sq_sum; l1, sq_norm, dot, abs_dot; partial scalars, workspace, slab; direction and its strides; weights and
+// those of magnitudes
+using HopperOut = std::tuple<Pointer, Pointer, Pointer, Pointer, Pointer, Pointer, Pointer, Pointer, Pointer, Pointer, Pointer,
+                             int64_t, int64_t, Pointer, Pointer>;
 
-void hopper(int element, int slab, bool sums, const Mapped& a, const Mapped& b, const Operands& operands, const Schedule& schedule,
+void hopper(int element, int slab, int fold, const Mapped& a, const Mapped& b, const Operands& operands, const Schedule& schedule,
             const HopperOut& out, const std::tuple<Pointer, Pointer, Pointer>& added, Pointer stream) {
   const auto [examples, steps, begin, products, O, K] = operands;
   const auto [first, tiles, whole, parts, group] = schedule;
-  const auto [grad, abs, sq, l1, sq_norm, dot, abs_dot, scalars, workspace, held, direction, row, col] = out;
+  const auto [grad, abs, sq, l1, sq_norm, dot, abs_dot, scalars, workspace, held, direction, row, col, weights, abs_weights] = out;
   const auto [bound, feature, values] = added;
-  launch_hopper(
-      Element{element}, slab, sums, mapped(a), mapped(b), {examples, steps, to<const int>(begin), products, O, K},
-      {first, tiles, whole, parts, group},
-      {to<float>(grad), to<float>(abs), to<float>(sq), to<float>(l1), to<float>(sq_norm), to<float>(dot), to<float>(abs_dot),
-       to<float>(scalars), to<float>(workspace), to<void>(held), to<const float>(direction), row, col},
-      {to<const int64_t>(bound), to<const int64_t>(feature), to<const float>(values)}, stream);
+  launch_hopper(Element{element}, slab, Fold{fold}, mapped(a), mapped(b), {examples, steps, to<const int>(begin), products, O, K},
+                {first, tiles, whole, parts, group},
+                {to<float>(grad), to<float>(abs), to<float>(sq), to<float>(l1), to<float>(sq_norm), to<float>(dot),
+                 to<float>(abs_dot), to<float>(scalars), to<float>(workspace), to<void>(held), to<const float>(direction), row, col,
+                 to<const float>(weights), to<const float>(abs_weights)},
+                {to<const int64_t>(bound), to<const int64_t>(feature), to<const float>(values)}, stream);
 }
 
 void pack(const Strided& from, int element, int64_t examples, int64_t positions, Pointer begin, Pointer first_step,

@@ -13,8 +13,8 @@ struct MappedTensor {
   uint64_t part, example, position;  // strides
 };
 
-// slab: 0 none, 1 bfloat16, 2 float32. With sums two launches, the second adding up parts and scalars.
-void launch_hopper(Element element, int slab, bool sums, const MappedTensor& a, const MappedTensor& b,
+// slab: 0 none, 1 bfloat16, 2 float32. Two launches where there are parts or scalars, which the second adds up.
+void launch_hopper(Element element, int slab, Fold fold, const MappedTensor& a, const MappedTensor& b,
                    const HopperOperands& operands, const HopperSchedule& schedule, const HopperResults& results,
                    const HopperAdded& added, uintptr_t stream);
 

@@ -1,4 +1,5 @@
-// interference on compute capability 9.0: sums, scalars and a slab of the per-example gradients g_i = b_iᵀ a_i of one weight.
+// On compute capability 9.0: sums, scalars and a slab of the per-example gradients g_i = b_iᵀ a_i of one weight, for `interference`
+// and `gram`; the scalars alone, for `sq_norm` and `dot`; a weighted sum, for `weighted_grad`.
 //
 // A block has a 128 × 128 tile of the weight. One warpgroup copies boxes of the operands into a ring of stages, which runs on
 // across the examples; two others form the tile of each g_i in registers, 64 rows each, and fold it. Σ g and Σ |g| stay in
@@ -30,10 +31,13 @@ struct HopperShared {
   Float4 squares[16][hopper_consumers];
   Barrier full[hopper_stages], empty[hopper_stages];
 
-  // A direction's tile, in the threads' order, is in the place of the last two stages.
-  __device__ __forceinline__ Float4* direction() { return reinterpret_cast<Float4*>(stages[hopper_stages - 2]); }
+  // A direction's tile, in the threads' order: where squares are added, in the place of the last two stages, else in theirs.
+  template <Fold fold>
+  __device__ __forceinline__ Float4* direction() {
+    return fold == Fold::sums ? reinterpret_cast<Float4*>(stages[hopper_stages - 2]) : squares[0];
+  }
 };
-static_assert(2 * 4 * box_bytes == sizeof(float) * hopper_tile * hopper_tile);
+static_assert(2 * 4 * box_bytes == sizeof(float) * tile_floats);
 
 struct HopperArgs {
   TensorMap a, b;
@@ -41,6 +45,7 @@ struct HopperArgs {
   HopperSchedule schedule;
   HopperResults results;
   HopperAdded added;
+  int scalars;  // of an example, that are asked for
 };
 
 enum class Slab { none, bfloat16, float32 };
@@ -73,13 +78,17 @@ __device__ __forceinline__ void parts_of(int product, int products, int& of_b, i
 
 struct Ring {
   int stage = 0, parity, stages;
-  __device__ Ring(int parity, const HopperResults& out)
-      : parity(parity), stages(out.direction ? hopper_stages - 2 : hopper_stages) {}
+  __device__ Ring(int parity, int stages) : parity(parity), stages(stages) {}
   __device__ __forceinline__ void next() {
     if (++stage == stages) stage = 0, parity ^= 1;
   }
   __device__ __forceinline__ int before() const { return (stage ? stage : stages) - 1; }
 };
+
+template <Fold fold>
+__device__ __forceinline__ int stages_of(const HopperResults& out) {
+  return fold == Fold::sums && out.direction ? hopper_stages - 2 : hopper_stages;
+}
 
 struct ThreadPlace {
   int thread, lane, warp;
@@ -90,9 +99,10 @@ struct ThreadPlace {
 
 __device__ __forceinline__ int steps_of(const HopperOperands& x, int n) { return x.begin ? x.begin[n + 1] - x.begin[n] : x.steps; }
 
-__device__ inline void copy_operands(const HopperArgs& args, HopperShared& shared, const TilePlace& tile, int from, int to) {
+__device__ inline void copy_operands(const HopperArgs& args, HopperShared& shared, const TilePlace& tile, int from, int to,
+                                     int stages) {
   const HopperOperands& x = args.operands;
-  Ring ring(1, args.results);
+  Ring ring(1, stages);
   for (int n = from; n < to; ++n) {
     const int steps = steps_of(x, n), first = x.begin ? x.begin[n] : 0, example = x.begin ? 0 : n;
     for (int p = 0; p < x.products; ++p) {
@@ -181,6 +191,24 @@ __device__ __forceinline__ float of_warp(float x) {
   return x;
 }
 
+// Σ g u and Σ |g u| of a thread's part of a tile.
+__device__ __forceinline__ void multiply_direction(const float (&c)[64], const Float4* direction, const ThreadPlace& my, float& dot,
+                                                   float& abs_dot) {
+  dot = abs_dot = 0;
+#pragma unroll
+  for (int i = 0; i < 16; ++i) {
+    const Float4 u = direction[i * hopper_consumers + my.thread];
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      const float p = c[4 * i + j] * u.v[j];
+      dot += p, abs_dot += p < 0 ? -p : p;
+    }
+  }
+}
+
+// As torch.sign has it.
+__device__ __forceinline__ float sign_of(float x) { return static_cast<float>((x > 0) - (x < 0)); }
+
 // Adds two neighbours to what an earlier run of examples left, or writes them.
 __device__ __forceinline__ void store_pair(float* to, float x, float y, bool begins, bool pair, bool second) {
   if (pair) {
@@ -196,12 +224,13 @@ __device__ __forceinline__ void store_pair(float* to, float x, float y, bool beg
   if (second) to[1] = begins ? y : to[1] + y;
 }
 
-template <class E, Slab slab_type, bool sums>
+template <class E, Slab slab_type, Fold fold>
 __global__ void __launch_bounds__(hopper_threads, 1) hopper_kernel(const __grid_constant__ HopperArgs args) {
   HopperShared& shared = *reinterpret_cast<HopperShared*>(dynamic_shared_of_boxes());
   const HopperOperands& x = args.operands;
   const HopperSchedule& s = args.schedule;
   const HopperResults& out = args.results;
+  constexpr bool sums = fold == Fold::sums, weighted = fold == Fold::weighted;
   const int block = static_cast<int>(blockIdx.x), rest = block - s.whole;
   const bool split = rest >= 0;
   const int local = split ? s.whole + rest / s.parts : block, part = split ? rest % s.parts : 0, of = split ? s.parts : 1;
@@ -216,26 +245,39 @@ __global__ void __launch_bounds__(hopper_threads, 1) hopper_kernel(const __grid_
   __syncthreads();
   if (threadIdx.x >= hopper_consumers) {
     give_registers<24>();
-    if (threadIdx.x == hopper_consumers) copy_operands(args, shared, tile, from, to);
+    if (threadIdx.x == hopper_consumers) copy_operands(args, shared, tile, from, to, stages_of<fold>(out));
     return;
   }
   take_registers<240>();
 
   const ThreadPlace my;
-  Ring ring(0, out);
-  if (sums && out.direction) load_direction(out, shared.direction(), tile, my);
+  Ring ring(0, stages_of<fold>(out));
+  if (fold != Fold::none && out.direction) load_direction(out, shared.direction<fold>(), tile, my);
   float c[64], sum[64], size[64];
   for (int run = from; run < to; run += hopper_sum_run) {
     const int end = run + hopper_sum_run < to ? run + hopper_sum_run : to;
-    if (sums) {
+    if (sums || weighted) {
 #pragma unroll
       for (int i = 0; i < 64; ++i) sum[i] = size[i] = 0;
+    }
+    if (sums) {
 #pragma unroll
       for (int i = 0; i < 16; ++i) shared.squares[i][my.thread] = {{0, 0, 0, 0}};
     }
     for (int n = run; n < end; ++n) {
+      // Loaded while the tile is formed.
+      const float weight = weighted ? out.weights[n] : 0, abs_weight = weighted && out.abs_weights ? out.abs_weights[n] : 0;
       form_tile<E>(c, shared, ring, steps_of(x, n) * x.products, my.thread);
-      if (args.added.bound) add_rows(c, args.added, n, tile, x.O, x.K, my);
+      if (weighted) {  // what is outside of the weight is not stored
+#pragma unroll
+        for (int e = 0; e < 64; ++e) sum[e] += weight * c[e];
+        if (out.abs_weights) {
+#pragma unroll
+          for (int e = 0; e < 64; ++e) size[e] += abs_weight * (c[e] < 0 ? -c[e] : c[e]);
+        }
+        continue;
+      }
+      if (fold != Fold::scalars && args.added.bound) add_rows(c, args.added, n, tile, x.O, x.K, my);
       if (!tile.whole()) {
         // Outside of the weight an operand was zero, but zero times infinity is not.
         const int rows = hidden(tile.rows) - my.row(), cols = hidden(tile.cols) - my.col();
@@ -259,7 +301,26 @@ __global__ void __launch_bounds__(hopper_threads, 1) hopper_kernel(const __grid_
         for (int i = 0; i < 16; ++i)
           slab[i * hopper_consumers + my.thread] = {{c[4 * i], c[4 * i + 1], c[4 * i + 2], c[4 * i + 3]}};
       }
-      if (!sums) continue;
+      if (fold == Fold::none) continue;
+      const int64_t partials = static_cast<int64_t>(hidden(s.tiles)) * hopper_warps, field = x.examples * partials;
+      float* scalars = out.scalars + n * partials + local * hopper_warps + my.warp;
+      if (fold == Fold::scalars) {
+        if (out.sq_norm) {
+          float squared[2] = {0, 0};
+#pragma unroll
+          for (int e = 0; e < 64; ++e) squared[e % 2] += c[e] * c[e];
+          const float squared_of_warp = of_warp(squared[0] + squared[1]);
+          if (my.lane == 0) scalars[0] = squared_of_warp;
+          scalars += field;
+        }
+        if (out.dot) {
+          float dot, abs_dot;
+          multiply_direction(c, shared.direction<fold>(), my, dot, abs_dot);
+          dot = of_warp(dot);
+          if (my.lane == 0) scalars[0] = dot;
+        }
+        continue;
+      }
       float l1[2] = {0, 0}, squared[2] = {0, 0};
 #pragma unroll
       for (int i = 0; i < 16; ++i) {
@@ -272,35 +333,36 @@ __global__ void __launch_bounds__(hopper_threads, 1) hopper_kernel(const __grid_
         }
         shared.squares[i][my.thread] = sq;
       }
-      const int64_t partials = static_cast<int64_t>(hidden(s.tiles)) * hopper_warps, field = x.examples * partials;
-      float* const scalars = out.scalars + n * partials + local * hopper_warps + my.warp;
       const float l1_of_warp = of_warp(l1[0] + l1[1]);
       const float squared_of_warp = of_warp(squared[0] + squared[1]);
       if (my.lane == 0) scalars[0] = l1_of_warp, scalars[field] = squared_of_warp;
       if (out.direction) {
-        float dot = 0, abs_dot = 0;
-#pragma unroll
-        for (int i = 0; i < 16; ++i) {
-          const Float4 u = shared.direction()[i * hopper_consumers + my.thread];
-#pragma unroll
-          for (int j = 0; j < 4; ++j) {
-            const float p = c[4 * i + j] * u.v[j];
-            dot += p, abs_dot += p < 0 ? -p : p;
-          }
-        }
+        float dot, abs_dot;
+        multiply_direction(c, shared.direction<fold>(), my, dot, abs_dot);
         dot = of_warp(dot), abs_dot = of_warp(abs_dot);
         if (my.lane == 0) scalars[2 * field] = dot, scalars[3 * field] = abs_dot;
       }
     }
-    if (!sums) continue;
+    constexpr int matrices = matrices_of<fold>;
+    if (matrices == 0) continue;
+    if (weighted && out.abs_weights) {
+#pragma unroll
+      for (int i = 0; i < 16; ++i) {
+        const Float4 u = shared.direction<fold>()[i * hopper_consumers + my.thread];
+#pragma unroll
+        for (int j = 0; j < 4; ++j) sum[4 * i + j] += sign_of(u.v[j]) * size[4 * i + j];
+      }
+    }
     const bool begins = run == from;
     if (split && s.parts > 1) {
+      constexpr int part_floats = matrices * tile_floats;
       Float4* work = reinterpret_cast<Float4*>(out.workspace + static_cast<int64_t>(hidden(rest)) * part_floats) + my.thread;
 #pragma unroll
       for (int i = 0; i < 16; ++i) {
-        const Float4 sq = shared.squares[i][my.thread];
+        Float4 sq;
+        if (sums) sq = shared.squares[i][my.thread];
 #pragma unroll
-        for (int f = 0; f < 3; ++f) {
+        for (int f = 0; f < matrices; ++f) {
           Float4 total = {{0, 0, 0, 0}};
           if (!begins) total = work[16 * f * hopper_consumers];
 #pragma unroll
@@ -316,13 +378,15 @@ __global__ void __launch_bounds__(hopper_threads, 1) hopper_kernel(const __grid_
     int64_t at = hidden((tile.row + my.row()) * x.K + tile.col + my.col());
 #pragma unroll
     for (int i = 0; i < 16; ++i) {
-      const Float4 sq = shared.squares[i][my.thread];
+      Float4 sq;
+      if (sums) sq = shared.squares[i][my.thread];
 #pragma unroll
       for (int h = 0; h < 2; ++h)
         if (8 * h < rows && 8 * i < cols) {
           const int e = 4 * i + 2 * h;
           const int64_t to = at + 8 * h * x.K;
           store_pair(out.grad_sum + to, sum[e], sum[e + 1], begins, pairs, 8 * i + 1 < cols);
+          if (!sums) continue;
           store_pair(out.abs_sum + to, size[e], size[e + 1], begins, pairs, 8 * i + 1 < cols);
           store_pair(out.sq_sum + to, sq.v[2 * h], sq.v[2 * h + 1], begins, pairs, 8 * i + 1 < cols);
         }
@@ -331,28 +395,32 @@ __global__ void __launch_bounds__(hopper_threads, 1) hopper_kernel(const __grid_
   }
 }
 
-// Ends a launch: adds the parts of split tiles, in order, and the partial scalars in float64. Grid: (split tiles × 48 and the
-// scalars', 1), block: the consumers; a warp has a scalar of one example.
+// Ends a launch: adds the parts of split tiles, in order, and the partial scalars in float64. Grid: (split tiles × matrices × 16
+// and the scalars', 1), block: the consumers; a warp has a scalar of one example.
+template <Fold fold>
 __global__ void __launch_bounds__(hopper_consumers) finish_kernel(const __grid_constant__ HopperArgs args) {
   const HopperSchedule& s = args.schedule;
   const HopperOperands& x = args.operands;
   const HopperResults& out = args.results;
   const ThreadPlace my;
-  const int split_blocks = s.parts > 1 ? (s.tiles - s.whole) * 48 : 0, block = static_cast<int>(blockIdx.x);
+  constexpr int matrices = matrices_of<fold>;
+  const int split_blocks = s.parts > 1 ? (s.tiles - s.whole) * matrices * 16 : 0, block = static_cast<int>(blockIdx.x);
   if (block >= split_blocks) {
     const int64_t count = static_cast<int64_t>(s.tiles) * hopper_warps;
     const int64_t at = static_cast<int64_t>(block - split_blocks) * hopper_warps + my.warp;
-    if (at >= (out.direction ? 4 : 2) * static_cast<int64_t>(x.examples)) return;
+    if (at >= args.scalars * static_cast<int64_t>(x.examples)) return;
     double total = 0;
     for (int64_t i = my.lane; i < count; i += 32) total += out.scalars[at * count + i];
 #pragma unroll
     for (int mask = 16; mask; mask /= 2) total += shuffle_xor(total, mask);
-    const int64_t field = at / x.examples, n = at % x.examples;
+    const int64_t field = fold == Fold::sums ? at / x.examples : at >= x.examples || !out.sq_norm ? 2 : 1, n = at % x.examples;
     float* const to = (field == 0 ? out.l1 : field == 1 ? out.sq_norm : field == 2 ? out.dot : out.abs_dot) + n;
     if (my.lane == 0) *to = s.first ? static_cast<float>(*to + total) : static_cast<float>(total);
     return;
   }
-  const int tile_of_split = block / 48, field = block % 48 / 16, i = block % 16;
+  if (matrices == 0) return;
+  constexpr int blocks = 16 * (matrices ? matrices : 1), part_floats = matrices * tile_floats;
+  const int tile_of_split = block / blocks, field = block % blocks / 16, i = block % 16;
   const TilePlace tile(s.first + s.whole + tile_of_split, x.O, x.K, s.group);
   const float* const work = out.workspace + static_cast<int64_t>(tile_of_split) * s.parts * part_floats;
   Float4 total = {{0, 0, 0, 0}};

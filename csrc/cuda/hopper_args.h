@@ -10,7 +10,21 @@ constexpr int hopper_consumers = 256;                // threads that multiply an
 constexpr int hopper_threads = 384;                  // with the warpgroup that copies
 constexpr int hopper_warps = hopper_consumers / 32;  // that leave partial scalars
 constexpr int hopper_stages = 5;
-constexpr int part_floats = 3 * hopper_tile * hopper_tile;  // of one part of a split tile's sums
+constexpr int tile_floats = hopper_tile * hopper_tile;
+
+// What becomes of the tile of an example's gradient, beside what a slab keeps.
+enum class Fold : int {
+  none,
+  sums,      // Σ g, Σ |g|, Σ g², and the example's scalars
+  scalars,   // those of sq_norm and dot that are asked for
+  weighted,  // Σ_i w_i g_i, and sign(u) Σ_i v_i |g_i|
+};
+
+// Matrices (O, K) that it makes.
+template <Fold fold>
+constexpr int matrices_of = fold == Fold::sums       ? 3
+                            : fold == Fold::weighted ? 1
+                                                     : 0;
 
 // The parts of float32 numbers, each bfloat16: x = high + middle + low. `finite` is high where that is finite, else zero.
 enum Part : int { high, middle, low, finite, part_count };
@@ -32,13 +46,14 @@ struct HopperOperands {
 };
 
 struct HopperResults {
-  float *grad_sum, *abs_sum, *sq_sum;   // (O, K)
-  float *l1, *sq_norm, *dot, *abs_dot;  // (N,)
-  float* scalars;                       // (2 or 4, N, tiles of the launch × warps): partial l1, sq_norm, dot, abs_dot
-  float* workspace;                     // (split tiles × parts, part_floats)
+  float *grad_sum, *abs_sum, *sq_sum;   // (O, K); the first is that of Fold::weighted too
+  float *l1, *sq_norm, *dot, *abs_dot;  // (N,); of Fold::scalars null where not asked for
+  float* scalars;                       // (those asked for, N, tiles of the launch × warps): partial l1, sq_norm, dot, abs_dot
+  float* workspace;                     // (split tiles × parts, matrices, tile_floats)
   void* slab;                           // (N, tiles of the launch, 128 × 128) gradients in the threads' order, or null
   const float* direction;               // (O, K) or null
   int64_t direction_row, direction_col;
+  const float *weights, *abs_weights;  // (N,) w and v of Fold::weighted; v null if there is none, else with a direction
 };
 
 // Rows added to the gradients of a tied weight.

@@ -396,6 +396,7 @@ class Spread:
 
 
 HOPPER_TILE, HOPPER_WARPS, BOX = 128, 8, 64
+SUMS, SCALARS, WEIGHTED = 1, 2, 3  # folds
 
 
 class Mapped:
@@ -434,7 +435,8 @@ class Mapped:
 def hopper(
     module: ModuleType, element: int, N: int, T: int, K: int, O: int, layout: str, parts: int, lengths: list[int] | None = None
 ) -> None:
-    """Sums, scalars and the Gram in two launches' worth of tiles; with ``lengths`` ragged, with added rows."""
+    """Sums, scalars and the Gram in two launches' worth of tiles; with ``lengths`` ragged, with added rows. Before, without these
+    rows, the other folds."""
     rng = np.random.default_rng(N + T + K)
     begin = None
     if lengths is None:
@@ -448,6 +450,12 @@ def hopper(
     mapped_a, mapped_b = (Mapped(module, x, element, begin) for x in (a, b))
     down, across = -(-O // HOPPER_TILE), -(-K // HOPPER_TILE)
     tiles = down * across
+    begin_of = 0 if begin is None else mapped_a.first_step.ctypes.data
+    operands = (mapped_a.mapped, mapped_b.mapped, (N, -(-T // BOX), begin_of, 1 if element else 6, O, K))
+    name = f"hopper, {ELEMENTS[element]}, {layout}, N, T, K, O = {N}, {T}, {K}, {O}, {parts} parts{', ragged' if lengths else ''}"
+    whole = tiles // 2 if parts > 1 else tiles
+    hopper_scalars(module, element, operands, (0, tiles, whole, parts, 8), g, size, name)
+    hopper_weighted(module, element, operands, (0, tiles, whole, parts, 8), g, size, name)
     added, held = (0, 0, 0), []
     if lengths is not None:
         rows = [np.sort(rng.choice(O, min(O, i % 5), replace=False)) for i in range(N)]
@@ -476,10 +484,8 @@ def hopper(
         module.hopper(
             element,
             2 if exact else 1,
-            True,
-            mapped_a.mapped,
-            mapped_b.mapped,
-            (N, -(-T // BOX), 0 if begin is None else mapped_a.first_step.ctypes.data, 1 if element else 6, O, K),
+            SUMS,
+            *operands,
             (start, count, whole, parts, 8),
             (
                 *(x.ctypes.data for x in out.sums),
@@ -489,6 +495,7 @@ def hopper(
                 slab.ctypes.data,
                 u.ctypes.data,
                 *(stride // 4 for stride in u.strides),
+                *(0, 0),
             ),
             added,
             0,
@@ -502,8 +509,74 @@ def hopper(
     if not exact:  # of gradients that were rounded to bfloat16
         expect_rounded(out.pairs[0], g, size)
         out.pairs = None
-    name = f"hopper, {ELEMENTS[element]}, {layout}, N, T, K, O = {N}, {T}, {K}, {O}, {parts} parts{', ragged' if lengths else ''}"
     out.check(name, g, size)
+
+
+def hopper_scalars(
+    module: ModuleType,
+    element: int,
+    operands: tuple[tuple[int, ...], ...],
+    schedule: tuple[int, ...],
+    g: np.ndarray,
+    size: np.ndarray,
+    name: str,
+) -> None:
+    """Squared norms and products with a direction, each alone and both; parts need no workspace."""
+    N, O, K = g.shape
+    u = np.random.default_rng(6).standard_normal((K, O)).astype(np.float32).T
+    terms, scales = {"sq_norm": g * g, "dot": g * u}, {"sq_norm": size**2, "dot": size * np.abs(u)}
+    for asked in (("sq_norm",), ("dot",), ("sq_norm", "dot")):
+        found = {field: np.full(N, np.nan, np.float32) for field in asked}
+        partials = np.full((len(asked), N, schedule[1] * HOPPER_WARPS), np.nan, np.float32)
+        pointers = [found[field].ctypes.data if field in found else 0 for field in ("l1", "sq_norm", "dot", "abs_dot")]
+        direction = (u.ctypes.data, *(stride // 4 for stride in u.strides)) if "dot" in asked else (0, 0, 0)
+        out = (0, 0, 0, *pointers, partials.ctypes.data, 0, 0, *direction, 0, 0)
+        module.hopper(element, 0, SCALARS, *operands, schedule, out, (0, 0, 0), 0)
+        for field, x in found.items():
+            expect(f"{name}: {field} of {' and '.join(asked)}", x, terms[field].sum((1, 2)), scales[field].sum((1, 2)))
+
+
+def hopper_weighted(
+    module: ModuleType,
+    element: int,
+    operands: tuple[tuple[int, ...], ...],
+    schedule: tuple[int, ...],
+    g: np.ndarray,
+    size: np.ndarray,
+    name: str,
+) -> None:
+    """Σ w g, and with sign(u) Σ v |g|."""
+    rng, (N, O, K) = np.random.default_rng(7), g.shape
+    _, count, whole, parts, _ = schedule
+    w, v = (rng.standard_normal(N).astype(np.float32) for _ in range(2))
+    u = (rng.standard_normal((K, O)) * (rng.random((K, O)) < 0.8)).astype(np.float32).T
+    for signed in (False, True):
+        found = Mapped.of_copy((O, K), np.float32)
+        work = Mapped.of_copy(((count - whole) * parts, HOPPER_TILE**2), np.float32)
+        direction = (u.ctypes.data, *(stride // 4 for stride in u.strides)) if signed else (0, 0, 0)
+        weights = (w.ctypes.data, v.ctypes.data if signed else 0)
+        out = (found.ctypes.data, *[0] * 7, work.ctypes.data, 0, *direction, *weights)
+        module.hopper(element, 0, WEIGHTED, *operands, schedule, out, (0, 0, 0), 0)
+        want, scale = np.einsum("n,nok->ok", w, g), np.einsum("n,nok->ok", np.abs(w), size)
+        if signed:
+            want += np.sign(u) * np.einsum("n,nok->ok", v, np.abs(g))
+            scale += np.einsum("n,nok->ok", np.abs(v), size)
+        expect(f"{name}: weighted{', signed' if signed else ''}", found, want, scale)
+
+
+def hopper_infinite(module: ModuleType) -> None:
+    """Outside of the weight the kernel forms zero times infinity, which no scalar has."""
+    N, T, K, O = 2, 3, 40, 24
+    rng = np.random.default_rng(8)
+    a, b = Numbers(rng, 2, N, T, K), Numbers(rng, 2, N, T, O)
+    a.data[0, 1, 2] = np.inf
+    mapped_a, mapped_b = (Mapped(module, x, 2) for x in (a, b))
+    found, partials = np.full(N, np.nan, np.float32), np.full((1, N, HOPPER_WARPS), np.nan, np.float32)
+    out = (0, 0, 0, 0, found.ctypes.data, 0, 0, partials.ctypes.data, *[0] * 7)
+    operands = (mapped_a.mapped, mapped_b.mapped, (N, 1, 0, 1, O, K))
+    module.hopper(2, 0, SCALARS, *operands, (0, 1, 1, 1, 8), out, (0, 0, 0), 0)
+    if not (found[0] == np.inf and np.isfinite(found[1])):
+        sys.exit(f"wrong: norms of an infinite gradient and of another: {found}")
 
 
 def expect_rounded(found: np.ndarray, g: np.ndarray, size: np.ndarray) -> None:
@@ -518,6 +591,7 @@ def hopper_cases(module: ModuleType, short: bool) -> None:
             hopper(module, element, 3, 70, 136, 40, layout, 1)
     hopper(module, 1, 7, 400, 128, 136, "dense", 3)  # more steps than stages, tiles that are split over the examples
     hopper(module, 0, 5, 3, 17, 130, "dense", 2, [0, 33, 1, 130, 64])
+    hopper_infinite(module)
     hopper(module, 2, 67, 1, 8, 8, "dense", 1)  # more than one run of examples, and than one group of the Gram's
 
 

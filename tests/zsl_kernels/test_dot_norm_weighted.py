@@ -1,5 +1,7 @@
 """dot, sq_norm and weighted_grad against their specification."""
 
+import math
+
 import pytest
 import torch
 
@@ -19,6 +21,33 @@ def test_stays_in_the_error_budget(call, problem, impl):
 @pytest.mark.parametrize("call", NAMES)
 def test_is_exact_on_integers(call, problem, impl):
     assert_exact(CALLS[call](problem.make(), impl)[call], expected(problem, call)[call])
+
+
+# More than two runs of examples; on both sides of a GPU's tiles of 128 × 128 and of its steps of 64 positions.
+EDGES = [(130, 3, 20, 12), (1, 65, 129, 127), (3, 64, 128, 257), (2, 130, 1, 130)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("size", EDGES, ids=str)
+def test_stays_in_the_error_budget_past_runs_and_tiles(size, dtype, impl):
+    problem = Problem(*size, dtype=dtype)
+    for call in NAMES:
+        assert_within_budget(CALLS[call](problem.make(), impl)[call], expected(problem, call)[call], call)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf], ids=str)
+@pytest.mark.parametrize("operand", ["a", "b"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_what_is_not_finite_comes_through_where_the_reference_has_it(dtype, operand, value, impl):
+    """A weight of zero does not hide it: zero times infinity is NaN."""
+    x = Problem(3, 5, 33, 13, dtype=dtype).make()
+    getattr(x, operand)[1, 2, 3] = value
+    x.weights[1] = 0
+    for call in NAMES:
+        got, want = (CALLS[call](x, name)[call] for name in (impl, "reference"))
+        assert torch.equal(got.isfinite(), want.isfinite()), call
+        if call == "weighted_grad":
+            assert torch.equal(got.isnan(), want.isnan())
 
 
 @pytest.mark.parametrize("problem", [Problem(*size) for size in EMPTY_SIZES.values()], ids=EMPTY_SIZES)

@@ -29,8 +29,18 @@ CALLS = {
     "gram of sums": lambda a, b, u, impl: zk.interference(a, b, direction=u, gram=True, impl=impl),
     "gram": lambda a, b, u, impl: (zk.gram(a, b, impl=impl),),
 }
-each_call = pytest.mark.parametrize("call", CALLS)
-each_impl = pytest.mark.parametrize("impl", ["auto", "triton", "cuda"])
+# What the kernels of compute capability 9.0 do, and elsewhere PyTorch or an implementation among others.
+OTHERS = {
+    "sq_norm": lambda a, b, u, impl: (zk.sq_norm(a, b, impl=impl),),
+    "dot": lambda a, b, u, impl: (zk.dot(a, b, u, impl=impl),),
+    "weighted_grad": lambda a, b, u, impl: (zk.weighted_grad(a, b, u[: len(a), 0], impl=impl),),
+    "weighted, signed": lambda a, b, u, impl: (torch.ops.zsl.weighted_grad(a, b, u[: len(a), 0], u[0, : len(a)], u, impl),),
+}
+IMPLS = ("auto", "triton", "cuda")
+WAYS = [(call, impl) for call in CALLS for impl in IMPLS] + [(call, "auto") for call in OTHERS]
+CALLS |= OTHERS
+each_way = pytest.mark.parametrize(("call", "impl"), WAYS)
+each_impl = pytest.mark.parametrize("impl", IMPLS)
 
 
 def fields(results):
@@ -42,8 +52,7 @@ def test_the_kernels_are_live(name):
     assert zk.build_info()[name] == "live"
 
 
-@each_impl
-@each_call
+@each_way
 def test_a_graph_replays_it(call, impl):
     a, b, u = make()
     expected = fields(CALLS[call](a, b, u, impl))  # compiles, outside of the capture
@@ -62,8 +71,7 @@ def test_a_graph_replays_it(call, impl):
         assert torch.equal(found, want)
 
 
-@each_impl
-@each_call
+@each_way
 def test_runs_on_the_current_stream(call, impl):
     """What is written on that stream just before is read; on another it would not have been written yet."""
     a, b, u = make()
@@ -81,8 +89,7 @@ def test_runs_on_the_current_stream(call, impl):
         assert torch.equal(found, want)
 
 
-@each_impl
-@each_call
+@each_way
 def test_never_waits_for_the_device(call, impl):
     a, b, u = make()
     CALLS[call](a, b, u, impl)
@@ -103,8 +110,7 @@ def test_runs_on_the_operands_device(impl):
         assert_within_budget(found[name].cpu(), want, name)
 
 
-@each_impl
-@each_call
+@each_way
 @pytest.mark.parametrize("dtype", DTYPES[:3], ids=str)
 def test_is_bitwise_repeatable(dtype, call, impl):
     a, b, u = make(dtype=dtype)

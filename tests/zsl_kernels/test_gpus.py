@@ -201,12 +201,37 @@ def test_plans_for_a_named_architecture_need_no_device():
 
 
 @pytest.mark.parametrize(
-    ("op", "dtype", "impl"), [("dot", HALF, "auto"), ("gram", torch.float64, "auto"), ("gram", HALF, "chunked")]
+    ("op", "dtype", "impl"), [("dot", torch.float64, "auto"), ("gram", torch.float64, "auto"), ("gram", HALF, "chunked")]
 )
 def test_what_pytorch_owns_is_predicted_for_the_device_too(op, dtype, impl):
     plan = zk.plan(op, N=8, T=64, K=768, O=768, dtype=dtype, device="cuda", arch=90, impl=impl)
     assert plan.impl == "chunked"
     assert plan.call.gpu is H100
+
+
+@pytest.mark.parametrize("dtype", [HALF, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize(
+    ("op", "elsewhere"), [("dot", {"chunked"}), ("weighted_grad", {"chunked"}), ("sq_norm", {"triton", "chunked"})]
+)
+def test_kernels_of_one_architecture_are_candidates_there_alone(op, elsewhere, dtype):
+    for arch in GPUS:
+        sizes = {"N": 8, "T": 4096, "K": 2048, "O": 2048, "dtype": dtype, "device": "cuda", "arch": arch}
+        plan = zk.plan(op, **sizes)
+        if arch == 90:
+            assert plan.way == "hopper"
+            assert {c.impl for c in plan.candidates} == elsewhere | {"cuda"}
+            assert zk.plan(op, **sizes, impl="cuda", irregular=True).way == "hopper"
+        else:
+            assert {c.impl for c in plan.candidates} == elsewhere
+            with pytest.raises(ValueError, match=f"one with a kernel for {op}"):
+                zk.plan(op, **sizes, impl="cuda")
+
+
+@pytest.mark.parametrize("op", ["dot", "weighted_grad"])
+def test_pytorchs_products_are_predicted_in_float32_whatever_the_operands_are(op):
+    half, single = (choose(call(op, dtype=dtype), ("chunked",)).chosen for dtype in ("bfloat16", "float32"))
+    assert half.time > half.work / gpu_cost.library_rate(H100, "float32")
+    assert half.workspace - single.workspace == 4 * 8 * 1024 * (768 + 768)  # the widened operands
 
 
 def test_ragged_rows_of_many_lengths_have_few_plans():
@@ -314,6 +339,36 @@ def test_tensors_of_the_cpu_and_what_has_no_kernel_are_refused_by_name(impl, mon
         dispatch.impls_for(cuda, impl, "weighted_grad", torch.float32)
     with pytest.raises(TypeError, match=f"impl: '{impl}' expects float32, bfloat16 or float16, got float64"):
         dispatch.impls_for(cuda, impl, "interference", torch.float64)
+
+
+@pytest.mark.parametrize(
+    ("capability", "shared", "module", "there"),
+    [
+        ((9, 0), 233472, SimpleNamespace(hopper=None), True),
+        ((9, 0), 233472, SimpleNamespace(), False),  # built by an older nvcc
+        ((9, 0), 102400, SimpleNamespace(hopper=None), False),
+        ((8, 0), 167936, SimpleNamespace(hopper=None), False),
+        ((10, 0), 233472, SimpleNamespace(hopper=None), False),
+    ],
+    ids=str,
+)
+def test_kernels_of_one_architecture_are_refused_by_name_elsewhere(capability, shared, module, there, monkeypatch):
+    Device(monkeypatch, *capability, sms=132, shared=shared)
+    device = torch.device("cuda")
+    cuda_module.emulate(module)
+    try:
+        for op, owners in (("dot", ()), ("weighted_grad", ()), ("sq_norm", ("triton",))):
+            live = (*owners, *(("cuda",) if there else ()), "chunked")
+            assert dispatch.impls_for(device, "auto", op, HALF) == live
+            assert dispatch.derivative_impl("cuda", op, device) == ("cuda" if there else "auto")
+            if there:
+                assert dispatch.impls_for(device, "cuda", op, HALF) == ("cuda",)
+            else:
+                with pytest.raises(ValueError, match=f"impl: 'cuda' has no kernel for {op} on this device: .* 9.0"):
+                    dispatch.impls_for(device, "cuda", op, HALF)
+        assert dispatch.impls_for(device, "cuda", "interference", HALF) == ("cuda",)
+    finally:
+        cuda_module.emulate(None)
 
 
 def test_a_device_without_the_matrix_instructions_is_refused_by_name_and_not_chosen(monkeypatch):

@@ -12,7 +12,7 @@ from tests.zsl_kernels import test_dense as dense
 from tests.zsl_kernels import test_scale_bias as scales
 from zsl_kernels.backends import dispatch
 from zsl_kernels.backends.cuda import rows as row_ops
-from zsl_kernels.gpus import GPUS
+from zsl_kernels.planning.devices import GPUS
 from zsl_kernels.types import INPUT_DTYPES
 
 HALF_AND_SINGLE = (torch.float32, torch.bfloat16, torch.float16)
@@ -179,7 +179,7 @@ def test_parts_of_positions_are_no_more_than_fill_the_device(sms):
 
 @pytest.mark.parametrize("op", ["dense_interference", "scale_bias_grad"])
 def test_auto_takes_the_kernels_but_for_float64(op, monkeypatch):
-    monkeypatch.setattr(backends, "why_not", lambda *_: None)
+    monkeypatch.setattr(dispatch, "why_not", lambda *_: None)
     device = torch.device("cuda")
     assert [dispatch.impls_for(device, "auto", op, dtype)[0] for dtype in INPUT_DTYPES] == ["cuda", "cuda", "cuda", "chunked"]
     with pytest.raises(TypeError, match="impl: 'cuda' expects float32, bfloat16 or float16, got float64"):

@@ -19,18 +19,31 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import zsl_kernels as zk
 from tests import error_budgets, simt
-from tests.inputs import Problem, assert_within_budget, expectations, expected
+from tests.inputs import (
+    CALLS,
+    IRREGULAR_CALLS,
+    Irregular,
+    Problem,
+    assert_within_budget,
+    cotangents,
+    expectations,
+    expected,
+    expected_gradients,
+    expected_irregular,
+    gradients,
+)
 from zsl_kernels.backends import dispatch
-from zsl_kernels.backends.cuda import module, persistent
+from zsl_kernels.backends.cuda import backend as cuda_backend
+from zsl_kernels.backends.cuda import hopper, module, persistent
 from zsl_kernels.backends.cuda import rows as row_ops
 from zsl_kernels.ops import scale_bias_grad
 from zsl_kernels.planning.devices import GPUS, of_device
 from zsl_kernels.planning.tiles import CUDA_SUMS_HELD, CUDA_TILES
 
 CHECKS = simt.ROOT / "tests" / "native" / "simt_checks.py"
-SUITES = ("interference", "gram", "ragged", "tied", "embedding", "integer_operands")
+SUITES = ("interference", "gram", "dot_norm_weighted", "autograd", "ragged", "tied", "embedding", "integer_operands")
 ROW_SUITES = ("dense", "scale_bias", "row_kernels")  # the kernels of which are the same on every device
-SMALL_SOURCES = ("cuda/dense.cuh", "cuda/scale_bias.cuh", "cuda/add_partials.cuh", "cuda/numbers.cuh")
+ROW_SOURCES = ("cuda/dense.cuh", "cuda/scale_bias.cuh", "cuda/add_partials.cuh", "cuda/numbers.cuh")
 # Of the build. "early": copies of boxes happen at once, in place of as late as may be.
 VARIANTS = {
     "address": ("-fsanitize=address", "-O1", "-g1", "-fno-omit-frame-pointer"),
@@ -55,7 +68,7 @@ def built(tmp_path_factory):
             if plant is None:
                 made[key] = simt.build(own, *flags)
             else:
-                source = simt.KERNELS[1 if "hopper" in plant[0] else 2 if plant[0] in SMALL_SOURCES else 0]
+                source = simt.KERNELS[1 if "hopper" in plant[0] else 2 if plant[0] in ROW_SOURCES else 0]
                 made[key] = simt.build(own, *flags, "-Wno-error", root=changed(own, *plant), changed=source)
         return made[key]
 
@@ -193,6 +206,31 @@ PLANTED = {
         ("cuda/hopper.cuh", "out.direction ? hopper_stages - 2 : hopper_stages", "hopper_stages"),
         None,
         ("hopper", "wrong: "),
+    ),
+    "the weight of another example": (
+        ("cuda/hopper.cuh", "weighted ? out.weights[n] : 0", "weighted ? out.weights[n > run ? n - 1 : n] : 0"),
+        None,
+        ("hopper", "weighted: "),
+    ),
+    "magnitudes without the direction's sign": (
+        ("cuda/hopper.cuh", "sign_of(u.v[j]) * size", "size"),
+        None,
+        ("hopper", "weighted, signed: "),
+    ),
+    "a weighted run that is added to nothing": (
+        ("cuda/hopper.cuh", "const bool begins = run == from;", "const bool begins = weighted || run == from;"),
+        None,
+        ("hopper", "weighted: "),
+    ),
+    "a product with half of the direction": (
+        ("cuda/hopper.cuh", "dot = of_warp(dot);", "dot = of_warp(my.warp < 4 ? dot : 0);"),
+        None,
+        ("hopper", ": dot of dot: "),
+    ),
+    "a norm of what is outside of the weight": (
+        ("cuda/hopper.cuh", "if (!tile.whole()) {", "if (fold != Fold::scalars && !tile.whole()) {"),
+        None,
+        ("hopper", "norms of an infinite gradient"),
     ),
     "a barrier that some threads skip": (
         ("cuda/embedding.cuh", "__syncthreads();  // the tiles", "if (threadIdx.x) __syncthreads();  // the tiles"),
@@ -458,3 +496,81 @@ def test_row_kernels_with_a_pending_negation_are_read_negated(emulated):
             want = found
     for got, wanted in zip(found, want, strict=True):
         torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-4)
+
+
+# dot, sq_norm and weighted_grad, which compute capability 9.0 alone has -----------------------------------------------------------
+
+OF_HOPPER = ("dot", "sq_norm", "weighted_grad")
+
+
+@pytest.fixture(params=[1, 2, 132], ids="{} multiprocessors".format)
+def of_hopper(request, emulated, monkeypatch):
+    """One multiprocessor gives every tile a block of its own. Two split the last of an odd number of tiles over the examples, and
+    132 split each of a few."""
+    gpu = of_device(90, request.param, GPUS[90].shared_bytes)
+    for used in (dispatch, cuda_backend):
+        monkeypatch.setattr(used, "gpu_of", lambda *_: gpu)
+
+
+@pytest.mark.usefixtures("of_hopper")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("size", [(130, 2, 20, 12), (3, 70, 130, 257), (5, 3, 300, 100)], ids=str)
+def test_whole_and_split_tiles_stay_in_the_error_budget(size, dtype):
+    problem = Problem(*size, dtype=dtype)
+    for call in OF_HOPPER:
+        first, second = (CALLS[call](problem.make(), "cuda")[call] for _ in range(2))
+        assert_within_budget(first, expected(problem, call)[call], call)
+        assert torch.equal(first, second), call
+
+
+@pytest.mark.usefixtures("of_hopper")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_ragged_rows_in_whole_and_split_tiles_stay_in_the_error_budget(dtype):
+    problem = Irregular((0, 70, 1, 64, 0, 130, 3), 20, 140, dtype=dtype, layout="sliced")
+    for call in OF_HOPPER:
+        assert_within_budget(IRREGULAR_CALLS[call](problem.make(), "cuda")[call], expected_irregular(problem, call)[call], call)
+
+
+@pytest.mark.usefixtures("of_hopper")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("size", [(130, 2, 20, 12), (3, 70, 130, 257)], ids=str)
+def test_the_derivative_along_the_direction_is_the_weighted_sum(size, dtype, monkeypatch):
+    """Of dot and of abs_dot, whose own term has the direction's sign."""
+    calls, run = [], hopper.weighted_grad
+
+    def recorded(*arguments):
+        calls.append(arguments)
+        return run(*arguments)
+
+    monkeypatch.setattr(hopper, "weighted_grad", recorded)
+    problem, call = Problem(*size, dtype=dtype), "interference, direction"
+    for fields in (("dot",), ("abs_dot",), ("dot", "abs_dot")):
+        got = gradients(call, problem.make(), "cuda", cotangents(problem, call, fields), ("direction",))
+        assert_within_budget(got["direction"], expected_gradients(problem, call, fields)["direction"], fields)
+    assert len(calls) == 3
+
+
+@pytest.mark.parametrize("call", OF_HOPPER)
+def test_three_products_are_float32s_where_torch_allows_tf32(call, emulated, monkeypatch):
+    """Of six that a product of float32 takes. Those left out are 2⁻¹⁶ of it."""
+    monkeypatch.setenv("ZSL_GPU_ARCH", "90")
+    problem = Problem(3, 70, 33, 29)
+    x, want = problem.make(), expected(problem, call)[call]
+    exact = CALLS[call](x, "cuda")[call]
+    assert_within_budget(exact, want)
+    monkeypatch.setattr(hopper, "exact", lambda: False)
+    less = CALLS[call](x, "cuda")[call]
+    assert (less - want.truth).abs().median() > 8 * (exact - want.truth).abs().median()
+    assert ((less - want.truth).abs() < 2**-14 * want.scale).all()
+
+
+def test_weights_and_directions_may_lie_anywhere(emulated, monkeypatch):
+    monkeypatch.setenv("ZSL_GPU_ARCH", "90")
+    x = Problem(5, 7, 33, 13, dtype=torch.bfloat16, values="integers").make()
+    spread, one = torch.zeros(5, 2, dtype=torch.float64), torch.ones(()).expand(5)
+    spread[:, 1] = x.weights
+    for weights in (spread[:, 1], one, x.weights.float()._neg_view()):
+        want = zk.weighted_grad(x.a, x.b, weights.clone(), impl="reference")
+        assert torch.equal(zk.weighted_grad(x.a, x.b, weights, impl="cuda"), want)
+    for u in (x.direction.T.contiguous().T, x.direction.float()._neg_view(), x.direction[:1].expand(13, -1).double()):
+        assert torch.equal(zk.dot(x.a, x.b, u, impl="cuda"), zk.dot(x.a, x.b, u.clone(), impl="reference"))

@@ -59,6 +59,10 @@ class Backend(ABC):
         """Whether it has a kernel for the op and the dtype; None stands for any."""
         return (op is None or op in self.ops) and (dtype is None or dtype in self.dtypes)
 
+    def lacks(self, op: str | None, device: torch.device, arch: int | None = None) -> str | None:
+        """Why this device, or one of the architecture ``arch``, has no kernel for the op although others have one, or None."""
+        return None
+
     def interference(
         self,
         plan: Plan,

@@ -41,8 +41,9 @@ def impls_for(device: torch.device, impl: str, op: str | None = None, dtype: tor
     if impl == "auto":
         # Emulated kernels take tensors of the CPU only where they are named.
         natural = ("cpu", "chunked") if device.type == "cpu" else ("triton", "cuda", "chunked")
-        live = (name for name in natural if BACKENDS[name].takes(device) and BACKENDS[name].has(op, dtype))
-        return tuple(name for name in live if why_not(name, device) is None) or ("chunked",)
+        found = (name for name in natural if BACKENDS[name].takes(device) and BACKENDS[name].has(op, dtype))
+        live = (name for name in found if why_not(name, device) is None and BACKENDS[name].lacks(op, device) is None)
+        return tuple(live) or ("chunked",)
     backend = BACKENDS[impl]
     if reason := why_not(impl, device):
         raise RuntimeError(f"impl: {impl!r} is not available: {reason}")
@@ -56,6 +57,8 @@ def impls_for(device: torch.device, impl: str, op: str | None = None, dtype: tor
     # The classification head takes any backend for its statistics; what it asks for by name are its own kernels.
     if not backend.has(op, dtype) and op != "linear_cross_entropy":
         raise ValueError(f"impl: {impl!r} has no kernel for {op}; expected 'auto' or 'chunked'")
+    if reason := backend.lacks(op, device):
+        raise ValueError(f"impl: {impl!r} has no kernel for {op} on this device: {reason}; expected 'auto' or 'chunked'")
     return (impl,)
 
 
@@ -64,9 +67,11 @@ def backend_for(op: str, device: torch.device, impl: str, dtype: torch.dtype) ->
     return BACKENDS[impls_for(device, impl, op, dtype)[0]]
 
 
-def derivative_impl(impl: str, op: str) -> str:
+def derivative_impl(impl: str, op: str, device: torch.device) -> str:
     """What computes the derivative ``op`` of a call of ``impl``: the same where it has a kernel for it, else the device's own."""
-    return impl if impl in ("auto", "reference") or BACKENDS[impl].has(op, None) else "auto"
+    if impl in ("auto", "reference"):
+        return impl
+    return impl if BACKENDS[impl].has(op, None) and BACKENDS[impl].lacks(op, device) is None else "auto"
 
 
 def _gpu(device: torch.device, impls: tuple[str, ...], arch: int | None = None) -> Gpu | None:
@@ -165,7 +170,8 @@ def plan(
         if device.type != "cuda" or not isinstance(arch, int) or arch not in GPUS:
             raise ValueError(f"arch: expected one of {', '.join(map(str, GPUS))} with device='cuda', got {arch!r} with {device}")
         on_gpus = ("triton", "cuda", "chunked")
-        impls = tuple(name for name in on_gpus if impl in ("auto", name) and BACKENDS[name].has(op, dtype))
+        having = (name for name in on_gpus if BACKENDS[name].has(op, dtype) and BACKENDS[name].lacks(op, device, arch) is None)
+        impls = tuple(name for name in having if impl in ("auto", name))
         if not impls:
             raise ValueError(f"impl: expected 'auto' or one with a kernel for {op} of {dtype} on GPUs, got {impl!r}")
     return choose(_call(op, N, T, K, O, M, gram, dtype, irregular, _gpu(device, impls, arch)), impls)

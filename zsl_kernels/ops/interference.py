@@ -166,7 +166,7 @@ def _interference_grad(ctx: Any, *cotangents: Tensor | None) -> Grads:
         if tied:
             raise NotImplementedError("zsl_kernels: with embedding=, interference has no derivative along direction")
         w = a.new_zeros(N, dtype=torch.float64) if c.dot is None else c.dot
-        impl = derivative_impl(ctx.impl, "weighted_grad")
+        impl = derivative_impl(ctx.impl, "weighted_grad", a.device)
         du = weighted_grad.op(a, b, w, c.abs_dot, u, impl, example_ids, ctx.num_examples).to(u.dtype)
     return da, db, du, None, None, None, None, None, *de, None
 

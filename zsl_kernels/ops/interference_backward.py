@@ -43,7 +43,7 @@ def _interference_backward(a: Tensor, b: Tensor, direction: Tensor | None, *rest
     if groups is not None:
         a2, b2 = a, b  # ragged rows have no second set but themselves
     added = tied and tied.added(count(a, example_ids, num_examples), b.shape[-1], a.dtype)
-    impl = derivative_impl(impl, "interference_backward")
+    impl = derivative_impl(impl, "interference_backward", a.device)
     plan = plan_call(
         "interference_backward", a, b, impl=impl, gram=mix is not None, num_examples=num_examples, added=added is not None
     )

@@ -128,7 +128,10 @@ def rank_one(call: Call) -> Candidate | None:
 def matmul(call: Call) -> Candidate | None:
     if call.op not in ("dot", "weighted_grad"):
         return None
-    workspace = call.itemsize * call.N * call.T * min(call.O, call.K)
+    # The operands in the dtype of the sums, in which they are multiplied, and one of them scaled or multiplied.
+    widened = call.O + call.K if call.operand_itemsize < call.itemsize else 0
+    scaled = min(call.O, call.K) if call.op == "dot" else call.O
+    workspace = call.itemsize * call.N * call.T * (widened + scaled)
     return _library(call, "matmul", (call.O, call.K), call.product, _MATMUL * call.product, workspace)
 
 

@@ -52,7 +52,8 @@ MEASURED = {
     ("chunked", "chunked"): {"half": 1.4, "float32": 1.3},
 }
 CUDA_DEPTH, CUDA_WARPS = 32, 8  # of the CUDA kernels, in steps of 64 bytes
-# Of the kernels of compute capability 9.0, for a tile of one example: to fold it, and for 64 positions of its product.
+# Of the kernels of compute capability 9.0, for a tile of one example: to fold it, and for 64 positions of its product. Measured of
+# interference. To fold a tile into scalars alone, or into a weighted sum, is less work and was not measured: it is an upper bound.
 HOPPER_FOLD, HOPPER_STEP = 0.94e-6, 0.46e-6
 
 
@@ -444,6 +445,7 @@ def measured(candidate: Candidate, call: Call) -> Candidate:
     return replace(candidate, time=factor * candidate.time)
 
 
+HOPPER_OPS = ("interference", "gram", "dot", "sq_norm", "weighted_grad")
 HOPPER_TILE = 128
 HOPPER_SHARED = 5 * 32768 + 4 * HOPPER_TILE**2 + 80  # bytes of a block: the stages, Σ g², the barriers
 HOPPER_SLAB_BYTES = 256 << 20
@@ -463,12 +465,17 @@ def hopper_slab_tiles(gpu: Gpu, tiles: int, examples: int, itemsize: int) -> int
     return min(tiles, fit if fit < gpu.sms else fit // gpu.sms * gpu.sms)
 
 
+def has_hopper(gpu: Gpu) -> bool:
+    """Whether the kernels of compute capability 9.0 run there."""
+    return gpu.boxes and gpu.shared_bytes >= HOPPER_SHARED
+
+
 def hopper(call: Call) -> Iterator[Candidate]:
     """By products of a warpgroup, which compute capability 9.0 alone has. The times were fitted to measurements on an H100: a tile
     of one example takes ``HOPPER_FOLD`` and ``HOPPER_STEP`` for each step of its positions."""
     gpu = call.gpu
     assert gpu is not None
-    if not gpu.boxes or gpu.shared_bytes < HOPPER_SHARED or call.op not in ("interference", "gram"):
+    if not has_hopper(gpu) or call.op not in HOPPER_OPS:
         return
     tiles = max(1, ceil(call.O / HOPPER_TILE) * ceil(call.K / HOPPER_TILE))
     products = 1 if kind(call.dtype) == "half" else 6

@@ -2,24 +2,42 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from zsl_kernels.backends.cuda import hopper, module, persistent, rows
-from zsl_kernels.backends.gpu import GpuBackend
+from zsl_kernels.backends.gpu import GpuBackend, gpu_of
 from zsl_kernels.planning.choose import Plan
+from zsl_kernels.planning.gpu_cost import has_hopper
 from zsl_kernels.tied import AddedRows
 from zsl_kernels.types import EmbeddingSums, InterferenceSums
 
 
 class Cuda(GpuBackend):
     name = "cuda"
-    ops = frozenset({"interference", "gram", "embedding_interference", "dense_interference", "scale_bias_grad"})
+    ops = frozenset(
+        {
+            "interference",
+            "gram",
+            "sq_norm",
+            "dot",
+            "weighted_grad",
+            "embedding_interference",
+            "dense_interference",
+            "scale_bias_grad",
+        }
+    )
 
     def emulated(self) -> bool:
         return module.emulated()
 
     def load(self) -> str | None:
         return module.missing()
+
+    def lacks(self, op: str | None, device: torch.device, arch: int | None = None) -> str | None:
+        if op not in ("sq_norm", "dot", "weighted_grad") or has_hopper(gpu_of(device, arch)):
+            return None
+        return "it has one on compute capability 9.0, built by nvcc 12 or newer"
 
     def interference(
         self,
@@ -37,6 +55,24 @@ class Cuda(GpuBackend):
     def gram(self, plan: Plan, a: Tensor, b: Tensor, a2: Tensor | None, b2: Tensor | None, begin: Tensor | None = None) -> Tensor:
         launch = hopper.gram if plan.way == "hopper" else persistent.gram
         return launch(plan, a, b, a2, b2, begin)
+
+    def sq_norm(self, plan: Plan, a: Tensor, b: Tensor, begin: Tensor | None = None) -> Tensor:
+        return hopper.sq_norm(plan, a, b, begin)
+
+    def dot(self, plan: Plan, a: Tensor, b: Tensor, direction: Tensor, begin: Tensor | None = None) -> Tensor:
+        return hopper.dot(plan, a, b, direction, begin)
+
+    def weighted_grad(
+        self,
+        plan: Plan,
+        a: Tensor,
+        b: Tensor,
+        weights: Tensor,
+        abs_weights: Tensor | None,
+        direction: Tensor | None,
+        begin: Tensor | None = None,
+    ) -> Tensor:
+        return hopper.weighted_grad(plan, a, b, weights, abs_weights, direction, begin)
 
     def embedding_interference(
         self,

@@ -2,11 +2,13 @@
 
 Boxes can be addressed where features are dense and rows begin at multiples of 16 bytes. Other operands are copied, ragged rows so
 that each example begins a box, and float32 ones as bfloat16 parts: x = high + middle + low, of which six products make one of
-float32, or three where tf32 will do. For the Gram the kernel leaves the gradients in slabs, which a second one multiplies.
+float32, or three where tf32 will do. For the Gram the kernel leaves the gradients in slabs, which a second one multiplies. What
+the kernel does with a tile of a gradient is its *fold*.
 """
 
 from __future__ import annotations
 
+from enum import IntEnum
 from typing import NamedTuple
 
 import torch
@@ -21,10 +23,41 @@ from zsl_kernels.types import InterferenceSums
 
 STEP = 64  # positions of a box
 WARPS = 8  # that leave partial scalars of a tile
-PART = 3 * HOPPER_TILE**2  # numbers of one part of a split tile
 PARTS = 4  # of a float32 operand: high, middle, low, and high where it is finite
 GROUP = 8  # rows of tiles that are in work at one time
 ELEMENTS_OF_BLOCK = 4096  # of a slab, at least
+
+
+class Fold(IntEnum):
+    """As csrc/cuda/hopper_args.h has it."""
+
+    NONE = 0  # the slab alone is written
+    SUMS = 1
+    SCALARS = 2  # of sq_norm and dot those that are asked for
+    WEIGHTED = 3  # into the first of the sums
+
+    @property
+    def matrices(self) -> int:
+        return (0, 3, 0, 1)[self]
+
+
+class _Results(NamedTuple):
+    """What a launch writes: matrices (O, K) and scalars (N,)."""
+
+    grad_sum: Tensor | None = None
+    abs_sum: Tensor | None = None
+    sq_sum: Tensor | None = None
+    l1: Tensor | None = None
+    sq_norm: Tensor | None = None
+    dot: Tensor | None = None
+    abs_dot: Tensor | None = None
+
+    @property
+    def scalars(self) -> int:
+        return sum(x is not None for x in self[3:])
+
+
+_NOTHING = _Results()
 
 
 class _Operand(NamedTuple):
@@ -106,31 +139,31 @@ class _Operands:
 
     def launch(
         self,
+        fold: Fold,
         first: int,
         tiles: int,
-        slab: Tensor | None,
-        results: tuple[Tensor | None, ...] | None = None,
+        slab: Tensor | None = None,
+        results: _Results = _NOTHING,
         u: Tensor | None = None,
         added: tuple[Tensor, Tensor, Tensor] | None = None,
+        weights: tuple[Tensor | None, ...] = (None, None),
     ) -> None:
-        """Of ``tiles`` from the ``first`` on. ``results``: the three sums and the four scalars, to which the first launch's are
-        added; without them the slab alone is written."""
-        whole, parts = hopper_schedule(self.gpu, tiles, self.N) if results is not None else (tiles, 1)
-        pointers: list[int] = [0] * 9
-        if results is not None:
-            scalars = (2 if u is None else 4) * self.N * tiles * WARPS
-            work = self.like.new_empty(((tiles - whole) * parts * PART if parts > 1 else 0) + scalars, dtype=torch.float32)
-            # Scalars behind the parts, which lie at multiples of 16 bytes.
-            pointers = [*map(pointer, results), work.data_ptr() + 4 * (work.numel() - scalars), work.data_ptr()]
+        """Of ``tiles`` from the ``first`` on. To the scalars of the first launch are added those of the others."""
+        whole, parts = (tiles, 1) if fold == Fold.NONE else hopper_schedule(self.gpu, tiles, self.N)
+        scalars = results.scalars * self.N * tiles * WARPS
+        numbers = (tiles - whole) * parts * fold.matrices * HOPPER_TILE**2 if parts > 1 else 0
+        work = self.like.new_empty(numbers + scalars, dtype=torch.float32)
+        # Scalars behind the parts, which lie at multiples of 16 bytes.
+        pointers = (*map(pointer, results), work.data_ptr() + 4 * numbers, work.data_ptr())
         compiled().hopper(
             self.element,
             0 if slab is None else 1 if slab.dtype == torch.bfloat16 else 2,
-            results is not None,
+            fold,
             self.a.mapped,
             self.b.mapped,
             (self.N, self.steps, pointer(self.first_step), self.products, self.O, self.K),
             (first, tiles, whole, parts, GROUP),
-            (*pointers, pointer(slab), pointer(u), *((0, 0) if u is None else u.stride())),
+            (*pointers, pointer(slab), pointer(u), *((0, 0) if u is None else u.stride()), *map(pointer, weights)),
             (0, 0, 0) if added is None else tuple(map(pointer, added)),
             stream(self.like),
         )
@@ -150,7 +183,7 @@ def interference(
 ) -> InterferenceSums:
     """Every sum and scalar, in two launches, or with the Gram in three for each slab."""
     N, O, K = a.shape[0] if begin is None else begin.shape[0] - 1, b.shape[-1], a.shape[-1]
-    u = None if direction is None else written(direction.to(torch.float32))
+    u = _float32(direction)
     sums = [a.new_empty(O, K, dtype=torch.float32) for _ in range(3)]
     scalars = [a.new_empty(N, dtype=torch.float32) for _ in range(2 if u is None else 4)]
     pairs: Tensor | None = None
@@ -159,7 +192,7 @@ def interference(
             x.zero_()
         pairs = a.new_zeros(N, N, dtype=torch.float32) if gram else None
     else:
-        results = (*sums, *scalars, None, None)[:7]
+        results = _Results(*sums, *scalars)
         with guard(a):
             operands = _Operands(plan, a, b, begin)
             rows = None if added is None else _added(added, O)
@@ -167,7 +200,7 @@ def interference(
             for first in range(0, operands.tiles, each):
                 tiles = min(each, operands.tiles - first)
                 slab = operands.slab(tiles) if gram else None
-                operands.launch(first, tiles, slab, results, u, rows)
+                operands.launch(Fold.SUMS, first, tiles, slab, results, u, rows)
                 if slab is not None:
                     products = _products(operands.gpu, slab, None)
                     pairs = products if pairs is None else pairs.add_(products)
@@ -192,11 +225,63 @@ def gram(plan: Plan, a: Tensor, b: Tensor, a2: Tensor | None, b2: Tensor | None,
             slabs = []
             for z in (x,) if y is None else (x, y):
                 slabs.append(z.slab(tiles))
-                z.launch(first, tiles, slabs[-1])
+                z.launch(Fold.NONE, first, tiles, slabs[-1])
             products = _products(x.gpu, slabs[0], None if y is None else slabs[1])
             pairs = products if pairs is None else pairs.add_(products)
     assert pairs is not None
     return (_mirrored(pairs) if y is None else pairs).float()
+
+
+def sq_norm(plan: Plan, a: Tensor, b: Tensor, begin: Tensor | None = None) -> Tensor:
+    return _scalar(plan, a, b, None, begin)
+
+
+def dot(plan: Plan, a: Tensor, b: Tensor, direction: Tensor, begin: Tensor | None = None) -> Tensor:
+    return _scalar(plan, a, b, direction, begin)
+
+
+def _scalar(plan: Plan, a: Tensor, b: Tensor, direction: Tensor | None, begin: Tensor | None) -> Tensor:
+    """⟨g_i, u⟩, without a direction |g_i|²: (N,), in two launches. Examples without positions are formed too, for zero times a
+    direction that is not finite is not zero."""
+    N = a.shape[0] if begin is None else begin.shape[0] - 1
+    found = a.new_empty(N, dtype=torch.float32)
+    if 0 in (N, a.shape[-1], b.shape[-1]):
+        return found.zero_()
+    with guard(a):
+        operands = _Operands(plan, a, b, begin)
+        results = _Results(sq_norm=found) if direction is None else _Results(dot=found)
+        operands.launch(Fold.SCALARS, 0, operands.tiles, results=results, u=_float32(direction))
+    return found
+
+
+def weighted_grad(
+    plan: Plan,
+    a: Tensor,
+    b: Tensor,
+    weights: Tensor,
+    abs_weights: Tensor | None,
+    direction: Tensor | None,
+    begin: Tensor | None = None,
+) -> Tensor:
+    """Σ_i w_i g_i + sign(u) Σ_i v_i |g_i|, the second term with ``abs_weights`` v and ``direction`` u: in one launch, and another
+    where tiles are split."""
+    N, O, K = a.shape[0] if begin is None else begin.shape[0] - 1, b.shape[-1], a.shape[-1]
+    found = a.new_empty(O, K, dtype=torch.float32)
+    if 0 in (N, O, K):
+        return found.zero_()
+    if abs_weights is None or direction is None:
+        abs_weights = direction = None
+    w, v, u = map(_float32, (weights, abs_weights, direction))
+    with guard(a):
+        operands = _Operands(plan, a, b, begin)
+        given = tuple(None if x is None else x.contiguous() for x in (w, v))
+        operands.launch(Fold.WEIGHTED, 0, operands.tiles, results=_Results(found), u=u, weights=given)
+    return found
+
+
+def _float32(x: Tensor | None) -> Tensor | None:
+    """As kernels read directions and weights."""
+    return None if x is None else written(x.to(torch.float32))
 
 
 def _products(gpu: Gpu, x: Tensor, y: Tensor | None) -> Tensor:
