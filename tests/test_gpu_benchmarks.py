@@ -28,6 +28,7 @@ def test_the_kernels_and_the_step_are_timed(project_environment):
         "## coordinate_sums",
         "## dense_interference",
         "## scale_bias_grad",
+        "## embedding_interference",
         "## A step of the project's GPT",
     ]
 

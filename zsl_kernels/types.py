@@ -41,7 +41,7 @@ class EmbeddingSums(NamedTuple):
     ``grad_sum`` and its kin hold the touched rows alone: ``weight.new_zeros(V, K).index_copy(0, rows, grad_sum)`` is dense.
     """
 
-    rows: Tensor  # (U,) int64, ascending: the rows that some example touches
+    rows: Tensor  # (U,) int64, ascending: the rows that some example touches; with max_rows (max_rows,), -1 behind them
     grad_sum: Tensor  # (U, K)  Σ_i g_i
     abs_sum: Tensor  # (U, K)  Σ_i |g_i|
     sq_sum: Tensor  # (U, K)  Σ_i g_i²
@@ -50,6 +50,20 @@ class EmbeddingSums(NamedTuple):
     dot: Tensor | None  # (N,)  Σ_j g_ij u_j
     abs_dot: Tensor | None  # (N,)  Σ_j |g_ij u_j|
     gram: Tensor | None  # (N, N)  ⟨g_i, g_k⟩
+
+    def with_rows(self, max_rows: int | None) -> EmbeddingSums:
+        """With as many rows, if they are given: those behind the touched ones are -1, and their sums zero."""
+        if max_rows is None:
+            return self
+        U = self.rows.shape[0]
+        if max_rows < U:
+            raise ValueError(f"max_rows: expected at least {U}, the number of rows that are touched, got {max_rows}")
+        more = max_rows - U
+        if not more:
+            return self
+        rows = torch.nn.functional.pad(self.rows, (0, more), value=-1)
+        grad_sum, abs_sum, sq_sum = (torch.nn.functional.pad(x, (0, 0, 0, more)) for x in self[1:4])
+        return self._replace(rows=rows, grad_sum=grad_sum, abs_sum=abs_sum, sq_sum=sq_sum)
 
 
 class Cotangents(NamedTuple):

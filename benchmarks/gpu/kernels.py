@@ -12,8 +12,10 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 from time import perf_counter
+from typing import Any
 
 import torch
+from torch import Tensor
 
 import zerosum
 import zsl_kernels as zk
@@ -33,6 +35,8 @@ CASES = [
     Case(32, 256, 4096, 1024),
     Case(64, 128, 2048, 2048),
 ]
+# N, T, K and V of embeddings: token ids, drawn as words are; a small table; narrow rows.
+EMBEDDINGS = [(8, 1024, 768, 50304), (32, 256, 768, 50304), (32, 1024, 2048, 50304), (64, 1024, 768, 2), (32, 1024, 64, 4096)]
 ROUNDS = 9
 
 
@@ -135,6 +139,24 @@ def _to_a_read(label: str, read: Callable[[], object], runs: list[Callable[[], o
     return [label, f"{plain:.1f}", *(f"{time / plain:.2f}" for time in found)]
 
 
+def embedding(sizes: tuple[int, int, int, int], dtype: torch.dtype, device: str) -> list[str]:
+    """Reading b once in microseconds, and the op as ratios to it. With max_rows, for a graph cannot wait for a device."""
+    N, T, K, V = sizes
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.multinomial(1 / (torch.arange(V) + 2.7), N * T, replacement=True, generator=generator).view(N, T).to(device)
+    b, u = torch.randn(N, T, K, device=device).to(dtype), torch.randn(V, K, device=device)
+    same = torch.zeros_like(ids)
+
+    def run(ids: Tensor, **options: Any) -> float:
+        return microseconds(lambda: zk.embedding_interference(ids, b, V, max_rows=min(V, N * T), **options), device)
+
+    before = microseconds(lambda: b.sum(dtype=torch.float32), device)
+    found = [run(ids), run(ids, direction=u), run(ids, gram=True), run(same)]
+    once = (before + microseconds(lambda: b.sum(dtype=torch.float32), device)) / 2
+    name = f"N={N} T={T} K={K} V={V}, {str(dtype).removeprefix('torch.')}"
+    return [name, f"{once:.0f}", *(f"{time / once:.2f}" for time in found)]
+
+
 def step(config: GPTConfig, examples: int, half: bool, device: str) -> list[list[str]]:
     """Lines for the plain step, with a probe, and with the Gram: milliseconds, ratio, the allocator's peak."""
     torch.manual_seed(0)
@@ -211,6 +233,10 @@ def main() -> None:
     rows = [scale_bias(*size, dtype, device) for size in norms for dtype in (torch.bfloat16, torch.float32)]
     head = ["operands", "their sums, µs", "scale and bias", "scale", "bias", "scale and bias by PyTorch"]
     parts.append(f"## scale_bias_grad\n\n{table(head, rows)}")
+    tables = [(2, 16, 24, 32)] if options.quick else EMBEDDINGS
+    rows = [embedding(one, dtype, device) for one in tables for dtype in (torch.bfloat16, torch.float32)]
+    head = ["", "reading b, µs", "sums", "with a direction", "with the Gram", "sums, one id everywhere"]
+    parts.append(f"## embedding_interference\n\nRatios are to reading b once.\n\n{table(head, rows)}")
     config = GPTConfig(50304, 768, 12, 12, 1024)
     config, examples = (GPTConfig(64, 16, 1, 2, 8), 2) if options.quick else (config, 8)
     rows = [line for half in (True, False) for line in step(config, examples, half, device)]

@@ -187,9 +187,8 @@ def cuda_kernels(library: Path) -> Iterator[Kernel]:
                 continue  # float16 is compiled as bfloat16 is
             tile, kind = tiles[sizes], "half" if "Bfloat16" in usage.kernel else "float32"
             config = Config(tile.rows, tile.cols, gpu_cost.CUDA_DEPTH // (2 if kind == "float32" else 1), gpu_cost.CUDA_WARPS, 0)
-            stem = "embedding" if "embedding" in usage.kernel else "gram"
-            held = [(f"cuda {stem}, N ≤ {tile.slots}", tile.slots, False)]
-            if tile is CUDA_TILES[0] and stem == "gram":
+            held = [(f"cuda gram, N ≤ {tile.slots}", tile.slots, False)]
+            if tile is CUDA_TILES[0]:
                 held.append(("cuda sums", CUDA_SUMS_HELD, True))
             for title, examples, runs in held:
                 yield kernel(title, gpu, kind, config, usage, usage.shared + tile.shared_bytes(examples, runs))

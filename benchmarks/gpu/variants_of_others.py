@@ -1,4 +1,4 @@
-"""How the Triton kernels of the ghost products, the derivatives, the head and the embedding are compiled, as a launch would.
+"""How the Triton kernels of the ghost products, the derivatives and the head are compiled, as a launch would.
 
 A launch compiles a kernel for the kinds of its arguments: a pointer's or an integer's divisibility by 16, a stride of 1, an absent
 pointer. A variant is one such combination, of aligned operands in row-major order, for one shipped configuration.
@@ -11,7 +11,6 @@ from typing import Any
 
 from benchmarks.gpu.sass import Variant
 from zsl_kernels.backends.triton.backward import derivative_kernel, product_kernel
-from zsl_kernels.backends.triton.embedding import embedding_interference_kernel
 from zsl_kernels.backends.triton.ghost import ghost_kernel
 from zsl_kernels.backends.triton.linear_cross_entropy import linear_cross_entropy_backward_kernel, linear_cross_entropy_kernel
 from zsl_kernels.planning.tiles import CONFIGS, GHOST_SHORT, Config
@@ -19,7 +18,7 @@ from zsl_kernels.planning.tiles import CONFIGS, GHOST_SHORT, Config
 # Of the operands by kind of configuration; float16 compiles as bfloat16 does.
 _ELEMENT = {"half": "bf16", "float32": "fp32"}
 # Counts, of which nothing is known; the sizes of layers are multiples of 16.
-_COUNTS = ("N", "M", "R", "Q", "parts", "examples", "first_task", "first_row", "num_rows")
+_COUNTS = ("N", "M", "R", "parts", "examples")
 
 Pointers = dict[str, str | None]
 
@@ -109,15 +108,6 @@ def _head(kind: str, config: Config, element: str) -> Iterator[Variant]:
         yield _variant(f"head backward{name}", kind, config, kernel, of | rest, **units, **_tile(config, kind))
 
 
-def _embedding(kind: str, config: Config, element: str) -> Iterator[Variant]:
-    of: Pointers = {"p_b": element, "p_scalars": "fp32", "p_grad": "fp32", "p_abs": "fp32", "p_sq": "fp32"}
-    of |= dict.fromkeys(("p_place", "p_place_begin", "p_pair_begin", "p_row", "p_rows", "p_example"), "i64")
-    for name, extra in (("", None), (" all", "fp32")):
-        pointers = of | {"p_u": extra, "p_gradients": extra}
-        flags = {"stride_bk": 1, "stride_uk": 1, "PLACES": config.depth, "COLS": config.cols}
-        yield _variant(f"embedding{name}", kind, config, embedding_interference_kernel, pointers, **flags)
-
-
 _VARIANTS = {
     "ghost": _ghost,
     "ghost_short": _ghost_short,
@@ -125,5 +115,4 @@ _VARIANTS = {
     "derivative": _derivative,
     "product": _product,
     "linear_cross_entropy": _head,
-    "embedding_interference": _embedding,
 }

@@ -1,6 +1,7 @@
 #include "cuda_kernels.h"
 
 #include <device.cuh>
+#include <algorithm>
 #include <launch.cuh>
 #include <stdexcept>
 
@@ -41,6 +42,17 @@ void launch_gram_as(const Grid& grid, const ProductArgs& args) {
   });
 }
 
+unsigned blocks_of(int64_t count, int64_t each) { return static_cast<unsigned>((count + each - 1) / each); }
+
+template <class E>
+void launch_embedding_as(const EmbeddingArgs& args, uintptr_t stream) {
+  const int64_t groups = (args.K + 32 * E::numbers - 1) / (32 * E::numbers);
+  const unsigned blocks = blocks_of((args.count + args.window - 1) / args.window * groups, embedding_warps);
+  launch("embedding_kernel", args.b.vectors ? embedding_kernel<E, true> : embedding_kernel<E, false>, 1, blocks, embedding_threads,
+         0, stream, args);
+  launch("embedding_join_kernel", embedding_join_kernel<E::numbers>, 1, blocks, embedding_threads, 0, stream, args);
+}
+
 }  // namespace
 
 void launch_gram(const Grid& grid, Element element, const ProductArgs& args) {
@@ -54,12 +66,36 @@ void launch_gram(const Grid& grid, Element element, const ProductArgs& args) {
   }
 }
 
-void launch_embedding(const Grid& grid, const EmbeddingArgs& args) {
-  with_tile(grid.tile, [&](auto tile) {
-    using Tile = decltype(tile);
-    launch("embedding_kernel", embedding_kernel<Tile>, grid.blocks, grid.pairs, threads,
-           needed_bytes<Tile>(args.sizes, args.results, args.count), grid.stream, args);
-  });
+void launch_embedding_keys(const EmbeddingOrderArgs& args, uintptr_t stream) {
+  launch("embedding_keys_kernel", embedding_keys_kernel, 1, blocks_of(args.count, order_threads), order_threads, 0, stream, args);
+}
+
+void launch_embedding_places(const EmbeddingOrderArgs& args, uintptr_t stream) {
+  constexpr size_t held = sizeof(int64_t) * order_threads / 32;
+  const unsigned blocks = blocks_of(args.count, args.chunk);
+  if (args.counts) launch("embedding_count_kernel", embedding_count_kernel, 1, blocks, order_threads, held, stream, args);
+  launch("embedding_places_kernel", embedding_places_kernel, 1, blocks, order_threads, held, stream, args);
+}
+
+void launch_embedding_sums(const EmbeddingArgs& args, uintptr_t stream) {
+  switch (args.element) {
+    case Element::float32:
+      return launch_embedding_as<PlainFloat32>(args, stream);
+    case Element::bfloat16:
+      return launch_embedding_as<PlainBfloat16>(args, stream);
+    case Element::float16:
+      return launch_embedding_as<PlainFloat16>(args, stream);
+  }
+}
+
+void launch_embedding_clear(const EmbeddingClearArgs& args, uintptr_t stream) {
+  const unsigned blocks = std::min(blocks_of(args.count, 4 * order_threads), 4096u);
+  launch("embedding_clear_kernel", embedding_clear_kernel, 1, blocks, order_threads, 0, stream, args);
+}
+
+void launch_embedding_finish(const EmbeddingFinishArgs& args, unsigned filling, uintptr_t stream) {
+  launch("embedding_finish_kernel", embedding_finish_kernel, 1, static_cast<unsigned>(args.num_examples) + filling, finish_threads,
+         sizeof(double) * finish_threads / 32 * 4, stream, args);
 }
 
 TileNumbers tile_numbers(int tile) {

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "../cuda/args.h"
+#include "../cuda/embedding_args.h"
 
 namespace zsl {
 
@@ -15,7 +16,14 @@ struct Grid {
 };
 
 void launch_gram(const Grid& grid, Element element, const ProductArgs& args);
-void launch_embedding(const Grid& grid, const EmbeddingArgs& args);
+
+// Of an embedding: the keys that are to be sorted; places in that order, in two launches or, of one chunk, in one; the sums and the
+// pairs' scalars, in two launches; zeros for a slab; and the examples' scalars, with `filling` blocks for rows that nobody touched.
+void launch_embedding_keys(const EmbeddingOrderArgs& args, uintptr_t stream);
+void launch_embedding_places(const EmbeddingOrderArgs& args, uintptr_t stream);
+void launch_embedding_sums(const EmbeddingArgs& args, uintptr_t stream);
+void launch_embedding_clear(const EmbeddingClearArgs& args, uintptr_t stream);
+void launch_embedding_finish(const EmbeddingFinishArgs& args, unsigned filling, uintptr_t stream);
 
 // rows, columns, examples held, examples formed at a time, stages and the Gram's shares of a tile.
 struct TileNumbers {

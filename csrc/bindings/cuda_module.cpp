@@ -85,12 +85,105 @@ void cross_gram(const Launch& launch, int element, const Shape& shape, const Str
   launch_gram(grid(launch), e, {{examples(a, b, N, T, 0, e), examples(a2, b2, M, T2, 0, e)}, {}, sizes(shape, true), out});
 }
 
-void embedding(const Launch& launch, int element, const Shape& shape, const Strided& b, int64_t N, int64_t T, Pointer row_begin,
-               Pointer pair_row, Pointer pair_example, Pointer place_begin, Pointer place, Pointer rows, const Out& out) {
+// ids, example ids; P, T, N, V, the row that is skipped
+using Positions = std::tuple<Pointer, Pointer, int64_t, int64_t, int64_t, int64_t, int64_t>;
+
+EmbeddingOrderArgs order_args(const Positions& x) {
+  const auto [ids, examples, count, positions, num_examples, num_rows, padding] = x;
+  EmbeddingOrderArgs args = {};
+  args.ids = to<const int64_t>(ids), args.examples = to<const int64_t>(examples);
+  args.count = count, args.positions = positions, args.num_examples = num_examples, args.num_rows = num_rows;
+  args.padding = padding;
+  return args;
+}
+
+void embedding_keys(const Positions& positions, Pointer keys, Pointer stream) {
+  EmbeddingOrderArgs args = order_args(positions);
+  args.keys = to<int64_t>(keys);
+  launch_embedding_keys(args, stream);
+}
+
+void embedding_places(const Positions& positions, const Strided& b, int64_t chunk, Pointer sorted, Pointer order, Pointer counts,
+                      Pointer places, Pointer rows, Pointer touched, Pointer stream) {
+  EmbeddingOrderArgs args = order_args(positions);
+  args.example = std::get<1>(b), args.position = std::get<2>(b), args.chunk = chunk;
+  args.sorted = to<const int64_t>(sorted), args.order = to<const int64_t>(order), args.counts = to<int64_t>(counts);
+  args.places = to<EmbeddingPlace>(places), args.rows = to<int64_t>(rows), args.touched = to<int64_t>(touched);
+  launch_embedding_places(args, stream);
+}
+
+// places, touched rows, pieces, open pairs, scalars; grad_sum, abs_sum, sq_sum
+using Sums = std::tuple<Pointer, Pointer, Pointer, Pointer, Pointer, Pointer, Pointer, Pointer>;
+// pointer, element or 3 for float64, strides
+using Direction = std::tuple<Pointer, int, int64_t, int64_t>;
+// pointer, first row, rows
+using Slab = std::tuple<Pointer, int64_t, int64_t>;
+
+void embedding(const Positions& positions, int element, const Strided& b, int64_t K, int64_t window, const Sums& sums,
+               const Direction& direction, const Slab& slab, Pointer stream) {
   const Element e{element};
-  launch_embedding(grid(launch), {operand(b, e), e, N, T, to<const int64_t>(row_begin), to<const int64_t>(pair_row),
-                                  to<const int64_t>(pair_example), to<const int64_t>(place_begin), to<const int64_t>(place),
-                                  to<const int64_t>(rows), sizes(shape, false), results(out)});
+  const EmbeddingOrderArgs of = order_args(positions);
+  const auto [places, rows, pieces, open, scalars, grad, abs, sq] = sums;
+  const auto [u, type, u_row, u_col] = direction;
+  const auto [held, first, count] = slab;
+  launch_embedding_sums({operand(b, e),
+                         e,
+                         to<const EmbeddingPlace>(places),
+                         of.count,
+                         K,
+                         window,
+                         to<const int64_t>(rows),
+                         to<const void>(u),
+                         type,
+                         u_row,
+                         u_col,
+                         type == 0 && u_col == 1 && u_row % 4 == 0 && u % 16 == 0,
+                         to<float>(grad),
+                         to<float>(abs),
+                         to<float>(sq),
+                         to<float>(scalars),
+                         to<float>(pieces),
+                         to<int32_t>(open),
+                         to<float>(held),
+                         of.examples,
+                         of.positions,
+                         first,
+                         count},
+                        stream);
+}
+
+void embedding_clear(const Slab& slab, int64_t count, Pointer touched, Pointer stream) {
+  const auto [held, first, rows] = slab;
+  launch_embedding_clear({to<float>(held), count, first, rows, to<const int64_t>(touched)}, stream);
+}
+
+// scalars, groups of columns, fields; begin, members; l1, sq_norm, dot, abs_dot
+using Scalars = std::tuple<Pointer, int, int, Pointer, Pointer, std::tuple<Pointer, Pointer, Pointer, Pointer>>;
+// touched rows, grad_sum, abs_sum, sq_sum; how many rows they have, K, blocks that fill them
+using Filled = std::tuple<Pointer, Pointer, Pointer, Pointer, int64_t, int64_t, unsigned>;
+
+void embedding_finish(const Positions& positions, const Scalars& scalars, const Filled& filled, Pointer touched, Pointer stream) {
+  const EmbeddingOrderArgs of = order_args(positions);
+  const auto [partial, groups, fields, begin, member, results] = scalars;
+  const auto [rows, grad, abs, sq, most, K, blocks] = filled;
+  const auto [l1, sq_norm, dot, abs_dot] = results;
+  const EmbeddingFinishArgs args = {to<const float>(partial),
+                                    of.count,
+                                    groups,
+                                    fields,
+                                    of.num_examples,
+                                    of.positions,
+                                    to<const int64_t>(begin),
+                                    to<const int64_t>(member),
+                                    {to<float>(l1), to<float>(sq_norm), to<float>(dot), to<float>(abs_dot)},
+                                    to<int64_t>(rows),
+                                    to<float>(grad),
+                                    to<float>(abs),
+                                    to<float>(sq),
+                                    most,
+                                    K,
+                                    to<const int64_t>(touched)};
+  launch_embedding_finish(args, blocks, stream);
 }
 
 void slab_gram(Pointer x, Pointer y, bool bfloat16, int64_t x_rows, int64_t y_rows, int64_t elements, Pointer pairs,
@@ -226,11 +319,15 @@ PYBIND11_MODULE(ZSL_MODULE, m) {
   using namespace zsl;
   m.def("gram", &gram);
   m.def("cross_gram", &cross_gram);
+  m.def("embedding_keys", &embedding_keys);
+  m.def("embedding_places", &embedding_places);
   m.def("embedding", &embedding);
   m.def("slab_gram", &slab_gram);
   m.def("dense", &dense);
   m.def("scale_bias", &scale_bias);
   m.def("add_partials", &add_partials);
+  m.def("embedding_clear", &embedding_clear);
+  m.def("embedding_finish", &embedding_finish);
 #if ZSL_HOPPER
   m.def("hopper", &hopper);
   m.def("pack", &pack);

@@ -56,20 +56,4 @@ struct ProductArgs {
   Results results;
 };
 
-// The touched rows of an embedding's gradients. Pair q is one row of one example's gradient, the sum of b (P, K) at its places.
-struct EmbeddingArgs {
-  Operand b;
-  Element element;
-  int64_t count;                // N
-  int64_t positions;            // place p is position p % T of b's example p / T
-  const int64_t* row_begin;     // (O + 1,): pairs of each touched row, O of them
-  const int64_t* pair_row;      // (Q,)
-  const int64_t* pair_example;  // (Q,)
-  const int64_t* place_begin;   // (Q + 1,)
-  const int64_t* place;         // (P,)
-  const int64_t* rows;          // (O,) the direction's row of each
-  Sizes sizes;
-  Results results;
-};
-
 }  // namespace zsl

@@ -150,4 +150,20 @@ T shuffle_xor(T x, int mask) {
   return mine.other;
 }
 
+struct Ballot {
+  bool own;
+  uint32_t all;
+};
+ZSL_UNSEEN inline void count_votes(Ballot** lanes) {
+  uint32_t all = 0;
+  for (int lane = 0; lane < simt::warp_size; ++lane) all |= static_cast<uint32_t>(lanes[lane]->own) << lane;
+  for (int lane = 0; lane < simt::warp_size; ++lane) lanes[lane]->all = all;
+}
+inline uint32_t ballot(bool x) {
+  Ballot mine = {x, 0};
+  simt::block->meet(&mine, count_votes);
+  return mine.all;
+}
+inline int count_bits(uint32_t x) { return __builtin_popcount(x); }
+
 }  // namespace zsl

@@ -49,6 +49,11 @@ class Numbers:
             wide = np.zeros(tuple(2 * size + 1 for size in shape), data.dtype)
             wide[tuple(slice(1, None, 2) for _ in shape)] = data
             data = wide[tuple(slice(1, None, 2) for _ in shape)]
+        elif layout == "padded":  # 16 bytes can be read at a time, and what lies behind a row is NaN
+            wide = np.full((*shape[:-1], -(-shape[-1] // 8) * 8), 0xFFFF, np.uint16) if element else np.full(1, np.nan, np.float32)
+            wide = wide.view(data.dtype) if element else np.resize(wide, (*shape[:-1], -(-shape[-1] // 8) * 8))
+            wide[..., : shape[-1]] = data
+            data = wide[..., : shape[-1]]
         elif layout == "shared":
             data = np.broadcast_to(data[:1].copy(), shape)
             self.values = np.broadcast_to(self.values[:1], shape)
@@ -175,28 +180,79 @@ def ragged(module: ModuleType, tile: int, element: int, lengths: list[int], K: i
     out.check(f"{ELEMENTS[element]}, ragged, tile {tile}{', added rows' if added else ''}", g, size)
 
 
-def embedding(module: ModuleType, tile: int, element: int, N: int, T: int, V: int, K: int, layout: str) -> None:
-    rng = np.random.default_rng(4)
-    ids, b = rng.integers(0, V, (N, T)), Numbers(rng, element, N, T, K, layout=layout)
-    rows = np.unique(ids)
-    u = rng.standard_normal((V, K)).astype(np.float32)
-    order = np.argsort(np.searchsorted(rows, ids).ravel() * N + np.arange(N).repeat(T), kind="stable")
-    key = (np.searchsorted(rows, ids).ravel() * N + np.arange(N).repeat(T))[order]
-    pair, starts = np.unique(key, return_index=True)
-    place_begin = np.append(starts, len(key)).astype(np.int64)
-    pair_row, pair_example = np.ascontiguousarray(pair // N), np.ascontiguousarray(pair % N)
-    row_begin = np.searchsorted(pair_row, np.arange(len(rows) + 1)).astype(np.int64)
-    arrays = (row_begin, pair_row, pair_example, place_begin, order.astype(np.int64), rows)
-    out = Results(module, tile, N, len(rows), K, u, True)
-    shape = (len(rows), K, N, N, True)
-    pointers = [x.ctypes.data for x in arrays]
-    module.embedding((tile, out.blocks, 1, 0), element, shape, b.strided(), N, T, *pointers, out.pointers())
+def embedding(
+    module: ModuleType, element: int, N: int, T: int, V: int, K: int, layout: str, window: int, *, ragged: bool = False
+) -> None:
+    """All launches of a call, with the Gram in slabs of two rows. Half of the positions name row 1; some are skipped, and nobody
+    touches the last of the rows that there is memory for."""
+    rng = np.random.default_rng(N + T)
+    lead = (1, N * T) if ragged else (N, T)
+    b = Numbers(rng, element, *lead, K, layout=layout)
+    P, padding = N * T, 2
+    ids = np.where(rng.random(P) < 0.5, 1, rng.integers(-1, V, P))
+    example = rng.integers(0, N, P) if ragged else np.arange(P) // T
+    if layout == "dense":  # 16 bytes can be read at a time, where K has whole ones
+        u = Mapped.of_copy((V, K), np.float32)
+        u[...] = rng.standard_normal((V, K))
+    else:
+        u = rng.standard_normal((K, V)).T
+    used = (ids >= 0) & (ids != padding)
+    rows = np.unique(ids[used])
+    most = min(V, P) + 1
+    examples = example.ctypes.data if ragged else 0
+    positions = (ids.ctypes.data, examples, P, lead[1], N, V, padding)
+    keys = np.zeros(P, np.int64)
+    module.embedding_keys(positions, keys.ctypes.data, 0)
+    order = np.argsort(keys, kind="stable")
+    keys = keys[order]
+    chunk = 100
+    counts, touched = np.full(-(-P // chunk), -1), np.full(1, -1)
+    places, found_rows = np.full((P, 2), -1), np.full(most, -9)
+    arrays = (keys, order, counts if chunk < P else None, places, found_rows, touched)
+    module.embedding_places(positions, b.strided(), chunk, *(0 if x is None else x.ctypes.data for x in arrays), 0)
+    name = f"{ELEMENTS[element]}, embedding, {layout}, N, T, V, K = {N}, {T}, {V}, {K}, windows of {window}"
+    if touched[0] != len(rows) or not np.array_equal(found_rows[: len(rows)], rows):
+        sys.exit(f"wrong: {name}: touched rows {found_rows[: touched[0]]} instead of {rows}")
+    groups, windows = -(-K // (256 if element else 128)), -(-P // window)
+    sums = [Mapped.of_copy((most, K), np.float32) for _ in range(3)]
+    pieces, open_pairs = Mapped.of_copy((windows, 8, K), np.float32), np.full(windows, -9, np.int32)
+    scalars, held = Mapped.of_copy((groups, P, 4), np.float32), 2
+    out = tuple(x.ctypes.data for x in (places, found_rows, pieces, open_pairs, scalars, *sums))
+    along = (u.ctypes.data, 0 if u.itemsize == 4 else 3, *(stride // u.itemsize for stride in u.strides))
+    slab, gram = Mapped.of_copy((N, held * K), np.float32), np.zeros((N, N))
+    for first in range(0, most, held):
+        module.embedding_clear((slab.ctypes.data, first, held), slab.size, touched.ctypes.data, 0)
+        module.embedding(positions, element, b.strided(), K, window, out, along, (slab.ctypes.data, first, held), 0)
+        gram += slab.astype(np.float64) @ slab.T
+    by_example = np.argsort(example, kind="stable")
+    begin = np.searchsorted(example[by_example], np.arange(N + 1))
+    members = (begin.ctypes.data, by_example.ctypes.data) if ragged else (0, 0)
+    results = np.full((4, N), np.nan, np.float32)
+    ends = tuple(x.ctypes.data for x in results)
+    filled = (found_rows.ctypes.data, *(x.ctypes.data for x in sums), most, K, 2)
+    module.embedding_finish(positions, (scalars.ctypes.data, groups, 4, *members, ends), filled, touched.ctypes.data, 0)
+    if (found_rows[len(rows) :] != -1).any() or any(x[len(rows) :].any() for x in sums):
+        sys.exit(f"wrong: {name}: rows that nobody touched hold something")
     g, size = np.zeros((N, V, K)), np.zeros((N, V, K))
-    for i in range(N):
-        np.add.at(g[i], ids[i], b.values[i])
-        np.add.at(size[i], ids[i], np.abs(b.values[i]))
-    out.u = u[rows]
-    out.check(f"{ELEMENTS[element]}, embedding, tile {tile}, {layout}", g[:, rows], size[:, rows])
+    values = b.values.reshape(P, K)
+    np.add.at(g, (example[used], ids[used]), values[used])
+    np.add.at(size, (example[used], ids[used]), np.abs(values[used]))
+    out = Results.__new__(Results)
+    out.sums, out.u = [x[: len(rows)] for x in sums], u[rows]
+    out.scalars, out.pairs = results[None], gram[None]
+    out.check(name, g[:, rows], size[:, rows])
+
+
+def embedding_cases(module: ModuleType, short: bool) -> None:
+    for element in (1,) if short else range(3):
+        for layout in ("dense", "spread") if short else ("dense", "features first", "spread", "shared"):
+            embedding(module, element, 5, 30, 40, 37, layout, 16)
+    embedding(module, 0, 3, 150, 6, 132, "dense", 8)  # rows and pairs past several windows, columns past a group
+    embedding(module, 1, 2, 200, 3, 264, "dense", 4, ragged=True)
+    embedding(module, 2, 40, 1, 3, 8, "dense", 16)
+    embedding(module, 2, 4, 20, 30, 43, "padded", 16)
+    embedding(module, 0, 4, 20, 30, 131, "padded", 16)
+    embedding(module, 0, 1, 90, 4, 5, "dense", 128)  # one window, which is not full
 
 
 def far(module: ModuleType, element: int, stride: int, along: int) -> None:
@@ -604,6 +660,8 @@ def main(path: str, *cases: str) -> None:
         hopper_cases(module, "short" in cases)
     if "rows" in wanted:
         row_cases(module, "short" in cases)
+    if "embedding" in wanted:
+        embedding_cases(module, "short" in cases)
     if "far" in wanted:
         far_row_cases(module)
         for element, along in ((0, 0), (1, 1), (2, 0)):
@@ -621,8 +679,6 @@ def main(path: str, *cases: str) -> None:
                 ragged(module, tile, element, [0, 33, 1, 70, 0, 5], 41, 69, added=tile % 2 == 0)
             if "cross" in wanted:
                 cross(module, tile, element, 3, slots - 3, 5, 40, 33, 35)
-            if "embedding" in wanted:
-                embedding(module, tile, element, min(slots, 9), 13, 50, 37, "dense" if element else "spread")
         if "groups" in wanted:
             groups(module, tile, tile % 3, slots + slots // 2 + 1, 3, 17, 33)
             cross(module, tile, tile % 3, slots, slots // 2 + 1, 3, 2, 17, 33)

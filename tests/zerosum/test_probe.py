@@ -19,6 +19,7 @@ import zsl_kernels as zk
 from tests.inputs import sums_of
 from tests.zerosum.models import COVERED, Flattened, Frozen, Tied, TwoLayers, TwoNames, UsedTwice
 from tests.zerosum.oracle import assert_truth, direction_for, per_example_gradients
+from zerosum.probe import contributions
 
 N, T = 4, 6
 
@@ -58,6 +59,42 @@ def test_every_field_of_every_covered_parameter_is_the_per_example_truth(kind: t
                 totals[field] = totals[field] + value
     for field, value in totals.items():
         torch.testing.assert_close(getattr(report, field), value, rtol=1e-10, atol=1e-13)
+
+
+@pytest.mark.parametrize("kind", COVERED)
+def test_rows_that_are_padded_as_on_a_device_change_nothing(kind: type[nn.Module], monkeypatch: pytest.MonkeyPatch) -> None:
+    """To the bit, over two passes of one block, a direction and the Gram among the rest."""
+    model, tokens = setup(kind)
+    tokens %= 5  # rows of the tables that nobody touches
+    direction = {name: torch.randn_like(p) for name, p in model.named_parameters()}
+    reports, grads, padded_rows = [], [], []
+
+    def most_rows(lookup: contributions.RowGather) -> int:
+        padded_rows.append(lookup.num_rows)
+        return min(lookup.num_rows, lookup.rows.numel())
+
+    for passes in (1, 2):
+        for padded in (False, True):
+            if padded:
+                monkeypatch.setattr(contributions, "most_rows", most_rows)
+            model.zero_grad()
+            with (probe := zerosum.Probe(model, direction=direction, gram=True)):
+                for _ in range(passes):
+                    losses_of(model, tokens).sum().backward()
+            reports.append(probe.report())
+            grads.append(gradients(model))
+            monkeypatch.undo()
+    for plain, padded, grad, grad_padded in zip(reports[::2], reports[1::2], grads[::2], grads[1::2], strict=True):
+        assert set(plain) == set(padded)
+        for name in plain:
+            for field in zk.InterferenceSums._fields:
+                found, want = (getattr(report[name], field) for report in (padded, plain))
+                # Passes have no inner products with each other: those are NaN.
+                torch.testing.assert_close(found, want, rtol=0, atol=0, equal_nan=True, msg=f"{name}.{field}")
+            assert torch.equal(grad[name], grad_padded[name]), name
+            assert repr(plain[name].metrics) == repr(padded[name].metrics)
+        assert repr(plain.metrics) == repr(padded.metrics)
+    assert padded_rows == 3 * [11]
 
 
 @pytest.mark.parametrize("kind", [*COVERED, Tied, Flattened])

@@ -28,6 +28,7 @@ from tests.zerosum.oracle import (
     trainable,
 )
 from tests.zerosum.transformers_models import ARCHITECTURES, IGNORED, Architecture, gpt2, plain
+from zerosum.probe import contributions
 from zerosum.tokens.cut import separators
 from zerosum.tokens.measure import LARGEST_CHUNK
 from zerosum.tokens.passes import Cut, find_cut
@@ -105,6 +106,19 @@ def one_token_bytes(model: nn.Module, x: Tensor, y: Tensor, losses: Losses) -> i
 def test_our_gpt(n: int, t: int) -> None:
     report = assert_exact(gpt(), *batch(n, t, VOCAB), token_losses)
     assert report.metrics["D_grad"].n == n * t
+
+
+def test_rows_of_tables_may_be_padded_as_on_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def most_rows(lookup: contributions.RowGather) -> int:
+        asked.append(lookup)
+        return min(lookup.num_rows, lookup.rows.numel())
+
+    monkeypatch.setattr(contributions, "most_rows", most_rows)
+    x, y = batch(3, 7, VOCAB)
+    assert_exact(gpt(), x % 3, y, token_losses)
+    assert asked
 
 
 @pytest.mark.parametrize("size", [1, 3, LARGEST_CHUNK])

@@ -1,4 +1,4 @@
-"""The Triton kernels of the ghost products, derivatives, head and embedding on CPU tensors, by Triton's interpreter.
+"""The Triton kernels of the ghost products, derivatives and head on CPU tensors, by Triton's interpreter.
 
 Not collected by itself: test_triton.py runs it in a process of its own. What the ops' own tests do not reach: both sides of the
 kernels' edges, every way of going through the workspace, infinities beside what is filled up.
@@ -28,10 +28,8 @@ from tests.inputs import (
     sizes_of,
 )
 from zsl_kernels.backends import dispatch
-from zsl_kernels.backends.chunked import embedding as portable
 from zsl_kernels.backends.chunked.gradients import interference_backward as portable_backward
 from zsl_kernels.backends.triton import backward, ghost, linear_cross_entropy
-from zsl_kernels.backends.triton.embedding import embedding_interference
 from zsl_kernels.planning import gpu_cost
 from zsl_kernels.planning.choose import Plan
 from zsl_kernels.ragged import group
@@ -317,45 +315,3 @@ def test_the_head_under_statistics_is_that_of_the_portable_form():
         found[impl] = (losses.detach(), h.grad, weight.grad, *(x for x in kept[0] if x is not None))
     for x, y in zip(found["triton"], found["chunked"], strict=True):
         torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-4)
-
-
-# Embedding ------------------------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("gram", [False, True])
-@pytest.mark.parametrize("dtype", [FP32, BF16])
-def test_embeddings_with_a_frequent_token(dtype, gram, monkeypatch):
-    """One token that every example has, many times over; padding, skipped and duplicate tokens; columns past a block; the Gram in
-    several slabs."""
-    monkeypatch.setattr(portable, "CHUNKED_BYTES", 4 * 12 * 130 * 3)
-    generator = torch.Generator().manual_seed(6)
-    ids = torch.randint(-1, 9, (12, 20), generator=generator)
-    ids[:, ::3] = 7
-    b = torch.randn(130, 12, 20, generator=generator).to(dtype).permute(1, 2, 0)
-    u = torch.randn(130, 9, generator=generator).T
-    arguments = (ids, b, None, 12, 3, u, gram)
-    found, same = embedding_interference(*arguments), embedding_interference(*arguments)
-
-    def definition(x):
-        fields = portable.embedding_interference(ids, x["b"], None, 12, 3, x["u"], gram)._asdict()
-        assert torch.equal(fields.pop("rows"), found.rows)
-        return fields
-
-    want = expectations(definition, {"b": b, "u": u}, error_budgets.embedding(12, 20, 130, 9, FP32))
-    assert 3 not in found.rows
-    for name, x, again in zip(found._fields[1:], found[1:], same[1:], strict=True):
-        assert (x is not None) == (name in want)
-        if x is not None:
-            assert torch.equal(x, again), name
-            assert_within_budget(x, want[name], name)
-
-
-@pytest.mark.parametrize("shape", [(0, 4, 5), (3, 0, 5), (3, 4, 0)])
-def test_embeddings_of_nothing(shape):
-    N, T, K = shape
-    ids, b = torch.zeros(N, T, dtype=torch.int64), torch.randn(N, T, K)
-    found = embedding_interference(ids, b, None, N, -1, None, True)
-    want = portable.embedding_interference(ids, b, None, N, -1, None, True)
-    for x, y in zip(found, want, strict=True):
-        assert (x is None) == (y is None)
-        assert x is None or torch.equal(x, y)

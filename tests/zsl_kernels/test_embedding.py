@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.library import opcheck
 
 import zsl_kernels as zk
@@ -102,6 +103,9 @@ CASES = [
     *(Case(5, 40, 45, 9, dtype=dtype, values="wide") for dtype in DTYPES),
     *(Case(3, 11, 35, 6, dtype=dtype, layout=layout, ragged=True) for dtype in DTYPES for layout in ("contiguous", "sliced")),
     Case(2, 300, 1030, 2, ragged=True),
+    # 16 bytes at a time, past a warp's columns; one row that is touched by far most often, by one example and by many.
+    *(Case(3, 11, 264, 6, dtype=dtype) for dtype in DTYPES),
+    *(Case(*size, V=1) for size in ((1, 3000, 12), (60, 50, 12))),
 ]
 
 
@@ -252,6 +256,77 @@ def test_threads_change_rounding_at_most_and_repetition_nothing(V, count, thread
             assert torch.equal(field, getattr(first, name)), name
 
 
+@pytest.mark.parametrize("ragged", [False, True])
+@pytest.mark.parametrize("more", [0, 1, 30])
+def test_max_rows_pads_what_comes_without_it(more, ragged, impl):
+    """To the bit, but for the Gram. As many as can be touched, and more; fewer are in the test below."""
+    case = Case(4, 20, 35, 6, ragged=ragged)
+    ids, b, options = case.make()
+    ids[ids == 4] = -1
+    want = case.call(impl, ids, b, options, padding_idx=2)
+    U = want.rows.shape[0]
+    assert U < 6
+    for _ in range(2):  # the second call goes the short way
+        got = case.call(impl, ids, b, options, padding_idx=2, max_rows=6 + more)
+        assert got.rows.tolist() == [*want.rows.tolist(), *[-1] * (6 + more - U)]
+        for name, field in fields(got).items():
+            if name.endswith("_sum"):
+                assert field.shape == (6 + more, 35)
+                assert not field[U:].any()
+                field = field[:U]
+            if name == "gram":  # products over zeros besides, and so in another order
+                torch.testing.assert_close(field, want.gram, rtol=1e-5, atol=1e-4)
+            else:
+                assert name == "rows" or torch.equal(field, getattr(want, name)), name
+
+
+@pytest.mark.parametrize("size", [(0, 4, 5, 6), (3, 0, 5, 6), (3, 4, 0, 6), (3, 0, 5, 0)], ids=str)
+def test_max_rows_of_nothing(size, impl):
+    N, T, K, V = size
+    ids = torch.full((N, T), -1)
+    sums = zk.embedding_interference(ids, torch.ones(N, T, K), V, direction=torch.ones(V, K), gram=True, max_rows=12, impl=impl)
+    assert torch.equal(sums.rows, torch.full((12,), -1))
+    for name, field in fields(sums).items():
+        want = {"rows": (12,), "gram": (N, N)}.get(name, (12, K) if name.endswith("_sum") else (N,))
+        assert field.shape == want, name
+        assert name == "rows" or not field.any(), name
+
+
+def test_on_the_cpu_max_rows_may_be_what_is_touched(impl):
+    ids, b = torch.tensor([[5, 3, 5], [3, 9, -1]]), torch.ones(2, 3, 4)
+    try:
+        assert zk.embedding_interference(ids, b, 50, max_rows=3, impl=impl).rows.tolist() == [3, 5, 9]
+    except ValueError as error:
+        assert "max_rows: expected at least 6 on cuda" in str(error)  # noqa: PT017
+    for _ in range(2):
+        with pytest.raises(ValueError, match="max_rows: expected at least"):
+            zk.embedding_interference(ids, b, 50, max_rows=2, impl=impl)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_directions_of_any_dtype(dtype, impl):
+    case = Case(3, 11, 35, 6)
+    ids, b, options = case.make()
+    u = options["direction"].to(dtype)
+    got, want = (case.call(name, ids, b, {"direction": x}) for name, x in ((impl, u), ("reference", u.float())))
+    torch.testing.assert_close(got.dot, want.dot, rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(got.abs_dot, want.abs_dot, rtol=1e-5, atol=1e-4)
+
+
+def test_rows_past_31_bits_are_told_apart(impl):
+    """Also with the examples, by which a key is multiplied."""
+    V = 2**40
+    ids = torch.tensor([[V - 1, 2**31, 2**32], [2**32, 5, V - 1], [5 + 2**32, 2**31, 5]])
+    b = torch.randn(3, 3, 8, generator=torch.Generator().manual_seed(0))
+    got = zk.embedding_interference(ids, b, V, gram=True, impl=impl)
+    rows, small = ids.unique(return_inverse=True)
+    want = zk.embedding_interference(small, b, rows.shape[0], gram=True, impl="reference")
+    assert torch.equal(got.rows, rows)
+    for name, field in fields(want).items():
+        if name != "rows":
+            torch.testing.assert_close(getattr(got, name), field, rtol=1e-5, atol=1e-5)
+
+
 def test_gram_is_symmetric_to_the_bit(impl):
     ids, b, options = Case(37, 20, 130, 9).make()
     gram = zk.embedding_interference(ids, b, 9, impl=impl, **options).gram
@@ -325,6 +400,25 @@ def test_the_derivative_of_a_gram_in_slabs(impl, monkeypatch):
 
 
 @ONE_OF_EACH
+def test_rows_that_nobody_touches_count_for_nothing_in_a_derivative(impl):
+    case = Case(4, 9, 33, 7, dtype=torch.float64)
+    ids, b, options = leaves_of(case)
+    leaves = (b, options["direction"])
+    ids[ids == 3] = 2
+    weights = torch.randn(9, 33, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    results = [case.call(impl, ids, b, options, max_rows=max_rows) for max_rows in (None, 9)]
+    for field in zk.EmbeddingSums._fields[1:]:
+        found = []
+        for sums in results:
+            x = getattr(sums, field)
+            total = (x.square() * weights[: x.shape[0]]).sum() if field.endswith("_sum") else x.square().sum()
+            found.append(torch.autograd.grad(total, leaves, allow_unused=True, retain_graph=True))
+        for x, y in zip(*found, strict=True):
+            assert (x is None) == (y is None)
+            assert x is None or torch.equal(x, y), field
+
+
+@ONE_OF_EACH
 def test_second_derivatives_are_refused(impl):
     case = Case(3, 5, 4, 4, dtype=torch.float64)
     ids, b, options = leaves_of(case)
@@ -346,7 +440,8 @@ def test_opcheck(ragged, dtype, impl):
         checks.append("test_aot_dispatch_dynamic")
     op = torch.ops.zsl.embedding_interference.default
     for direction, gram in ((None, False), (u, True)):
-        opcheck(op, (ids, b, example_ids, N, 4, -1, direction, gram, impl), test_utils=checks)
+        for max_rows in ((), (None,), (7,)):
+            opcheck(op, (ids, b, example_ids, N, 4, -1, direction, gram, impl, *max_rows), test_utils=checks)
     sums = op(ids, b.detach(), example_ids, N, 4, 2, u.detach(), True, impl)
     cotangents = [torch.ones_like(x) for x in sums[:8]]
     for want in ((True, True), (True, False), (False, True)):
@@ -371,6 +466,28 @@ def test_compiles_as_one_graph(dynamic):
             torch.testing.assert_close(*results)
             grads = [torch.autograd.grad(sum(x.sum() for x in r[1:]), (b, options["direction"])) for r in results]
             torch.testing.assert_close(*grads)
+
+
+@pytest.mark.parametrize("impl", ["auto", "reference", "chunked"])
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_with_max_rows_compiles_as_one_graph_without_a_setting(dynamic, impl):
+    torch._dynamo.reset()
+    case = Case(3, 5, 4, 4, dtype=torch.float64)
+    ids, b, options = leaves_of(case)
+    assert not torch._dynamo.config.capture_dynamic_output_shape_ops
+
+    def function(ids, b, u):
+        return tuple(zk.embedding_interference(ids, b, 4, direction=u, gram=True, padding_idx=1, max_rows=6, impl=impl))
+
+    if impl == "reference":  # which is plain PyTorch, whose shapes depend on values
+        assert function(ids, b, options["direction"])[0].shape == (6,)
+        return
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager", dynamic=dynamic)
+    for given in (ids, torch.zeros_like(ids)):
+        results = [f(given, b, options["direction"]) for f in (compiled, function)]
+        torch.testing.assert_close(*results)
+        grads = [torch.autograd.grad(sum(x.sum() for x in r[1:]), (b, options["direction"])) for r in results]
+        torch.testing.assert_close(*grads)
 
 
 ZEROS = {"ids": torch.zeros(3, 4, dtype=torch.int64), "b": torch.zeros(3, 4, 5), "num_embeddings": 7}
@@ -403,6 +520,9 @@ RAGGED = {
         (ZEROS, {"direction": torch.zeros(5, 7)}, ValueError, ["direction:", "(7, 5)", "(5, 7)"]),
         (ZEROS, {"direction": torch.zeros(7, 5, device="meta")}, ValueError, ["direction:", "cpu", "meta"]),
         (ZEROS, {"direction": 1.0}, TypeError, ["direction:", "Tensor", "float"]),
+        (ZEROS, {"max_rows": 3.0}, TypeError, ["max_rows:", "integer", "float"]),
+        (ZEROS, {"max_rows": -1}, ValueError, ["max_rows:", ">= 0", "-1"]),
+        (ZEROS, {"max_rows": 0}, ValueError, ["max_rows:", "at least 1", "got 0"]),
         (ZEROS, {"num_examples": 3}, ValueError, ["num_examples:", "example_ids", "3"]),
         (ZEROS, {"impl": "fast"}, ValueError, ["impl:", "chunked", "'fast'"]),
         (RAGGED, {"num_examples": None}, ValueError, ["num_examples:", "None"]),
@@ -421,6 +541,18 @@ def test_bad_arguments(impl, good, change, error, words):
     with pytest.raises(error) as raised:
         zk.embedding_interference(arguments.pop("ids"), arguments.pop("b"), arguments.pop("num_embeddings"), **arguments)
     assert all(word in str(raised.value) for word in words), raised.value
+
+
+def test_on_a_device_max_rows_must_be_enough_for_any_ids():
+    """Looking at them would be to wait. Such a call traces without a device."""
+    with FakeTensorMode():
+        ids, b = torch.zeros(3, 4, dtype=torch.int64, device="cuda"), torch.zeros(3, 4, 5, device="cuda")
+        for V, most in ((50, 12), (7, 7)):
+            with pytest.raises(ValueError, match=f"max_rows: expected at least {most} on cuda"):
+                zk.embedding_interference(ids, b, V, max_rows=most - 1)
+            sums = zk.embedding_interference(ids, b, V, max_rows=most)
+            assert sums.rows.shape == (most,)
+            assert sums.grad_sum.shape == (most, 5)
 
 
 def test_tensors_without_data_are_refused():

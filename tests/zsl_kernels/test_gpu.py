@@ -97,6 +97,53 @@ def test_never_waits_for_the_device(call, impl):
         CALLS[call](a, b, u, impl)
 
 
+def lookups(dtype=HALF, frequent=False, N=8, T=300, K=264, V=90):
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(-1, V, (N, T), generator=generator)
+    if frequent:
+        ids[:, ::8] = ids[:, 1::4] = 5
+    b, u = torch.randn(N, T, K, generator=generator).to(dtype), torch.randn(V, K, generator=generator)
+    return ids.cuda(), b.cuda(), u.cuda()
+
+
+@pytest.mark.parametrize("gram", [False, True])
+@pytest.mark.parametrize("ragged", [False, True])
+def test_an_embedding_with_max_rows_never_waits_and_a_graph_replays_it(ragged, gram):
+    ids, b, u = lookups()
+    if ragged:
+        ids, b = ids.flatten(), b.flatten(0, 1)
+    options = {"example_ids": torch.arange(2400).cuda() % 8, "num_examples": 8} if ragged else {}
+
+    def call(ids, b, **more):
+        return zk.embedding_interference(ids, b, 90, padding_idx=2, direction=u, gram=gram, **options, **more)
+
+    want = call(ids, b)
+    call(ids, b, max_rows=100)
+    with waiting_is_an_error():
+        call(ids, b, max_rows=100)
+    x, y = torch.zeros_like(ids), torch.zeros_like(b)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        sums = call(x, y, max_rows=100)
+    x.copy_(ids)
+    y.copy_(b)
+    graph.replay()
+    U = want.rows.shape[0]
+    assert (sums.rows[U:] == -1).all()
+    for name, field in sums._asdict().items():
+        if field is not None:
+            field = field[:U] if name == "rows" or name.endswith("_sum") else field
+            torch.testing.assert_close(field, getattr(want, name), rtol=1e-4, atol=1e-3, msg=name)
+
+
+@pytest.mark.parametrize("frequent", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES[:3], ids=str)
+def test_an_embedding_is_bitwise_repeatable(dtype, frequent):
+    ids, b, u = lookups(dtype, frequent)
+    first, second = (fields(zk.embedding_interference(ids, b, 90, direction=u, gram=True)) for _ in range(2))
+    assert all(torch.equal(x, y) for x, y in zip(first, second, strict=True))
+
+
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two devices")
 @each_impl
 def test_runs_on_the_operands_device(impl):

@@ -33,8 +33,9 @@ from tests.inputs import (
     gradients,
 )
 from zsl_kernels.backends import dispatch
+from zsl_kernels.backends.chunked import embedding as portable
 from zsl_kernels.backends.cuda import backend as cuda_backend
-from zsl_kernels.backends.cuda import hopper, module, persistent
+from zsl_kernels.backends.cuda import embedding, hopper, module, persistent
 from zsl_kernels.backends.cuda import rows as row_ops
 from zsl_kernels.ops import scale_bias_grad
 from zsl_kernels.planning.devices import GPUS, of_device
@@ -162,10 +163,40 @@ PLANTED = {
         "thread",
         ("regular", "data race"),
     ),
-    "no barrier before tiles are overwritten": (
-        ("cuda/embedding.cuh", "__syncthreads();  // the tiles before have been folded", ""),
+    "no barrier before numbers are overwritten": (
+        ("cuda/embedding.cuh", "__syncthreads();  // the numbers of the places before have been read", ""),
         "thread",
         ("embedding", "data race"),
+    ),
+    "a read past the last place": (
+        ("cuda/embedding.cuh", "from + i < args.count ? args.places[from + i]", "from + i <= args.count ? args.places[from + i]"),
+        "address",
+        ("embedding", "heap-buffer-overflow"),
+    ),
+    "a read past the end of a row": (
+        ("cuda/embedding.cuh", "vectors && columns.has(E::numbers - 1)", "vectors && columns.has(0)"),
+        None,
+        ("embedding", "wrong: "),
+    ),
+    "a pair taken for whole at a window's end": (
+        ("cuda/embedding.cuh", "if (pieces.open != open_throughout) {", "{"),
+        None,
+        ("embedding", "wrong: "),
+    ),
+    "pieces of a row left with another": (
+        ("cuda/embedding.cuh", "own_row ? tail_sums : head_sums", "head_sums"),
+        None,
+        ("embedding", "wrong: "),
+    ),
+    "a slab that is not cleared": (
+        ("cuda/embedding.cuh", "args.first_row - args.slab_rows >= *args.touched", "args.first_row >= *args.touched"),
+        None,
+        ("embedding", "wrong: "),
+    ),
+    "a row that nobody touched and nobody filled": (
+        ("cuda/embedding.cuh", "at = touched * args.K + mine", "at = (touched + 1) * args.K + mine"),
+        None,
+        ("embedding", "wrong: "),
     ),
     "no wait for a copy": (
         ("cuda/product.cuh", "copy_async_wait<Tile::stages - 2>();", "copy_async_wait<Tile::stages>();"),
@@ -233,7 +264,7 @@ PLANTED = {
         ("hopper", "norms of an infinite gradient"),
     ),
     "a barrier that some threads skip": (
-        ("cuda/embedding.cuh", "__syncthreads();  // the tiles", "if (threadIdx.x) __syncthreads();  // the tiles"),
+        ("cuda/embedding.cuh", "__syncthreads();  // the numbers", "if (threadIdx.x) __syncthreads();  // the numbers"),
         None,
         ("embedding", "not every thread reaches"),
     ),
@@ -352,18 +383,6 @@ def test_a_device_of_little_shared_memory_is_asked_for_no_more(emulated, monkeyp
         cross = zk.gram(x.a, x.b, x.a[:3], x.b[:3], impl="cuda")
         first = replace(want["gram"], truth=want["gram"].truth[:, :3], scale=want["gram"].scale[:, :3])
         assert_within_budget(cross, first)
-        ids = torch.arange(3 * N).view(N, 3) % 7
-
-        def embedded(y, ids=ids):
-            fields = zk.embedding_interference(ids, y["b"], 7, gram=True, impl="reference")._asdict()
-            return {name: field for name, field in fields.items() if name != "rows"}
-
-        want = expectations(embedded, {"b": x.a}, error_budgets.embedding(N, 3, 41, 7, torch.float32))
-        for gram in (False, True):
-            got = zk.embedding_interference(ids, x.a, 7, gram=gram, impl="cuda")
-            for name, e in want.items():
-                if gram or name != "gram":
-                    assert_within_budget(getattr(got, name), e, name)
     assert max(asked) <= 101376
 
 
@@ -387,6 +406,82 @@ def test_of_an_embeddings_direction_only_the_touched_rows_are_copied(emulated):
     ids, b = torch.tensor([[5, V - 1], [7, 5]]), torch.ones(2, 2, K)
     got = zk.embedding_interference(ids, b, V, direction=row.expand(V, K), impl="cuda")
     torch.testing.assert_close(got.dot, row.float().sum().expand(2) * 2, rtol=1e-5, atol=1e-5)
+
+
+class Waits(TorchDispatchMode):
+    """The ops that a device would make the host wait for."""
+
+    NAMES = ("_local_scalar_dense", "nonzero", "unique", "masked_select", "bincount", "repeat_interleave", "is_nonzero", "equal")
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function.name().removeprefix("aten::")
+        to_cpu = name.startswith("_to_copy") and (kwargs or {}).get("device") is not None
+        if to_cpu or name.startswith(self.NAMES) or (name.startswith("index") and any(_is_mask(x) for x in args)):
+            self.seen.append(name)
+        return function(*args, **(kwargs or {}))
+
+
+def _is_mask(x):
+    return any(map(_is_mask, x)) if isinstance(x, list | tuple) else isinstance(x, torch.Tensor) and x.dtype == torch.bool
+
+
+@pytest.mark.parametrize("gram", [False, True])
+@pytest.mark.parametrize("ragged", [False, True])
+def test_an_embedding_waits_once_at_most(ragged, gram, emulated, monkeypatch):
+    """For the number of rows, and with max_rows for nothing. On a device everything else is a launch."""
+    monkeypatch.setattr(torch.Tensor, "tolist", lambda x: pytest.fail("tolist"))
+    monkeypatch.setattr(embedding, "SLAB_BYTES", 1)
+    ids, b, u = torch.arange(12).view(3, 4) % 7, torch.randn(3, 4, 9), torch.randn(7, 9)
+    examples = torch.arange(12) % 3 if ragged else None
+    if ragged:
+        ids, b = ids.view(1, 12), b.view(1, 12, 9)
+    for max_rows, want in ((None, ["_local_scalar_dense"]), (7, []), (9, [])):
+        with Waits() as waits:
+            dispatch.CUDA.embedding_interference(ids, b, examples, 3, 7, 2, u, gram, max_rows)
+        assert waits.seen == want
+    with Waits() as waits:  # what is looked for is found
+        portable.embedding_interference(ids, b, examples, 3, 2, u, False)
+    assert len(waits.seen) > 1
+
+
+@pytest.mark.parametrize("max_rows", [None, 9, 14])
+@pytest.mark.parametrize("slab_rows", [1, 2, 5])
+def test_an_embeddings_gram_in_several_slabs(slab_rows, max_rows, emulated, monkeypatch):
+    monkeypatch.setattr(embedding, "SLAB_BYTES", 4 * 12 * 130 * slab_rows)
+    generator = torch.Generator().manual_seed(6)
+    ids = torch.randint(-1, 9, (12, 20), generator=generator)
+    ids[:, ::3] = 7
+    b, u = torch.randn(12, 20, 130, generator=generator), torch.randn(9, 130, generator=generator)
+
+    def sums(x, impl, **options):
+        found = zk.embedding_interference(ids, x["b"], 9, direction=x["u"], padding_idx=3, gram=True, impl=impl, **options)
+        return {name: field for name, field in found._asdict().items() if name != "rows"}
+
+    want = expectations(lambda x: sums(x, "reference"), {"b": b, "u": u}, error_budgets.embedding(12, 20, 130, 9, torch.float32))
+    for name, field in sums({"b": b, "u": u}, "cuda", max_rows=max_rows).items():
+        assert_within_budget(field[:8] if name.endswith("_sum") else field, want[name], name)
+
+
+def test_ids_that_are_out_of_range_are_skipped_where_nobody_looks(emulated):
+    """On a device, whose values the host does not read: nothing past the weight or the examples is touched."""
+    ids, examples = torch.tensor([[0, 5, 2, 1, 2**62]]), torch.tensor([0, 1, 2, -1, 0])
+    b, u = torch.ones(1, 5, 4), torch.ones(3, 4)
+    sums = dispatch.CUDA.embedding_interference(ids, b, examples, 2, 3, -1, u, True)
+    assert sums.rows.tolist() == [0]
+    assert sums.l1.tolist() == [4, 0]
+    assert sums.gram.tolist() == [[4, 0], [0, 0]]
+
+
+def test_more_positions_than_the_kernels_count_are_refused(emulated):
+    ids = torch.zeros(1, dtype=torch.int64).expand(2, 1 << 29)
+    with pytest.raises(ValueError, match="fewer than 1073741824 positions"):
+        dispatch.CUDA.embedding_interference(ids, torch.zeros(1, 1, 1).expand(2, 1 << 29, 1), None, 2, 3, -1, None, False)
+    with pytest.raises(ValueError, match="num_embeddings: times 4 examples"):
+        dispatch.CUDA.embedding_interference(ids[:, :4], torch.zeros(2, 4, 1), None, 4, 1 << 61, -1, None, False)
 
 
 def test_views_with_a_pending_negation_are_read_negated(emulated):

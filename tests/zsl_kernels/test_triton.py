@@ -22,7 +22,7 @@ GROUPS = (
     ("test_interference",),
     ("test_gram", "test_dot_norm_weighted", "test_ragged", "test_errors"),
     ("test_tied", "test_properties", "test_autograd"),
-    ("test_compile", "test_embedding", "test_integer_operands", "test_linear_cross_entropy", "test_coordinate_sums"),
+    ("test_compile", "test_integer_operands", "test_linear_cross_entropy", "test_coordinate_sums"),
 )
 
 

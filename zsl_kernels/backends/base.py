@@ -139,8 +139,12 @@ class Backend(ABC):
         padding_idx: int,
         direction: Tensor | None,
         gram: bool,
+        max_rows: int | None = None,
     ) -> EmbeddingSums:
-        """ids (N, T) and b (N, T, K); with ``example_ids`` (T,), (1, T) and (1, T, K)."""
+        """ids (N, T) and b (N, T, K); with ``example_ids`` (T,), (1, T) and (1, T, K).
+
+        With ``max_rows`` the sums have as many rows: zeros, of the row −1, behind those that are touched.
+        """
         raise NotImplementedError
 
     def scale_bias_grad(

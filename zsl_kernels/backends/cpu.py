@@ -130,9 +130,10 @@ class Cpu(Backend):
         padding_idx: int,
         direction: Tensor | None,
         gram: bool,
+        max_rows: int | None = None,
     ) -> EmbeddingSums:
         found = kernels.embedding_interference(ids, b, example_ids, num_examples, num_embeddings, padding_idx, direction, gram)
-        return EmbeddingSums._make(found)
+        return EmbeddingSums._make(found).with_rows(max_rows)
 
     def scale_bias_grad(
         self,

@@ -28,6 +28,7 @@ def embedding_interference(
     num_examples: int | None = None,
     direction: Tensor | None = None,
     gram: bool = False,
+    max_rows: int | None = None,
     impl: str = "auto",
 ) -> EmbeddingSums:
     """All sums and scalars of an embedding's per-example gradients. With ``onehot = F.one_hot(ids, V).to(b.dtype)``::
@@ -38,8 +39,12 @@ def embedding_interference(
         l1, sq_norm, dot, abs_dot, gram                 # as interference has them
 
     Work and memory follow the touched rows, whatever ``num_embeddings`` is. Positions whose id is ``padding_idx`` or negative
-    count as absent. Differentiable once in ``b`` and ``direction`` (whose derivative is dense). As the number of touched rows
-    depends on values, ``torch.compile(fullgraph=True)`` needs ``torch._dynamo.config.capture_dynamic_output_shape_ops``.
+    count as absent. Differentiable once in ``b`` and ``direction`` (whose derivative is dense).
+
+    The number U of touched rows depends on values. A device is waited for to learn it, and ``torch.compile(fullgraph=True)`` needs
+    ``torch._dynamo.config.capture_dynamic_output_shape_ops``. With ``max_rows`` the results have as many rows whatever the values
+    are: graphs need no such setting, and ``impl="cuda"``, which a device takes where the CUDA kernels are built, never waits, and
+    can be captured in a CUDA graph. The derivative does wait.
 
     Args:
         ids: (N, *positions), of any integer dtype.
@@ -49,17 +54,20 @@ def embedding_interference(
         example_ids, num_examples: rows of mixed examples: ids (R,), b (R, K), example_ids (R,) of any integer dtype.
         direction: (V, K), any floating dtype; only its touched rows are read.
         gram: whether to compute the pairwise inner products.
+        max_rows: the number of rows of the results. Behind the touched ones ``rows`` is -1 and the sums are zero, which count for
+            nothing in a derivative. At least the number of touched rows on the CPU; on a device, where looking would be to wait, at
+            least the most that there can be: the smaller of V and the number of positions.
         impl: see the package's documentation.
 
     Raises:
         TypeError: an argument is not a tensor or number, or has another dtype.
-        ValueError: an argument has another shape or device, or ``impl`` is unknown.
+        ValueError: an argument has another shape or device, ``max_rows`` is too small, or ``impl`` is unknown.
         IndexError: an id is not below ``num_embeddings``, or an example id is not in range (on the CPU).
         RuntimeError: the named ``impl`` is not available on this machine.
     """
     kind = None
     if example_ids is None and num_examples is None:
-        kind = call_cache.kind_of("embedding", impl, (num_embeddings, padding_idx, bool(gram)), b, ids, direction)
+        kind = call_cache.kind_of("embedding", impl, (num_embeddings, padding_idx, bool(gram), max_rows), b, ids, direction)
         if kind is not None and (call := call_cache.find(kind)) is not None:
             return call(ids, b, direction)
     check_tensor("b", b)
@@ -81,10 +89,15 @@ def embedding_interference(
             raise ValueError(f"direction: expected shape ({V}, {b.shape[-1]}), that of the weight, got {tuple(direction.shape)}")
         check_device("direction", direction, "b", b)
     N = check_examples(ids, "ids", example_ids, num_examples)
+    if max_rows is not None:
+        check_size("max_rows", max_rows)
+        if b.device.type != "cpu" and max_rows < min(V, ids.numel()):
+            most = min(V, ids.numel())
+            raise ValueError(f"max_rows: expected at least {most} on {b.device}, rows that could be touched, got {max_rows}")
     dispatch.impls_for(b.device, impl)
     row = -1 if padding_idx is None else padding_idx % V
     if kind is not None and dispatch.impls_for(b.device, impl)[0] == "cpu":
-        return call_cache.keep(kind, _call(N, V, row, bool(gram)))(ids, b, direction)
+        return call_cache.keep(kind, _call(N, V, row, bool(gram), max_rows))(ids, b, direction)
     lead = (N, math.prod(ids.shape[1:])) if example_ids is None else (1, ids.shape[0])
     arguments = (
         ids.reshape(lead),
@@ -97,25 +110,25 @@ def embedding_interference(
         bool(gram),
     )
     if impl == "reference":
-        return reference.embedding_interference(*arguments)
-    return _run(*arguments, impl)
+        return reference.embedding_interference(*arguments).with_rows(max_rows)
+    return _run(*arguments, impl, max_rows)
 
 
 def _run(*arguments: Any) -> EmbeddingSums:
     """The op, of its schema's arguments, with None for what was not asked for."""
-    *_, direction, gram, _ = arguments
+    *_, direction, gram, _, _ = arguments
     *sums, rows = op(*arguments)
     return EmbeddingSums(rows, *InterferenceSums(*sums).asked_for(direction, gram))
 
 
-def _call(N: int, V: int, padding_idx: int, gram: bool) -> Callable[..., EmbeddingSums]:
+def _call(N: int, V: int, padding_idx: int, gram: bool, max_rows: int | None) -> Callable[..., EmbeddingSums]:
     """What the op comes to on the CPU, where examples are a dimension: a function of ids, b and the direction."""
     kernel = cpu.kernels.embedding_interference.default
 
     def call(ids: Tensor, b: Tensor, direction: Tensor | None) -> EmbeddingSums:
         if b.ndim != 3:
             b = b.reshape(N, math.prod(ids.shape[1:]), b.shape[-1])
-        return EmbeddingSums._make(kernel(ids, b, None, N, V, padding_idx, direction, gram))
+        return EmbeddingSums._make(kernel(ids, b, None, N, V, padding_idx, direction, gram)).with_rows(max_rows)
 
     return call
 
@@ -130,26 +143,28 @@ def _embedding(
     direction: Tensor | None,
     gram: bool,
     impl: str,
+    max_rows: int | None = None,
 ) -> tuple[Tensor, ...]:
     backend = backend_for("embedding_interference", b.device, impl, b.dtype)
     if not backend.checks_ids:
         check_range("ids", ids, num_embeddings, negative=True)
         check_range("example_ids", example_ids, num_examples)
         ids, example_ids = ids.long(), long(example_ids)
-    rows, *sums = backend.embedding_interference(ids, b, example_ids, num_examples, num_embeddings, padding_idx, direction, gram)
+    arguments = (ids, b, example_ids, num_examples, num_embeddings, padding_idx, direction, gram, max_rows)
+    rows, *sums = backend.embedding_interference(*arguments)
     # The integers come last: torch's own checks of ops add results up, in the dtype of the first.
     return *(empty(b, 0) if x is None else x for x in sums), rows
 
 
 def _embedding_fake(ids: Tensor, b: Tensor, example_ids: Tensor | None, num_examples: int, *rest: Any) -> tuple[Tensor, ...]:
-    *_, direction, gram, _ = rest
-    U = torch.library.get_ctx().new_dynamic_size()
+    *_, direction, gram, _, max_rows = (*rest, None)[:6]
+    U = torch.library.get_ctx().new_dynamic_size() if max_rows is None else max_rows
     return *sums_like(b, (U, b.shape[2]), num_examples, direction, gram), ids.new_empty(U, dtype=torch.int64)
 
 
 op = define(
     "embedding_interference(Tensor ids, Tensor b, Tensor? example_ids, SymInt num_examples, SymInt num_embeddings, "
-    "SymInt padding_idx, Tensor? direction, bool gram, str impl) -> "
+    "SymInt padding_idx, Tensor? direction, bool gram, str impl, SymInt? max_rows=None) -> "
     "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     _embedding,
     _embedding_fake,
@@ -157,7 +172,7 @@ op = define(
 
 
 def _embedding_setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    ids, b, example_ids, ctx.num_examples, _, ctx.padding_idx, direction, ctx.gram, _ = inputs
+    ids, b, example_ids, ctx.num_examples, _, ctx.padding_idx, direction, ctx.gram, _, _ = inputs
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(output[-1])
     ctx.save_for_backward(ids, b, example_ids, direction)
@@ -175,7 +190,7 @@ def _embedding_grad(ctx: Any, *cotangents: Tensor | None) -> Grads:
     db = du = None
     if want_b or want_u:
         db, du = op_backward(ids, b, example_ids, ctx.num_examples, ctx.padding_idx, u, *c, mix, want_b, want_u)
-    return None, db if want_b else None, None, None, None, None, du if want_u else None, None, None
+    return None, db if want_b else None, None, None, None, None, du if want_u else None, None, None, None
 
 
 differentiable(op, _embedding_setup, _embedding_grad)

@@ -23,8 +23,7 @@ class Config(NamedTuple):
 # Positions of an example up to which the ghost form holds several in a block: "ghost_short", where longer ones take "ghost".
 GHOST_SHORT = 32
 
-# By kernel, then by the operands' dtype: "half" for bfloat16 and float16, "float32". Of "embedding_interference" the rows are pairs
-# of a row and an example, the depth is of positions.
+# By kernel, then by the operands' dtype: "half" for bfloat16 and float16, "float32".
 Configs = dict[str, dict[str, tuple[Config, ...]]]
 
 SM80: Configs = {
@@ -52,7 +51,6 @@ SM80: Configs = {
         ),
     },
     "linear_cross_entropy": {"half": (Config(128, 128, 64, 8, 3),), "float32": (Config(128, 64, 32, 8, 3),)},
-    "embedding_interference": {"half": (Config(8, 128, 16, 4, 1),), "float32": (Config(8, 128, 16, 4, 1),)},
 }
 SM90: Configs = {
     "interference": {
@@ -79,7 +77,6 @@ SM90: Configs = {
         ),
     },
     "linear_cross_entropy": {"half": (Config(128, 128, 64, 8, 3),), "float32": (Config(128, 128, 32, 8, 3),)},
-    "embedding_interference": {"half": (Config(8, 128, 16, 4, 1),), "float32": (Config(8, 128, 16, 4, 1),)},
 }
 SM100: Configs = {
     "interference": {
@@ -106,7 +103,6 @@ SM100: Configs = {
         ),
     },
     "linear_cross_entropy": {"half": (Config(128, 256, 64, 8, 3),), "float32": (Config(128, 128, 32, 8, 3),)},
-    "embedding_interference": {"half": (Config(8, 128, 16, 4, 1),), "float32": (Config(8, 128, 16, 4, 1),)},
 }
 CONFIGS: dict[int, Configs] = {80: SM80, 90: SM90, 100: SM100}
 

@@ -54,6 +54,10 @@ __device__ __forceinline__ T shuffle_xor(T x, int mask) {
   return __shfl_xor_sync(0xffffffffu, x, mask);
 }
 
+// Bit i: what lane i of the warp brings.
+__device__ __forceinline__ uint32_t ballot(bool x) { return __ballot_sync(0xffffffffu, x); }
+__device__ __forceinline__ int count_bits(uint32_t x) { return __popc(x); }
+
 __device__ __forceinline__ float widen_float16(uint16_t bits) {
   float x;
   asm("cvt.f32.f16 %0, %1;" : "=f"(x) : "h"(bits));

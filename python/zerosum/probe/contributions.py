@@ -229,7 +229,9 @@ Contribution = OuterProduct | RowGather | Dense | DiagonalRows | StreamedHead
 
 @dataclass
 class Sums:
-    """The fields of :class:`zsl_kernels.InterferenceSums` for one parameter; of touched rows alone where ``rows`` says which."""
+    """The fields of :class:`zsl_kernels.InterferenceSums` for one parameter; of touched rows alone where ``rows`` says which.
+
+    ``padded``: some of ``rows`` may be -1, where the sums are zero. How many are touched is then known to the device alone."""
 
     grad_sum: Tensor
     abs_sum: Tensor
@@ -240,6 +242,23 @@ class Sums:
     abs_dot: Tensor | None
     gram: Tensor | None
     rows: Tensor | None = None
+    padded: bool = field(default=False, init=False)
+
+    def spread(self, x: Tensor, shape: torch.Size) -> Tensor:
+        """One of the sums, over all rows of a weight of this shape."""
+        if self.rows is None:
+            return x
+        if self.padded:
+            return x.new_zeros(shape).index_add_(0, self.rows.clamp(min=0), x)
+        return x.new_zeros(shape).index_copy_(0, self.rows, x)
+
+    def at_rows(self, x: Tensor) -> Tensor:
+        """Of a weight-shaped tensor the rows that the sums have, and zeros where they have none."""
+        if self.rows is None:
+            return x
+        if not self.padded:
+            return x[self.rows]
+        return x.index_select(0, self.rows.clamp(min=0)).masked_fill_((self.rows < 0).unsqueeze(1), 0)
 
 
 # The fields, with the power of g that they scale with.
@@ -457,16 +476,27 @@ def _products(uses: list[OuterProduct], lookup: RowGather | None, asked: Request
 
 
 def _lookups(lookup: RowGather, asked: Request, direction: Tensor | None) -> Sums:
+    most = most_rows(lookup)
     sums = zk.embedding_interference(
         lookup.rows,
         lookup.e,
         lookup.num_rows,
         direction=direction,
         gram=asked.gram,
+        max_rows=most,
         example_ids=lookup.ids,
         num_examples=None if lookup.ids is None else asked.examples,
     )
-    return Sums(**{name: getattr(sums, name) for name in (*WEIGHT_SHAPED, *SCALARS)}, rows=sums.rows)
+    fields = {name: getattr(sums, name) for name in (*WEIGHT_SHAPED, *SCALARS)}
+    found = Sums(**fields, rows=sums.rows)
+    found.padded = most is not None
+    return found
+
+
+def most_rows(lookup: RowGather) -> int | None:
+    """How many rows the sums of a lookup are to have, so that nothing waits for a device to count those that are touched. On the
+    CPU counting costs nothing."""
+    return None if lookup.e.device.type == "cpu" else min(lookup.num_rows, lookup.rows.numel())
 
 
 def _dense(use: Dense, asked: Request, direction: Tensor | None) -> Sums:
@@ -493,5 +523,5 @@ def densified(sums: Sums, num_rows: int) -> Sums:
     """The same with sums over all rows."""
     if sums.rows is None:
         return sums
-    full = [x.new_zeros(num_rows, *x.shape[1:]).index_copy_(0, sums.rows, x) for x in (sums.grad_sum, sums.abs_sum, sums.sq_sum)]
+    full = [sums.spread(x, torch.Size((num_rows, *x.shape[1:]))) for x in (sums.grad_sum, sums.abs_sum, sums.sq_sum)]
     return Sums(*full, *(getattr(sums, name) for name in SCALARS))

@@ -94,9 +94,7 @@ class ParameterReport:
 
     def _weight_shaped(self, x: Tensor, power: int) -> Tensor:
         """Of an embedding only the rows that some example touched are kept: the others are zero."""
-        if self._sums.rows is not None:
-            x = x.new_zeros(self._shape).index_copy_(0, self._sums.rows, x)
-        return self._scaled(x.view(self._shape), power)
+        return self._scaled(self._sums.spread(x, self._shape).view(self._shape), power)
 
     def _scaled(self, x: Tensor, power: int) -> Tensor:
         return x if self._scale == 1 else x * self._scale**power

@@ -148,7 +148,7 @@ def add_up(results: Iterable[tuple[Results, Tensor | None]]) -> None:
         s = r.sums
         shape = s.abs_sum.shape
         if u is not None:
-            u = (u if s.rows is None else u[s.rows]).reshape(shape)
+            u = s.at_rows(u).reshape(shape)
         grads.append(s.grad_sum if s.grad_sum.shape == shape else s.grad_sum.view(shape))
         sizes.append(s.abs_sum)
         squares.append(s.sq_sum)

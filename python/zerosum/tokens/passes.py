@@ -404,7 +404,7 @@ class Accumulated:
             if sums.rows is None:
                 total.add_(part.view(total.shape))
             else:
-                total.index_add_(0, sums.rows, part)
+                total.index_add_(0, sums.rows.clamp(min=0), part)  # rows of -1 are zeros
         for name, power in SCALARS.items():
             if (value := getattr(sums, name)) is not None:
                 self.scalars.setdefault(name, []).append(value.double() / factors.double() ** power)

@@ -94,8 +94,10 @@ class Chunked(Backend):
         padding_idx: int,
         direction: Tensor | None,
         gram: bool,
+        max_rows: int | None = None,
     ) -> EmbeddingSums:
-        return embedding.embedding_interference(ids, b, example_ids, num_examples, padding_idx, direction, gram)
+        found = embedding.embedding_interference(ids, b, example_ids, num_examples, padding_idx, direction, gram)
+        return found.with_rows(max_rows)
 
     def scale_bias_grad(
         self,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from zsl_kernels.backends.cuda import hopper, module, persistent, rows
+from zsl_kernels.backends.cuda import embedding, hopper, module, persistent, rows
 from zsl_kernels.backends.gpu import GpuBackend, gpu_of
 from zsl_kernels.planning.choose import Plan
 from zsl_kernels.planning.gpu_cost import has_hopper
@@ -84,8 +84,12 @@ class Cuda(GpuBackend):
         padding_idx: int,
         direction: Tensor | None,
         gram: bool,
+        max_rows: int | None = None,
     ) -> EmbeddingSums:
-        return persistent.embedding_interference(ids, b, example_ids, num_examples, padding_idx, direction, gram)
+        # Fewer than there can be are given on the CPU alone, where the kernels are emulated.
+        known = max_rows if max_rows is not None and max_rows >= min(num_embeddings, ids.numel()) else None
+        sizes = (num_examples, num_embeddings, padding_idx)
+        return embedding.embedding_interference(ids, b, example_ids, *sizes, direction, gram, known).with_rows(max_rows)
 
     def dense_interference(self, g: Tensor, direction: Tensor | None, gram: bool) -> InterferenceSums:
         return rows.dense_interference(g, direction, gram)

@@ -10,14 +10,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from zsl_kernels.backends.chunked.embedding import pairs_of
 from zsl_kernels.backends.cuda.module import ELEMENTS, compiled, exact, guard, pointer, stream, strided, written
-from zsl_kernels.backends.gpu import gpu_of
 from zsl_kernels.planning.choose import Plan
 from zsl_kernels.planning.devices import Gpu
 from zsl_kernels.planning.tiles import CUDA_SUMS_HELD, CUDA_TILES, CudaTile
 from zsl_kernels.tied import AddedRows
-from zsl_kernels.types import EmbeddingSums, InterferenceSums
+from zsl_kernels.types import InterferenceSums
 
 
 class _Launch(NamedTuple):
@@ -171,59 +169,3 @@ def gram(plan: Plan, a: Tensor, b: Tensor, a2: Tensor | None, b2: Tensor | None,
             pointer(pairs),
         )
     return pairs.sum(0).float()
-
-
-def _embedding_tile(gpu: Gpu, N: int, gram: bool) -> CudaTile:
-    """The largest that holds all examples; for the Gram of more in groups the last, and without it the largest."""
-    if gram:
-        return next((tile for tile in CUDA_TILES if tile.fitting(gpu.shared_bytes) >= N), CUDA_TILES[-1])
-    fitting = [tile for tile in CUDA_TILES if tile.shared_bytes(CUDA_SUMS_HELD, True) <= gpu.shared_bytes]
-    return next((tile for tile in fitting if tile.slots >= N), fitting[0])
-
-
-def embedding_interference(
-    ids: Tensor,
-    b: Tensor,
-    example_ids: Tensor | None,
-    num_examples: int,
-    padding_idx: int,
-    direction: Tensor | None,
-    gram: bool,
-) -> EmbeddingSums:
-    N, K = num_examples, b.shape[2]
-    p = pairs_of(ids, b.shape[1], example_ids, num_examples, padding_idx)
-    U = p.rows.shape[0]
-    b = written(b)
-    u, u_rows = direction, p.rows
-    if direction is not None and direction.dtype != torch.float32:  # of a whole weight, only the rows that are touched are copied
-        u, u_rows = direction.index_select(0, p.rows).float(), torch.arange(U, device=b.device)
-    u = None if u is None else written(u)
-    if not N * U * K:
-        return EmbeddingSums(p.rows, *_nothing(b, (U, K), N, u, gram))
-    row_begin, place_begin = (torch.nn.functional.pad(counts.cumsum(0), (1, 0)) for counts in (p.row_counts, p.counts))
-    tensors = (row_begin, p.row, p.example, place_begin, p.place, u_rows)
-
-    def run(sums: bool, gram: bool) -> _Results:
-        launch = _launch(gpu, tile, N, None, gram, U, K)
-        results = _Results(b, launch, N, (U, K), sums, gram, u if sums else None)
-        with guard(b):
-            compiled().embedding(
-                (launch.tile, launch.blocks, launch.pairs, stream(b)),
-                ELEMENTS[b.dtype],
-                (U, K, launch.held, launch.group, exact()),
-                strided(b),
-                N,
-                max(b.shape[1], 1),
-                *map(pointer, tensors),
-                results.pointers(),
-            )
-        return results
-
-    gpu = gpu_of(b.device)
-    tile = _embedding_tile(gpu, N, gram)
-    if not gram or tile.fitting(gpu.shared_bytes) >= N:
-        own = run(True, gram)
-        found = own.result(own.gram())
-    else:
-        found = run(True, False).result(run(False, True).gram())
-    return EmbeddingSums(p.rows, *found)

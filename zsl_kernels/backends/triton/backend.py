@@ -13,7 +13,7 @@ from zsl_kernels.backends.chunked import gradients
 from zsl_kernels.backends.gpu import GpuBackend
 from zsl_kernels.planning.choose import Plan
 from zsl_kernels.tied import AddedRows
-from zsl_kernels.types import Cotangents, EmbeddingSums, InterferenceSums
+from zsl_kernels.types import Cotangents, InterferenceSums
 
 
 class Triton(GpuBackend):
@@ -25,7 +25,6 @@ class Triton(GpuBackend):
             "interference_backward",
             "gram",
             "sq_norm",
-            "embedding_interference",
             "linear_cross_entropy",
             "coordinate_sums",
         }
@@ -100,21 +99,6 @@ class Triton(GpuBackend):
         from zsl_kernels.backends.triton import coordinates
 
         return coordinates.coordinate_sums_of_many(grad_sums, abs_sums, sq_sums, directions)
-
-    def embedding_interference(
-        self,
-        ids: Tensor,
-        b: Tensor,
-        example_ids: Tensor | None,
-        num_examples: int,
-        num_embeddings: int,
-        padding_idx: int,
-        direction: Tensor | None,
-        gram: bool,
-    ) -> EmbeddingSums:
-        from zsl_kernels.backends.triton import embedding
-
-        return embedding.embedding_interference(ids, b, example_ids, num_examples, padding_idx, direction, gram)
 
     def linear_cross_entropy_forward(self, h: Tensor, weight: Tensor, target: Tensor, chunk: int) -> tuple[Tensor, Tensor, Tensor]:
         from zsl_kernels.backends.triton import linear_cross_entropy

@@ -1,0 +1,141 @@
+"""embedding_interference on the CUDA backend: launches whose sizes follow from shapes, so that nothing waits for the device.
+
+Positions are sorted by row and example, cut into windows, and added up window by window (csrc/cuda/embedding.cuh). The one number
+that the host may want is how many rows were touched, for the results have as many rows. With ``max_rows`` it does not.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from zsl_kernels.backends.cuda.module import ELEMENTS, compiled, guard, pointer, stream, strided, written
+from zsl_kernels.types import EmbeddingSums
+
+# Gradients of some rows of all examples, of which the Gram is formed.
+SLAB_BYTES = 128 << 20
+# Places and segments are counted in 31 bits: a segment is twice a row's number.
+MOST_POSITIONS = 1 << 30
+_THREADS = 256  # of the kernels that put positions in order
+_PIECES = 8  # rows that a window leaves of what crosses its bounds
+_DIRECTIONS = {**ELEMENTS, torch.float64: 3}
+
+
+class _Places(NamedTuple):
+    """The positions in order, and what the kernels are told of them."""
+
+    positions: tuple[int, int, int, int, int, int, int]
+    tensors: tuple[Tensor, ...]  # held while the kernels are queued: the caller's ids may be of another dtype
+    places: Tensor
+    rows: Tensor  # those that were touched, and then what happened to be there
+    touched: Tensor  # (1,) how many
+
+
+def _order(
+    ids: Tensor, b: Tensor, example_ids: Tensor | None, num_examples: int, num_embeddings: int, padding_idx: int, most_rows: int
+) -> _Places:
+    ids = written(ids).reshape(-1).contiguous()
+    examples = None if example_ids is None else written(example_ids).contiguous()
+    P, T = ids.shape[0], max(b.shape[1], 1)
+    positions = (pointer(ids), pointer(examples), P, T, num_examples, num_embeddings, padding_idx)
+    keys = torch.empty_like(ids)
+    compiled().embedding_keys(positions, keys.data_ptr(), stream(b))
+    ordered, order = keys.sort(stable=True)
+    # At most 1024 blocks, for each adds up what those before it have counted.
+    chunk = _THREADS * max(4, -(-P // (1024 * _THREADS)))
+    blocks = -(-P // chunk)
+    counts = ids.new_empty(blocks) if blocks > 1 else None
+    places, touched = ids.new_empty(P, 2), ids.new_empty(1)
+    rows = ids.new_empty(most_rows)
+    out = (ordered, order, counts, places, rows, touched)
+    compiled().embedding_places(positions, strided(b), chunk, *map(pointer, out), stream(b))
+    return _Places(positions, (ids,) if examples is None else (ids, examples), places, rows, touched)
+
+
+def window_of(positions: int) -> int:
+    """Places of a window: a power of two up to half of the root. A row that all positions name is added up in windows first, and
+    then over them; that takes the shortest time where both have a like number of steps."""
+    half = math.isqrt(positions) // 2
+    return max(16, 1 << half.bit_length() >> 1)
+
+
+def embedding_interference(
+    ids: Tensor,
+    b: Tensor,
+    example_ids: Tensor | None,
+    num_examples: int,
+    num_embeddings: int,
+    padding_idx: int,
+    direction: Tensor | None,
+    gram: bool,
+    max_rows: int | None = None,
+) -> EmbeddingSums:
+    """ids and example_ids are int64. With ``max_rows``, at least min(V, P), results have as many rows and nothing waits."""
+    N, K, P = num_examples, b.shape[2], ids.numel()
+    if P >= MOST_POSITIONS:
+        raise ValueError(f"ids: impl='cuda' takes fewer than {MOST_POSITIONS} positions, got {P}; 'chunked' takes them")
+    if N * num_embeddings >= 1 << 63:
+        raise ValueError(f"num_embeddings: times {N} examples expected below 2^63, got {num_embeddings}")
+    b, u = written(b), None if direction is None else written(direction)
+
+    def empty(*size: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.empty(size, dtype=dtype, device=b.device)
+
+    most = min(num_embeddings, P)
+    total = torch.zeros(N, N, dtype=torch.float64, device=b.device) if gram else None
+    with guard(b):
+        if P and N:
+            order = _order(ids, b, example_ids, N, num_embeddings, padding_idx, most if max_rows is None else max_rows)
+            rows, touched = order.rows, order.touched
+            positions, places = order.positions, order.places
+        else:
+            rows = torch.empty(max_rows or 0, dtype=torch.int64, device=b.device)
+            touched, positions, places = torch.zeros(1, dtype=torch.int64, device=b.device), (0, 0, 0, 1, N, 0, -1), None
+        if max_rows is None:
+            most = int(touched) if places is not None else 0
+            rows = rows[:most].clone()
+        grad_sum, abs_sum, sq_sum = (empty(rows.shape[0], K) for _ in range(3))
+        groups, fields = -(-K // (32 * 16 // b.element_size())) if P and N else 0, 2 if u is None else 4
+        scalars = empty(groups, P, fields)
+        if places is not None and groups:
+            window = window_of(P)
+            windows = -(-P // window)
+            pieces, open_pairs = empty(windows, _PIECES, K), empty(windows, dtype=torch.int32)
+            tensors = (places, rows, pieces, open_pairs, scalars, grad_sum, abs_sum, sq_sum)
+            along = (0, 0, 0, 0) if u is None else (u.data_ptr(), _DIRECTIONS[u.dtype], *u.stride())
+
+            def add_up(slab: tuple[int, int, int]) -> None:
+                out = tuple(map(pointer, tensors))
+                compiled().embedding(positions, ELEMENTS[b.dtype], strided(b), K, window, out, along, slab, stream(b))
+
+            if total is None or not most:
+                add_up((0, 0, 0))
+            else:
+                held = max(1, min(most, SLAB_BYTES // (4 * N * K)))
+                slab = empty(N, held * K)
+                for first in range(0, most, held):
+                    compiled().embedding_clear((slab.data_ptr(), first, held), slab.numel(), touched.data_ptr(), stream(b))
+                    add_up((slab.data_ptr(), first, held))
+                    total += slab @ slab.T
+        results = [empty(N) for _ in range(fields)]
+        begin = member = None
+        if example_ids is not None:
+            by_example, member = written(example_ids).sort(stable=True)
+            begin = torch.searchsorted(by_example, torch.arange(N + 1, device=b.device))
+        filling = 0 if max_rows is None else min(1024, -(-max_rows * max(K, 1) // 4096))
+        if N or filling:
+            ends = tuple(map(pointer, (*results, *[None] * (4 - fields))))
+            compiled().embedding_finish(
+                positions,
+                (scalars.data_ptr(), groups, fields, pointer(begin), pointer(member), ends),
+                (*map(pointer, (rows, grad_sum, abs_sum, sq_sum)), max_rows or 0, K, filling),
+                touched.data_ptr(),
+                stream(b),
+            )
+    l1, sq_norm, *rest = results
+    dot, abs_dot = rest or (None, None)
+    mirrored = None if total is None else (total.triu() + total.triu(1).T).float()
+    return EmbeddingSums(rows, grad_sum, abs_sum, sq_sum, l1, sq_norm, dot, abs_dot, mirrored)
