@@ -234,7 +234,7 @@ PLANTED = {
         ("hopper", "wrong: "),
     ),
     "a direction in a stage that is in use": (
-        ("cuda/hopper.cuh", "out.direction ? hopper_stages - 2 : hopper_stages", "hopper_stages"),
+        ("cuda/hopper.cuh", "fold == Fold::sums && out.direction ? hopper_stages - 2 : hopper_stages", "hopper_stages"),
         None,
         ("hopper", "wrong: "),
     ),
