@@ -40,9 +40,9 @@ __device__ void fold_sums(const Results& out, const Held& held, const Place<Tile
 
 // l1, sq_norm and, with a direction, dot and abs_dot of each held example over the tile: a warp has an example, and adds a tile's
 // sum in float32, tiles in float64.
-template <class Tile, class Row>
+template <class Tile>
 __device__ void fold_scalars(const Results& out, const Held& held, const Place<Tile>& place, const float* slots, int64_t N,
-                             bool first_tile, Row direction_row) {
+                             bool first_tile) {
   const int lane = threadIdx.x % warp_size;
   for (int slot = threadIdx.x / warp_size; slot < held.count; slot += warps) {
     float sums[4] = {0, 0, 0, 0};
@@ -51,8 +51,7 @@ __device__ void fold_scalars(const Results& out, const Held& held, const Place<T
       sums[0] += size;
       sums[1] += g * g;
       if (out.direction && place.has(at)) {
-        const float p =
-            g * out.direction[direction_row(place.row_of(at)) * out.direction_row + place.col_of(at) * out.direction_col];
+        const float p = g * out.direction[place.row_of(at) * out.direction_row + place.col_of(at) * out.direction_col];
         sums[2] += p;
         sums[3] += p < 0 ? -p : p;
       }
@@ -115,8 +114,8 @@ __device__ void fold_gram(double* pairs, const Held& held, const float* slots, i
 // Goes through the block's tiles and, for each, through the examples, as many at a time as are held: with the Gram those of the
 // pair of groups that the block has. `form(held, place, slots, stages)` forms their tiles, once all
 // threads have done with those before.
-template <class Tile, class Form, class Row>
-__device__ void fold_tiles(const Sizes& sizes, const Results& out, int64_t N, int64_t M, Form form, Row direction_row) {
+template <class Tile, class Form>
+__device__ void fold_tiles(const Sizes& sizes, const Results& out, int64_t N, int64_t M, Form form) {
   float* slots = reinterpret_cast<float*>(dynamic_shared());
   unsigned char* stages = reinterpret_cast<unsigned char*>(slots + sizes.slots * Tile::slot_floats);
   float* runs = reinterpret_cast<float*>(stages + Tile::stages * Tile::stage_bytes);
@@ -129,7 +128,7 @@ __device__ void fold_tiles(const Sizes& sizes, const Results& out, int64_t N, in
       form(held, place, slots, stages);
       if (out.grad_sum) {
         fold_sums<Tile>(out, held, place, slots, runs, N);
-        fold_scalars<Tile>(out, held, place, slots, N, first_tile, direction_row);
+        fold_scalars<Tile>(out, held, place, slots, N, first_tile);
       }
       if (out.pairs) fold_gram<Tile>(out.pairs, held, slots, N, M, first_tile, sizes.exact);
     }

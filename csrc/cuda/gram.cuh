@@ -14,7 +14,7 @@ __global__ void __launch_bounds__(threads, 1) gram_kernel(const __grid_constant_
     Product<E, Tile>(args, held, place, slots, stages).run();
   };
   const int64_t N = args.sets[0].count, M = args.sizes.cross ? args.sets[1].count : N;
-  fold_tiles<Tile>(args.sizes, args.results, N, M, form, [](int64_t row) { return row; });
+  fold_tiles<Tile>(args.sizes, args.results, N, M, form);
 }
 
 }  // namespace zsl
