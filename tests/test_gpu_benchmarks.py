@@ -25,6 +25,7 @@ def test_the_kernels_and_the_step_are_timed(project_environment):
         "## bfloat16",
         "## float32",
         "## float32, tf32 allowed for both",
+        "## Derivatives with respect to a and b",
         "## coordinate_sums",
         "## dense_interference",
         "## scale_bias_grad",

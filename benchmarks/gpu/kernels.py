@@ -21,6 +21,8 @@ import zerosum
 import zsl_kernels as zk
 from benchmarks.cases import Case, weight_gradient
 from zerosum.training.model import GPT, GPTConfig, token_losses
+from zsl_kernels.ops import interference_backward
+from zsl_kernels.types import Cotangents
 
 RESULT = Path(__file__).parents[1] / "results" / "gpu_kernels.md"
 # A block's matrices of several widths, few and many examples, a head, short examples.
@@ -77,6 +79,27 @@ def kernels(case: Case, dtype: torch.dtype, device: str) -> list[str]:
     ops = ("interference", "sq_norm", "dot", "weighted_grad")
     ways = [zk.plan(op, N=case.N, T=case.T, K=case.K, O=case.O, dtype=dtype, device=device).way for op in ops]
     return [str(case), f"{plain:.0f}", *(f"{time / plain:.2f}" for time in found), ", ".join(dict.fromkeys(ways))]
+
+
+def derivatives(case: Case, dtype: torch.dtype, device: str) -> list[str]:
+    """A line of the table: the three products that a derivative with respect to a and b needs, in microseconds, and the derivatives
+    of Σ|g|, of the squared norms and of the Gram as ratios to them."""
+    a, b = (torch.randn(case.N, case.T, size, device=device).to(dtype) for size in (case.K, case.O))
+    weight = torch.randn(case.O, case.K, device=device).to(dtype)
+    c_abs, c_norm = torch.randn(case.O, case.K, device=device), torch.randn(case.N, device=device)
+    mix = torch.randn(case.N, case.N, device=device)
+
+    def products() -> object:
+        return weight_gradient(a, b), b @ weight, a @ weight.T
+
+    def run(c: Cotangents, mix: Tensor | None = None) -> float:
+        arguments = (a, b, None, *c, mix, a, b, True, True, False, "auto", None, 0, None, None, None)
+        return microseconds(lambda: interference_backward.op(*arguments), device)
+
+    before = microseconds(products, device)
+    found = [run(Cotangents(abs_sum=c_abs)), run(Cotangents(sq_norm=c_norm)), run(Cotangents(), mix)]
+    plain = (before + microseconds(products, device)) / 2
+    return [f"{case}, {_short(dtype)}", f"{plain:.0f}", *(f"{time / plain:.2f}" for time in found)]
 
 
 def allowing_tf32(case: Case, device: str) -> list[str]:
@@ -222,6 +245,10 @@ def main() -> None:
         ("float32, tf32 allowed for both", [allowing_tf32(case, device) for case in cases]),
     ):
         parts.append(f"## {title}\n\n{table(HEAD, rows)}")
+    some = cases if options.quick else [CASES[0], CASES[2], CASES[7], CASES[8]]
+    rows = [derivatives(case, dtype, device) for case in some for dtype in (torch.bfloat16, torch.float32)]
+    head = ["", "three products, µs", "of abs_sum", "of sq_norm", "of the Gram"]
+    parts.append(f"## Derivatives with respect to a and b\n\nRatios are to dW, b W and a Wᵀ.\n\n{table(head, rows)}")
     sizes = [(8, 8)] if options.quick else [(768, 768), (4096, 4096), (50304, 768)]
     rows = [coordinate_sums(*size, device) for size in sizes]
     parts.append(f"## coordinate_sums\n\n{table(['matrix', 'µs', 'to an addition of two'], rows)}")

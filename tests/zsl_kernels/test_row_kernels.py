@@ -12,6 +12,7 @@ from tests.zsl_kernels import test_dense as dense
 from tests.zsl_kernels import test_scale_bias as scales
 from zsl_kernels.backends import dispatch
 from zsl_kernels.backends.cuda import rows as row_ops
+from zsl_kernels.backends.cuda.slabs import product_blocks
 from zsl_kernels.planning.devices import GPUS
 from zsl_kernels.types import INPUT_DTYPES
 
@@ -190,6 +191,6 @@ def test_the_gram_has_as_many_blocks_as_a_device_of_any_size():
     for gpu in GPUS.values():
         for N in (1, 32, 33, 4000):
             for elements in (512, 8192, 2**30):
-                products = row_ops._products(gpu.sms, N, elements)
+                products = product_blocks(gpu.sms, N, None, elements)
                 assert 1 <= products <= 2 * gpu.sms
                 assert products <= max(1, elements // 4096)

@@ -391,12 +391,25 @@ def test_a_device_of_little_shared_memory_is_asked_for_no_more(emulated, monkeyp
 )
 def test_a_driver_that_is_too_old_is_found_before_a_launch(built_with, driver, words):
     """The static runtime refuses every call then; a newer minor version is compatible."""
-    module.emulate(SimpleNamespace(versions=lambda: (built_with, driver)))
+    built = SimpleNamespace(**dict.fromkeys(module._REQUIRED))
+    built.versions = lambda: (built_with, driver)
+    module.emulate(built)
     try:
         found = module.missing()
     finally:
         module.emulate(None)
     assert found is None if words is None else words in found
+
+
+def test_a_build_of_other_sources_is_refused_by_what_it_lacks():
+    built = SimpleNamespace(**dict.fromkeys(module._REQUIRED))
+    built.versions = lambda: (13000, 13000)
+    del built.dense
+    module.emulate(built)
+    try:
+        assert "without dense: reinstall" in module.missing()
+    finally:
+        module.emulate(None)
 
 
 def test_of_an_embeddings_direction_only_the_touched_rows_are_copied(emulated):

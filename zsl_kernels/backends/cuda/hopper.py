@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from zsl_kernels.backends.cuda.module import ELEMENTS, compiled, exact, guard, pointer, stream, strided, written
+from zsl_kernels.backends.cuda.slabs import product_blocks
 from zsl_kernels.planning.choose import Plan
 from zsl_kernels.planning.devices import Gpu
 from zsl_kernels.planning.gpu_cost import HOPPER_TILE, hopper_schedule, hopper_slab_tiles
@@ -25,7 +26,6 @@ STEP = 64  # positions of a box
 WARPS = 8  # that leave partial scalars of a tile
 PARTS = 4  # of a float32 operand: high, middle, low, and high where it is finite
 GROUP = 8  # rows of tiles that are in work at one time
-ELEMENTS_OF_BLOCK = 4096  # of a slab, at least
 
 
 class Fold(IntEnum):
@@ -287,7 +287,7 @@ def _float32(x: Tensor | None) -> Tensor | None:
 def _products(gpu: Gpu, x: Tensor, y: Tensor | None) -> Tensor:
     """x yᵀ in float64; of one slab what is above the diagonal need not be right below it."""
     N, M, E = x.shape[0], (x if y is None else y).shape[0], x.shape[1]
-    blocks = max(1, min(2 * gpu.sms, E // ELEMENTS_OF_BLOCK))
+    blocks = product_blocks(gpu.sms, N, None if y is None else M, E)
     partials = x.new_empty(blocks, N, M, dtype=torch.float64)
     bfloat16 = x.dtype == torch.bfloat16
     compiled().slab_gram(x.data_ptr(), pointer(y), bfloat16, N, M, E, partials.data_ptr(), blocks, stream(x))

@@ -8,16 +8,68 @@ from __future__ import annotations
 
 import importlib
 from contextlib import nullcontext
-from types import ModuleType
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor
 
 ELEMENTS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-_emulation: ModuleType | None = None
 
 
-def emulate(module: ModuleType | None) -> None:
+class Launches(Protocol):
+    """The compiled functions, each a launch or two. csrc/bindings/cuda_module.cpp defines them and says what their tuples are; the
+    kernels are in the header that is named. A pointer is a tensor's ``data_ptr()``, or 0 where there is no tensor."""
+
+    def gram(self, *arguments: Any) -> None:
+        """gram.cuh: sums and the Gram in tiles that stay in shared memory."""
+
+    def cross_gram(self, *arguments: Any) -> None:
+        """gram.cuh: of one set with another."""
+
+    def slab_gram(self, *arguments: Any) -> None:
+        """slab_gram.cuh: inner products of a slab's rows."""
+
+    def dense(self, *arguments: Any) -> None:
+        """dense.cuh: gradients that are held."""
+
+    def scale_bias(self, *arguments: Any) -> None:
+        """scale_bias.cuh: gradients of scales and biases."""
+
+    def add_partials(self, *arguments: Any) -> None:
+        """add_partials.cuh: what several blocks have left."""
+
+    def embedding_keys(self, *arguments: Any) -> None:
+        """embedding.cuh: what positions are sorted by."""
+
+    def embedding_places(self, *arguments: Any) -> None:
+        """embedding.cuh: where rows and pairs begin among sorted positions."""
+
+    def embedding(self, *arguments: Any) -> None:
+        """embedding.cuh: sums and scalars."""
+
+    def embedding_clear(self, *arguments: Any) -> None:
+        """embedding.cuh: zeros in a slab."""
+
+    def embedding_finish(self, *arguments: Any) -> None:
+        """embedding.cuh: scalars of examples, and rows behind the touched ones."""
+
+    def hopper(self, *arguments: Any) -> None:
+        """hopper.cuh. There where nvcc is 12 or newer, like ``pack``."""
+
+    def pack(self, *arguments: Any) -> None:
+        """pack.cuh: operands as boxes can be copied from."""
+
+    def versions(self) -> tuple[int, int]:
+        """Of CUDA: that of the build, and the driver's."""
+        ...
+
+
+_NOT_EVERYWHERE = {"hopper", "pack"}
+_REQUIRED = [name for name in vars(Launches) if not name.startswith("_") and name not in _NOT_EVERYWHERE]
+_emulation: Launches | None = None
+
+
+def emulate(module: Any) -> None:
     """Runs the kernels of ``module``, built from csrc/simt, on CPU tensors from now on; None ends it."""
     global _emulation
     _emulation = module
@@ -27,8 +79,8 @@ def emulated() -> bool:
     return _emulation is not None
 
 
-def compiled() -> ModuleType:
-    return _emulation or importlib.import_module("zsl_kernels._cuda")
+def compiled() -> Launches:
+    return _emulation or cast(Launches, importlib.import_module("zsl_kernels._cuda"))
 
 
 def has_boxes() -> bool:
@@ -45,6 +97,8 @@ def missing() -> str | None:
         built, driver = compiled().versions()
     except (ImportError, AttributeError) as error:  # the latter of an older build
         return f"it was not built, or does not load ({error}): reinstall with nvcc and ZSL_BUILD_CUDA unset"
+    if lacking := [name for name in _REQUIRED if not hasattr(compiled(), name)]:
+        return f"it was built from other sources, without {', '.join(lacking)}: reinstall"
     if driver // 1000 < built // 1000:  # a newer minor version runs on the driver of an older one
         return (
             f"it was built with CUDA {_version(built)}, and the driver is of {_version(driver)}: update it, or build with its nvcc"

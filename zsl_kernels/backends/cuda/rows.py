@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from zsl_kernels.backends.cuda.module import ELEMENTS, compiled, guard, pointer, stream, strided, written
+from zsl_kernels.backends.cuda.slabs import product_blocks
 from zsl_kernels.backends.gpu import gpu_of
 from zsl_kernels.ragged import group
 from zsl_kernels.types import InterferenceSums
@@ -23,9 +24,7 @@ AT_ONCE = 4  # examples, or positions, that a thread has at a time
 # Bytes of a row that a warp reads at a time.
 PIECE = 32 * 16
 UNIT = 512  # the elements of a slab's row are a multiple of it
-ELEMENTS_OF_BLOCK = 4096  # of a slab, at least
 COPY_BYTES = 256 << 20  # of such rows that a launch makes, at most
-GROUP = 32  # rows of a slab that a block of its products has
 
 
 def _ceil_div(x: int, unit: int) -> int:
@@ -88,7 +87,7 @@ def dense_interference(g: Tensor, direction: Tensor | None, gram: bool) -> Inter
         columns, copied = max(1, COPY_BYTES // (N * slab_dtype.itemsize * UNIT)) * UNIT, 0
     padded = elements if copied else P
     lanes, blocks, parts, part = _dense_launch(sms, N, _ceil_div(padded, piece))
-    products = _products(sms, N, columns) if gram else 0  # of some columns
+    products = product_blocks(sms, N, None, columns) if gram else 0  # of some columns
     total = products * _ceil_div(elements, columns)
     work = _Workspace(
         g,
@@ -159,12 +158,6 @@ def _dense_launch(sms: int, N: int, pieces: int) -> tuple[int, int, int, int]:
     parts = max(_ceil_div(N, RUN * lanes), min(_ceil_div(N, AT_ONCE * lanes), wanted // blocks))
     part = _ceil_div(N, parts)
     return lanes, blocks, _ceil_div(N, part), part
-
-
-def _products(sms: int, N: int, elements: int) -> int:
-    """The blocks among which the elements of the Gram's products are divided."""
-    groups = _ceil_div(N, GROUP) * (_ceil_div(N, GROUP) + 1) // 2
-    return max(1, min(_ceil_div(2 * sms, groups), elements // ELEMENTS_OF_BLOCK))
 
 
 # Scales and biases ---------------------------------------------------------------------------------------------------------------
