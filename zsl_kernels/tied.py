@@ -16,19 +16,27 @@ from zsl_kernels.validation import check_range
 
 
 class AddedRows(NamedTuple):
-    """Rows added to the gradients, at most one for each example and row of the weight: the sums of an embedding's."""
+    """Rows added to the gradients, at most one for each example and row of the weight: the sums of an embedding's.
+
+    There is room for one for each row of the embedding. What is behind ``begin[N]`` is of no example and no row, and any value.
+    """
 
     begin: Tensor  # (N + 1,) int64: example i has [begin[i], begin[i + 1])
-    feature: Tensor  # (P,) int64: the weight's row of each, ascending for each example
-    values: Tensor  # (P, K)
-    member: Tensor  # (Q,) int64: which of the P each row of the embedding is part of, P if it is skipped
+    feature: Tensor  # (Q,) int64: the weight's row of each, ascending for each example; the number of rows behind the last
+    values: Tensor  # (Q, K)
+    member: Tensor  # (Q,) int64: which of them each row of the embedding is part of, Q if it is skipped
+
+    def keys(self, num_rows: int) -> Tensor:
+        """(Q,) ascending: example · num_rows + row of each."""
+        places = torch.arange(self.feature.shape[0], device=self.feature.device)
+        return (torch.searchsorted(self.begin, places, right=True) - 1) * num_rows + self.feature
 
     def each_row(self, x: Tensor) -> Tensor:
-        """From (P, K) to (Q, K), zero for those skipped: the derivative of the sums."""
+        """For each row of the embedding that of its sum, zero where it is skipped: the derivative of the sums."""
         return F.pad(x, (0, 0, 0, 1))[self.member]
 
     def inside(self, slab: slice) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-        """Which of the P lie in a slab of the weight's rows, and their places in gradients (N, rows, K) of it."""
+        """Which of them lie in a slab of the weight's rows, and their places in gradients (N, rows, K) of it."""
         found = ((self.feature >= slab.start) & (self.feature < slab.stop)).nonzero().squeeze(1)
         examples = torch.searchsorted(self.begin, found, right=True) - 1
         return found, (examples, self.feature[found] - slab.start)
@@ -51,16 +59,18 @@ class Embedding(NamedTuple):
         check_range("embedding: example ids", self.example_ids, num_examples)
 
     def added(self, num_examples: int, num_rows: int, dtype: torch.dtype) -> AddedRows:
-        """Summed in the sum dtype of ``dtype``."""
+        """Summed in the sum dtype of ``dtype``. Sizes follow from shapes: nothing waits for a device."""
         self.check(num_examples, num_rows)
+        Q, none = self.ids.shape[0], num_examples * num_rows
         ids = self.ids.long()
-        used = (ids >= 0).nonzero().squeeze(1)
-        keys, order = (self.example_ids.long()[used] * num_rows + ids[used]).sort(stable=True)
-        used = used[order]
-        keys, group, counts = torch.unique_consecutive(keys, return_inverse=True, return_counts=True)
+        keys, order = torch.where(ids < 0, none, self.example_ids.long() * num_rows + ids).sort(stable=True)
+        group = F.pad(keys.diff() != 0, (1, 0)).cumsum(0)[:Q]
+        counts = group.new_zeros(Q).scatter_add_(0, group, torch.ones_like(group))
+        sums = keys.new_full((Q,), none).scatter_(0, group, keys)
         values = self.grads.to(sum_dtype(dtype))
-        if keys.numel() and values.shape[1]:
-            values = F.embedding_bag(used, values, counts.cumsum(0) - counts, mode="sum")
-        begin = torch.searchsorted(keys, torch.arange(num_examples + 1, device=keys.device) * num_rows)
-        member = torch.full_like(ids, keys.numel()).index_copy_(0, used, group)
-        return AddedRows(begin, keys % max(num_rows, 1), values[: keys.numel()].contiguous(), member)
+        if Q and values.shape[1]:
+            values = F.embedding_bag(order, values, counts.cumsum(0) - counts, mode="sum")
+        begin = torch.searchsorted(sums, torch.arange(num_examples + 1, device=keys.device) * num_rows)
+        feature = torch.where(sums == none, num_rows, sums % max(num_rows, 1))
+        member = torch.empty_like(order).scatter_(0, order, torch.where(keys == none, Q, group))
+        return AddedRows(begin, feature, values.contiguous(), member)

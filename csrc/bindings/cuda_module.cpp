@@ -186,9 +186,10 @@ void embedding_finish(const Positions& positions, const Scalars& scalars, const 
   launch_embedding_finish(args, blocks, stream);
 }
 
-void slab_gram(Pointer x, Pointer y, bool bfloat16, int64_t x_rows, int64_t y_rows, int64_t elements, Pointer pairs,
+void slab_gram(Pointer x, Pointer y, bool bfloat16, int64_t x_rows, int64_t y_rows, int64_t elements, Pointer pairs, bool add,
                unsigned blocks, Pointer stream) {
-  launch_slab_gram({to<const void>(x), to<const void>(y), bfloat16, x_rows, y_rows, elements, to<double>(pairs)}, blocks, stream);
+  launch_slab_gram({to<const void>(x), to<const void>(y), bfloat16, x_rows, y_rows, elements, to<double>(pairs), add}, blocks,
+                   stream);
 }
 
 bool aligned(std::initializer_list<Pointer> pointers) {

@@ -67,12 +67,14 @@ const Kernels*& active() {
 namespace {
 
 // The examples' offsets into `rows` rows, checked: the kernels read wherever they point.
-const int64_t* offsets_of(const Tensor& begin, int64_t rows) {
+// `some`: of the rows, which may be more than there is use for.
+const int64_t* offsets_of(const Tensor& begin, int64_t rows, bool some = false) {
   TORCH_CHECK(
       begin.dim() == 1 && begin.size(0) > 0 && begin.scalar_type() == at::kLong && begin.is_contiguous() && begin.device().is_cpu(),
       "expected offsets as contiguous (N + 1,) int64 on the CPU, got ", begin.scalar_type(), " ", begin.sizes());
   const int64_t *first = begin.const_data_ptr<int64_t>(), *end = first + begin.size(0);
-  TORCH_CHECK(*first == 0 && end[-1] == rows && std::is_sorted(first, end), "expected offsets from 0 up to ", rows);
+  TORCH_CHECK(*first == 0 && (end[-1] == rows || (some && end[-1] < rows)) && std::is_sorted(first, end),
+              "expected offsets from 0 up to ", rows);
   return first;
 }
 
@@ -106,7 +108,7 @@ AddedRows added_rows(const OptionalTensor& begin, const OptionalTensor& index, c
                   index->size(0) == values->size(0) && index->scalar_type() == at::kLong && index->is_contiguous() &&
                   begin->size(0) == shape.N + 1,
               "expected added rows as offsets (N + 1,), int64 features (P,) and contiguous values (P, K) in the sums' dtype");
-  const AddedRows added = {offsets_of(*begin, index->size(0)), index->const_data_ptr<int64_t>(), values->const_data_ptr()};
+  const AddedRows added = {offsets_of(*begin, index->size(0), true), index->const_data_ptr<int64_t>(), values->const_data_ptr()};
   for (int64_t n = 0; n < shape.N; ++n)
     for (int64_t p = added.begin[n]; p < added.begin[n + 1]; ++p)
       TORCH_CHECK(added.index[p] >= 0 && added.index[p] < shape.O && (p == added.begin[n] || added.index[p - 1] < added.index[p]),

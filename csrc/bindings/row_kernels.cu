@@ -86,7 +86,7 @@ void launch_add_partials(AddPartialsArgs args, uintptr_t stream) {
 }
 
 void launch_slab_gram(const SlabGram& x, unsigned blocks, uintptr_t stream) {
-  const SlabGramArgs args = {x.x, x.y, x.x_rows, x.y_rows, x.elements, x.pairs, x.y == nullptr};
+  const SlabGramArgs args = {x.x, x.y, x.x_rows, x.y_rows, x.elements, x.pairs, x.y == nullptr, x.add};
   if (x.bfloat16)
     launch_slab_gram_as<SlabBfloat16>(args, blocks, stream);
   else

@@ -20,6 +20,7 @@ struct SlabGram {
   bool bfloat16;
   int64_t x_rows, y_rows, elements;
   double* pairs;
+  bool add;
 };
 void launch_slab_gram(const SlabGram& args, unsigned blocks, uintptr_t stream);
 

@@ -26,6 +26,7 @@ struct SlabGramArgs {
   int64_t x_rows, y_rows, elements;
   double* pairs;  // (blocks, x_rows, y_rows)
   bool upper;     // one set's: groups on and above the diagonal alone
+  bool add;       // to what an earlier launch has left there
 };
 
 struct alignas(16) Loaded {
@@ -131,7 +132,9 @@ __global__ void __launch_bounds__(slab_threads, two || (octets == 4 && E::number
     const int64_t r = x_first + at / side, c = y_first + at % side;
     double total = 0;
     for (int w = 0; w < slab_warps; ++w) total += shared[w * side * side + at];
-    if (r < args.x_rows && c < args.y_rows) args.pairs[(blockIdx.y * args.x_rows + r) * args.y_rows + c] = total;
+    if (r >= args.x_rows || c >= args.y_rows) continue;
+    double* const pair = args.pairs + (blockIdx.y * args.x_rows + r) * args.y_rows + c;
+    *pair = args.add ? *pair + total : total;
   }
 }
 

@@ -320,7 +320,7 @@ def check_dense(
         adding.append((partial_scalars.ctypes.data, True, blocks, fields * N, N, results, 0))
     if slab is not None:
         pairs, total = np.full((2, N, N), np.nan), Mapped.of_copy((N, N), np.float32)
-        module.slab_gram(slab.ctypes.data, 0, element == 1, N, N, padded, pairs.ctypes.data, 2, 0)
+        module.slab_gram(slab.ctypes.data, 0, element == 1, N, N, padded, pairs.ctypes.data, False, 2, 0)
         adding.append((pairs.ctypes.data, True, 2, N * N, N * N, [total.ctypes.data], N))
     if adding:
         module.add_partials(adding, 0)
@@ -557,10 +557,10 @@ def hopper(
             0,
         )
         pairs = np.full((2, N, N), np.nan)
-        module.slab_gram(slab.ctypes.data, 0, not exact, N, N, slab.shape[1], pairs.ctypes.data, 2, 0)
+        module.slab_gram(slab.ctypes.data, 0, not exact, N, N, slab.shape[1], pairs.ctypes.data, False, 2, 0)
         out.pairs += pairs.sum(0)
         cross = np.full((1, N, 1), np.nan)
-        module.slab_gram(slab.ctypes.data, slab.ctypes.data, not exact, N, 1, slab.shape[1], cross.ctypes.data, 1, 0)
+        module.slab_gram(slab.ctypes.data, slab.ctypes.data, not exact, N, 1, slab.shape[1], cross.ctypes.data, False, 1, 0)
         expect("the Gram of two slabs", cross[0, :1, 0], pairs.sum(0)[0, :1], pairs.sum(0)[0, :1])
     if not exact:  # of gradients that were rounded to bfloat16
         expect_rounded(out.pairs[0], g, size)

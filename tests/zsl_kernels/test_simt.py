@@ -371,8 +371,7 @@ def test_a_device_of_little_shared_memory_is_asked_for_no_more(emulated, monkeyp
         return found
 
     monkeypatch.setattr(persistent, "_launch", recorded)
-    for used in (dispatch, persistent):
-        monkeypatch.setattr(used, "gpu_of", lambda *_: gpu)
+    monkeypatch.setattr(dispatch, "gpu_of", lambda *_: gpu)
     for N in (4, 8, 33, 70):
         problem = Problem(N, 3, 41, 35)
         x, want = problem.make(), expected(problem, "interference, gram")

@@ -67,7 +67,9 @@ def embedding_interference(
     """
     kind = None
     if example_ids is None and num_examples is None:
-        kind = call_cache.kind_of("embedding", impl, (num_embeddings, padding_idx, bool(gram), max_rows), b, ids, direction)
+        sizes = (num_embeddings, padding_idx, max_rows)
+        options = (*sizes, *map(type, sizes), bool(gram))  # 7.0 is no size, but it equals 7
+        kind = call_cache.kind_of("embedding", impl, options, b, ids, direction)
         if kind is not None and (call := call_cache.find(kind)) is not None:
             return call(ids, b, direction)
     check_tensor("b", b)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from zsl_kernels.backends.cuda.module import ELEMENTS, compiled, exact, guard, pointer, stream, strided, written
-from zsl_kernels.backends.cuda.slabs import product_blocks
+from zsl_kernels.backends.cuda.slabs import SlabGram
 from zsl_kernels.planning.choose import Plan
 from zsl_kernels.planning.devices import Gpu
 from zsl_kernels.planning.gpu_cost import HOPPER_TILE, hopper_schedule, hopper_slab_tiles
@@ -181,12 +181,12 @@ def interference(
     begin: Tensor | None = None,
     added: AddedRows | None = None,
 ) -> InterferenceSums:
-    """Every sum and scalar, in two launches, or with the Gram in three for each slab."""
+    """Every sum and scalar, in two launches. The Gram takes three for each slab, and one more."""
     N, O, K = a.shape[0] if begin is None else begin.shape[0] - 1, b.shape[-1], a.shape[-1]
     u = _float32(direction)
     sums = [a.new_empty(O, K, dtype=torch.float32) for _ in range(3)]
     scalars = [a.new_empty(N, dtype=torch.float32) for _ in range(2 if u is None else 4)]
-    pairs: Tensor | None = None
+    pairs = None
     if 0 in (N, O, K) or (a.shape[-2] == 0 and added is None):
         for x in (*sums, *scalars):
             x.zero_()
@@ -197,14 +197,14 @@ def interference(
             operands = _Operands(plan, a, b, begin)
             rows = None if added is None else _added(added, O)
             each = hopper_slab_tiles(operands.gpu, operands.tiles, N, operands.slab_dtype.itemsize) if gram else operands.tiles
+            products = SlabGram(a, operands.gpu.sms, N, None, each * HOPPER_TILE**2) if gram else None
             for first in range(0, operands.tiles, each):
                 tiles = min(each, operands.tiles - first)
                 slab = operands.slab(tiles) if gram else None
                 operands.launch(Fold.SUMS, first, tiles, slab, results, u, rows)
-                if slab is not None:
-                    products = _products(operands.gpu, slab, None)
-                    pairs = products if pairs is None else pairs.add_(products)
-            pairs = None if pairs is None else _mirrored(pairs).float()
+                if products is not None and slab is not None:
+                    products.add(slab)
+            pairs = None if products is None else products.result()
     dot, abs_dot = scalars[2:] if u is not None else (None, None)
     return InterferenceSums(sums[0], sums[1], sums[2], scalars[0], scalars[1], dot, abs_dot, pairs).asked_for(u, gram)
 
@@ -219,17 +219,15 @@ def gram(plan: Plan, a: Tensor, b: Tensor, a2: Tensor | None, b2: Tensor | None,
         x = _Operands(plan, a, b, begin)
         y = None if a2 is None or b2 is None else _Operands(plan, a2, b2, None)
         each = hopper_slab_tiles(x.gpu, x.tiles, N + (0 if y is None else M), x.slab_dtype.itemsize)
-        pairs: Tensor | None = None
+        products = SlabGram(a, x.gpu.sms, N, None if y is None else M, each * HOPPER_TILE**2)
         for first in range(0, x.tiles, each):
             tiles = min(each, x.tiles - first)
             slabs = []
             for z in (x,) if y is None else (x, y):
                 slabs.append(z.slab(tiles))
                 z.launch(Fold.NONE, first, tiles, slabs[-1])
-            products = _products(x.gpu, slabs[0], None if y is None else slabs[1])
-            pairs = products if pairs is None else pairs.add_(products)
-    assert pairs is not None
-    return (_mirrored(pairs) if y is None else pairs).float()
+            products.add(*slabs)
+        return products.result()
 
 
 def sq_norm(plan: Plan, a: Tensor, b: Tensor, begin: Tensor | None = None) -> Tensor:
@@ -284,26 +282,10 @@ def _float32(x: Tensor | None) -> Tensor | None:
     return None if x is None else written(x.to(torch.float32))
 
 
-def _products(gpu: Gpu, x: Tensor, y: Tensor | None) -> Tensor:
-    """x yᵀ in float64; of one slab what is above the diagonal need not be right below it."""
-    N, M, E = x.shape[0], (x if y is None else y).shape[0], x.shape[1]
-    blocks = product_blocks(gpu.sms, N, None if y is None else M, E)
-    partials = x.new_empty(blocks, N, M, dtype=torch.float64)
-    bfloat16 = x.dtype == torch.bfloat16
-    compiled().slab_gram(x.data_ptr(), pointer(y), bfloat16, N, M, E, partials.data_ptr(), blocks, stream(x))
-    return partials.sum(0)
-
-
-def _mirrored(upper: Tensor) -> Tensor:
-    """The symmetric matrix that has been computed on and above its diagonal alone."""
-    return upper.triu() + upper.triu(1).T
-
-
 def _added(added: AddedRows, O: int) -> tuple[Tensor, Tensor, Tensor]:
     """(N, rows of tiles + 1): which of the added rows each example has in each row of tiles. Both are in order, so that a search
     does; and the rows."""
     N, device = added.begin.shape[0] - 1, added.feature.device
-    examples = torch.searchsorted(added.begin, torch.arange(added.feature.shape[0], device=device), right=True) - 1
     edges = (torch.arange(-(-O // HOPPER_TILE) + 1, device=device) * HOPPER_TILE).clamp_(max=O)
-    bounds = torch.searchsorted(examples * O + added.feature, torch.arange(N, device=device)[:, None] * O + edges)
+    bounds = torch.searchsorted(added.keys(O), torch.arange(N, device=device)[:, None] * O + edges)
     return bounds, added.feature, added.values

@@ -88,13 +88,12 @@ def dense_interference(g: Tensor, direction: Tensor | None, gram: bool) -> Inter
     padded = elements if copied else P
     lanes, blocks, parts, part = _dense_launch(sms, N, _ceil_div(padded, piece))
     products = product_blocks(sms, N, None, columns) if gram else 0  # of some columns
-    total = products * _ceil_div(elements, columns)
     work = _Workspace(
         g,
         4 * parts * 3 * P if parts > 1 else 0,
         8 * blocks * fields * N if blocks > 1 else 0,
         copied,
-        8 * total * N * N,
+        8 * products * N * N,
     )
     of_sums, of_scalars, slab, of_pairs = work.pointers
     example, element = flat.stride()
@@ -114,16 +113,15 @@ def dense_interference(g: Tensor, direction: Tensor | None, gram: bool) -> Inter
         if gram:
             for start in range(0, elements, columns):
                 rows = flat if columns == elements else _copy(flat[:, start : start + columns], slab_dtype)
-                at = of_pairs + 8 * products * N * N * (start // columns)
                 is_bfloat16, size = slab_dtype == torch.bfloat16, min(columns, elements - start)
-                module.slab_gram(slab or rows.data_ptr(), 0, is_bfloat16, N, N, size, at, products, on)
+                module.slab_gram(slab or rows.data_ptr(), 0, is_bfloat16, N, N, size, of_pairs, start > 0, products, on)
         adding = []
         if of_sums:
             adding.append((of_sums, False, parts, 3 * P, P, [x.data_ptr() for x in sums], 0))
         if of_scalars:
             adding.append((of_scalars, True, blocks, fields * N, N, [x.data_ptr() for x in scalars], 0))
         if pairs is not None:
-            adding.append((of_pairs, True, total, N * N, N * N, [pairs.data_ptr()], N))
+            adding.append((of_pairs, True, products, N * N, N * N, [pairs.data_ptr()], N))
         if adding:
             module.add_partials(adding, on)
     return found

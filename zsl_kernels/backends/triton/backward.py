@@ -270,7 +270,7 @@ def _slots(added: AddedRows, n: slice, slab: slice, O: int) -> Tensor:
     """Which of the P added rows goes to each of the examples' output rows in the slab, −1 where none does: (n, rows)."""
     P, device = added.values.shape[0], added.values.device
     examples = torch.arange(added.begin.shape[0] - 1, device=device)
-    keys = examples.repeat_interleave(added.begin.diff(), output_size=P) * O + added.feature
+    keys = added.keys(O)
     wanted = examples[n, None] * O + torch.arange(slab.start, slab.stop, device=device)
     slots = torch.searchsorted(keys, wanted).clamp_(max=P - 1)
     return torch.where(keys[slots] == wanted, slots, -1)

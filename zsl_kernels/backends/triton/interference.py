@@ -283,9 +283,8 @@ class _Operands(NamedTuple):
 def _bounds(added: AddedRows, O: int, rows: int) -> Tensor:
     """(N, tiles + 1): which of the added rows each example has in each row of tiles. Both are in order, so that a search does."""
     N, device = added.begin.shape[0] - 1, added.feature.device
-    examples = torch.searchsorted(added.begin, torch.arange(added.feature.shape[0], device=device), right=True) - 1
     edges = (torch.arange(triton.cdiv(O, rows) + 1, device=device) * rows).clamp_(max=O)
-    return torch.searchsorted(examples * O + added.feature, torch.arange(N, device=device)[:, None] * O + edges)
+    return torch.searchsorted(added.keys(O), torch.arange(N, device=device)[:, None] * O + edges)
 
 
 def interference(
