@@ -1,5 +1,5 @@
-// The CPU kernels of inputs and output gradients as private torch ops (zsl_cpu::*): checks, allocation, workers. The public ops are in
-// zsl_kernels/ops, the choice among these in zsl_kernels/planning, and zsl_kernels/backends/cpu.py calls them.
+// The CPU kernels of inputs and output gradients as private torch ops (zsl_cpu::*): checks, allocation, workers. The public ops are
+// in zsl_kernels/ops, the choice among these in zsl_kernels/planning, and zsl_kernels/backends/cpu.py calls them.
 //
 // Work is split into as many contiguous ranges as there are threads, and partial scalars are added in the order of the ranges:
 // results are bitwise repeatable for the same inputs and thread count.

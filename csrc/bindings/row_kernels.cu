@@ -81,8 +81,8 @@ void launch_scale_bias(Element x_element, Element b_element, const ScaleBiasArgs
 void launch_add_partials(AddPartialsArgs args, uintptr_t stream) {
   int64_t blocks = 0;
   for (Partials& x : args.of) blocks += x.blocks = (x.width + 31) / 32;
-  launch("add_partials_kernel", add_partials_kernel, 1, static_cast<unsigned>(blocks), row_threads,
-         sizeof(double) * row_threads, stream, args);
+  launch("add_partials_kernel", add_partials_kernel, 1, static_cast<unsigned>(blocks), row_threads, sizeof(double) * row_threads,
+         stream, args);
 }
 
 void launch_slab_gram(const SlabGram& x, unsigned blocks, uintptr_t stream) {
