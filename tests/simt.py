@@ -1,4 +1,4 @@
-"""Builds the CUDA kernels for threads of a CPU (csrc/simt), and as a plugin runs a test process on them.
+"""Builds the CUDA kernels for threads of a CPU (tests/native/simt), and as a plugin runs a test process on them.
 
 ``ZSL_TEST_EMULATED=cuda pytest -p tests.simt tests/zsl_kernels/test_interference.py`` runs what the kernels are for, and
 ``ZSL_TEST_EMULATED=hopper`` those of compute capability 9.0.
@@ -39,7 +39,7 @@ def _run(command: list[str]) -> None:
 def _object(folder: Path, root: Path, source: str, flags: tuple[str, ...]) -> Path:
     """Of one source under ``root``, compiled once for all builds in ``folder``."""
     target = Path(tempfile.mkdtemp(dir=folder)) / f"{Path(source).name}.o"
-    options = ("-std=c++17", "-fPIC", *flags, "-DZSL_HOPPER=1", "-I", str(root / "csrc/simt"))
+    options = ("-std=c++17", "-fPIC", *flags, "-DZSL_HOPPER=1", "-I", str(ROOT / "tests/native/simt"))
     _run([COMPILER, *options, "-x", "c++", "-c", str(root / source), "-o", str(target)])
     return target
 

@@ -176,22 +176,52 @@ def triton_kernels() -> list[Kernel]:
         return list(pool.map(_compile, *zip(*jobs, strict=True)))
 
 
+def compiled(library: Path) -> Iterator[tuple[Gpu, sass.Usage]]:
+    """The kernels of the module that setup.py built, for the devices that the planner knows."""
+    for name, cubin in sass.cubins(library).items():
+        arch = int(name.split("sm_")[1].removesuffix(".cubin").removesuffix("a"))
+        if arch in GPUS:
+            for usage in sass.inspect(cubin):
+                yield GPUS[arch], usage
+
+
 def cuda_kernels(library: Path) -> Iterator[Kernel]:
     """Of the module that setup.py built; its kernels' names have their tile and the operands' type."""
     tiles = {(tile.rows, tile.cols, tile.slots): tile for tile in CUDA_TILES}
-    for name, cubin in sass.cubins(library).items():
-        gpu = GPUS[int(name.split("sm_")[1].removesuffix(".cubin").removesuffix("a"))]
-        for usage in sass.inspect(cubin):
-            sizes = tuple(int(number) for number in re.findall(r"Li(\d+)E", usage.kernel)[:3])
-            if sizes not in tiles or "Float16" in usage.kernel.replace("Bfloat16", ""):
-                continue  # float16 is compiled as bfloat16 is
-            tile, kind = tiles[sizes], "half" if "Bfloat16" in usage.kernel else "float32"
-            config = Config(tile.rows, tile.cols, gpu_cost.CUDA_DEPTH // (2 if kind == "float32" else 1), gpu_cost.CUDA_WARPS, 0)
-            held = [(f"cuda gram, N ≤ {tile.slots}", tile.slots, False)]
-            if tile is CUDA_TILES[0]:
-                held.append(("cuda sums", CUDA_SUMS_HELD, True))
-            for title, examples, runs in held:
-                yield kernel(title, gpu, kind, config, usage, usage.shared + tile.shared_bytes(examples, runs))
+    for gpu, usage in compiled(library):
+        sizes = tuple(int(number) for number in re.findall(r"Li(\d+)E", usage.kernel)[:3])
+        if sizes not in tiles or "Float16" in usage.kernel.replace("Bfloat16", ""):
+            continue  # float16 is compiled as bfloat16 is
+        tile, kind = tiles[sizes], "half" if "Bfloat16" in usage.kernel else "float32"
+        config = Config(tile.rows, tile.cols, gpu_cost.CUDA_DEPTH // (2 if kind == "float32" else 1), gpu_cost.CUDA_WARPS, 0)
+        held = [(f"cuda gram, N ≤ {tile.slots}", tile.slots, False)]
+        if tile is CUDA_TILES[0]:
+            held.append(("cuda sums", CUDA_SUMS_HELD, True))
+        for title, examples, runs in held:
+            yield kernel(title, gpu, kind, config, usage, usage.shared + tile.shared_bytes(examples, runs))
+
+
+def other_kernels(library: Path) -> list[list[str]]:
+    """Of those without a tile of ``CUDA_TILES``: how many variants of each, the most registers, and whether any spills."""
+    found: dict[tuple[str, str], list[sass.Usage]] = {}
+    for gpu, usage in compiled(library):
+        length, rest = re.match(r"_ZN3zsl(\d+)(\w+)", usage.kernel).groups()  # its name, after the namespace
+        name = rest[: int(length)]
+        if name != "gram_kernel":
+            found.setdefault((name, gpu.name), []).append(usage)
+    return [
+        [
+            name,
+            gpu,
+            str(len(usages)),
+            str(max(usage.registers for usage in usages)),
+            f"{max(usage.stack for usage in usages)} / {max(usage.spills for usage in usages)}",
+        ]
+        for (name, gpu), usages in sorted(found.items())
+    ]
+
+
+OTHERS = ["kernel", "GPU", "variants", "registers, at most", "stack / spills"]
 
 
 def markdown(head: list[str], rows: list[list[str]]) -> str:
@@ -211,7 +241,7 @@ constants are taken for the A100 and the B200, whose rates are the vendor's.
 """
 
 
-def report(kernels: list[Kernel], predictions: list[Prediction], dropped: list[str]) -> str:
+def report(kernels: list[Kernel], others: list[list[str]], predictions: list[Prediction], dropped: list[str]) -> str:
     """Markdown."""
     parts = [
         "# GPU kernels, compiled and predicted",
@@ -220,6 +250,8 @@ def report(kernels: list[Kernel], predictions: list[Prediction], dropped: list[s
         ABOUT_COMPILED.strip(),
         *dropped,
         markdown(COMPILED, [x.row() for x in kernels]),
+        "The other CUDA kernels:",
+        markdown(OTHERS, others),
         "## Predicted",
         ABOUT_PREDICTED.strip(),
         markdown(PREDICTED, [x.row() for x in predictions]),
@@ -240,7 +272,7 @@ def main() -> None:
         for model in MODELS
         for gram in (False, True)
     ]
-    text = report(kernels, predictions, dropped)
+    text = report(kernels, other_kernels(library) if library else [], predictions, dropped)
     (RESULTS / "gpu_report.md").write_text(text)
     print(text)
 

@@ -54,6 +54,7 @@ def test_predictions_are_of_devices_that_were_not_measured_and_say_so(monkeypatc
     monkeypatch.setattr(report, "RESULTS", tmp_path)
     monkeypatch.setattr(report, "triton_kernels", list)
     monkeypatch.setattr(report, "cuda_kernels", lambda library: [])
+    monkeypatch.setattr(report, "other_kernels", lambda library: [])
     report.main()
     text = (tmp_path / "gpu_report.md").read_text()
     assert "No device but an H100 was measured" in text

@@ -1,4 +1,4 @@
-"""The CUDA kernels on threads of a CPU (csrc/simt): right, within their memory, ordered by their barriers.
+"""The CUDA kernels on threads of a CPU (tests/native/simt): right, within their memory, ordered by their barriers.
 
 The parity suites run in a process of their own. The module alone, on NumPy arrays (tests/native/simt_checks.py), runs under the
 sanitizers, and copies of the kernels with a mistake planted in each show that the checks can fail.

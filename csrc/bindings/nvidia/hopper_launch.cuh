@@ -1,4 +1,4 @@
-// The maps of tensors, made by the driver's library. csrc/simt/hopper_launch.cuh has the same for threads of a CPU.
+// The maps of tensors, made by the driver's library. tests/native/simt/hopper_launch.cuh has the same for threads of a CPU.
 #pragma once
 
 #include <hopper_device.cuh>

@@ -1,4 +1,4 @@
-// Launches of the kernels on a device. csrc/simt/launch.cuh has the same for threads of a CPU.
+// Launches of the kernels on a device. tests/native/simt/launch.cuh has the same for threads of a CPU.
 #pragma once
 
 #include <cuda_runtime.h>

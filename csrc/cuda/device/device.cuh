@@ -1,4 +1,4 @@
-// The primitives of a warp and of shared memory, on a device. csrc/simt/device.cuh has the same for threads of a CPU.
+// The primitives of a warp and of shared memory, on a device. tests/native/simt/device.cuh has the same for threads of a CPU.
 #pragma once
 
 #include <cstdint>

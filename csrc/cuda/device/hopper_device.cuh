@@ -1,5 +1,5 @@
 // What compute capability 9.0 adds: barriers that count bytes, copies of boxes of a tensor, and products of a warpgroup, four
-// warps. csrc/simt/hopper_device.cuh has the same for threads of a CPU.
+// warps. tests/native/simt/hopper_device.cuh has the same for threads of a CPU.
 #pragma once
 
 #include <cuda.h>

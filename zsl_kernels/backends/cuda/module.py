@@ -71,7 +71,7 @@ _emulation: Launches | None = None
 
 
 def emulate(module: Any) -> None:
-    """Runs the kernels of ``module``, built from csrc/simt, on CPU tensors from now on; None ends it."""
+    """Runs the kernels of ``module``, built from tests/native/simt, on CPU tensors from now on; None ends it."""
     global _emulation
     _emulation = module
 
