@@ -1,0 +1,35 @@
+"""What each op does on a device, by benchmarks/gpu/counts.py: few launches, no operation of PyTorch's beside them, no reads."""
+
+import pytest
+import torch
+
+from benchmarks.gpu.counts import counts
+
+ENDED = ("slab_gram", "add_partials")
+# Launches and allocations. Results are tensors of their own, since an op's outputs may not share memory; the rest is a workspace.
+HOPPER = {
+    "interference": (("hopper",), 6),
+    "interference, direction": (("hopper",), 8),
+    "interference, Gram": (("hopper", *ENDED), 9),
+    "gram": (("hopper", *ENDED), 4),
+    "sq_norm": (("hopper",), 2),
+    "dot": (("hopper",), 2),
+    "weighted_grad": (("hopper",), 2),
+}
+ROWS = {
+    "dense_interference": (("dense", "add_partials"), 6),
+    "dense_interference, Gram": (("dense", *ENDED), 7),
+    "scale_bias_grad": (("scale_bias", "add_partials"), 3),
+    "embedding_interference": (("embedding_keys", "embedding_places", "embedding", "embedding_finish"), 13),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+def test_every_op_is_so_many_launches_and_allocations(dtype):
+    # float32 operands are split into parts: a launch and an allocation for each of the two.
+    packs = ("pack", "pack") if dtype == torch.float32 else ()
+    expected = {name: ((*packs, *launches), n + len(packs)) for name, (launches, n) in HOPPER.items()} | ROWS
+    found = counts(dtype)
+    assert {name: (x.launches, x.allocations) for name, x in found.items()} == expected
+    for name, x in found.items():
+        assert x.others == (("sort",) if name == "embedding_interference" else ()), name
