@@ -10,7 +10,7 @@ import importlib.util
 import json
 from array import array
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,9 @@ class Sample:
     x: Tensor
     y: Tensor
     digest: str
+
+    def to(self, device: torch.device) -> Sample:
+        return replace(self, x=self.x.to(device), y=self.y.to(device))
 
     def describe(self) -> dict[str, Any]:
         sequences, positions = self.x.shape

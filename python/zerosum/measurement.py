@@ -21,6 +21,7 @@ from dataclasses import asdict, dataclass
 from time import perf_counter
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 
 from zerosum.changes import change_metrics, evaluate, first_order_changes, first_order_metrics, prefixed
@@ -87,10 +88,17 @@ class Measurement:
         evaluation: the sequences to measure on.
         batch: the training batch that steps are computed from; None where ``settings.update`` needs none.
         memory: what per-token gradients may take, in bytes.
+        device: where to measure.
     """
 
     def __init__(
-        self, series: Series, settings: Settings, evaluation: Sample, batch: Sample | None = None, memory: int = 2 * 10**9
+        self,
+        series: Series,
+        settings: Settings,
+        evaluation: Sample,
+        batch: Sample | None = None,
+        memory: int = 2 * 10**9,
+        device: torch.device | str = "cpu",
     ) -> None:
         if settings.examples not in EXAMPLES:
             raise ValueError(f"examples: expected one of {', '.join(EXAMPLES)}, got {settings.examples!r}")
@@ -102,8 +110,9 @@ class Measurement:
             raise ValueError(f"sample: expected None for examples={settings.examples!r}, got {settings.sample}")
         self.series = series
         self.settings = settings
-        self.evaluation = evaluation
-        self.batch = batch
+        self._device = torch.device(device)
+        self.evaluation = evaluation.to(self._device)
+        self.batch = None if batch is None else batch.to(self._device)
         self._memory = memory
         self._before: tuple[Checkpoint, Tensor] | None = None  # the last measured, and its token losses
 
@@ -133,7 +142,7 @@ class Measurement:
             Refused: a checkpoint cannot be used; the message names it.
         """
         start = perf_counter()
-        loaded = checkpoint.load(optimizer=self.settings.update == "optimizer")
+        loaded = self._load(checkpoint, optimizer=self.settings.update == "optimizer")
         losses = _token_losses(loaded, self.evaluation)
         update = self._update(checkpoint, loaded)
         report = self._gradients(loaded, update, progress)
@@ -170,7 +179,7 @@ class Measurement:
             after = self._neighbour(checkpoint, 1)
             if after is None:
                 raise Refused(f"{checkpoint.path}: it is the last checkpoint: there is no way to a next one")
-            there = after.load().weights()
+            there = self._load(after).weights()
             if there.keys() != loaded.weights().keys():
                 raise Refused(f"{after.path}: its parameters are not those of {checkpoint.path}")
             return {name: there[name] - x for name, x in loaded.weights().items()}
@@ -240,7 +249,12 @@ class Measurement:
     def _losses_at(self, checkpoint: Checkpoint) -> Tensor:
         if self._before is not None and self._before[0] == checkpoint:
             return self._before[1]
-        return _token_losses(checkpoint.load(), self.evaluation)
+        return _token_losses(self._load(checkpoint), self.evaluation)
+
+    def _load(self, checkpoint: Checkpoint, optimizer: bool = False) -> Loaded:
+        loaded = checkpoint.load(optimizer)
+        loaded.model.to(self._device)
+        return loaded
 
 
 def _token_losses(loaded: Loaded, sample: Sample, at: Update | None = None) -> Tensor:

@@ -7,6 +7,8 @@ import sys
 import pytest
 
 from tests.zerosum.models import DEVICE_KINDS
+from zerosum.training.demo import demo
+from zerosum.training.loop import Settings
 
 # Times that they may wait, all of them in the portable form of an embedding: its touched rows are found, grouped twice and counted.
 # Where its weight is tied, rows are selected. The CUDA kernels need none of it.
@@ -41,6 +43,22 @@ def test_tokens_are_measured_as_on_the_cpu(project_environment):
         assert "D_grad" in pairs
         for name, (here, there) in pairs.items():
             assert there == pytest.approx(here, rel=1e-9), name
+
+
+def test_the_demo_and_measure_say_there_what_they_say_on_the_cpu(project_environment, tmp_path, capsys):
+    text, run = tmp_path / "text.txt", tmp_path / "run"
+    text.write_bytes(b"".join(b"%d green bottles hanging on the wall. " % n for n in range(200)))
+    assert demo(Settings(2, 0, 32, 1, 4, 16), [text], run, keep_checkpoints=True) == 0
+    command = [sys.executable, "-m", "tests.zerosum.elsewhere_measure_driver", str(run), str(text)]
+    done = subprocess.run(command, env=project_environment, capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = {line["name"]: line["pairs"] for line in map(json.loads, done.stdout.splitlines())}
+    assert found.keys() == {"optimizer", "gradient", "next", "none", "training"}
+    for pairs in found.values():
+        assert {"D_grad", "grad_norm"} <= pairs.keys()
+        for name, (here, there) in pairs.items():
+            # Sums of float32 in another order; a D near zero is a difference of them.
+            assert there == pytest.approx(here, rel=1e-4, abs=1e-5), name
 
 
 def test_a_forgotten_device_would_be_noticed(project_environment):

@@ -9,6 +9,8 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+import torch
+
 
 def add_command(
     commands: Any, name: str, run: Callable[[argparse.Namespace], int], help: str, description: str, epilog: str | None = None
@@ -69,6 +71,30 @@ def positive(text: str) -> float:
     if not 0 < value < float("inf"):
         raise argparse.ArgumentTypeError(f"expected a number > 0, got {text!r}")
     return value
+
+
+def device(text: str) -> torch.device:
+    """A device that torch has here."""
+    try:
+        found = torch.device(text)
+    except RuntimeError:
+        raise argparse.ArgumentTypeError(f"expected a device such as cpu, cuda or cuda:1, got {text!r}") from None
+    if found.type != "meta":
+        try:
+            torch.empty(0, device=found)
+            return found
+        except (RuntimeError, AssertionError, NotImplementedError):
+            pass
+    raise argparse.ArgumentTypeError(f"expected a device that torch has here, got {text!r}")
+
+
+def add_device(add: Callable[..., Any], what: str) -> None:
+    add("--device", type=device, metavar="NAME", help=f"where to {what}: cpu, cuda, cuda:1 (a GPU, where there is one)")
+
+
+def chosen(device: torch.device | None) -> torch.device:
+    """The device that was asked for, or a GPU, or the CPU."""
+    return device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def memory(text: str) -> int:

@@ -9,13 +9,14 @@ from typing import Any
 
 import torch
 
-from zerosum.cli.arguments import add_command, missing, positive, refuse, whole, width
+from zerosum.cli.arguments import add_command, add_device, chosen, missing, positive, refuse, whole, width
 
 DESCRIPTION = """\
 Trains a small GPT and measures zero-sum learning at log-spaced steps, in about 3 minutes
 on 2 cores. Nothing is downloaded: the text is the Python standard library's own sources,
 or yours. The run's folder gets a report, plots and every number. With --sizes 3, three widths
 learn from the same batches, and their decelerations and interference are compared.
+A GPU is used where there is one.
 
 Ctrl-C leaves a readable folder; the same command goes on from there. The same options
 give the same numbers on the same machine.
@@ -26,6 +27,7 @@ examples:
   zerosum demo
   zerosum demo --steps 200 --out runs/short
   zerosum demo --sizes 3 --layers 3
+  zerosum demo --width 768 --layers 12 --device cuda
   zerosum demo --text war-and-peace.txt --seed 1
 """
 
@@ -38,6 +40,7 @@ def add(commands: Any) -> None:
     add("--sizes", type=whole(1), default=1, metavar="N", help="models to train and compare: --width, half of it, … (%(default)s)")
     add("--steps", type=whole(1), default=1000, metavar="N", help="optimizer steps (%(default)s)")
     add("--seed", type=whole(0), default=0, metavar="N", help="fixes the weights and the batches (%(default)s)")
+    add_device(add, "train")
     add("--threads", type=whole(1, os.cpu_count() or 1), metavar="N", help="processor threads (torch's choice)")
     add("--sequences", type=whole(2), default=32, metavar="N", help="sequences in a batch: the examples of D_grad (%(default)s)")
     add("--positions", type=whole(2), default=128, metavar="N", help="bytes in a sequence (%(default)s)")
@@ -58,4 +61,4 @@ def run(options: argparse.Namespace) -> int:
         torch.set_num_threads(options.threads)
     names = ("steps", "seed", "width", "layers", "sequences", "positions", "learning_rate")
     settings = Settings(**{name: getattr(options, name) for name in names})
-    return demo(settings, options.text, options.out, options.sizes, options.keep_checkpoints)
+    return demo(settings, options.text, options.out, options.sizes, options.keep_checkpoints, chosen(options.device))

@@ -9,11 +9,12 @@ from typing import Any
 import torch
 
 import zsl_kernels as zk
-from zerosum.cli.arguments import add_command
+from zerosum.cli.arguments import add_command, device
 
 
 def add(commands: Any) -> None:
-    add_command(commands, "doctor", run, "say what works on this machine", "Says what is live and checks it.")
+    parser = add_command(commands, "doctor", run, "say what works on this machine", "Says what is live and checks it.")
+    parser.add_argument("--device", type=device, metavar="NAME", help="check what runs on this device alone: cpu, cuda, cuda:1")
 
 
 def run(options: argparse.Namespace) -> int:
@@ -30,13 +31,20 @@ def run(options: argparse.Namespace) -> int:
     # Not built is a choice; built and not loading is a fault.
     broken = info["cpu"] != "live" and not str(info["cpu"]).startswith("it was not built")
     print("\nChecked against the reference:")
-    devices = {"chunked": "cpu", "cpu": "cpu", "triton": "cuda", "cuda": "cuda"}
-    wrong = [impl for impl, device in devices.items() if info.get(impl, "live") == "live" and not _check(impl, device)]
+    wrong = [impl for impl, there in _places(options.device) if info.get(impl, "live") == "live" and not _check(impl, there)]
     if broken or wrong:
         print(f"\nNot well: {', '.join([*wrong, *(['cpu does not load'] if broken else [])])}.")
         return 1
     print("\nAll is well." if info["cpu"] == "live" else "\nAll is well, but slow: the kernels are not built, see cpu above.")
     return 0
+
+
+def _places(device: torch.device | None) -> list[tuple[str, str]]:
+    """The implementations that run on the device, or on any, and where to check each."""
+    if device is None:
+        return [("chunked", "cpu"), ("cpu", "cpu"), ("triton", "cuda"), ("cuda", "cuda")]
+    own = {"cpu": ["cpu"], "cuda": ["triton", "cuda"]}.get(device.type, [])
+    return [(impl, str(device)) for impl in ("chunked", *own)]
 
 
 def _check(impl: str, device: str) -> bool:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from zerosum.cli.arguments import add_command, memory, missing, positive, refuse, span, whole
+from zerosum.cli.arguments import add_command, add_device, chosen, memory, missing, positive, refuse, span, whole
 
 if TYPE_CHECKING:
     from zerosum.checkpoints import Checkpoint, Loaded
@@ -70,6 +70,7 @@ def add(commands: Any) -> None:
     add("--name", metavar="NAME", help="the run's name in the lines (that of its folder)")
     add("--steps", type=span, default=(0, 2**63 - 1), metavar="A:B", help="measure checkpoints from step A to B only")
     add("--step", type=whole(0), metavar="N", help="the step of a single checkpoint whose name does not say it")
+    add_device(add, "measure")
     add("--threads", type=whole(1, os.cpu_count() or 1), metavar="N", help="processor threads (torch's choice)")
 
     add = parser.add_argument_group("data").add_argument
@@ -148,7 +149,7 @@ def prepare(options: argparse.Namespace) -> tuple[Measurement, list[Checkpoint]]
         update = "optimizer" if selected[0].has_optimizer else "gradient"
     settings = Settings(options.examples, options.sample, update, options.learning_rate, options.clip, options.seed)
     evaluation, batch = draw(options, selected[0].load(), update in ("optimizer", "gradient"))
-    return Measurement(series, settings, evaluation, batch, options.memory), selected
+    return Measurement(series, settings, evaluation, batch, options.memory, chosen(options.device)), selected
 
 
 def draw(options: argparse.Namespace, loaded: Loaded, step: bool) -> tuple[Sample, Sample | None]:

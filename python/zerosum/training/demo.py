@@ -28,10 +28,16 @@ from zerosum.training.sizes import FIRST, compare_sizes
 from zerosum.training.summary import Summary, summarize
 
 DONE, DIVERGED, INTERRUPTED = 0, 1, 130
+CPU = torch.device("cpu")
 
 
 def demo(
-    settings: Settings, text: Sequence[Path] = (), out: Path | None = None, sizes: int = 1, keep_checkpoints: bool = False
+    settings: Settings,
+    text: Sequence[Path] = (),
+    out: Path | None = None,
+    sizes: int = 1,
+    keep_checkpoints: bool = False,
+    device: torch.device = CPU,
 ) -> int:
     """Runs, or goes on with, what the arguments describe; returns the process's exit code.
 
@@ -41,25 +47,33 @@ def demo(
         out: the folder of the run or, of several, of their folders; one named after the configuration under ``runs`` if None.
         sizes: the models to train on the same batches: the one of ``settings`` and, before it, those half as wide each.
         keep_checkpoints: whether to keep the checkpoint of every measured step, not the newest alone.
+        device: where to train. Of a run on another device than the CPU it is part of the configuration.
 
     Raises:
         Refused: the text, the folder or the sizes cannot be used; the message says why.
     """
     widths = halvings(settings.width, sizes)
     corpus = read(text, settings.positions)
-    config = configuration(settings, corpus)
+    config = configuration(settings, corpus, device)
     source = " given" if text else " of the Python standard library"
     if sizes == 1:
         folder = RunFolder(out or Path("runs") / f"demo-{fingerprint(config)}", config)
-        ended, summary = run(settings, corpus, folder, config, source, keep_checkpoints)
+        ended, summary = run(settings, corpus, folder, config, source, keep_checkpoints, device)
         print(f"\n{summary.text()}\n\nIn {folder.path}: {written(folder)}")
         return ended
     config["width"] = widths
-    return compare([replace(settings, width=width) for width in widths], corpus, config, source, out, keep_checkpoints)
+    each = [replace(settings, width=width) for width in widths]
+    return compare(each, corpus, config, source, out, keep_checkpoints, device)
 
 
 def compare(
-    settings: Sequence[Settings], corpus: Corpus, config: dict[str, Any], source: str, out: Path | None, keep_checkpoints: bool
+    settings: Sequence[Settings],
+    corpus: Corpus,
+    config: dict[str, Any],
+    source: str,
+    out: Path | None,
+    keep_checkpoints: bool,
+    device: torch.device,
 ) -> int:
     """Runs each of the settings in a folder of its own, and ends with their table; the same command goes on with what is left."""
     folder = Folder(out or Path("runs") / f"demo-{fingerprint(config)}", config)
@@ -67,9 +81,9 @@ def compare(
     worst = DONE
     for number, one in enumerate(settings, 1):
         print(f"Size {number} of {len(settings)}: width {one.width}.")
-        own = configuration(one, corpus)
+        own = configuration(one, corpus, device)
         own_folder = RunFolder(folder.path / f"width-{one.width}", own)
-        ended, _ = run(one, corpus, own_folder, own, source, keep_checkpoints)
+        ended, _ = run(one, corpus, own_folder, own, source, keep_checkpoints, device)
         if ended == INTERRUPTED:
             return ended
         print(f"In {own_folder.path}: {written(own_folder)}\n")
@@ -99,10 +113,16 @@ def halvings(width: int, sizes: int) -> list[int]:
 
 
 def run(
-    settings: Settings, corpus: Corpus, folder: RunFolder, config: dict[str, Any], source: str, keep_checkpoints: bool
+    settings: Settings,
+    corpus: Corpus,
+    folder: RunFolder,
+    config: dict[str, Any],
+    source: str,
+    keep_checkpoints: bool,
+    device: torch.device,
 ) -> tuple[int, Summary]:
     """One run, to its end or to Ctrl-C: the exit code, and what it says."""
-    trainer = Trainer(settings, corpus)
+    trainer = Trainer(settings, corpus, device)
     if folder.state:
         trainer.load_state_dict(folder.state)
     introduce(trainer, source)
@@ -144,10 +164,11 @@ def read(text: Sequence[Path], positions: int) -> Corpus:
     return corpus
 
 
-def configuration(settings: Settings, corpus: Corpus) -> dict[str, Any]:
+def configuration(settings: Settings, corpus: Corpus, device: torch.device) -> dict[str, Any]:
     """Everything that a run's numbers depend on, apart from the machine."""
     versions = {"torch": torch.__version__, "zsl_kernels": zsl_kernels.__version__}
-    return {**asdict(settings), "text": corpus.digest, "threads": torch.get_num_threads(), **versions}
+    there = {} if device.type == "cpu" else {"device": device.type}
+    return {**asdict(settings), "text": corpus.digest, "threads": torch.get_num_threads(), **there, **versions}
 
 
 def train(trainer: Trainer, folder: RunFolder, keep_checkpoints: bool = False) -> int:

@@ -27,6 +27,8 @@ WEIGHT_DECAY = 0.1
 WARMUP = 20
 PROBES_PER_DECADE = 8
 
+CPU = torch.device("cpu")
+
 Batch = tuple[Tensor, Tensor]
 Metrics = dict[str, Metric]
 
@@ -73,21 +75,33 @@ def probe_steps(steps: int) -> list[int]:
 class Trainer:
     """A model, its optimizer and its data. Step k depends on the settings, the text and the steps before it only."""
 
-    def __init__(self, settings: Settings, corpus: Corpus) -> None:
+    def __init__(self, settings: Settings, corpus: Corpus, device: torch.device = CPU) -> None:
         self.settings = settings
+        self.device = device
         self.corpus = corpus
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(settings.seed)
-            self.model = GPT(settings.model)
+            self.model = GPT(settings.model)  # the same weights on every device
+        self.model.to(device)
         self.optimizer = torch.optim.AdamW(
             self.model.parameters(), lr=settings.learning_rate, betas=BETAS, weight_decay=WEIGHT_DECAY, fused=True
         )
         # For all of the run's steps: what is found out about the first holds for the others.
         self.probe, self.directed = Probe(self.model, gram=True), Probe(self.model)
-        self.held_out = draw(corpus.held_out, HELD_OUT_SEQUENCES, settings.positions, settings.seed, 0)
+        self.held_out = self._there(draw(corpus.held_out, HELD_OUT_SEQUENCES, settings.positions, settings.seed, 0))
 
     def batch(self, step: int) -> Batch:
-        return draw(self.corpus.train, self.settings.sequences, self.settings.positions, self.settings.seed, step)
+        return self._there(draw(self.corpus.train, self.settings.sequences, self.settings.positions, self.settings.seed, step))
+
+    def _there(self, batch: Batch) -> Batch:
+        x, y = batch
+        return x.to(self.device), y.to(self.device)
+
+    def _now(self) -> float:
+        """The time when the device has done what was asked of it."""
+        if self.device.type != "cpu":
+            torch.accelerator.synchronize(self.device)
+        return perf_counter()
 
     def state_dict(self) -> dict[str, dict]:
         return {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}
@@ -108,21 +122,21 @@ class Trainer:
         and of their change by it; C_g, C_uG and C_ug go along the step's own update. After the last step, ``tokens.D_grad`` is over
         the gradients of held-out tokens' own losses.
         """
-        start = perf_counter()
+        start = self._now()
         batch = self.batch(step)
         with Step(self.model, {"train": batch, "held_out": self.held_out}, micro_batch=HELD_OUT_SEQUENCES) as change:
-            step_start = perf_counter()
+            step_start = self._now()
             with self.probe:
                 losses = self._backward(batch)
             report = self.probe.report()
             trained = self._update(step, losses)
-            step_seconds = perf_counter() - step_start
+            step_seconds = self._now() - step_start
         found = report.metrics | change.metrics | self._along_update(batch, change)
         if step == self.settings.steps:
             x, y = self.held_out
             tokens = token_report(self.model, x[:TOKEN_SEQUENCES], y[:TOKEN_SEQUENCES])
             found["tokens.D_grad"] = tokens.metrics["D_grad"]
-        around_seconds = perf_counter() - start - step_seconds
+        around_seconds = self._now() - start - step_seconds
         return ProbedStep(trained, found, report.coverage, report.finite, step_seconds, around_seconds)
 
     def probe_cost(self, pairs: int = 11) -> tuple[list[float], list[float]]:
@@ -131,14 +145,14 @@ class Trainer:
         plain: list[float] = []
         probed: list[float] = []
         for turn in range(pairs + 1):
-            start = perf_counter()
+            start = self._now()
             self._backward(batch)
-            middle = perf_counter()
+            middle = self._now()
             with self.probe:
                 self._backward(batch)
             if turn:  # the first turn warms up
                 plain.append(middle - start)
-                probed.append(perf_counter() - middle)
+                probed.append(self._now() - middle)
         return plain, probed
 
     def _backward(self, batch: Batch) -> Tensor:

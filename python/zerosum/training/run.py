@@ -133,7 +133,7 @@ class RunFolder(Folder):
         if not file.exists():
             return None
         try:
-            return torch.load(file, weights_only=True)
+            return torch.load(file, map_location="cpu", weights_only=True)
         except (RuntimeError, EOFError, pickle.UnpicklingError):
             raise Refused(f"--out: {file} is damaged; delete {self.path} to start anew") from None
 
