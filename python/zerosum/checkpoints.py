@@ -395,10 +395,10 @@ def _demo_run(path: Path) -> tuple[Path, Settings] | None:
     """The folder and the settings of the run of ``zerosum demo`` that a path is in."""
     for folder in (path, path.parent, path.parent.parent) if path.name != KEPT else (path, path.parent):
         config = _json(folder / "config.json")
-        names = {f.name for f in fields(Settings)}
+        names = {f.name for f in fields(Settings)} - {"autocast"}  # written where it is asked for alone
         one = isinstance(config.get("width"), int)  # runs of several sizes have a folder each, in one that has a list
         if one and names | {"zsl_kernels"} <= config.keys() and (folder == path or _is_of_demo(path, folder)):
-            return folder, Settings(**{name: config[name] for name in names})
+            return folder, Settings(**{name: config[name] for name in names}, autocast=config.get("autocast", False))
     return None
 
 

@@ -17,7 +17,7 @@ The metrics of a checkpoint, over the evaluation set but for ``train.*``:
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from time import perf_counter
 from typing import Any, Protocol
 
@@ -32,6 +32,7 @@ from zerosum.probe import Probe
 from zerosum.probe.report import Coverage
 from zerosum.records import Record, record
 from zerosum.tokens import token_report
+from zerosum.training.model import under_autocast
 from zerosum.training.run import Refused
 from zerosum.updates import Update, gradient_update, optimizer_update
 
@@ -56,6 +57,7 @@ class Settings:
         learning_rate: of the step; the state's own for "optimizer", none for "gradient", whose changes by a step are then left out.
         clip: the norm that the step's gradient is clipped to.
         seed: fixes the tokens that are sampled.
+        autocast: whether gradients are computed with products in bfloat16. Losses and their changes never are.
     """
 
     examples: str = "sequence"
@@ -64,6 +66,7 @@ class Settings:
     learning_rate: float | None = None
     clip: float = 1.0
     seed: int = 0
+    autocast: bool = False
 
 
 class GradientReport(Protocol):
@@ -145,7 +148,7 @@ class Measurement:
         loaded = self._load(checkpoint, optimizer=self.settings.update == "optimizer")
         losses = _token_losses(loaded, self.evaluation)
         update = self._update(checkpoint, loaded)
-        report = self._gradients(loaded, update, progress)
+        report = self._gradients(self._for_gradients(loaded), update, progress)
         found = {"loss": Metric(losses.double().mean().item(), losses.numel())} | self._renamed(report.metrics)
         about: dict[str, Any] = {"covered": report.coverage.share, "not_covered": report.coverage.not_covered}
         if self.batch is not None and update is not None and self._is_step:
@@ -186,7 +189,7 @@ class Measurement:
         assert self.batch is not None
         make = optimizer_update if self.settings.update == "optimizer" else gradient_update
         try:
-            return make(loaded, self.batch, self.settings.clip, self.settings.learning_rate)
+            return make(self._for_gradients(loaded), self.batch, self.settings.clip, self.settings.learning_rate)
         except Refused as reason:
             raise Refused(f"{checkpoint.path}: {reason}") from None
 
@@ -250,6 +253,9 @@ class Measurement:
         if self._before is not None and self._before[0] == checkpoint:
             return self._before[1]
         return _token_losses(self._load(checkpoint), self.evaluation)
+
+    def _for_gradients(self, loaded: Loaded) -> Loaded:
+        return replace(loaded, losses=under_autocast(loaded.losses)) if self.settings.autocast else loaded
 
     def _load(self, checkpoint: Checkpoint, optimizer: bool = False) -> Loaded:
         loaded = checkpoint.load(optimizer)

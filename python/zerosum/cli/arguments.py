@@ -92,6 +92,10 @@ def add_device(add: Callable[..., Any], what: str) -> None:
     add("--device", type=device, metavar="NAME", help=f"where to {what}: cpu, cuda, cuda:1 (a GPU, where there is one)")
 
 
+def add_autocast(add: Callable[..., Any], what: str) -> None:
+    add("--autocast", action="store_true", help=f"{what} with products in bfloat16; losses are measured in float32 all the same")
+
+
 def chosen(device: torch.device | None) -> torch.device:
     """The device that was asked for, or a GPU, or the CPU."""
     return device or torch.device("cuda" if torch.cuda.is_available() else "cpu")

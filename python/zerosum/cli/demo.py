@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from zerosum.cli.arguments import add_command, add_device, chosen, missing, positive, refuse, whole, width
+from zerosum.cli.arguments import add_autocast, add_command, add_device, chosen, missing, positive, refuse, whole, width
 
 DESCRIPTION = """\
 Trains a small GPT and measures zero-sum learning at log-spaced steps, in about 3 minutes
@@ -41,6 +41,7 @@ def add(commands: Any) -> None:
     add("--steps", type=whole(1), default=1000, metavar="N", help="optimizer steps (%(default)s)")
     add("--seed", type=whole(0), default=0, metavar="N", help="fixes the weights and the batches (%(default)s)")
     add_device(add, "train")
+    add_autocast(add, "train")
     add("--threads", type=whole(1, os.cpu_count() or 1), metavar="N", help="processor threads (torch's choice)")
     add("--sequences", type=whole(2), default=32, metavar="N", help="sequences in a batch: the examples of D_grad (%(default)s)")
     add("--positions", type=whole(2), default=128, metavar="N", help="bytes in a sequence (%(default)s)")
@@ -59,6 +60,6 @@ def run(options: argparse.Namespace) -> int:
 
     if options.threads:
         torch.set_num_threads(options.threads)
-    names = ("steps", "seed", "width", "layers", "sequences", "positions", "learning_rate")
+    names = ("steps", "seed", "width", "layers", "sequences", "positions", "learning_rate", "autocast")
     settings = Settings(**{name: getattr(options, name) for name in names})
     return demo(settings, options.text, options.out, options.sizes, options.keep_checkpoints, chosen(options.device))

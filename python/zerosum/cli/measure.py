@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from zerosum.cli.arguments import add_command, add_device, chosen, memory, missing, positive, refuse, span, whole
+from zerosum.cli.arguments import add_autocast, add_command, add_device, chosen, memory, missing, positive, refuse, span, whole
 
 if TYPE_CHECKING:
     from zerosum.checkpoints import Checkpoint, Loaded
@@ -71,6 +71,7 @@ def add(commands: Any) -> None:
     add("--steps", type=span, default=(0, 2**63 - 1), metavar="A:B", help="measure checkpoints from step A to B only")
     add("--step", type=whole(0), metavar="N", help="the step of a single checkpoint whose name does not say it")
     add_device(add, "measure")
+    add_autocast(add, "compute gradients")
     add("--threads", type=whole(1, os.cpu_count() or 1), metavar="N", help="processor threads (torch's choice)")
 
     add = parser.add_argument_group("data").add_argument
@@ -147,7 +148,8 @@ def prepare(options: argparse.Namespace) -> tuple[Measurement, list[Checkpoint]]
         raise Refused(f"no checkpoint{needed} between the steps of --steps: there are steps {there}")
     if update is None:
         update = "optimizer" if selected[0].has_optimizer else "gradient"
-    settings = Settings(options.examples, options.sample, update, options.learning_rate, options.clip, options.seed)
+    how = (options.learning_rate, options.clip, options.seed, options.autocast)
+    settings = Settings(options.examples, options.sample, update, *how)
     evaluation, batch = draw(options, selected[0].load(), update in ("optimizer", "gradient"))
     return Measurement(series, settings, evaluation, batch, options.memory, chosen(options.device)), selected
 

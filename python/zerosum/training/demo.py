@@ -168,7 +168,10 @@ def configuration(settings: Settings, corpus: Corpus, device: torch.device) -> d
     """Everything that a run's numbers depend on, apart from the machine."""
     versions = {"torch": torch.__version__, "zsl_kernels": zsl_kernels.__version__}
     there = {} if device.type == "cpu" else {"device": device.type}
-    return {**asdict(settings), "text": corpus.digest, "threads": torch.get_num_threads(), **there, **versions}
+    named = asdict(settings)
+    if not settings.autocast:  # as before there was a choice
+        del named["autocast"]
+    return {**named, "text": corpus.digest, "threads": torch.get_num_threads(), **there, **versions}
 
 
 def train(trainer: Trainer, folder: RunFolder, keep_checkpoints: bool = False) -> int:

@@ -16,7 +16,7 @@ from zerosum.probe import Probe
 from zerosum.probe.report import Coverage
 from zerosum.tokens import token_report
 from zerosum.training.data import VOCAB, Corpus, draw
-from zerosum.training.model import GPT, GPTConfig, token_losses
+from zerosum.training.model import GPT, GPTConfig, token_losses, under_autocast
 
 HEAD_SIZE = 32
 HELD_OUT_SEQUENCES = 64
@@ -44,6 +44,7 @@ class Settings:
     sequences: int = 32
     positions: int = 128
     learning_rate: float = 3e-3
+    autocast: bool = False  # the steps' products in bfloat16; losses and their changes are measured in float32
 
     @property
     def model(self) -> GPTConfig:
@@ -158,7 +159,7 @@ class Trainer:
     def _backward(self, batch: Batch) -> Tensor:
         """Leaves the gradient of the batch's mean loss in ``.grad``; returns the losses, (N, T)."""
         self.optimizer.zero_grad()
-        losses = token_losses(self.model, *batch)
+        losses = (under_autocast(token_losses) if self.settings.autocast else token_losses)(self.model, *batch)
         losses.mean(1).mean().backward()  # the mean of the sequences' losses, each the mean of its tokens'
         return losses.detach()
 
