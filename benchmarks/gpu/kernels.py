@@ -1,6 +1,6 @@
 """Times the kernels and a training step on a device, and writes benchmarks/results/gpu_kernels.md.
 
-``python -m benchmarks.gpu.kernels``: about five minutes on an H100. Kernels are timed in CUDA graphs, so the host's time is not in
+``python -m benchmarks.gpu.kernels``: some minutes. Kernels are timed in CUDA graphs, so the host's time is not in
 them; the step is as a user runs it, eagerly. ``--device cpu --quick`` shows whether it runs.
 """
 

@@ -93,3 +93,19 @@ def test_a_run_under_autocast_says_so_and_is_measured_as_any(text, tmp_path, mon
     assert configs[0] == configs[1]
     assert main(["measure", "rounded", "--data", str(text), "--positions", "16", "--device", "cpu"]) == 0
     assert main(["demo", "--text", str(text), "--out", "rounded", *DEMO]) == 2  # another run
+
+
+def test_lines_that_do_not_say_autocast_were_measured_without(text, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(["demo", "--text", str(text), "--out", "run", *DEMO]) == 0
+    how = ["measure", "run", "--data", str(text), "--positions", "16", "--device", "cpu", "--out", "m.jsonl"]
+    assert main(how) == 0
+    lines = records(tmp_path / "m.jsonl")
+    for entry in lines:
+        assert entry["settings"].pop("autocast") is False
+    (tmp_path / "m.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in lines))
+    capsys.readouterr()
+    assert main(how) == 0
+    assert "1 measured already" in capsys.readouterr().out
+    assert main([*how, "--autocast"]) == 2
+    assert "settings.autocast is False there and True here" in capsys.readouterr().err

@@ -287,6 +287,14 @@ def test_bad_arguments_are_refused_after_good_ones():
             zk.embedding_interference(x["ids"], x["b"], V, max_rows=1)
         with pytest.raises(TypeError, match="ids:"):
             zk.embedding_interference(x["ids"].bool(), x["b"], V)
+        zk.embedding_interference(x["ids"], x["b"], V, padding_idx=1)
+        for wrong in (float(V), [V]):
+            with pytest.raises(TypeError, match="num_embeddings: expected an integer"):
+                zk.embedding_interference(x["ids"], x["b"], wrong, padding_idx=1)
+            with pytest.raises(TypeError, match="max_rows: expected an integer"):
+                zk.embedding_interference(x["ids"], x["b"], V, max_rows=wrong)
+        with pytest.raises(TypeError, match="padding_idx: expected None or an integer"):
+            zk.embedding_interference(x["ids"], x["b"], V, padding_idx=1.0)
 
 
 def test_kinds_do_not_add_up(monkeypatch):

@@ -65,11 +65,10 @@ def embedding_interference(
         IndexError: an id is not below ``num_embeddings``, or an example id is not in range (on the CPU).
         RuntimeError: the named ``impl`` is not available on this machine.
     """
-    kind = None
-    if example_ids is None and num_examples is None:
-        sizes = (num_embeddings, padding_idx, max_rows)
-        options = (*sizes, *map(type, sizes), bool(gram))  # 7.0 is no size, but it equals 7
-        kind = call_cache.kind_of("embedding", impl, options, b, ids, direction)
+    kind, sizes = None, (num_embeddings, padding_idx, max_rows)
+    # What is no size may equal one, as 7.0 does, or have no hash.
+    if example_ids is None and num_examples is None and all(size is None or type(size) is int for size in sizes):
+        kind = call_cache.kind_of("embedding", impl, (*sizes, bool(gram)), b, ids, direction)
         if kind is not None and (call := call_cache.find(kind)) is not None:
             return call(ids, b, direction)
     check_tensor("b", b)
@@ -83,6 +82,8 @@ def embedding_interference(
     check_device("ids", ids, "b", b)
     if b.device.type == "meta":
         raise ValueError("b: expected a tensor with data, for the touched rows depend on it; got one on meta")
+    if padding_idx is not None and not isinstance(padding_idx, int | torch.SymInt):
+        raise TypeError(f"padding_idx: expected None or an integer, got {type(padding_idx).__name__}")
     if padding_idx is not None and not -V <= padding_idx < V:
         raise ValueError(f"padding_idx: expected None or a row from {-V} to {V - 1}, got {padding_idx}")
     if direction is not None:

@@ -196,6 +196,10 @@ def unmeasured(measurement: Measurement, selected: Sequence[Checkpoint], file: R
     for entry in file.records:
         if entry["kind"] != "checkpoint" or entry.get("run") != series.run:
             continue
+        entry = {
+            **entry,
+            "settings": {"autocast": False} | entry["settings"],
+        }  # older files were measured without, and do not say so
         # Of a step that is gone from the folder, the neighbours are not known.
         like = measurement.identity(steps.get(entry["step"], selected[0]))
         own = set() if entry["step"] in steps else {"checkpoint", "interval"}
