@@ -312,7 +312,7 @@ def gpu_implementations() -> list[str]:
 
 
 @contextmanager
-def _ways_of_cuda(impl: str) -> Iterator[None]:
+def ways_of_cuda(impl: str) -> Iterator[None]:
     """Of the ways of impl="cuda" those of compute capability 9.0 alone, or the others."""
     if impl not in ("cuda", "hopper"):
         yield
@@ -339,7 +339,7 @@ def running(implementation: str) -> Iterator[str]:
     if device or impl == EMULATED:
         arithmetic = error_budgets.DEVICE_HOPPER if impl == "hopper" else error_budgets.DEVICE
         computing = error_budgets.computing_by(arithmetic) if device else nullcontext()
-        with running_on(device or "cpu"), computing, _ways_of_cuda(impl):
+        with running_on(device or "cpu"), computing, ways_of_cuda(impl):
             yield "cuda" if impl == "hopper" else impl
         return
     impl, _, isa = implementation.partition("-")

@@ -92,9 +92,11 @@ def _calls(dtype: torch.dtype) -> dict[str, Callable[[], object]]:
     def planned(op: str, **options: Any) -> Any:
         return plan_call(op, a, b, impl="cuda", **options)
 
-    plans = {op: planned(op) for op in ("interference", "gram", "sq_norm", "dot", "weighted_grad")}
+    device = torch.device("cpu")
+    ops = ("interference", "gram", "sq_norm", "dot", "weighted_grad")
+    plans = {op: planned(op) for op in ops if CUDA.lacks(op, device) is None}
     with_gram = planned("interference", gram=True)
-    return {
+    calls: dict[str, Callable[[], object]] = {
         "interference": lambda: CUDA.interference(plans["interference"], a, b, None, False),
         "interference, direction": lambda: CUDA.interference(plans["interference"], a, b, u, False),
         "interference, Gram": lambda: CUDA.interference(with_gram, a, b, None, True),
@@ -106,11 +108,13 @@ def _calls(dtype: torch.dtype) -> dict[str, Callable[[], object]]:
         "dense_interference, Gram": lambda: CUDA.dense_interference(g, None, True),
         "scale_bias_grad": lambda: CUDA.scale_bias_grad(x, x, mean, rstd, None, N, True),
         "embedding_interference": lambda: CUDA.embedding_interference(ids, x, None, N, V, -1, None, False, rows),
+        "embedding_interference, Gram": lambda: CUDA.embedding_interference(ids, x, None, N, V, -1, None, True, rows),
     }
+    return {name: call for name, call in calls.items() if name not in ops or name in plans}
 
 
 def counts(dtype: torch.dtype, arch: int = 90) -> dict[str, Counts]:
-    """Of every op by its name, on compute capability 9.0."""
+    """Of every op that a device of the architecture has, by its name."""
     found = {}
     with _architecture(arch) as launches:
         for name, call in _calls(dtype).items():
@@ -124,9 +128,11 @@ def counts(dtype: torch.dtype, arch: int = 90) -> dict[str, Counts]:
 
 
 def main() -> None:
-    for dtype in (torch.bfloat16, torch.float32):
-        rows = [[name, ", ".join(x.launches), ", ".join(x.others), str(x.allocations)] for name, x in counts(dtype).items()]
-        print(f"{str(dtype).removeprefix('torch.')}\n\n{markdown(['op', 'launches', 'of PyTorch', 'allocations'], rows)}\n")
+    for dtype, arch in ((torch.bfloat16, 90), (torch.float32, 90), (torch.float32, 80)):
+        found = counts(dtype, arch)
+        rows = [[name, ", ".join(x.launches), ", ".join(x.others), str(x.allocations)] for name, x in found.items()]
+        table = markdown(["op", "launches", "of PyTorch", "allocations"], rows)
+        print(f"{str(dtype).removeprefix('torch.')}, compute capability {arch / 10}\n\n{table}\n")
 
 
 if __name__ == "__main__":

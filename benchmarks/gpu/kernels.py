@@ -170,14 +170,11 @@ def embedding(sizes: tuple[int, int, int, int], dtype: torch.dtype, device: str)
     b, u = torch.randn(N, T, K, device=device).to(dtype), torch.randn(V, K, device=device)
     same = torch.zeros_like(ids)
 
-    def run(ids: Tensor, **options: Any) -> float:
-        return microseconds(lambda: zk.embedding_interference(ids, b, V, max_rows=min(V, N * T), **options), device)
+    def run(ids: Tensor, **options: Any) -> object:
+        return zk.embedding_interference(ids, b, V, max_rows=min(V, N * T), **options)
 
-    before = microseconds(lambda: b.sum(dtype=torch.float32), device)
-    found = [run(ids), run(ids, direction=u), run(ids, gram=True), run(same)]
-    once = (before + microseconds(lambda: b.sum(dtype=torch.float32), device)) / 2
-    name = f"N={N} T={T} K={K} V={V}, {str(dtype).removeprefix('torch.')}"
-    return [name, f"{once:.0f}", *(f"{time / once:.2f}" for time in found)]
+    runs = [lambda: run(ids), lambda: run(ids, direction=u), lambda: run(ids, gram=True), lambda: run(same)]
+    return _to_a_read(f"N={N} T={T} K={K} V={V} {_short(dtype)}", lambda: b.sum(dtype=torch.float32), runs, device)
 
 
 def step(config: GPTConfig, examples: int, half: bool, device: str) -> list[list[str]]:

@@ -77,8 +77,20 @@ def test_autocast_rounds_gradients_and_no_losses(examples, text, tmp_path, monke
     assert rounded["loss"] == plain["loss"]
     for name in ("D_grad", "grad_norm", "C_g"):
         assert close(rounded[name], plain[name]), name
-    # The step is of rounded gradients. What it does to the losses is not rounded: it is far smaller than a loss's rounding.
-    assert close(rounded["held_out.M"], plain["held_out.M"])
+
+
+def test_what_a_step_does_to_losses_is_not_rounded(text, tmp_path, monkeypatch):
+    """A step so short that it changes losses by less than rounding products to bfloat16 does."""
+    monkeypatch.chdir(tmp_path)
+    assert main(["demo", "--text", str(text), "--out", "run", *DEMO]) == 0
+    how = ["measure", "run", "--data", str(text), "--positions", "16", "--device", "cpu", "--out", "m.jsonl"]
+    how += ["--update", "gradient", "--learning-rate", "1e-3"]
+    assert main([*how, "--name", "plain"]) == 0
+    assert main([*how, "--name", "autocast", "--autocast"]) == 0
+    plain, rounded = (entry["metrics"] for entry in records(tmp_path / "m.jsonl"))
+    for name in ("held_out.M", "train.M"):
+        assert close(rounded[name]["value"], plain[name]["value"]), name
+        assert plain[name]["value"] < 2**-9 * plain["loss"]["value"]
 
 
 def test_a_run_under_autocast_says_so_and_is_measured_as_any(text, tmp_path, monkeypatch):

@@ -22,7 +22,7 @@ HALF_AND_SINGLE = (torch.float32, torch.bfloat16, torch.float16)
 @pytest.fixture(params=[1, 3, 400], ids=lambda n: f"{n} multiprocessors")
 def sms(request, monkeypatch):
     """Of the device, which decides how a call is laid out; implementations but the kernels take no notice."""
-    monkeypatch.setattr(row_ops, "_sms", lambda _: request.param)
+    monkeypatch.setattr(row_ops, "multiprocessors", lambda _: request.param)
 
 
 def check_dense(g, u, impl, gram=True):

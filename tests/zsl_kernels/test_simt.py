@@ -31,6 +31,7 @@ from tests.inputs import (
     expected_gradients,
     expected_irregular,
     gradients,
+    ways_of_cuda,
 )
 from zsl_kernels.backends import dispatch
 from zsl_kernels.backends.chunked import embedding as portable
@@ -38,6 +39,7 @@ from zsl_kernels.backends.cuda import backend as cuda_backend
 from zsl_kernels.backends.cuda import embedding, hopper, module, persistent
 from zsl_kernels.backends.cuda import rows as row_ops
 from zsl_kernels.ops import scale_bias_grad
+from zsl_kernels.planning import gpu_cost
 from zsl_kernels.planning.devices import GPUS, of_device
 from zsl_kernels.planning.tiles import CUDA_SUMS_HELD, CUDA_TILES
 
@@ -463,17 +465,18 @@ def test_an_embedding_waits_once_at_most(ragged, gram, emulated, monkeypatch):
 @pytest.mark.parametrize("max_rows", [None, 9, 14])
 @pytest.mark.parametrize("slab_rows", [1, 2, 5])
 def test_an_embeddings_gram_in_several_slabs(slab_rows, max_rows, emulated, monkeypatch):
-    monkeypatch.setattr(embedding, "SLAB_BYTES", 4 * 12 * 130 * slab_rows)
+    # Of 128 columns four rows at least, for the product; with five there is room for eight.
+    monkeypatch.setattr(embedding, "SLAB_BYTES", 4 * 12 * 128 * slab_rows)
     generator = torch.Generator().manual_seed(6)
     ids = torch.randint(-1, 9, (12, 20), generator=generator)
     ids[:, ::3] = 7
-    b, u = torch.randn(12, 20, 130, generator=generator), torch.randn(9, 130, generator=generator)
+    b, u = torch.randn(12, 20, 128, generator=generator), torch.randn(9, 128, generator=generator)
 
     def sums(x, impl, **options):
         found = zk.embedding_interference(ids, x["b"], 9, direction=x["u"], padding_idx=3, gram=True, impl=impl, **options)
         return {name: field for name, field in found._asdict().items() if name != "rows"}
 
-    want = expectations(lambda x: sums(x, "reference"), {"b": b, "u": u}, error_budgets.embedding(12, 20, 130, 9, torch.float32))
+    want = expectations(lambda x: sums(x, "reference"), {"b": b, "u": u}, error_budgets.embedding(12, 20, 128, 9, torch.float32))
     for name, field in sums({"b": b, "u": u}, "cuda", max_rows=max_rows).items():
         assert_within_budget(field[:8] if name.endswith("_sum") else field, want[name], name)
 
@@ -603,6 +606,25 @@ def test_row_kernels_with_a_pending_negation_are_read_negated(emulated):
             want = found
     for got, wanted in zip(found, want, strict=True):
         torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("tiles", [1, 4], ids="{} tiles".format)
+@pytest.mark.parametrize("N", [3, 40])
+def test_slabs_add_up(N, tiles, dtype, emulated, monkeypatch):
+    """Six tiles, one after another, or four and then two; with 40 examples in two groups of 32."""
+    monkeypatch.setenv("ZSL_GPU_ARCH", "90")
+    # Whole waves of a device with two multiprocessors. A cross Gram has slabs of both sets.
+    for used in (dispatch, cuda_backend):
+        monkeypatch.setattr(used, "gpu_of", lambda *_: of_device(90, 2, GPUS[90].shared_bytes))
+    problem = Problem(N, 5, 140, 300, M=2, dtype=dtype)
+    itemsize = 2 if dtype == torch.bfloat16 else 4
+    monkeypatch.setattr(gpu_cost, "HOPPER_SLAB_BYTES", tiles * N * gpu_cost.HOPPER_TILE**2 * itemsize)
+    with ways_of_cuda("hopper"), error_budgets.computing_by(error_budgets.EMULATED_HOPPER):
+        for call in ("interference, all", "gram", "cross gram"):
+            for name, field in CALLS[call](problem.make(), "cuda").items():
+                if field is not None:
+                    assert_within_budget(field, expected(problem, call)[name], (call, name))
 
 
 # dot, sq_norm and weighted_grad, which compute capability 9.0 alone has -----------------------------------------------------------

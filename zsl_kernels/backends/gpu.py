@@ -60,3 +60,8 @@ def gpu_of(device: torch.device, arch: int | None = None) -> Gpu:
         gpu = of_device(10 * about.major + about.minor, about.multi_processor_count, shared)
         return gpu if not gpu.boxes or module.has_boxes() else replace(gpu, boxes=False)
     return nearest(arch or int(os.environ.get("ZSL_GPU_ARCH", max(GPUS))))
+
+
+def multiprocessors(device: torch.device) -> int:
+    """Of the device, without all else that a plan wants to know: small calls are many."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else gpu_of(device).sms

@@ -117,12 +117,11 @@ class GPT(nn.Module):
 def token_losses(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
     """The loss of each predicted token, (N, T): ``y`` (N, T) is ``x`` one position later."""
     logits = model(x)
-    wide = torch.promote_types(logits.dtype, torch.float32)  # the losses of logits that autocast rounds are not rounded
-    return F.cross_entropy(logits.flatten(0, 1).to(wide), y.flatten(), reduction="none").view(y.shape)
+    return F.cross_entropy(logits.flatten(0, 1), y.flatten(), reduction="none").view(y.shape)
 
 
 def under_autocast(losses: Callable[[nn.Module, Tensor, Tensor], Tensor]) -> Callable[[nn.Module, Tensor, Tensor], Tensor]:
-    """``losses`` with the model's products in bfloat16."""
+    """``losses`` with the model's products in bfloat16. Autocast itself computes ``F.cross_entropy`` in float32."""
 
     def run(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
         with torch.autocast(x.device.type, torch.bfloat16):

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 
 from zsl_kernels.backends.cuda.module import ELEMENTS, compiled, guard, pointer, stream, strided, written
+from zsl_kernels.backends.cuda.slabs import UNIT, SlabGram
+from zsl_kernels.backends.gpu import multiprocessors
 from zsl_kernels.types import EmbeddingSums
 
 # Gradients of some rows of all examples, of which the Gram is formed.
@@ -85,7 +87,7 @@ def embedding_interference(
         return torch.empty(size, dtype=dtype, device=b.device)
 
     most = min(num_embeddings, P)
-    total = torch.zeros(N, N, dtype=torch.float64, device=b.device) if gram else None
+    pairs: Tensor | None = None
     with guard(b):
         if P and N:
             order = _order(ids, b, example_ids, N, num_embeddings, padding_idx, most if max_rows is None else max_rows)
@@ -111,15 +113,19 @@ def embedding_interference(
                 out = tuple(map(pointer, tensors))
                 compiled().embedding(positions, ELEMENTS[b.dtype], strided(b), K, window, out, along, slab, stream(b))
 
-            if total is None or not most:
+            if not gram or not most:
                 add_up((0, 0, 0))
             else:
-                held = max(1, min(most, SLAB_BYTES // (4 * N * K)))
+                # So many rows that their elements are a multiple of what the product takes.
+                unit = UNIT // math.gcd(K, UNIT)
+                held = -(-max(1, min(most, SLAB_BYTES // (4 * N * K))) // unit) * unit
                 slab = empty(N, held * K)
+                products = SlabGram(slab, multiprocessors(b.device), N, None, held * K)
                 for first in range(0, most, held):
                     compiled().embedding_clear((slab.data_ptr(), first, held), slab.numel(), touched.data_ptr(), stream(b))
                     add_up((slab.data_ptr(), first, held))
-                    total += slab @ slab.T
+                    products.add(slab)
+                pairs = products.result()
         results = [empty(N) for _ in range(fields)]
         begin = member = None
         if example_ids is not None:
@@ -135,7 +141,8 @@ def embedding_interference(
                 touched.data_ptr(),
                 stream(b),
             )
+    if gram and pairs is None:
+        pairs = empty(N, N).zero_()
     l1, sq_norm, *rest = results
     dot, abs_dot = rest or (None, None)
-    mirrored = None if total is None else (total.triu() + total.triu(1).T).float()
-    return EmbeddingSums(rows, grad_sum, abs_sum, sq_sum, l1, sq_norm, dot, abs_dot, mirrored)
+    return EmbeddingSums(rows, grad_sum, abs_sum, sq_sum, l1, sq_norm, dot, abs_dot, pairs)

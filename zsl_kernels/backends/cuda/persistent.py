@@ -1,6 +1,6 @@
 """The kernels of csrc/cuda/product.cuh, for compute capability 8.0 and newer: blocks that stay for many tiles of the weight.
 
-Blocks leave partial scalars and Grams in float64, which are added up here: no atomics, so results are the same bits on every run.
+Blocks leave partial scalars and Grams in float64, which one launch adds up: no atomics, so results are the same bits on every run.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from zsl_kernels.backends.cuda.module import ELEMENTS, compiled, exact, guard, pointer, stream, strided, written
+from zsl_kernels.backends.cuda.partials import Partials, add_up
 from zsl_kernels.planning.choose import Plan
 from zsl_kernels.planning.devices import Gpu
 from zsl_kernels.planning.tiles import CUDA_SUMS_HELD, CUDA_TILES, CudaTile
@@ -48,31 +49,24 @@ class _Results:
         def empty(*size: int, dtype: torch.dtype) -> Tensor:
             return torch.empty(size, dtype=dtype, device=like.device)
 
-        self.sums = tuple(empty(*shape, dtype=torch.float32) for _ in range(3)) if sums else ()
-        self.scalars = empty(launch.blocks, 4, N, dtype=torch.float64) if sums else None
-        self.pairs = empty(launch.shares, N, N, dtype=torch.float64) if gram else None
+        self.sums = [empty(*shape, dtype=torch.float32) for _ in range(3)] if sums else []
+        self.scalars = [empty(N, dtype=torch.float32) for _ in range(4)] if sums else []
+        self.gram = empty(N, N, dtype=torch.float32) if gram else None
+        # What the blocks leave of the scalars and of the Gram.
+        self.of_scalars = empty(launch.blocks, 4, N, dtype=torch.float64) if sums else None
+        self.of_gram = empty(launch.shares, N, N, dtype=torch.float64) if gram else None
         self.direction = u
 
     def pointers(self) -> tuple[int, ...]:
         u = self.direction
-        tensors = (*(self.sums or (None, None, None)), self.scalars, self.pairs, u)
+        tensors = (*(self.sums or (None, None, None)), self.of_scalars, self.of_gram, u)
         return (*map(pointer, tensors), *((0, 0) if u is None else u.stride()))
 
-    def gram(self) -> Tensor | None:
-        return None if self.pairs is None else _mirrored(self.pairs.sum(0)).float()
-
-    def result(self, gram: Tensor | None) -> InterferenceSums:
-        assert self.scalars is not None
-        grad_sum, abs_sum, sq_sum = self.sums
-        # Clones: an op's outputs may not share storage.
-        l1, sq_norm, dot, abs_dot = (x.clone() for x in self.scalars.sum(0).float())
-        found = InterferenceSums(grad_sum, abs_sum, sq_sum, l1, sq_norm, dot, abs_dot, gram)
-        return found.asked_for(self.direction, gram is not None)
-
-
-def _mirrored(upper: Tensor) -> Tensor:
-    """The symmetric matrix that has been computed on and above its diagonal alone."""
-    return upper.triu() + upper.triu(1).T
+    def partials(self) -> list[Partials]:
+        found = [] if self.of_scalars is None else [Partials(self.of_scalars, self.scalars)]
+        if self.of_gram is not None and self.gram is not None:
+            found.append(Partials(self.of_gram, [self.gram], symmetric=True))
+        return found
 
 
 def _nothing(like: Tensor, shape: tuple[int, int], N: int, u: Tensor | None, gram: bool) -> InterferenceSums:
@@ -98,10 +92,12 @@ def interference(
     shape = (b.shape[-1], a.shape[-1])
     if not N * shape[0] * shape[1]:
         return _nothing(a, shape, N, u, gram)
-    own = _gram_launch(plan, a, b, N, begin, added, True, gram, u)
-    if not gram or own.pairs is not None:
-        return own.result(own.gram())
-    return own.result(_gram_launch(plan, a, b, N, begin, added, False, True, None).gram())
+    launches = [_gram_launch(plan, a, b, N, begin, added, True, gram, u)]
+    if gram and launches[0].gram is None:
+        launches.append(_gram_launch(plan, a, b, N, begin, added, False, True, None))
+    add_up(*(partials for each in launches for partials in each.partials()))
+    (grad_sum, abs_sum, sq_sum), (l1, sq_norm, dot, abs_dot) = launches[0].sums, launches[0].scalars
+    return InterferenceSums(grad_sum, abs_sum, sq_sum, l1, sq_norm, dot, abs_dot, launches[-1].gram).asked_for(u, gram)
 
 
 def _gram_launch(
@@ -152,9 +148,10 @@ def gram(plan: Plan, a: Tensor, b: Tensor, a2: Tensor | None, b2: Tensor | None,
     if not N * M * O * K:
         return torch.zeros(N, M, dtype=torch.float32, device=a.device)
     if a2 is None or b2 is None:
-        found = _gram_launch(plan, a, b, N, begin, None, False, True, None).gram()
-        assert found is not None
-        return found
+        own = _gram_launch(plan, a, b, N, begin, None, False, True, None)
+        add_up(*own.partials())
+        assert own.gram is not None
+        return own.gram
     a2, b2 = written(a2), written(b2)
     gpu, tile = _planned(plan)
     launch = _launch(gpu, tile, N, M, True, O, K)
@@ -168,4 +165,6 @@ def gram(plan: Plan, a: Tensor, b: Tensor, a2: Tensor | None, b2: Tensor | None,
             *(strided(a2), strided(b2), M, a2.shape[1]),
             pointer(pairs),
         )
-    return pairs.sum(0).float()
+    found = torch.empty(N, M, dtype=torch.float32, device=a.device)
+    add_up(Partials(pairs, [found]))
+    return found

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from zsl_kernels.backends.cuda.module import ELEMENTS, compiled, guard, pointer, stream, strided, written
-from zsl_kernels.backends.cuda.slabs import product_blocks
-from zsl_kernels.backends.gpu import gpu_of
+from zsl_kernels.backends.cuda.slabs import UNIT, product_blocks
+from zsl_kernels.backends.gpu import multiprocessors
 from zsl_kernels.ragged import group
 from zsl_kernels.types import InterferenceSums
 
@@ -23,7 +23,6 @@ RUN = 64  # examples that a warp adds, at most
 AT_ONCE = 4  # examples, or positions, that a thread has at a time
 # Bytes of a row that a warp reads at a time.
 PIECE = 32 * 16
-UNIT = 512  # the elements of a slab's row are a multiple of it
 COPY_BYTES = 256 << 20  # of such rows that a launch makes, at most
 
 
@@ -34,11 +33,6 @@ def _ceil_div(x: int, unit: int) -> int:
 def _power(x: int) -> int:
     """The least power of two that is no less."""
     return 1 << max(x - 1, 0).bit_length()
-
-
-def _sms(device: torch.device) -> int:
-    """The device's multiprocessors, without all that a plan wants to know: small calls are many."""
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else gpu_of(device).sms
 
 
 class _Workspace:
@@ -77,7 +71,7 @@ def dense_interference(g: Tensor, direction: Tensor | None, gram: bool) -> Inter
         return found
     flat = written(g.reshape(N, P))
     u = None if direction is None else written(direction.reshape(-1).to(torch.float32))
-    sms, piece = _sms(g.device), PIECE // g.element_size()
+    sms, piece = multiprocessors(g.device), PIECE // g.element_size()
     # Rows that the Gram's kernel cannot read as they are the launch copies, or if they are many, PyTorch some columns at a time.
     slab_dtype = torch.bfloat16 if g.dtype == torch.bfloat16 else torch.float32
     elements = _ceil_div(P, UNIT) * UNIT
@@ -191,7 +185,7 @@ def scale_bias_grad(
     mean, rstd = (None if y is None or x is None else written(y.to(torch.float32)) for y in (mean, rstd))
     length = max(PIECE // 32 // y.element_size() for y in (b, x) if y is not None)  # columns of a thread
     lanes = min(32, _power(_ceil_div(K, length)))
-    parts = _scale_parts(_sms(b.device), N * _ceil_div(K, lanes * length), _ceil_div(rows, N), 32 * WARPS // lanes)
+    parts = _scale_parts(multiprocessors(b.device), N * _ceil_div(K, lanes * length), _ceil_div(rows, N), 32 * WARPS // lanes)
     partial = parts > 1
     work = _Workspace(b, 4 * parts * len(there) * N * K if partial else 0)
     (base,) = work.pointers

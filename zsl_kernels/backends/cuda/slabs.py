@@ -6,7 +6,9 @@ import torch
 from torch import Tensor
 
 from zsl_kernels.backends.cuda.module import compiled, pointer, stream
+from zsl_kernels.backends.cuda.partials import Partials, add_up
 
+UNIT = 512  # the elements of a row are a multiple of it
 _ELEMENTS_OF_BLOCK = 4096  # of a slab's row, at least
 _GROUP = 32  # rows of either slab that a block multiplies
 
@@ -39,9 +41,6 @@ class SlabGram:
         self._began = True
 
     def result(self) -> Tensor:
-        _, N, M = self._partials.shape
-        found = self._partials.new_empty(N, M, dtype=torch.float32)
-        side = N if self._symmetric else 0
-        adding = (self._partials.data_ptr(), True, self._blocks, N * M, N * M, [found.data_ptr()], side)
-        compiled().add_partials([adding], stream(found))
+        found = self._partials.new_empty(self._partials.shape[1:], dtype=torch.float32)
+        add_up(Partials(self._partials, [found], self._symmetric))
         return found
