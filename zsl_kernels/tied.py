@@ -35,16 +35,20 @@ class AddedRows(NamedTuple):
         """For each row of the embedding that of its sum, zero where it is skipped: the derivative of the sums."""
         return F.pad(x, (0, 0, 0, 1))[self.member]
 
-    def inside(self, slab: slice) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-        """Which of them lie in a slab of the weight's rows, and their places in gradients (N, rows, K) of it."""
-        found = ((self.feature >= slab.start) & (self.feature < slab.stop)).nonzero().squeeze(1)
-        examples = torch.searchsorted(self.begin, found, right=True) - 1
-        return found, (examples, self.feature[found] - slab.start)
+    def inside(self, slab: slice) -> tuple[Tensor, Tensor]:
+        """Which of them lie in a slab of the weight's rows, (Q, 1), and their places in gradients (N · rows, K) of it; the first for
+        those that do not. Nothing waits for a device."""
+        numbers = torch.arange(self.feature.shape[0], device=self.feature.device)
+        inside = (numbers < self.begin[-1]) & (self.feature >= slab.start) & (self.feature < slab.stop)
+        examples = torch.searchsorted(self.begin, numbers, right=True) - 1
+        return inside[:, None], torch.where(inside, examples * (slab.stop - slab.start) + self.feature - slab.start, 0)
 
     def add_to(self, g: Tensor, slab: slice) -> None:
         """To gradients (N, rows, K) of a slab of the weight's rows."""
-        found, places = self.inside(slab)
-        g[places] += self.values[found]
+        inside, places = self.inside(slab)
+        # Each place but the first comes once, and zeros that are added there change no sum.
+        if g.shape[0]:
+            g.flatten(0, 1).index_add_(0, places, torch.where(inside, self.values, 0))
 
 
 class Embedding(NamedTuple):

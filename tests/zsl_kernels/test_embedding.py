@@ -445,7 +445,7 @@ def test_opcheck(ragged, dtype, impl):
     sums = op(ids, b.detach(), example_ids, N, 4, 2, u.detach(), True, impl)
     cotangents = [torch.ones_like(x) for x in sums[:8]]
     for want in ((True, True), (True, False), (False, True)):
-        arguments = (ids, b.detach(), example_ids, N, 2, u.detach(), *cotangents, *want)
+        arguments = (ids, b.detach(), example_ids, N, 4, 2, u.detach(), *cotangents, *want)
         opcheck(torch.ops.zsl.embedding_backward.default, arguments, test_utils=checks)
 
 

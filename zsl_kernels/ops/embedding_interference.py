@@ -175,7 +175,7 @@ op = define(
 
 
 def _embedding_setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    ids, b, example_ids, ctx.num_examples, _, ctx.padding_idx, direction, ctx.gram, _, _ = inputs
+    ids, b, example_ids, ctx.num_examples, ctx.num_embeddings, ctx.padding_idx, direction, ctx.gram, _, _ = inputs
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(output[-1])
     ctx.save_for_backward(ids, b, example_ids, direction)
@@ -192,7 +192,8 @@ def _embedding_grad(ctx: Any, *cotangents: Tensor | None) -> Grads:
     want_u = ctx.needs_input_grad[6] and (c.dot is not None or c.abs_dot is not None)
     db = du = None
     if want_b or want_u:
-        db, du = op_backward(ids, b, example_ids, ctx.num_examples, ctx.padding_idx, u, *c, mix, want_b, want_u)
+        sizes = (ctx.num_examples, ctx.num_embeddings, ctx.padding_idx)
+        db, du = op_backward(ids, b, example_ids, *sizes, u, *c, mix, want_b, want_u)
     return None, db if want_b else None, None, None, None, None, du if want_u else None, None, None, None
 
 
@@ -200,21 +201,22 @@ differentiable(op, _embedding_setup, _embedding_grad)
 
 
 def _embedding_backward(ids: Tensor, b: Tensor, example_ids: Tensor | None, *rest: Any) -> tuple[Tensor, Tensor]:
-    num_examples, padding_idx, direction, *cotangents, mix, want_b, want_u = rest
-    arguments = (ids.long(), b, long(example_ids), num_examples, padding_idx, direction, Cotangents(*cotangents), mix)
+    *sizes, direction = rest[:4]
+    *cotangents, mix, want_b, want_u = rest[4:]
+    arguments = (ids.long(), b, long(example_ids), *sizes, direction, Cotangents(*cotangents), mix)
     db, du = embedding.embedding_backward(*arguments, (want_b, want_u))
     return b.new_empty(0) if db is None else db, b.new_empty(0) if du is None else du
 
 
 def _embedding_backward_fake(ids: Tensor, b: Tensor, example_ids: Tensor | None, *rest: Any) -> tuple[Tensor, Tensor]:
-    direction, (want_b, want_u) = rest[2], rest[-2:]
+    direction, (want_b, want_u) = rest[3], rest[-2:]
     du = torch.empty_like(direction, memory_format=torch.contiguous_format) if want_u else b.new_empty(0)
     return b.new_empty(b.shape if want_b else (0,)), du
 
 
 op_backward = define(
-    "embedding_backward(Tensor ids, Tensor b, Tensor? example_ids, SymInt num_examples, SymInt padding_idx, Tensor? direction, "
-    "Tensor? c_grad, Tensor? c_abs, Tensor? c_sq, Tensor? c_l1, Tensor? c_sqn, Tensor? c_dot, Tensor? c_absdot, Tensor? mix, "
+    "embedding_backward(Tensor ids, Tensor b, Tensor? example_ids, SymInt num_examples, SymInt num_embeddings, SymInt padding_idx, "
+    "Tensor? direction, Tensor? c_grad, Tensor? c_abs, Tensor? c_sq, Tensor? c_l1, Tensor? c_sqn, Tensor? c_dot, Tensor? c_absdot, Tensor? mix, "
     "bool want_b, bool want_u) -> (Tensor, Tensor)",
     _embedding_backward,
     _embedding_backward_fake,

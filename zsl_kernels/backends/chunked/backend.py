@@ -96,8 +96,8 @@ class Chunked(Backend):
         gram: bool,
         max_rows: int | None = None,
     ) -> EmbeddingSums:
-        found = embedding.embedding_interference(ids, b, example_ids, num_examples, padding_idx, direction, gram)
-        return found.with_rows(max_rows)
+        sizes = (num_examples, num_embeddings, padding_idx)
+        return embedding.embedding_interference(ids, b, example_ids, *sizes, direction, gram, max_rows)
 
     def scale_bias_grad(
         self,

@@ -1,60 +1,88 @@
-"""The statistics of an embedding: the pairs of a touched row and an example that touches it."""
+"""The statistics of an embedding: the pairs of a touched row and an example that touches it.
+
+Sizes follow from shapes, or are read once: on the CPU, and where the number of touched rows is asked for.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from zsl_kernels.backends.chunked.groups import sum_by, sum_groups
+from zsl_kernels.backends.chunked.groups import counts_of, sum_by, sum_groups
 from zsl_kernels.planning.cpu_cost import CHUNKED_BYTES
 from zsl_kernels.types import Cotangents, EmbeddingSums, sum_dtype
 
 
 class Pairs(NamedTuple):
-    """The nonzero rows of all gradients: pair q is row rows[row[q]] of example[q]. Sorted by row, then by example."""
+    """The nonzero rows of all gradients: pair q is row rows[row[q]] of example[q]. Sorted by row, then by example.
 
-    rows: Tensor  # (U,)
+    There may be room for more. The last pair is none: it has the positions that are skipped. It and what there is room for have
+    row U and example N.
+    """
+
+    rows: Tensor  # (U,) ascending, -1 behind the touched ones
     row: Tensor  # (Q,)
-    row_counts: Tensor  # (U,) pairs of each row
+    row_counts: Tensor  # (U + 1,) pairs of each row
     example: Tensor  # (Q,)
-    place: Tensor  # (P',) positions that are not skipped, sorted by their pair
-    of_place: Tensor  # (P',) their pairs
+    place: Tensor  # (P,) positions sorted by their pair
+    of_place: Tensor  # (P,) their pairs
     counts: Tensor  # (Q,) positions of each pair
 
     def gradients(self, b: Tensor) -> Tensor:
         """(Q, K)"""
         flat = b.reshape(b.shape[0] * b.shape[1], b.shape[2]).to(sum_dtype(b.dtype))
-        return sum_groups(flat, self.place, self.counts)
+        g = sum_groups(flat, self.place, self.counts)
+        g[-1] = 0
+        return g
 
 
-def pairs_of(ids: Tensor, T: int, example_ids: Tensor | None, num_examples: int, padding_idx: int) -> Pairs:
-    """T: positions of an example, without ``example_ids``."""
-    N = max(num_examples, 1)
+def pairs_of(
+    ids: Tensor, T: int, example_ids: Tensor | None, num_examples: int, num_embeddings: int, padding_idx: int, exact: bool
+) -> Pairs:
+    """T: positions of an example, without ``example_ids``. ``exact``: with room for no more, for which a device is waited for."""
     ids = ids.reshape(-1)
-    place = ((ids >= 0) & (ids != padding_idx)).nonzero().squeeze(1)
-    example = place // max(T, 1) if example_ids is None else example_ids[place]
-    key, order = (ids[place] * N + example).sort(stable=True)
-    place = place[order]
-    pair, of_place, counts = torch.unique_consecutive(key, return_inverse=True, return_counts=True)
-    rows, row, row_counts = torch.unique_consecutive(pair // N, return_inverse=True, return_counts=True)
-    return Pairs(rows, row, row_counts, pair % N, place, of_place, counts)
+    P, N, device = ids.shape[0], num_examples, ids.device
+    example = torch.arange(P, device=device) // max(T, 1) if example_ids is None else example_ids
+    taken = (ids >= 0) & (ids < num_embeddings) & (ids != padding_idx) & (example >= 0) & (example < N)
+    none = num_embeddings * N
+    key, place = torch.where(taken, ids * N + example, none).sort(stable=True)
+    row_of = torch.where(key == none, num_embeddings, key // max(N, 1))
+    pair, row = (F.pad(x.diff() != 0, (1, 0)).cumsum(0)[:P] for x in (key, row_of))
+    U, Q = min(num_embeddings, P), P
+    if exact and P:
+        last = key[-1] == none
+        U, Q = (torch.stack((row[-1], pair[-1])) + torch.where(last, 0, 1)).tolist()
+    of_place = torch.where(key == none, Q, pair)
+    pair_key = key.new_full((Q + 1,), none).scatter_(0, of_place, key)
+    rows = key.new_full((U + 1,), -1).scatter_(0, torch.where(key == none, U, row), torch.where(key == none, -1, row_of))[:U]
+    row = row.new_full((Q + 1,), U).scatter_(0, of_place, torch.where(key == none, U, row))
+    example = torch.where(pair_key == none, N, pair_key % max(N, 1))
+    return Pairs(rows, row, counts_of(row, U + 1), example, place, of_place, counts_of(of_place, Q + 1))
 
 
-def row_slabs(counts: Tensor, num_examples: int, K: int, dtype: torch.dtype) -> list[tuple[slice, int, int]]:
-    """What counts (U,) count, some rows at a time, with the first row and the number of rows: (N, rows, K) is of bounded size."""
-    U, rows = counts.shape[0], max(1, CHUNKED_BYTES // max(1, num_examples * K * dtype.itemsize))
-    ends = counts.cumsum(0)
-    starts = torch.cat(((ends - counts)[::rows], ends[-1:])).tolist()  # one wait for a device
-    return [(slice(a, b), r, min(rows, U - r)) for a, b, r in zip(starts, starts[1:], range(0, U, rows), strict=False)]
+def _slabs(pairs: Pairs, num_examples: int, K: int, dtype: torch.dtype) -> Iterator[tuple[int, int]]:
+    """The first and the number of some rows at a time: (N, rows, K) is of bounded size."""
+    U, rows = pairs.rows.shape[0], max(1, CHUNKED_BYTES // max(1, num_examples * K * dtype.itemsize))
+    return ((first, min(rows, U - first)) for first in range(0, U, rows))
 
 
-def _spread(pairs: Pairs, g: Tensor, slab: slice, first: int, rows: int, num_examples: int) -> Tensor:
+def _places(pairs: Pairs, first: int, rows: int, num_examples: int) -> tuple[Tensor, Tensor]:
+    """Which pairs are in a slab, and their places in (N · rows); behind it for those that are not."""
+    inside = (pairs.row >= first) & (pairs.row < first + rows)
+    return inside, torch.where(inside, pairs.example * rows + pairs.row - first, num_examples * rows)
+
+
+def _spread(pairs: Pairs, g: Tensor, first: int, rows: int, num_examples: int) -> Tensor:
     """The slab's rows of every example, zeros included: (N, rows · K)."""
-    spread = g.new_zeros(num_examples, rows, g.shape[1])
-    spread[pairs.example[slab], pairs.row[slab] - first] = g[slab]
-    return spread.flatten(1)
+    _, places = _places(pairs, first, rows, num_examples)
+    Q = g.shape[0]
+    numbers = torch.arange(Q, device=g.device)
+    pair = numbers.new_full((num_examples * rows + 1,), Q - 1).scatter_(0, places, numbers)[:-1]
+    return g[pair].view(num_examples, rows * g.shape[1])
 
 
 def embedding_interference(
@@ -62,30 +90,36 @@ def embedding_interference(
     b: Tensor,
     example_ids: Tensor | None,
     num_examples: int,
+    num_embeddings: int,
     padding_idx: int,
     direction: Tensor | None,
     gram: bool,
+    max_rows: int | None,
 ) -> EmbeddingSums:
-    pairs = pairs_of(ids, b.shape[1], example_ids, num_examples, padding_idx)
+    N, exact = num_examples, max_rows is None or b.device.type == "cpu"
+    pairs = pairs_of(ids, b.shape[1], example_ids, N, num_embeddings, padding_idx, exact)
     g, dtype = pairs.gradients(b), sum_dtype(b.dtype)
     size, square = g.abs(), g.square()
     terms = [size, square]
     if direction is not None:
-        p = g * direction.index_select(0, pairs.rows).to(dtype)[pairs.row]
+        # (A row that is none may be any: what comes of it is no example's.)
+        u = direction.index_select(0, pairs.rows.clamp(min=0)).to(dtype) if num_embeddings else direction.to(dtype)
+        p = g * F.pad(u, (0, 0, 0, 1))[pairs.row]
         terms += [p, p.abs()]
     scalars = torch.stack([term.sum(1, dtype=torch.float64) for term in terms], 1)
     # Clones: an op's outputs may not share storage.
-    l1, sq_norm, *along = (x.clone() for x in sum_by(scalars, pairs.example, num_examples).to(dtype).unbind(1))
+    l1, sq_norm, *along = (x.clone() for x in sum_by(scalars, pairs.example, N + 1)[:N].to(dtype).unbind(1))
     dot, abs_dot = along or (None, None)
     total = None
     if gram:
-        total = g.new_zeros(num_examples, num_examples, dtype=torch.float64)
-        for slab in row_slabs(pairs.row_counts, num_examples, g.shape[1], dtype):
-            spread = _spread(pairs, g, *slab, num_examples)
+        total = g.new_zeros(N, N, dtype=torch.float64)
+        for slab in _slabs(pairs, N, g.shape[1], dtype):
+            spread = _spread(pairs, g, *slab, N)
             total += spread @ spread.T
         total = total.to(dtype)
-    grad_sum, abs_sum, sq_sum = (sum_groups(x, None, pairs.row_counts) for x in (g, size, square))
-    return EmbeddingSums(pairs.rows, grad_sum, abs_sum, sq_sum, l1, sq_norm, dot, abs_dot, total)
+    U = pairs.rows.shape[0]
+    grad_sum, abs_sum, sq_sum = (sum_groups(x, None, pairs.row_counts)[:U] for x in (g, size, square))
+    return EmbeddingSums(pairs.rows, grad_sum, abs_sum, sq_sum, l1, sq_norm, dot, abs_dot, total).with_rows(max_rows)
 
 
 def embedding_backward(
@@ -93,6 +127,7 @@ def embedding_backward(
     b: Tensor,
     example_ids: Tensor | None,
     num_examples: int,
+    num_embeddings: int,
     padding_idx: int,
     direction: Tensor | None,
     c: Cotangents,
@@ -101,29 +136,34 @@ def embedding_backward(
 ) -> tuple[Tensor | None, Tensor | None]:
     """db at a position is its pair's derivative plus Σ_m mix_im g_m; the direction's row gets
     Σ_i c_dot_i g_i + sign(u) Σ_i c_absdot_i |g_i|."""
-    pairs = pairs_of(ids, b.shape[1], example_ids, num_examples, padding_idx)
-    g, dtype = pairs.gradients(b), sum_dtype(b.dtype)
-    u = None if direction is None else direction.index_select(0, pairs.rows).to(dtype)
+    N = num_examples
+    pairs = pairs_of(ids, b.shape[1], example_ids, N, num_embeddings, padding_idx, exact=True)
+    g, dtype, U = pairs.gradients(b), sum_dtype(b.dtype), pairs.rows.shape[0]
+    u = None if direction is None else F.pad(direction.index_select(0, pairs.rows).to(dtype), (0, 0, 0, 1))
 
     def each(x: Tensor) -> Tensor:
-        return x.to(dtype)[pairs.example, None]
+        return F.pad(x.to(dtype), (0, 1))[pairs.example, None]
+
+    def of_pair(x: Tensor) -> Tensor:
+        return F.pad(x[:U], (0, 0, 0, 1))[pairs.row]
 
     db = du = None
     if want[0]:
-        s = c.at(lambda x: x[pairs.row]).derivative(g, None if u is None else u[pairs.row], each)
+        s = c.at(of_pair).derivative(g, None if u is None else u[pairs.row], each)
         if mix is not None:
-            for slab, first, rows in row_slabs(pairs.row_counts, num_examples, g.shape[1], dtype):
-                mixed = (mix.to(dtype) @ _spread(pairs, g, slab, first, rows, num_examples)).view(num_examples, rows, g.shape[1])
-                s[slab] += mixed[pairs.example[slab], pairs.row[slab] - first]
-        flat = b.new_zeros(b.shape[0] * b.shape[1], b.shape[2])
-        flat[pairs.place] = s.to(b.dtype)[pairs.of_place]
-        db = flat.view(b.shape)
+            for first, rows in _slabs(pairs, N, g.shape[1], dtype):
+                mixed = (mix.to(dtype) @ _spread(pairs, g, first, rows, N)).view(N * rows, g.shape[1])
+                s += F.pad(mixed, (0, 0, 0, 1))[_places(pairs, first, rows, N)[1]]
+        s[-1] = 0
+        db = b.new_empty(b.shape[0] * b.shape[1], b.shape[2])
+        db[pairs.place] = s.to(b.dtype)[pairs.of_place]
+        db = db.view(b.shape)
     if want[1] and direction is not None and u is not None:
-        total = torch.zeros_like(u)
+        total = torch.zeros_like(u[:-1])
         if c.dot is not None:
-            total += sum_groups(each(c.dot) * g, None, pairs.row_counts)
+            total += sum_groups(each(c.dot) * g, None, pairs.row_counts)[:U]
         if c.abs_dot is not None:
-            total += u.sign() * sum_groups(each(c.abs_dot) * g.abs(), None, pairs.row_counts)
+            total += u[:-1].sign() * sum_groups(each(c.abs_dot) * g.abs(), None, pairs.row_counts)[:U]
         du = torch.zeros(direction.shape, dtype=direction.dtype, device=direction.device)
         du[pairs.rows] = total.to(direction.dtype)
     return db, du

@@ -230,9 +230,9 @@ def interference_backward(
             piece.baddbmm_(part.b[:, :, slab], s[part.examples])
         for part, piece in zip(parts, dbs, strict=False):
             piece[:, :, slab] = torch.bmm(part.a, s[part.examples].transpose(1, 2))
-        if added is not None and d_added is not None:
-            found, places = added.inside(slab)
-            d_added[found] = s[places]
+        if added is not None and d_added is not None and N:
+            inside, places = added.inside(slab)
+            d_added = torch.where(inside, s.flatten(0, 1)[places], d_added)
     da = _whole(a, parts, das).to(dtypes[0]) if want[0] else None
     db = _whole(b, parts, dbs).to(dtypes[1]) if want[1] else None
     return da, db, d_added

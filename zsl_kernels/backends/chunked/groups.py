@@ -17,4 +17,9 @@ def sum_groups(x: Tensor, order: Tensor | None, counts: Tensor) -> Tensor:
 
 def sum_by(x: Tensor, example: Tensor, num_examples: int) -> Tensor:
     """Rows of x (P, C) added up by their example: (N, C)."""
-    return sum_groups(x, example.argsort(stable=True), torch.bincount(example, minlength=num_examples))
+    return sum_groups(x, example.argsort(stable=True), counts_of(example, num_examples))
+
+
+def counts_of(x: Tensor, number: int) -> Tensor:
+    """How often each of 0, …, number - 1 is in x. (``bincount`` waits for a device to know the largest.)"""
+    return x.new_zeros(number).scatter_add_(0, x, torch.ones_like(x))
