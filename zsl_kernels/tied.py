@@ -36,8 +36,8 @@ class AddedRows(NamedTuple):
         return F.pad(x, (0, 0, 0, 1))[self.member]
 
     def inside(self, slab: slice) -> tuple[Tensor, Tensor]:
-        """Which of them lie in a slab of the weight's rows, (Q, 1), and their places in gradients (N · rows, K) of it; the first for
-        those that do not. Nothing waits for a device."""
+        """Which of them lie in a slab of the weight's rows, (Q, 1), and their places in gradients (N · rows, K) of it; the first
+        place for those that do not. Nothing waits for a device."""
         numbers = torch.arange(self.feature.shape[0], device=self.feature.device)
         inside = (numbers < self.begin[-1]) & (self.feature >= slab.start) & (self.feature < slab.stop)
         examples = torch.searchsorted(self.begin, numbers, right=True) - 1

@@ -201,8 +201,8 @@ differentiable(op, _embedding_setup, _embedding_grad)
 
 
 def _embedding_backward(ids: Tensor, b: Tensor, example_ids: Tensor | None, *rest: Any) -> tuple[Tensor, Tensor]:
-    *sizes, direction = rest[:4]
-    *cotangents, mix, want_b, want_u = rest[4:]
+    num_examples, num_embeddings, padding_idx, direction, *cotangents, mix, want_b, want_u = rest
+    sizes = (num_examples, num_embeddings, padding_idx)
     arguments = (ids.long(), b, long(example_ids), *sizes, direction, Cotangents(*cotangents), mix)
     db, du = embedding.embedding_backward(*arguments, (want_b, want_u))
     return b.new_empty(0) if db is None else db, b.new_empty(0) if du is None else du
@@ -216,8 +216,8 @@ def _embedding_backward_fake(ids: Tensor, b: Tensor, example_ids: Tensor | None,
 
 op_backward = define(
     "embedding_backward(Tensor ids, Tensor b, Tensor? example_ids, SymInt num_examples, SymInt num_embeddings, SymInt padding_idx, "
-    "Tensor? direction, Tensor? c_grad, Tensor? c_abs, Tensor? c_sq, Tensor? c_l1, Tensor? c_sqn, Tensor? c_dot, Tensor? c_absdot, Tensor? mix, "
-    "bool want_b, bool want_u) -> (Tensor, Tensor)",
+    "Tensor? direction, Tensor? c_grad, Tensor? c_abs, Tensor? c_sq, Tensor? c_l1, Tensor? c_sqn, Tensor? c_dot, "
+    "Tensor? c_absdot, Tensor? mix, bool want_b, bool want_u) -> (Tensor, Tensor)",
     _embedding_backward,
     _embedding_backward_fake,
 )
