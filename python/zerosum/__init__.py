@@ -6,16 +6,19 @@ The mathematics is in :mod:`zerosum.metrics`, the kernels in :mod:`zsl_kernels`.
 """
 
 from zerosum import changes, deceleration
+from zerosum.graphs import CapturedStep, capture
 from zerosum.probe import Coverage, ParameterReport, Probe, Report, auxiliary, example_ids, rule
 from zerosum.tokens import SampledReport, token_report
 
 __all__ = [
+    "CapturedStep",
     "Coverage",
     "ParameterReport",
     "Probe",
     "Report",
     "SampledReport",
     "auxiliary",
+    "capture",
     "changes",
     "deceleration",
     "example_ids",

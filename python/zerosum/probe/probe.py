@@ -131,6 +131,10 @@ class Probe:
         self._every = every
 
     @property
+    def model(self) -> nn.Module:
+        return self._model
+
+    @property
     def measuring(self) -> bool:
         """Whether the probe is open, and measures."""
         return self._capture is not None
@@ -190,6 +194,15 @@ class Probe:
         if capture is not None:
             capture.stop()
             capture.release()
+
+    def check_repeatable(self) -> None:
+        """Raises where blocks of the same step do not do the same."""
+        if self._every != 1:
+            raise ValueError(f"probe: expected every=1, got every={self._every}; replay the step where it is to be measured")
+        if self._verify not in ("once", "never"):
+            raise ValueError(f"probe: expected verify='once' or 'never', got verify={self._verify!r}")
+        if self._grad_scaler is not None:
+            raise ValueError("probe: expected no grad_scaler, whose scale is read in every block; loss_reduction='auto' needs none")
 
     def _finish(self, capture: Capture) -> Report:
         passes = [p for p in capture.passes if any(t.results is not None and p in t.results.passes for t in capture.parameters)]

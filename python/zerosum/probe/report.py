@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
@@ -34,6 +34,15 @@ class ParameterReport:
         self._sums = results.sums
         self._shape = shape
 
+    def reread(self, is_current: Callable[[], bool] | None, version: int, memo: dict[Any, Any]) -> ParameterReport:
+        """See :meth:`Report.reread`."""
+        return ParameterReport(self.name, self.how, self._results.reread(is_current, version, memo), self._shape)
+
+    @property
+    def version(self) -> int:
+        """Of the memory that ``grad_sum`` is in."""
+        return self._results.version
+
     @cached_property
     def _scale(self) -> float:
         """Waits for the device, where the loss's factors were read there."""
@@ -41,6 +50,7 @@ class ParameterReport:
 
     @property
     def grad_sum(self) -> Tensor:
+        self._results.check_current(self.name)
         self._results.check_version(self.name)
         return self._weight_shaped(self._results.grad_sum, 1)
 
@@ -75,6 +85,7 @@ class ParameterReport:
 
     @cached_property
     def coordinates(self) -> CoordinateSums:
+        self._results.check_current(self.name)
         assert self._results.coordinates is not None  # a finished one has them
         c, s = coordinate_sums(self._results.coordinates), self._scale
         return c._replace(grad_sq=c.grad_sq * s * s, sq=c.sq * s * s, p_sum=c.p_sum * s, p_abs=c.p_abs * s, p_root=c.p_root * s)
@@ -97,6 +108,7 @@ class ParameterReport:
         return self._scaled(self._sums.spread(x, self._shape).view(self._shape), power)
 
     def _scaled(self, x: Tensor, power: int) -> Tensor:
+        self._results.check_current(self.name)
         return x if self._scale == 1 else x * self._scale**power
 
     def __repr__(self) -> str:
@@ -209,6 +221,25 @@ class Report(ByName[ParameterReport]):
         self._has_direction = bool(self._parameters) and len(missing) < len(self._parameters)
         if self._has_direction and missing:
             raise ValueError(f"direction: expected one for every covered parameter, got none for {', '.join(missing)}")
+
+    def reread(self, is_current: Callable[[], bool] | None = None, versions: Mapping[str, int] | None = None) -> Report:
+        """A report of what the tensors of this one hold now: after a replay of the CUDA graph in which the step was recorded.
+
+        Args:
+            is_current: says whether they still do; what is read of the report later raises an error. None: they are taken to.
+            versions: :meth:`versions` as they were after the replay, by which it is known who writes to gradients; None for now's.
+        """
+        versions = self.versions() if versions is None else versions
+        memo: dict[Any, Any] = {}
+        found = Report.__new__(Report)
+        parameters = {name: p.reread(is_current, versions[name], memo) for name, p in self._parameters.items()}
+        ByName.__init__(found, parameters, self._names, self.coverage)
+        found.num_examples, found.proof, found._has_direction = self.num_examples, self.proof, self._has_direction
+        return found
+
+    def versions(self) -> dict[str, int]:
+        """How often the memory of each parameter's gradient was written to."""
+        return {name: p.version for name, p in self._parameters.items()}
 
     def _total(self, field: str) -> Tensor | None:
         """A scalar field over all covered parameters, in float64."""

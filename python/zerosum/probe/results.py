@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import copy
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -45,6 +46,9 @@ class Scale:
     def __init__(self, number: Tensor | float) -> None:
         self._number = number
 
+    def reread(self) -> Scale:
+        return Scale(self._number)
+
     @cached_property
     def value(self) -> float:
         return float(self._number)
@@ -70,6 +74,7 @@ class Results:
         self.common = ONE  # what all of the block's results are multiplied by
         self.hold(sums.grad_sum)
         self.coordinates: tuple[_Table, int] | None = None
+        self._is_current: Callable[[], bool] | None = None
 
     @property
     def scale(self) -> float:
@@ -79,8 +84,30 @@ class Results:
         self.grad_sum, self._version = grad_sum, grad_sum._version
 
     @property
+    def version(self) -> int:
+        """Of the memory that ``grad_sum`` is in."""
+        return self.grad_sum._version
+
+    @property
     def written_to(self) -> bool:
-        return self.grad_sum._version != self._version
+        return self.version != self._version
+
+    def reread(self, is_current: Callable[[], bool] | None, version: int, memo: dict[Any, Any]) -> Results:
+        """Of what the tensors hold now, until they hold something else. ``memo`` has what results of one block share."""
+        mine = copy.copy(self)
+        mine._is_current, mine._version = is_current, version
+        mine.common = memo.setdefault(self.common, self.common.reread())
+        if self.coordinates is not None:
+            table, row = self.coordinates
+            mine.coordinates = memo.setdefault(table, table.reread()), row
+        return mine
+
+    def check_current(self, name: str) -> None:
+        if self._is_current is not None and not self._is_current():
+            raise RuntimeError(
+                f"{name!r}: the step was replayed again, and its memory holds the results of that replay: "
+                "read what is needed of a report before the next replay"
+            )
 
     def merge(self, other: Results) -> None:
         """Adds another micro-batch: sums add, and the examples come after these."""
@@ -165,6 +192,9 @@ class _Table:
 
     def __init__(self, rows: Tensor) -> None:
         self._rows = rows
+
+    def reread(self) -> _Table:
+        return _Table(self._rows)
 
     @cached_property
     def rows(self) -> list[list[float]]:
