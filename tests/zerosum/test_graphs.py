@@ -276,3 +276,42 @@ def test_bad_arguments_are_named(made):
 def test_on_the_cpu_there_is_nothing_to_record():
     with pytest.raises(ValueError, match="on one CUDA device, got cpu"):
         zerosum.capture(lambda: None, zerosum.Probe(torch.nn.Linear(2, 2)))
+
+
+class Graphed(torch.autograd.Function):
+    """As ``torch.cuda.make_graphed_callables`` has it: a product whose gradients are the same memory in every pass."""
+
+    @staticmethod
+    def forward(ctx, x, weight, static):
+        ctx.save_for_backward(x, weight)
+        ctx.static = static
+        return x @ weight.T
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, weight = ctx.saved_tensors
+        torch.mm(grad.flatten(0, 1).T, x.flatten(0, 1), out=ctx.static)
+        return grad @ weight, ctx.static.detach(), None
+
+
+class WithGraphed(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.weight = torch.nn.Linear(5, 5), torch.nn.Parameter(torch.randn(4, 5))
+        self.static = torch.empty(4, 5)
+
+    def forward(self, x):
+        return Graphed.apply(self.first(x).tanh(), self.weight, self.static)
+
+
+def test_a_graphed_module_is_measured_by_the_loss_of_each_example():
+    torch.manual_seed(0)
+    model, x = WithGraphed(), torch.randn(8, 6, 5)
+    probe = zerosum.Probe(model)
+    for _ in range(2):
+        model.zero_grad()
+        with probe:
+            (model(x) ** 3).sum((1, 2)).sum().backward()
+    assert probe.report().coverage.covered["weight"] == "the loss, differentiated again for each example"
+    each = [torch.autograd.grad((model(one[None]) ** 3).sum(), model.weight)[0].clone() for one in x]
+    torch.testing.assert_close(probe.report()["weight"].abs_sum, torch.stack(each).abs().sum(0))

@@ -718,16 +718,17 @@ class Capture(TorchFunctionMode):
             for t in wanted:
                 t.refuse(f"{self.whole[t]}; behind it is a reentrant checkpoint, which cannot be differentiated for one example")
             return
-        found: list[list[Tensor]] = [[] for _ in wanted]
-        for i in range(proof.of.examples):
-            mine = proof.part(i)
-            gs = self.extra_backward(proof.cut.edges, [t.parameter for t in wanted], mine, Phase.PLAIN)
-            for parts, g, t in zip(found, gs, wanted, strict=True):
-                parts.append(torch.zeros_like(t.parameter) if g is None else (g.to_dense() if g.is_sparse else g).detach())
-        for t, parts in zip(wanted, found, strict=True):
-            if parts and any(bool(part.any()) for part in parts):
+        E = proof.of.examples
+        found = [t.parameter.new_empty(E, *t.parameter.shape) for t in wanted]
+        for i in range(E):
+            gs = self.extra_backward(proof.cut.edges, [t.parameter for t in wanted], proof.part(i), Phase.PLAIN)
+            for mine, g in zip(found, gs, strict=True):
+                # Copied at once: a function may return the same memory in each pass, as graphed callables do.
+                mine[i] = 0 if g is None else (g.to_dense() if g.is_sparse else g).detach()
+        for t, mine in zip(wanted, found, strict=True):
+            if bool(mine.any()):
                 t.covered_by("the loss, differentiated again for each example")
-                t.give(torch.stack(parts))
+                t.give(mine)
                 t.defer()
 
     def _measure_apart(self, proof: Proof) -> None:
