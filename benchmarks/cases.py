@@ -1,4 +1,4 @@
-"""Sizes, inputs and the baseline of the op-level benchmarks. Letters as everywhere: N examples, T positions, O and K features."""
+"""Sizes and inputs of the op-level benchmarks. Letters as everywhere: N examples, T positions, O and K features."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
-from torch import Tensor
 
 from tests.inputs import Inputs, Problem
 
@@ -33,8 +32,3 @@ class Case:
 def inputs(case: Case, dtype: torch.dtype = torch.float32) -> Inputs:
     """As the tests make them."""
     return Problem(N=case.N, T=case.T, K=case.K, O=case.O, M=0, dtype=dtype).make()
-
-
-def weight_gradient(a: Tensor, b: Tensor) -> Tensor:
-    """The dW product of an ordinary training step, which is the baseline."""
-    return b.flatten(0, 1).T @ a.flatten(0, 1)

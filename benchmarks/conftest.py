@@ -8,13 +8,12 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
-from time import perf_counter
 
 import pytest
-import torch
 
-from benchmarks import machine
-from benchmarks.tables import Cell, Quartiles, Table
+from benchmarks.tables import Cell, Table
+from zerosum.bench import machine
+from zerosum.bench.timing import Times, seconds, wait
 
 RESULTS = Path(__file__).parent / "results"
 TABLES = pytest.StashKey[dict[str, Table]]()
@@ -102,9 +101,9 @@ class Compare:
         if both is None:  # --benchmark-disable: it ran, and that is all
             return
         times, baseline_times = ([x / share for x in taken] for taken, share in zip(both, shares, strict=True))
-        ratio = Quartiles.of([x / y for x, y in zip(times, baseline_times, strict=True)])
-        ms, baseline_ms = (Quartiles.of([1e3 * x for x in values]) for values in (times, baseline_times))
-        details = {"ratio": ratio, "ms": ms, "baseline": against, "baseline_ms": baseline_ms, "rounds": len(times)}
+        found = Times.of(times, baseline_times)
+        ratio, ms, baseline_ms = found.ratio, found.ms, found.baseline_ms
+        details = {"ratio": ratio, "ms": ms, "baseline": against, "baseline_ms": baseline_ms, "rounds": found.rounds}
         if shares != (1, 1):
             details["shares"] = shares
         self._benchmark.extra_info.update({"table": table.title, "row": row, "column": column, "target": target, **details})
@@ -121,31 +120,18 @@ class Compare:
     def _interleave(self, subject: Callable[[], object], baseline: Callable[[], object]) -> tuple[list[float], list[float]] | None:
         for warm_up in (baseline, subject):
             warm_up()
-        once = _seconds(baseline) + _seconds(subject)
+        once = seconds(baseline) + seconds(subject)
         least = min(self._rounds, 9 if once < self.SLOW else 5 if once < self.VERY_SLOW else 3)
         baseline_times: list[float] = []
 
         def run() -> None:
             subject()  # and drops the results, as the baseline's are
-            _wait()
+            wait()
 
         self._benchmark.pedantic(
-            run, setup=lambda: baseline_times.append(_seconds(baseline)), rounds=max(least, min(101, int(self._budget / once)))
+            run, setup=lambda: baseline_times.append(seconds(baseline)), rounds=max(least, min(101, int(self._budget / once)))
         )
         return None if self._benchmark.stats is None else (list(self._benchmark.stats.stats.data), baseline_times)
-
-
-def _wait() -> None:
-    """Until a device has done what it was told."""
-    if torch.cuda.is_initialized():
-        torch.cuda.synchronize()
-
-
-def _seconds(function: Callable[[], object]) -> float:
-    start = perf_counter()
-    function()
-    _wait()
-    return perf_counter() - start
 
 
 def pytest_terminal_summary(terminalreporter, exitstatus: int, config: pytest.Config) -> None:

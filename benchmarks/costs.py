@@ -17,9 +17,9 @@ import numpy as np
 import torch
 
 import zsl_kernels as zk
-from benchmarks import machine
 from benchmarks.cases import Case, inputs
 from tests.inputs import Inputs, cpu_isas, running
+from zerosum.bench import machine
 from zsl_kernels.backends.dispatch import BACKENDS
 from zsl_kernels.planning.call import Candidate
 from zsl_kernels.planning.choose import Plan

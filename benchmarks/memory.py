@@ -1,15 +1,13 @@
 """Peak memory of one thing in a fresh process: ``python -m benchmarks.memory step "probe + Gram"`` prints bytes.
 
-The peak is the process's own high-water mark, VmHWM: getrusage's ru_maxrss also remembers the process that started this one. Where
-there is no /proc it must do. Bytes of ``op`` and ``head`` are counted from just before the call, those of ``step`` from zero. A
-``step`` is the project's GPT's, or with a family and sizes (``GPT-2 256 4 4096 64 64``) that of a model of transformers.
+The peak is the process's own high-water mark. Bytes of ``op`` and ``head`` are counted from just before the call, those of ``step``
+from zero. A ``step`` is the project's GPT's, or with a family and sizes (``GPT-2 256 4 4096 64 64``) that of a model of
+transformers.
 """
 
 from __future__ import annotations
 
 import os
-import re
-import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -21,8 +19,10 @@ from torch import Tensor
 import zsl_kernels as zk
 from benchmarks.cases import Case
 from benchmarks.heads import HEADS, Head, HeadCase
-from benchmarks.training_steps import STEPS, Workload
 from benchmarks.transformer_steps import ModelCase, TransformerWorkload
+from zerosum.bench.memory import RETURNING, peak
+from zerosum.bench.ways import STEPS
+from zerosum.bench.workload import Workload
 from zsl_kernels.backends import reference
 
 
@@ -32,10 +32,6 @@ class Operands(NamedTuple):
     direction: Tensor
 
 
-STATUS = Path("/proc/self/status")
-# glibc keeps freed blocks below a threshold, which grows to 32 MB with what is freed, and a peak then has the gaps between them in
-# it, which come out differently each time. With a fixed threshold they go back: the peak is what was held, to a megabyte or two.
-RETURNING = {"MALLOC_MMAP_THRESHOLD_": str(2**17)}
 OPS = {
     "interference": lambda x: zk.interference(x.a, x.b, direction=x.direction),
     "interference + Gram": lambda x: zk.interference(x.a, x.b, direction=x.direction, gram=True),
@@ -44,15 +40,10 @@ OPS = {
 }
 
 
-def peak() -> int:
-    if STATUS.exists():
-        return 1024 * int(re.search(r"VmHWM:\s*(\d+) kB", STATUS.read_text())[1])
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-
-
 def step_peak(name: str, work: Workload, steps: int = 4) -> int:
+    run = next(way for way in STEPS if way.name == name).start(work)
     for _ in range(steps):
-        STEPS[name](work)
+        run()
     return peak()
 
 

@@ -4,25 +4,6 @@ from __future__ import annotations
 
 import textwrap
 from dataclasses import asdict, dataclass, field
-from typing import NamedTuple
-
-
-class Quartiles(NamedTuple):
-    low: float
-    median: float
-    high: float
-
-    @classmethod
-    def of(cls, values: list[float]) -> Quartiles:
-        ordered = sorted(values)
-
-        def at(share: float) -> float:
-            position = share * (len(ordered) - 1)
-            below = int(position)
-            above = min(below + 1, len(ordered) - 1)
-            return ordered[below] + (position - below) * (ordered[above] - ordered[below])
-
-        return cls(at(0.25), at(0.5), at(0.75))
 
 
 @dataclass(frozen=True)

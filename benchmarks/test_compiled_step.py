@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from benchmarks.parametrize import over
-from benchmarks.training_steps import CONFIG, N, T, Workload
 from benchmarks.transformer_steps import ModelCase, TransformerWorkload
 from zerosum import Probe
+from zerosum.bench.workload import CONFIG, N, T, Workload
 
 STEP = (
     "compiled training step",

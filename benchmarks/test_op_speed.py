@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 
 import zsl_kernels as zk
-from benchmarks.cases import Case, inputs, weight_gradient
+from benchmarks.cases import Case, inputs
 from benchmarks.parametrize import kernels_of, over
+from zerosum.bench.ops import weight_gradient
 from zsl_kernels.backends import reference
 
 QUICK = [Case(8, 256, 256, 256), Case(8, 64, 256, 256)]

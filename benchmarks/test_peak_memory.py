@@ -8,14 +8,14 @@ import pytest
 
 from benchmarks.memory import in_fresh_process
 from benchmarks.tables import Cell
-from benchmarks.training_steps import Workload
 from benchmarks.transformer_steps import ModelCase
+from zerosum.bench.workload import Workload
 
 MB = 1e6
 EXAMPLES = (4, 8, 16, 32, 64)
 COVERED = 4 * sum(p.numel() for p in Workload.make().linear_weights.values())
 TARGETS = {"probe": (2.2 * COVERED + 64e6) / MB}
-PEERS = ("probe + Gram", "vmap", "loop")
+PEERS = ("probe + Gram", "vmap(grad)", "loop")
 STEP = (
     "peak memory of a training step",
     f"MB that a step takes more than the plain one, each in a fresh process; the linear weights are {COVERED / MB:.1f} MB. "
@@ -38,7 +38,7 @@ OP = (
 
 @pytest.fixture(scope="module")
 def plain_peak() -> float:
-    return in_fresh_process("step", "plain") / MB
+    return in_fresh_process("step", "plain step") / MB
 
 
 @pytest.mark.parametrize("column", ["probe", *(pytest.param(name, marks=pytest.mark.full) for name in PEERS)])
@@ -57,7 +57,7 @@ def test_step_over_examples(table, request, returning):
     peaks = {}
     for N in EXAMPLES if returning and not request.config.option.quick else ends:
         case = astuple(replace(MODEL, N=N))
-        plain, probed = (in_fresh_process("step", step, *case, returning=returning) / MB for step in ("plain", "probe"))
+        plain, probed = (in_fresh_process("step", step, *case, returning=returning) / MB for step in ("plain step", "probe"))
         peaks[N] = (plain, probed - plain)
         memory.add(f"N={N}", f"plain, in all{note}", Cell(plain, "MB"))
         memory.add(f"N={N}", f"probe{note}", Cell(probed - plain, "MB"))

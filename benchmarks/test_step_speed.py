@@ -1,4 +1,4 @@
-"""A training step under a probe against the plain step and against other ways to the same statistics."""
+"""A training step under a probe against the plain step. ``zerosum bench`` compares it with other ways to the same statistics."""
 
 from __future__ import annotations
 
@@ -8,15 +8,16 @@ import pytest
 import torch
 
 from benchmarks.parametrize import kernels_of, over
-from benchmarks.training_steps import CONFIG, STEPS, N, T, Workload, plain
 from benchmarks.transformer_steps import ModelCase, TransformerWorkload
+from zerosum.bench.ways import PLAIN, PROBE, PROBE_GRAM
+from zerosum.bench.workload import CONFIG, N, T, Workload
 
 STEP = (
     "training step",
     f"GPT of width {CONFIG.width}, {CONFIG.layers} layers, vocabulary {CONFIG.vocab}, N={N}, T={T}, fp32: forward and backward "
-    "with every statistic of every parameter, as a ratio to the plain step. vmap materializes the gradients, loop takes one "
-    "example at a time; both leave out the embedding. AVX2: kernels without AVX-512.",
+    "with every statistic of every parameter, as a ratio to the plain step. AVX2: kernels without AVX-512.",
 )
+WAYS = {way.name: way for way in (PROBE, PROBE_GRAM)}
 TARGETS = {"probe": 1.15}
 MODELS = [
     ModelCase("GPT-2", width=256, layers=4, vocab=4096, N=8, T=256),
@@ -37,15 +38,14 @@ def work() -> Workload:
     return Workload.make()
 
 
-@pytest.mark.parametrize("column", [name for name in STEPS if name != "plain"])
+@pytest.mark.parametrize("column", WAYS)
 def test_step(compare, table, work, column):
-    step = STEPS[column]
     compare(
         table(*STEP),
         "forward + backward",
         column,
-        lambda: step(work),
-        lambda: plain(work),
+        WAYS[column].settled(work),
+        PLAIN.start(work),
         against="plain",
         target=TARGETS.get(column),
     )
@@ -54,21 +54,23 @@ def test_step(compare, table, work, column):
 def test_step_avx2(compare, table, work):
     column = "probe, AVX2"
     with kernels_of(column):
-        compare(table(*STEP), "forward + backward", column, lambda: STEPS["probe"](work), lambda: plain(work), against="plain")
+        compare(table(*STEP), "forward + backward", column, PROBE.settled(work), PLAIN.start(work), against="plain")
 
 
 def test_step_with_optimizer(compare, table, work):
     optimizer = torch.optim.AdamW(work.model.parameters(), lr=1e-5)
 
     def then_update(step):
-        step(work)
+        step()
         optimizer.step()
+
+    probed, plain = PROBE.settled(work), PLAIN.start(work)
 
     compare(
         table(*STEP),
         "the same + AdamW",
         "probe",
-        lambda: then_update(STEPS["probe"]),
+        lambda: then_update(probed),
         lambda: then_update(plain),
         against="plain",
         target=TARGETS["probe"],
@@ -84,14 +86,14 @@ def workload(case: ModelCase) -> TransformerWorkload:
 @over(MODELS, MODELS[:1])
 def test_model_step(compare, table, case, column):
     pytest.importorskip("transformers")
-    work, step = workload(case), STEPS[column.removesuffix(", AVX2")]
+    work, way = workload(case), WAYS[column.removesuffix(", AVX2")]
     with kernels_of(column):
         compare(
             table(*MODEL_STEP),
             str(case),
             column,
-            lambda: step(work),
-            lambda: plain(work),
+            way.settled(work),
+            PLAIN.start(work),
             against="plain",
             target=MODEL_TARGETS.get(column),
         )

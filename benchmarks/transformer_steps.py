@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.training_steps import Workload
+from zerosum.bench.workload import Workload
 
 
 @dataclass(frozen=True)
@@ -36,9 +38,9 @@ class TransformerWorkload(Workload):
         model = MODELS[case.family](case)
         return cls(model, *torch.randint(case.vocab, (2, case.N, case.T)))
 
-    def losses(self) -> Tensor:
-        logits = self.model(input_ids=self.x).logits
-        return F.cross_entropy(logits.flatten(0, 1), self.y.flatten(), reduction="none").view(self.y.shape).mean(1)
+    def losses_of(self, model: Callable[..., Any], x: Tensor, y: Tensor) -> Tensor:
+        logits = model(input_ids=x).logits
+        return F.cross_entropy(logits.flatten(0, 1), y.flatten(), reduction="none").view(y.shape).mean(1)
 
 
 def _gpt2(case: ModelCase) -> nn.Module:

@@ -49,5 +49,6 @@ def test_the_script_runs_the_benchmarks_whatever_the_tests_find(tmp_path):
     done = subprocess.run(command, env={**os.environ, "PYTHON": str(python)}, capture_output=True, text=True, timeout=100)
     assert "pytest tests -m gpu -n auto --maxprocesses 16 -p no:benchmark" in done.stdout, done.stderr
     assert "-m benchmarks.gpu.kernels" in done.stdout
+    assert "-m zerosum bench --device cuda --json benchmarks/results/bench_cuda.json" in done.stdout
     assert "pytest benchmarks/gpu --device cuda --results gpu -k head" in done.stdout
     assert done.returncode == 3

@@ -19,7 +19,8 @@ from torch import Tensor
 
 import zerosum
 import zsl_kernels as zk
-from benchmarks.cases import Case, weight_gradient
+from benchmarks.cases import Case
+from zerosum.bench.ops import weight_gradient
 from zerosum.training.model import GPT, GPTConfig, token_losses
 from zsl_kernels.ops import interference_backward
 from zsl_kernels.types import Cotangents

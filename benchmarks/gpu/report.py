@@ -16,9 +16,9 @@ from multiprocessing import get_context
 from pathlib import Path
 
 import zsl_kernels
-from benchmarks import machine
 from benchmarks.gpu import sass
 from benchmarks.gpu.variants import variants
+from zerosum.bench import machine
 from zsl_kernels.planning import gpu_cost
 from zsl_kernels.planning.call import Call
 from zsl_kernels.planning.choose import choose

@@ -1,6 +1,6 @@
-"""The ops and a training step on a device: against the plain product, materialized gradients, vmap, and peers.
+"""The ops and a head on a device: against the plain product, materialized gradients and a plain head.
 
-``benchmarks/gpu.sh`` runs them on a machine that has one.
+``benchmarks/gpu.sh`` runs them on a machine that has one, and ``zerosum bench`` for a training step.
 """
 
 from __future__ import annotations
@@ -10,13 +10,11 @@ import torch
 import torch.nn.functional as F
 
 import zsl_kernels as zk
-from benchmarks.cases import Case, inputs, weight_gradient
-from benchmarks.gpu.peers import PEERS, installed
+from benchmarks.cases import Case, inputs
 from benchmarks.heads import HEADS, Head, HeadCase
 from benchmarks.parametrize import over
-from benchmarks.training_steps import STEPS, Workload, plain
 from tests.devices import moved
-from zerosum.training.model import GPTConfig
+from zerosum.bench.ops import weight_gradient
 from zsl_kernels.backends import reference
 
 QUICK = [Case(4, 64, 64, 64)]
@@ -37,12 +35,6 @@ OPS = (
     "Time as a ratio to the dW product of torch in the same dtype. einsum materializes every gradient.",
 )
 HEAD = ("linear_cross_entropy on a device", "Forward and backward with all statistics, as a ratio to a plain head with the same.")
-STEP = (
-    "training step on a device, {}",
-    "The project's GPT of width 768, 12 layers, vocabulary 50304, T=1024: forward and backward with every statistic of every "
-    "parameter, as a ratio to the plain step. vmap materializes the gradients, loop takes one example at a time.",
-)
-PEAK = ("peak memory of a training step on a device", "MB allocated beyond the plain step's peak.")
 HEAD_CASES = [HeadCase(2, 8, 32, 500, "bfloat16"), HeadCase(8, 1024, 768, 50304, "bfloat16"), HeadCase(8, 1024, 768, 50304)]
 
 COLUMNS = {
@@ -92,60 +84,6 @@ def test_ops(compare, table, device, case, dtype, column):
 def test_linear_cross_entropy(compare, table, device, case):
     x = Head.make(case, device)
     compare(table(*HEAD), str(case), "fused", lambda: HEADS["fused"](x), lambda: HEADS["plain"](x), against="plain")
-
-
-@pytest.fixture(scope="module")
-def work(request, device) -> Workload:
-    if request.config.option.quick:
-        return Workload.make(GPTConfig(vocab=128, width=32, layers=1, heads=2, positions=16), 3, device)
-    return Workload.make(GPTConfig(vocab=50304, width=768, layers=12, heads=12, positions=1024), 8, device)
-
-
-@pytest.mark.filterwarnings("ignore:Full backward hook")  # of peers
-@pytest.mark.parametrize("precision", ["float32", "autocast to bfloat16"])
-@pytest.mark.parametrize("column", [*(name for name in STEPS if name != "plain"), *PEERS])
-def test_step(compare, table, device, work, precision, column):
-    if column in PEERS and not installed(column):
-        pytest.skip(f"{column} is not installed")
-    step = PEERS[column](work) if column in PEERS else lambda: STEPS[column](work)
-
-    def run(function):
-        with torch.autocast(device.split(":")[0], dtype=torch.bfloat16, enabled=precision != "float32"):
-            function()
-
-    try:
-        compare(
-            table(STEP[0].format(precision), STEP[1]),
-            f"N={len(work.x)}",
-            column,
-            lambda: run(step),
-            lambda: run(lambda: plain(work)),
-            against="plain",
-        )
-    except torch.cuda.OutOfMemoryError:
-        pytest.skip("out of memory")
-
-
-@pytest.mark.parametrize("column", [name for name in STEPS if name != "plain"])
-def test_peak_memory(table, device, work, column):
-    from benchmarks.tables import Cell
-
-    if device.split(":")[0] != "cuda":
-        pytest.skip("of a CUDA device's allocator")
-
-    def peak(step):
-        torch.cuda.reset_peak_memory_stats()
-        step(work)
-        torch.cuda.synchronize()
-        return torch.cuda.max_memory_allocated() / 1e6
-
-    before = peak(plain)
-    try:
-        extra = peak(STEPS[column]) - before
-    except torch.cuda.OutOfMemoryError:
-        pytest.skip("out of memory")
-    table(*PEAK).add(f"N={len(work.x)}", "plain, in all", Cell(before, "MB"))
-    table(*PEAK).add(f"N={len(work.x)}", column, Cell(extra, "MB"))
 
 
 def test_results_are_right(device):

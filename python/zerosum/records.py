@@ -60,6 +60,21 @@ def naming(path: Path) -> Iterator[None]:
         raise
 
 
+def replace_text(path: Path, text: str) -> None:
+    """Replaces a file as a whole: an interruption leaves the one before.
+
+    Raises:
+        OSError: the file cannot be written; ``filename`` says which.
+    """
+    new = path.with_name(f"{path.name}.new")
+    try:
+        with naming(new):
+            new.write_text(text, encoding="utf-8")
+        os.replace(new, path)
+    finally:
+        new.unlink(missing_ok=True)
+
+
 class RecordFile:
     """A file of records that only grows, by a whole line at a time. A last line that was cut off by a crash is dropped.
 

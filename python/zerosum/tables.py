@@ -11,19 +11,19 @@ Cells = Sequence[Sequence[str]]  # a head, then lines of as many cells
 Lists = Sequence[tuple[str, Sequence[str]]]  # a title and its sentences
 
 
-def text(cells: Cells, lists: Lists = ()) -> str:
-    """For the terminal: the first column to the left, the others to the right."""
+def text(cells: Cells, lists: Lists = (), left: int = 1) -> str:
+    """For the terminal: the first ``left`` columns to the left, the others to the right."""
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    lines = ["  ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])]) for line in cells]
+    lines = ["  ".join([*map(str.ljust, line[:left], widths), *map(str.rjust, line[left:], widths[left:])]) for line in cells]
     lines.insert(1, "─" * len(lines[0]))
     for title, items in lists:
         lines += ["", title, *(fill(item, LINE, initial_indent="• ", subsequent_indent="  ") for item in items)]
     return "\n".join(lines)
 
 
-def markdown(cells: Cells, lists: Lists = ()) -> str:
+def markdown(cells: Cells, lists: Lists = (), left: int = 1) -> str:
     head, *body = cells
-    rule = ["---", *["--:"] * (len(head) - 1)]
+    rule = [*["---"] * left, *["--:"] * (len(head) - left)]
     lines = ["| " + " | ".join(line) + " |" for line in [head, rule, *body]]
     for title, items in lists:
         lines += ["", f"## {title}", "", *(f"- {item}" for item in items)]

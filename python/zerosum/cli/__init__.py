@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 
 import zsl_kernels as zk
-from zerosum.cli import demo, doctor, fit, measure, plot
+from zerosum.cli import bench, demo, doctor, fit, measure, plot
 from zerosum.cli.arguments import failed, refuse
 from zerosum.training.run import Refused
 
@@ -21,9 +21,10 @@ changes of their losses, cancel.
   zerosum measure   measures checkpoints: of the demo, of transformers, or your own
   zerosum fit       finds where a loss curve decelerates, and says how sure that is
   zerosum plot      draws the figures of one run or several
+  zerosum bench     measures what the statistics cost here, against other ways to them
 """
 
-COMMANDS = (demo, measure, fit, plot, doctor)
+COMMANDS = (demo, measure, fit, plot, bench, doctor)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

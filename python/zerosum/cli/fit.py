@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -14,7 +13,7 @@ from zerosum import tables
 from zerosum.cli.arguments import add_command, missing, positive, refuse, whole
 from zerosum.curves import CurveError, read_curve
 from zerosum.deceleration import HEAD, LEVEL, Deceleration, fit
-from zerosum.records import finite
+from zerosum.records import finite, replace_text
 
 DESCRIPTION = """\
 Fits a broken power law to each loss curve: two straight lines on log-log axes that meet at
@@ -112,6 +111,4 @@ def _check_output(path: Path) -> None:
 def _write(path: Path, fits: Mapping[str, Deceleration], bootstrap: int) -> None:
     curves = {name: finite(asdict(found) | {"d1": found.d1}) for name, found in fits.items()}
     content = {"interval_level": LEVEL if bootstrap else None, "curves": curves}
-    new = path.with_name(f"{path.name}.new")
-    new.write_text(json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
-    os.replace(new, path)
+    replace_text(path, json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n")

@@ -114,7 +114,7 @@ class GPT(nn.Module):
         return self.head(normalize(x))
 
 
-def token_losses(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+def token_losses(model: Callable[[Tensor], Tensor], x: Tensor, y: Tensor) -> Tensor:
     """The loss of each predicted token, (N, T): ``y`` (N, T) is ``x`` one position later."""
     logits = model(x)
     return F.cross_entropy(logits.flatten(0, 1), y.flatten(), reduction="none").view(y.shape)

@@ -57,10 +57,7 @@ class Folder:
 
     def write(self, name: str, text: str) -> None:
         """Replaces a text file as a whole."""
-        new = self.path / f"{name}.new"
-        with records.naming(new):
-            new.write_text(text, encoding="utf-8")
-        os.replace(new, self.path / name)
+        records.replace_text(self.path / name, text)
 
     def _open(self) -> None:
         """What else there is to read of a folder that is ours."""

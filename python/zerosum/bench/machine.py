@@ -1,4 +1,4 @@
-"""What a result was measured on and with. No host names and no paths: results are kept in the repository."""
+"""What a result was measured on and with. No host names and no paths: results are published."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import re
 import subprocess
 from datetime import datetime, timezone
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -19,6 +20,7 @@ def describe(device: str | None = None) -> dict[str, object]:
     build = zk.build_info()
     about = {"device": _device(device)} if device else {}
     return about | {
+        "version": zk.__version__,
         "date": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
         "commit": _commit(),
         "cpu": _cpu(),
@@ -33,10 +35,15 @@ def describe(device: str | None = None) -> dict[str, object]:
     }
 
 
-def line(machine: dict[str, object]) -> str:
+def busy(machine: dict[str, Any]) -> bool:
+    """Whether the machine did other work when it was described."""
+    return machine["load at start"] > 0.5
+
+
+def line(machine: dict[str, Any]) -> str:
     """The description in one line."""
     load = f"load at start {machine['load at start']}"
-    if machine["load at start"] > 0.5:
+    if busy(machine):
         load += " (BUSY: threads wait for each other, and ratios mean little)"
     if "device" in machine:
         software = f"torch {machine['torch']}, commit {machine['commit']}"
@@ -63,13 +70,15 @@ def _cpu() -> str:
 
 
 def _commit() -> str:
-    """The commit's short id, with "+ changes" if tracked files other than the results differ from it."""
+    """The commit's short id, with "+ changes" if tracked files other than the results differ from it; "unknown" for an installed
+    package."""
     here = Path(__file__).parent
 
     def git(*args: str) -> str:
         return subprocess.run(("git", *args), cwd=here, capture_output=True, text=True, check=True).stdout.strip()
 
     try:
+        git("ls-files", "--error-unmatch", Path(__file__).name)  # the folder may be in a repository of something else
         changes = git("status", "--porcelain", "--untracked-files=no", "--", ":/", ":(exclude,top)benchmarks/results")
         return git("rev-parse", "--short=12", "HEAD") + (" + changes" if changes else "")
     except (OSError, subprocess.CalledProcessError):
