@@ -46,9 +46,13 @@ def test_tokens_are_measured_as_on_the_cpu(project_environment):
     command = [sys.executable, "-m", "tests.zerosum.elsewhere_tokens_driver"]
     done = subprocess.run(command, env=project_environment, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr[-3000:]
-    found = {line["name"]: line["pairs"] for line in map(json.loads, done.stdout.splitlines())}
-    assert found.keys() == {"exact", "sampled"}
-    for pairs in found.values():
+    found = {line["name"]: line for line in map(json.loads, done.stdout.splitlines())}
+    assert found.keys() == {"exact", "sampled", "exact, kept on the CPU", "sampled, kept on the CPU"}
+    for name, line in found.items():
+        kept = "CPU" in name
+        assert line["devices"] == ["cpu" if kept else "npy"]
+        assert line["same"] is (True if kept else None)
+        pairs = line["pairs"]
         assert "D_grad" in pairs
         for name, (here, there) in pairs.items():
             assert there == pytest.approx(here, rel=1e-9), name

@@ -29,6 +29,7 @@ from tests.zerosum.oracle import (
 )
 from tests.zerosum.transformers_models import ARCHITECTURES, IGNORED, Architecture, gpt2, plain
 from zerosum.probe import contributions
+from zerosum.tokens import measure
 from zerosum.tokens.cut import separators
 from zerosum.tokens.measure import LARGEST_CHUNK
 from zerosum.tokens.passes import Cut, find_cut
@@ -92,11 +93,17 @@ def assert_exact(
     return report
 
 
-def one_token_bytes(model: nn.Module, x: Tensor, y: Tensor, losses: Losses) -> int:
-    """What the least memory is that a report takes, in its own words."""
+def least_memory(
+    model: nn.Module, x: Tensor, y: Tensor, losses: Losses, sample: int | None = None
+) -> tuple[int, int, int, int, int]:
+    """What a report takes, in its own words: in all, throughout, for a sequence's losses, for going back, and for each token."""
     with pytest.raises(ValueError, match="memory: expected at least") as caught:
-        zerosum.token_report(model, x, y, losses=losses, memory=1)
-    return int(re.search(r"at least (\d+) bytes", str(caught.value))[1])  # type: ignore[index]
+        zerosum.token_report(model, x, y, losses=losses, memory=1, sample=sample)
+    least, got, *parts = map(int, re.findall(r"\d+", str(caught.value)))
+    assert got == 1
+    throughout, sequence, back, token = parts
+    assert least == throughout + max(sequence, back + token)
+    return least, throughout, sequence, back, token
 
 
 # Parity.
@@ -122,14 +129,36 @@ def test_rows_of_tables_may_be_padded_as_on_a_device(monkeypatch: pytest.MonkeyP
 
 
 @pytest.mark.parametrize("size", [1, 3, LARGEST_CHUNK])
-def test_memory_sets_the_chunk_and_the_results_are_the_same(size: int) -> None:
+def test_results_do_not_depend_on_the_chunk(size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(measure, "LARGEST_CHUNK", size)
     model, (x, y) = gpt(), batch(2, 34, VOCAB)
-    each = one_token_bytes(model, x, y, token_losses)
     done: list[tuple[int, int]] = []
     progress = lambda d, total: done.append((d, total))  # noqa: E731
-    assert_exact(model, x, y, token_losses, memory=size * each, progress=progress)
+    assert_exact(model, x, y, token_losses, progress=progress)
     ends = [min(start + size, 34) + before for before in (0, 34) for start in range(0, 34, size)]
     assert done == [(end, 68) for end in ends]
+
+
+def test_memory_sets_the_chunk_and_the_sequences_of_a_pass() -> None:
+    model, (x, y) = gpt(), batch(7, 34, VOCAB)
+    least, throughout, sequence, back, token = least_memory(model, x, y, token_losses)
+    ran: list[int] = []
+
+    def losses(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+        if x.shape[1] == 34 and torch.is_grad_enabled():
+            ran.append(len(x))
+        return token_losses(model, x, y)
+
+    for memory, together in ((least, 1), (throughout + 3 * sequence, 3)):
+        ran.clear()
+        done: list[int] = []
+        assert_exact(model, x, y, losses, memory=memory, progress=lambda d, total, done=done: done.append(d))
+        assert max(ran) == together
+        # (What several sequences have at the cut is kept besides.)
+        rows = together * 34 * 16 * 8
+        assert done[0] in range((memory - throughout - rows - back) // token, (memory - throughout - back) // token + 1)
+    with pytest.raises(ValueError, match=f"memory: expected at least {least} bytes, got {least - 1}"):
+        zerosum.token_report(model, x, y, memory=least - 1)
 
 
 @pytest.mark.parametrize(
@@ -167,9 +196,10 @@ def test_the_zoo(kind: type[TwoLayers]) -> None:
 
 @pytest.mark.parametrize("kind", [models.Tied, models.SplitQKV, models.Mixture, models.SequenceFirst, models.PositionsOnceTwice])
 @pytest.mark.parametrize("size", [1, 2])
-def test_the_zoo_in_small_chunks(kind: type[TwoLayers], size: int) -> None:
+def test_the_zoo_in_small_chunks(kind: type[TwoLayers], size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(measure, "LARGEST_CHUNK", size)
     model, (x, y) = small(kind), batch(3, 6)
-    assert_exact(model, x, y, squares, memory=size * one_token_bytes(model, x, y, squares))
+    assert_exact(model, x, y, squares)
 
 
 class Mixing(Between):
@@ -236,10 +266,10 @@ class InPlaceSum(Mixing):
 
 @pytest.mark.parametrize("kind", [Mixing, NoTail, Reused, ReusedOnBothSides, Norms, TiedSequenceFirst, InPlaceSum])
 @pytest.mark.parametrize("size", [3, 32])
-def test_where_positions_are_mixed(kind: type[TwoLayers], size: int) -> None:
+def test_where_positions_are_mixed(kind: type[TwoLayers], size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(measure, "LARGEST_CHUNK", size)
     model, (x, y) = small(kind), batch()
-    each = one_token_bytes(model, x, y, squares)
-    assert_exact(model, x, y, squares, memory=size * each)
+    assert_exact(model, x, y, squares)
 
 
 class Headless(nn.Module):
@@ -270,6 +300,7 @@ def test_a_head_that_never_holds_its_logits(tied: bool) -> None:
     model, (x, y) = Headless(tied).train(), batch(2, 9, VOCAB)
     y[0, 3] = IGNORED
     truth = truth_of(model, x, y, lambda model, x, y: cross_entropies(model.gpt, x, y))  # type: ignore[arg-type]
+    truth = {name: g[y.flatten() != IGNORED] for name, g in truth.items()}
     direction = direction_for(model)
     report = zerosum.token_report(model, x, y, losses=losses, direction=direction)
     assert_truth(report, truth, direction, gram=False)
@@ -277,13 +308,15 @@ def test_a_head_that_never_holds_its_logits(tied: bool) -> None:
 
 
 @pytest.mark.parametrize("kind", [gpt, lambda: varied(gpt2("eager")()).double()], ids=["own", "gpt2"])
-def test_ignored_targets_have_no_gradient(kind: Callable[[], nn.Module]) -> None:
+def test_ignored_targets_are_no_examples(kind: Callable[[], nn.Module]) -> None:
     torch.manual_seed(0)
     model, (x, y) = kind(), batch(3, 7, VOCAB)
     y[0, 2:4] = y[2] = IGNORED
-    report = assert_exact(model, x, y, cross_entropies)
-    assert report.l1 is not None
-    assert torch.equal(report.l1.view(3, 7) == 0, y == IGNORED)
+    truth, direction = truth_of(model, x, y, cross_entropies), direction_for(model)
+    report = zerosum.token_report(model, x, y, losses=cross_entropies, direction=direction)
+    assert isinstance(report, zerosum.Report)
+    assert report.num_examples == 12
+    assert_truth(report, {name: g[y.flatten() != IGNORED] for name, g in truth.items()}, direction, gram=False)
 
 
 def test_frozen_parameters_are_left_out() -> None:
@@ -505,9 +538,10 @@ def test_a_node_of_several_results_is_no_separator() -> None:
 
 
 @pytest.mark.parametrize("kind", [models.SplitQKV, models.HeadNorms, models.HalfOfThePositions])
-def test_later_positions_are_kept_where_they_matter(kind: type[TwoLayers]) -> None:
+def test_later_positions_are_kept_where_they_matter(kind: type[TwoLayers], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(measure, "LARGEST_CHUNK", 2)
     model, (x, y) = small(kind), batch(2, 9)
-    assert_exact(model, x, y, squares, memory=2 * one_token_bytes(model, x, y, squares))
+    assert_exact(model, x, y, squares)
 
 
 # What cannot be measured.
@@ -695,7 +729,7 @@ def test_bad_arguments_are_named() -> None:
         with pytest.raises(ValueError, match="memory: expected a positive number of bytes, got"):
             report(model, x, y, memory=memory)
     for sample in (None, 8):
-        with pytest.raises(ValueError, match=r"memory: expected at least \d+ bytes, for the backward pass of one token, got 100"):
+        with pytest.raises(ValueError, match=r"memory: expected at least \d+ bytes, got 100: "):
             report(model, x, y, memory=100, sample=sample)
         with pytest.raises(TypeError, match="direction: expected a mapping"):
             report(model, x, y, direction=[1], sample=sample)

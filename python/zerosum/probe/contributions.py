@@ -313,6 +313,10 @@ class Contributions:
         """Of some of the examples alone, in this order."""
         return Contributions(self.base, {piece: [use.picked(examples) for use in uses] for piece, uses in self.of_piece.items()})
 
+    def tensors(self) -> list[Tensor]:
+        """What the uses hold."""
+        return [x for uses in self.of_piece.values() for use in uses for x in vars(use).values() if isinstance(x, Tensor)]
+
     def extend(self, other: Contributions) -> None:
         for piece, uses in other.of_piece.items():
             self.of_piece.setdefault(piece, []).extend(uses)

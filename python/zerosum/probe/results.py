@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -57,6 +57,20 @@ class Scale:
 ONE = Scale(1.0)
 
 
+class _Scalars(NamedTuple):
+    """Those of one pass, without its sums."""
+
+    l1: Tensor
+    sq_norm: Tensor
+    dot: Tensor | None
+    abs_dot: Tensor | None
+    gram: Tensor | None
+
+    @classmethod
+    def of(cls, sums: Sums | _Scalars) -> _Scalars:
+        return cls(sums.l1, sums.sq_norm, sums.dot, sums.abs_dot, sums.gram)
+
+
 class Results:
     """A parameter's sums and scalars for the loss that was differentiated, over its passes.
 
@@ -69,7 +83,7 @@ class Results:
         self.latest = of
         self.passes: list[Pass] = [of]
         self._shape, self._dtype = parameter.shape, parameter.dtype
-        self._scalars = {of: sums}
+        self._scalars: dict[Pass, Sums | _Scalars] = {of: sums}
         self._scale: float | None = None  # None: that of its one pass
         self.common = ONE  # what all of the block's results are multiplied by
         self.hold(sums.grad_sum)
@@ -123,7 +137,8 @@ class Results:
         self.sums, self._scale = mine, 1.0
         self.hold(mine.grad_sum)
         self.passes += other.passes
-        self._scalars |= other._scalars
+        # Without the passes' own sums, which are as large as the weight.
+        self._scalars = {of: _Scalars.of(sums) for of, sums in (self._scalars | other._scalars).items()}
         self.latest = other.latest
         self.coordinates = None
 
@@ -175,7 +190,7 @@ def add_up(results: Iterable[tuple[Results, Tensor | None]]) -> None:
         s = r.sums
         shape = s.abs_sum.shape
         if u is not None:
-            u = s.at_rows(u).reshape(shape)
+            u = s.at_rows(u.to(s.abs_sum.device)).reshape(shape)
         grads.append(s.grad_sum if s.grad_sum.shape == shape else s.grad_sum.view(shape))
         sizes.append(s.abs_sum)
         squares.append(s.sq_sum)

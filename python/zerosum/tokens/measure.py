@@ -2,27 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
 
-from zerosum.changes import POSITIONS, Losses, eval_mode, first_order_changes
+from zerosum.changes import IGNORED, POSITIONS, Losses, eval_mode, first_order_changes
 from zerosum.probe import check_direction
 from zerosum.probe.contributions import Contributions, Sums
 from zerosum.probe.parameters import ParameterProbe
 from zerosum.probe.report import Coverage, Report, is_embedding
 from zerosum.probe.results import Pass, Results, add_up
+from zerosum.tokens.memory import Budget, SavedTensors, distance, placeholder, size_of
 from zerosum.tokens.passes import ChunkParameter, ChunkPass, Cut, TailPass, find_cut, rounding
 from zerosum.tokens.report import ParameterEstimate, SampledReport, Scalars
 from zerosum.tokens.sampling import Draws
 from zerosum.training.model import token_losses
+from zsl_kernels.types import sum_dtype
 
 Progress = Callable[[int, int], None]
 # More tokens at once gain little: a weight's inputs are shared by a chunk, and its products are wide enough with these.
 LARGEST_CHUNK = 24
-# Tensors of the largest activation's size, for each token of a chunk, that a vectorized backward pass holds at once.
-HELD = 5
 
 
 def token_report(
@@ -36,13 +37,15 @@ def token_report(
     memory: int = 2 * 2**30,
     seed: int = 0,
     progress: Progress | None = None,
+    results_device: torch.device | str | None = None,
 ) -> Report | SampledReport:
     """For g_it = ``torch.autograd.grad(losses(model, x, y)[i, t], parameter)``, the gradient of each token's loss: Σ g, Σ|g|, Σ g²,
     norms and dots, of every trainable parameter.
 
-    Exact by default: every token is an example, N·T in all, in the order of ``x.flatten()``. With ``sample`` the numerators Σ g are
-    exact, and so are what lies behind the last mixing of positions and, with a direction, every token's dot; Σ|g|, norms and
-    Σ_j |p_ij| are estimated from that many draws, and metrics carry standard errors.
+    Exact by default: every token is an example, N·T in all, in the order of ``x.flatten()``. Tokens whose target is -100 are no
+    examples: N and every (N,) tensor leave them out, and the losses that the function gives for them are not read. With
+    ``sample`` the numerators Σ g are exact, and so are what lies behind the last mixing of positions and, with a direction, every
+    token's dot; Σ|g|, norms and Σ_j |p_ij| are estimated from that many draws, and metrics carry standard errors.
 
     The model runs in eval mode, one sequence at a time, and is left as it was; gradients in ``.grad`` are not touched. If it is
     causal, positions behind a chunk of tokens are cut off.
@@ -54,17 +57,25 @@ def token_report(
         losses: ``losses(model, x, y)`` gives the (N, T) losses.
         direction: a tensor of the parameter's shape for each parameter name, such as an update Δ.
         sample: how many tokens to draw, at least 8; None for all tokens.
-        memory: bytes that a chunk's backward pass may take, beyond the model, the sums and one forward pass. It sets how many
-            tokens go back at once.
+        memory: bytes that everything may take beyond the model, ``direction`` and the sums, which are four tensors of each
+            weight's shape, or five with ``sample``. Within it are the activations of ordinary passes and of chunks, the gradients
+            that go back through them, what is kept of a tied head and, with ``sample``, of each token at the last mixing of
+            positions, and one weight's sums that are being added. (The kernels' own workspaces, some tens of MB at most, come on
+            top.) It sets how many sequences run at once and how many tokens go back at once, by what the first sequence's forward
+            passes keep.
         seed: fixes the draws.
         progress: called with the numbers of tokens that are done and that there are to do.
+        results_device: where the sums are kept; on the weights' own devices if None. With "cpu" a GPU holds the sums of one weight
+            at a time, and those of the report are on the CPU, the same up to rounding. Scalars stay on the model's device.
 
     Raises:
-        TypeError, ValueError: an argument is not of these, or ``memory`` is too small for one token; the message names it.
+        TypeError, ValueError: an argument is not of these, all targets are -100, or ``memory`` is too small for one sequence and
+            one token; the message names it.
     """
     _check(model, x, y, losses, direction, sample, memory)
+    kept_on = None if results_device is None else torch.device(results_device)
     with eval_mode(model), torch.enable_grad():
-        measurement = _Measurement(model, x, y, losses, direction, memory, seed, progress)
+        measurement = _Measurement(model, x, y, losses, direction, memory, seed, progress, kept_on, sample is None)
         try:
             return measurement.exact() if sample is None else measurement.sampled(sample)
         finally:
@@ -87,6 +98,8 @@ def _check(
             raise TypeError(f"{name}: expected a torch.Tensor, got {type(tokens).__name__}")
     if x.ndim != 2 or x.shape != y.shape or not x.numel():
         raise ValueError(f"x, y: expected (N, T) token ids and targets, got shapes {tuple(x.shape)} and {tuple(y.shape)}")
+    if bool((y == IGNORED).all()):
+        raise ValueError(f"y: expected at least one target other than {IGNORED}, which no example has, got none")
     if not callable(losses):
         raise TypeError(f"losses: expected a function of (model, x, y), got {type(losses).__name__}")
     check_direction(model, direction)
@@ -115,19 +128,35 @@ class _Measurement:
         memory: int,
         seed: int,
         progress: Progress | None,
+        kept_on: torch.device | None,
+        exactly: bool,
     ) -> None:
         self.model, self.x, self.y, self.losses = model, x, y, losses
-        self.direction, self.memory = direction, memory
+        self.direction, self.memory, self.kept_on = direction, memory, kept_on
         self.progress = progress or (lambda done, total: None)
         self.generator = torch.Generator().manual_seed(seed)
+        counted = (y != IGNORED).flatten()
+        self.examples: Tensor | None = None if bool(counted.all()) else counted
+        self.places = counted.nonzero().flatten().cpu()  # of each example in x.flatten()
+        # Whether rows are apart shows where they have losses: here all of them are to have one.
         short = min(x.shape[1], 64)
-        self.cut: Cut = find_cut(model, losses, x[:1, :short], y[:1, :short], self.generator)
+        first_x, first_y = x[:2, :short], y[:2, :short]
+        if self.examples is not None:
+            first_y = first_y.where(first_y != IGNORED, y.flatten()[int(self.places[0])])
+        self.cut: Cut = find_cut(model, losses, first_x[:1], first_y[:1], self.generator)
         self.causal = self._is_causal()
-        self.most = max(POSITIONS // x.shape[1], 1) if self._runs_together(short) else 1  # sequences in one pass over the tail
-        self.tail = TailPass(model, losses, self.cut, self._direction_of)
-        self.tied = TailPass(model, losses, self.cut, self._direction_of, measure=False) if self.cut.tied else None
-        self.chunks = ChunkPass(model, losses, self.cut, self._direction_of)
-        self.largest = self.chunks.largest(x[:1], y[:1])
+        half = max(short // 2, min(short, 2))  # so that two take no more than one whole
+        together = self._run_together(first_x[:, :half], first_y[:, :half])
+        # The uses of a tied head are as large as the logits: kept for one sequence at a time.
+        self.most = max(POSITIONS // x.shape[1], 1) if together and not (exactly and self.cut.tied) else 1
+        ignores = self.examples is not None
+        self.tail = TailPass(model, losses, self.cut, self._direction_of, ignores=ignores, kept_on=kept_on)
+        self.tied = None
+        if self.cut.tied and not exactly:
+            self.tied = TailPass(model, losses, self.cut, self._direction_of, measure=False, ignores=ignores)
+        self.chunks = ChunkPass(model, losses, self.cut, self._direction_of, checked=exactly, ignores=ignores, kept_on=kept_on)
+        weight = max((p.numel() * sum_dtype(p.dtype).itemsize for p in model.parameters() if p.requires_grad), default=0)
+        self.budget = Budget(memory, self.chunks.weigh(x[:1], y[:1]), weight)
 
     def close(self) -> None:
         for one in (self.tail, self.tied, self.chunks):
@@ -146,36 +175,64 @@ class _Measurement:
         if T < 2:
             return True
         whole, half = (self.losses(self.model, self.x[:1, :t], self.y[:1, :t])[:, : T // 2] for t in (T, T // 2))
+        if self.examples is not None:
+            whole, half = (values.masked_fill(self.y[:1, : T // 2] == IGNORED, 0) for values in (whole, half))
         return bool(torch.allclose(whole, half, rtol=1e-3, atol=1e-4))
 
     def exact(self) -> Report:
-        N, T = self.x.shape
-        tokens = torch.arange(T, device=self.x.device)
-        every = torch.ones(T, dtype=torch.float64, device=self.x.device)
-        # The uses of a tied head are as large as the logits: kept for one sequence at a time.
-        for which in self._micro_batches(1 if self.cut.tied else self.most):
-            cut, rows, uses = self.tail.run(self.x[which], self.y[which])
-            for k, i in enumerate(range(N)[which]):
-                mine = slice(k * T, (k + 1) * T)
-                self._take_back(i, tokens, cut.sizes[mine], rows[mine], every, uses, i * T, N * T)
+        total, done = len(self.places), 0
+        for which in self._micro_batches():
+            sizes, rows, uses = self._run_tail(which)
+            self.budget.keep(size_of(rows))
+            for i in range(len(self.x))[which]:
+                tokens = self._examples_of(i)
+                every = torch.ones(len(tokens), dtype=torch.float64, device=self.x.device)
+                mine = self._rows_of(i - which.start)
+                self._take_back(i, tokens, sizes[mine], rows[mine], every, uses, done, total)
+                done += len(tokens)
+            del sizes, rows, uses
+            self.budget.keep(0)
         self._refuse_strayed()
-        tracked = self._in_order([*self.tail.finish(), *(self._result(t) for t in self.chunks.tracked)])
-        return Report(tracked, [Pass(0, N * T)])
+        tracked = self._in_order([*self.tail.finish(self.examples), *(self._result(t) for t in self.chunks.tracked)])
+        with torch.no_grad():
+            add_up((t.results, t.direction) for t in tracked if t.results is not None)
+        return Report(tracked, [Pass(0, total)])
 
-    def _runs_together(self, short: int) -> bool:
+    def _rows_of(self, k: int) -> slice:
+        """Those of the k-th sequence of a micro-batch."""
+        T = self.x.shape[1]
+        return slice(k * T, (k + 1) * T)
+
+    def _examples_of(self, i: int) -> Tensor:
+        """The positions of sequence i that are examples."""
+        T = self.x.shape[1]
+        return (self.places[self.places // T == i] % T).to(self.x.device)
+
+    def _run_together(self, x: Tensor, y: Tensor) -> bool:
         """Whether several sequences in one batch can be told apart at the cut, as those of (T, N, ·) models cannot."""
         pass_ = TailPass(self.model, self.losses, self.cut, lambda names: None, measure=False)
         try:
-            alone, both = (pass_.run(self.x[:n, :short], self.y[:n, :short])[0].sizes for n in (1, min(len(self.x), 2)))
+            alone, both = (pass_.run(x[:n], y[:n])[0] for n in (1, len(x)))
         except RuntimeError:
             return False
         finally:
             pass_.close()
-        return bool(torch.allclose(alone, both[:short], rtol=min(0.1, 1e3 * pass_.eps)))
+        return bool(torch.allclose(alone, both[: x.shape[1]], rtol=min(0.1, 1e3 * pass_.eps)))
 
-    def _micro_batches(self, size: int) -> list[slice]:
-        """Sequences that run together."""
-        return [slice(start, min(start + size, len(self.x))) for start in range(0, len(self.x), size)]
+    def _micro_batches(self) -> Iterator[slice]:
+        """Sequences that run together: the first alone, which tells what one takes."""
+        start, size = 0, 1
+        while start < len(self.x):
+            yield slice(start, min(start + size, len(self.x)))
+            start, size = start + size, min(self.most, self.budget.sequences())
+
+    def _run_tail(self, which: slice, signs: Tensor | None = None) -> tuple[Tensor, Tensor, dict[int, Contributions]]:
+        saved = SavedTensors(self.model) if not which.start else None
+        sizes, rows, uses = self.tail.run(self.x[which], self.y[which], signs, saved)
+        if saved is not None:
+            held = [x for one in uses.values() for x in one.tensors()]
+            self.budget.note_pass(saved, size_of(rows), size_of(*held), self.x.shape[1])
+        return sizes, rows, uses
 
     def _refuse_strayed(self) -> None:
         for t in [*self.tail.tracked, *self.chunks.tracked]:
@@ -195,7 +252,7 @@ class _Measurement:
     ) -> None:
         """Tokens (R,) of sequence i, by rising position, with these weights; ``sizes`` (T,) and ``rows`` (T, F) are the sequence's
         at the cut, and ``uses`` those of tied weights in its tail."""
-        size = self._chunk_size()
+        size = min(LARGEST_CHUNK, self.budget.tokens()) if len(tokens) else 1
         for start in range(0, len(tokens), size):
             at, factors = tokens[start : start + size], weights[start : start + size]
             # Of a single position the dimension of positions could not be told from that of sequences.
@@ -206,13 +263,6 @@ class _Measurement:
             self.chunks.run(x, y, at, rows[at], factors, tail, sizes[: x.shape[1]])
             self.progress(done + start + len(at), total)
 
-    def _chunk_size(self) -> int:
-        """How many tokens' backward passes the memory holds."""
-        each = HELD * self.largest
-        if each > self.memory:
-            raise ValueError(f"memory: expected at least {each} bytes, for the backward pass of one token, got {self.memory}")
-        return min(LARGEST_CHUNK, self.memory // max(each, 1))
-
     def _result(self, t: ChunkParameter) -> ParameterProbe:
         """A parameter of the chunks, with results as those of a probe."""
         exact = self._checked(t)
@@ -221,37 +271,47 @@ class _Measurement:
         scalars = {name: torch.cat(parts) for name, parts in t.total.scalars.items()}
         fields = {name: scalars.get(name) for name in ("dot", "abs_dot", "gram")}
         sums = Sums(exact, t.total.abs_sum, t.total.sq_sum, scalars["l1"], scalars["sq_norm"], **fields)
-        t.results = Results(sums, Pass(0, self.x.numel()), t.parameter)
-        add_up([(t.results, t.direction)])
+        t.results = Results(sums, Pass(0, len(self.places)), t.parameter)
+        t.total = None
         return t
 
-    def _checked(self, t: ChunkParameter, exactly: bool = True) -> Tensor | None:
-        """Its gradient's sum over all tokens, if it is covered. The tokens' gradients must add up to it."""
+    def _checked(self, t: ChunkParameter) -> Tensor | None:
+        """Its gradient's sum over all tokens, if it is covered. All tokens' gradients must add up to it."""
         total, exact = t.total, self.tail.sums.get(id(t.parameter))
         if not t.problem and (total is None or exact is None):
             t.refuse("no gradient reached it")
         if t.problem or total is None or exact is None:
             return None
         exact = exact.to(total.abs_sum.dtype)
-        error = float((total.grad_sum - exact).double().norm())
-        if exactly and error > rounding(self.tail.eps, _size(t), max(map(_size, self.chunks.tracked))):
-            t.refuse("its tokens' gradients do not add up to its gradient: some use of it was not seen")
-            return None
+        if total.grad_sum is not None:
+            error = distance(total.grad_sum, exact)
+            if error > rounding(self.tail.eps, _size(t), self.largest_sum):
+                t.refuse("its tokens' gradients do not add up to its gradient: some use of it was not seen")
+                return None
         return exact
+
+    @cached_property
+    def largest_sum(self) -> float:
+        return max(map(_size, self.chunks.tracked))
 
     def sampled(self, n: int) -> SampledReport:
         N, T = self.x.shape
         signs = torch.randint(2, (N, T), generator=self.generator).mul(2).sub(1).to(self.x.device)
-        at_cut, sizes = [], []
-        for which in self._micro_batches(self.most):
-            cut, rows, _ = self.tail.run(self.x[which], self.y[which], signs[which])
-            at_cut.append(rows.view(-1, T, rows.shape[1]))
-            sizes.append(cut.sizes.view(-1, T))
-        cuts = torch.cat(at_cut), torch.cat(sizes)  # (N, T, F) and (N, T)
-        bound = torch.linalg.vector_norm(cuts[0], dim=2, dtype=torch.float64).flatten()
+        at_cut: list[Tensor] = []  # (T, F) of each sequence
+        sizes: list[Tensor] = []  # (T,)
+        for which in self._micro_batches():
+            size, rows = self._run_tail(which, signs[which])[:2]
+            at_cut += rows.view(-1, T, rows.shape[1])
+            sizes += size.view(-1, T)
+            self.budget.keep(len(self.x) * size_of(at_cut[0]))
+        cuts = at_cut, sizes
+        bound = torch.cat([torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64) for rows in at_cut]).cpu()[self.places]
         dot = None
         if self.direction is not None:
-            dot = first_order_changes(self.model, self.x, self.y, self.direction, losses=self.losses).flatten()
+            dot = first_order_changes(
+                self.model, self.x, self.y, self.direction, losses=self.losses, micro_batch=min(self.most, self.budget.sequences())
+            ).flatten()
+            dot = dot if self.examples is None else dot[self.examples]
         halves = Draws.proportional(bound, n, self.generator).halves()
         self._take_back_draws(halves[0], *cuts, 0, n)
         first = self.chunks.take_scalars()
@@ -260,16 +320,17 @@ class _Measurement:
         self._take_back_draws(halves[1], *cuts, len(halves[0]), n)
         second = self.chunks.take_scalars()
         self._refuse_strayed()
-        self.tail.finish()
+        self.tail.finish(self.examples)
         return self._estimate(halves, first, second, dot)
 
-    def _take_back_draws(self, draws: Draws, rows: Tensor, sizes: Tensor, done: int, total: int) -> None:
+    def _take_back_draws(self, draws: Draws, rows: list[Tensor], sizes: list[Tensor], done: int, total: int) -> None:
         """Sequence by sequence."""
         T, device = self.x.shape[1], self.x.device
-        for i in (draws.tokens // T).unique().tolist():
-            mine = (draws.tokens // T == i).nonzero().flatten()
+        places = self.places[draws.tokens]
+        for i in (places // T).unique().tolist():
+            mine = (places // T == i).nonzero().flatten()
             uses = {} if self.tied is None else self.tied.run(self.x[i : i + 1], self.y[i : i + 1])[2]
-            tokens, weights = (draws.tokens[mine] % T).to(device), draws.weights[mine].to(device)
+            tokens, weights = (places[mine] % T).to(device), draws.weights[mine].to(device)
             self._take_back(i, tokens, sizes[i], rows[i], weights, uses, done + int(mine[0]), total)
 
     def _influence(self, t: ChunkParameter, draws: int) -> Tensor | None:
@@ -278,7 +339,8 @@ class _Measurement:
             return None
         sizes, total = 2 * t.total.abs_sum, self.tail.sums[id(t.parameter)].abs()
         # 1/A² of an estimate A is too large by the factor 1 + 3 var A / A², to second order.
-        return torch.where(sizes > total, total / (sizes.square() + 3 * 4 * t.total.variance(draws)), 0)
+        squares = t.total.variance(draws).mul_(3 * 4).addcmul_(sizes, sizes)
+        return torch.where(sizes > total, total.div_(squares), 0)
 
     def _estimate(
         self,
@@ -289,20 +351,25 @@ class _Measurement:
     ) -> SampledReport:
         n = len(halves[0]) + len(halves[1])
         parameters, tracked = [], self._in_order([*self.tail.tracked, *self.chunks.tracked])
+        for one in self.chunks.tracked:
+            one.direction = None  # the influence: it was the draws'
         exact = {"l1": 0.0, "sq_norm": 0.0}
         for t in tracked:
             if isinstance(t, ChunkParameter):
-                grad_sum = self._checked(t, exactly=False)
+                grad_sum = self._checked(t)
                 if grad_sum is None or t.total is None:
                     continue
                 abs_sum = t.total.abs_sum
-                error = t.total.variance(n).sqrt()
+                error = t.total.variance(n).sqrt_()
+                t.total = None
             else:
                 if t.results is None:
                     continue
                 sums = t.results.sums
-                grad_sum, abs_sum = (x.view(t.parameter.shape) for x in (self.tail.sums[id(t.parameter)], sums.abs_sum))
-                error = torch.zeros_like(abs_sum)
+                grad_sum, abs_sum = (
+                    sums.spread(x, t.parameter.shape).view(t.parameter.shape) for x in (t.results.grad_sum, sums.abs_sum)
+                )
+                error = placeholder(abs_sum)
                 exact["l1"] += float(sums.l1.double().sum())
                 exact["sq_norm"] += float(sums.sq_norm.double().sum())
             estimate = ParameterEstimate(
@@ -331,7 +398,7 @@ class _Measurement:
         scalars = Scalars(l1, sq_norm, abs_dot, influence, exact["l1"], exact["sq_norm"])
         embeddings = {t.name for t in tracked if is_embedding(t.how, t.parameter.shape)}
         names = {name: t.name for t in tracked for name in t.names}
-        return SampledReport(parameters, names, coverage, embeddings, halves, scalars, dot, self.x.numel())
+        return SampledReport(parameters, names, coverage, embeddings, halves, scalars, dot, len(self.places))
 
     def _in_order(self, tracked: list[ParameterProbe]) -> list[ParameterProbe]:
         places = {id(p): k for k, p in enumerate(self.model.parameters())}
@@ -339,4 +406,4 @@ class _Measurement:
 
 
 def _size(t: ChunkParameter) -> float:
-    return 0.0 if t.total is None else float(t.total.abs_sum.double().norm())
+    return 0.0 if t.total is None else distance(t.total.abs_sum)

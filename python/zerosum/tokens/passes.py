@@ -12,30 +12,36 @@ from __future__ import annotations
 
 import warnings
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._functorch.pyfunctorch import temporarily_pop_interpreter_stack
-from torch.autograd.graph import GradientEdge, Node, disable_saved_tensors_hooks, get_gradient_edge, saved_tensors_hooks
+from torch.autograd.graph import GradientEdge, Node, disable_saved_tensors_hooks, get_gradient_edge
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from zerosum.changes import Losses
+from zerosum.changes import IGNORED, Losses
 from zerosum.probe.capture import Capture
-from zerosum.probe.contributions import SCALARS, Contributions, Sums
+from zerosum.probe.contributions import SCALARS, WEIGHT_SHAPED, Contributions, Request, Sums, densified
 from zerosum.probe.layout import Layout
 from zerosum.probe.loss_scale import Loss
 from zerosum.probe.parameters import ParameterProbe
 from zerosum.probe.proof import UNSEEN, Proof, Prover, Structures
-from zerosum.probe.results import Pass
+from zerosum.probe.results import Pass, Results
 from zerosum.probe.rules.again import leaves as tensors_of
+from zerosum.probe.rules.norm import rms_norm_by_parts
 from zerosum.tokens.cut import follows, leaves, position_rows, row_wise, separators
+from zerosum.tokens.memory import SavedTensors, distance, placeholder
 from zsl_kernels.types import sum_dtype
 
 Direction = Callable[[list[str]], Tensor | None]
 _SUM = Loss("sum")
+_RMS_NORMS = {F.rms_norm, torch.rms_norm}
 _OTHERWISE = "token_report: expected a model that computes every sequence, and every beginning of one, by the same operations"
 
 
@@ -81,6 +87,13 @@ class SharedSequence(Prover):
         self.structures.passes += 1
         # Outside of vmap: what a use leaves is not batched any more.
         return Proof(Pass(self.structures.passes, self.count, unbatched=temporarily_pop_interpreter_stack))
+
+
+def _rms_norm(func: Any, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    if torch.is_autocast_enabled(input.device.type):
+        with torch.no_grad():
+            input = input.to(func(input, *args, **kwargs).dtype)
+    return rms_norm_by_parts(input, *args, **kwargs)
 
 
 class Place(NamedTuple):
@@ -134,9 +147,14 @@ class TokenCapture(Capture):
         self._shape = torch.Size()
         self._seen: Counter[tuple[str, tuple[int, ...]]] = Counter()
         self.eps = 0.0  # the unit roundoff of the least precise activation
+        self.ignores = False  # whether tokens without a target are among those that come
 
     def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
-        result = super().__torch_function__(func, types, args, kwargs)
+        if self._stops and func in _RMS_NORMS and not self._touches((*args, *(kwargs or {}).values())):
+            # A GPU's fused one has no vectorized derivative. (With a weight that is measured its rule takes the derivative.)
+            result: Any = _rms_norm(func, *args, **(kwargs or {}))
+        else:
+            result = super().__torch_function__(func, types, args, kwargs)
         if not self._depth and torch.is_grad_enabled():
             for x in tensors_of(result):
                 if isinstance(x, Tensor) and x.grad_fn is not None and self.ref(x) is None:
@@ -157,6 +175,15 @@ class TokenCapture(Capture):
             self.cut = AtCut(get_gradient_edge(x), x.shape, torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64))
             if self._stops:
                 raise _Reached
+
+    def release(self) -> None:
+        # The graph's nodes hold the capture: autograd's part of such a circle is invisible to the garbage collector.
+        self.cut = None
+        self.activations.clear()
+        super().release()
+
+    def add_up(self) -> None:
+        """Not after each pass: the sums over coordinates are those of all of them."""
 
     def forget_pass(self) -> None:
         """Goes on as if a forward pass without a backward pass had not been."""
@@ -185,6 +212,10 @@ class TokenCapture(Capture):
         if not isinstance(values, Tensor) or values.shape != x.shape:
             got = f"shape {tuple(values.shape)}" if isinstance(values, Tensor) else type(values).__name__
             raise ValueError(f"losses: expected one for each token, {tuple(x.shape)}, got {got}")
+        if self.ignores:
+            # Whatever the loss of a token without a target is, it is no example's.
+            with torch._C.DisableTorchFunction():
+                values = values.masked_fill(y == IGNORED, 0)
         if not values.isfinite().all():
             raise ValueError("losses: expected finite numbers, got infinities or NaN")
         if values.grad_fn is None:
@@ -244,12 +275,33 @@ def _no_direction(names: list[str]) -> None:
     return None
 
 
-class _TailParameter(ParameterProbe):
-    """Measures what lies behind the cut; of a tied weight it keeps the uses there."""
+class _Kept(ParameterProbe):
+    """A weight whose sums are kept on the device ``kept_on``, which may be another than its own."""
 
     immediate = False
+    kept_on: torch.device | None = None
+
+    def _request(self) -> Request:
+        asked = super()._request()
+        if asked.direction is not None:
+            asked.direction = asked.direction.to(self.parameter.device)
+        return asked
+
+
+class _TailParameter(_Kept):
+    """Measures what lies behind the cut; of a tied weight it keeps the uses there."""
+
     tied = False
     uses: Contributions | None = None
+
+    def take_results(self, results: Results) -> None:
+        if self.kept_on is not None and self.kept_on != self.parameter.device:
+            sums = densified(results.sums, self.parameter.shape[0] if self.parameter.ndim else 1)
+            for name in WEIGHT_SHAPED:
+                setattr(sums, name, getattr(sums, name).to(self.kept_on))
+            results.sums, results._scalars[results.latest] = sums, sums
+            results.hold(sums.grad_sum)
+        super().take_results(results)
 
     def end_pass(self) -> None:
         # The backward pass went no further than the cut: what is left with a tied weight are its uses in the tail.
@@ -269,13 +321,26 @@ class _TailParameter(ParameterProbe):
 class TailPass:
     """Ordinary passes over sequences: the gradient's sum of every weight, the tail's statistics, and each token's row at the cut.
 
-    ``sums`` are Σ_i g_i over all tokens so far, by the parameter's id, and ``signed`` Σ_i ε_i g_i where signs were given;
-    ``tracked`` are the tail's parameters. With ``measure=False`` it only looks for the uses of tied weights.
+    ``sums`` are Σ_i g_i over all tokens so far of the weights before the cut, by the parameter's id, and ``signed`` Σ_i ε_i g_i
+    of all weights where signs were given, both on the device ``kept_on`` if one is given; ``tracked`` are the tail's
+    parameters. With ``measure=False`` it only looks for the uses of tied weights.
     """
 
-    def __init__(self, model: nn.Module, losses: Losses, cut: Cut, direction: Direction, measure: bool = True) -> None:
-        self._losses, self._cut = losses, cut
+    def __init__(
+        self,
+        model: nn.Module,
+        losses: Losses,
+        cut: Cut,
+        direction: Direction,
+        *,
+        measure: bool = True,
+        ignores: bool = False,
+        kept_on: torch.device | None = None,
+    ) -> None:
+        self._losses, self._cut, self._measures = losses, cut, measure
         self._capture = TokenCapture(model, _positions(), direction, _TailParameter, cut)
+        self._capture.ignores = ignores
+        self._kept_on = kept_on
         self.sums: dict[int, Tensor] = {}
         self.signed: dict[int, Tensor] = {}
         self.strayed: set[int] = set()  # parameters that lie on another side of the cut than in the first sequence
@@ -283,54 +348,73 @@ class TailPass:
         self._others: list[_TailParameter] = []
         for t in self._capture.parameters:
             assert isinstance(t, _TailParameter)
-            t.tied = id(t.parameter) in cut.tied
+            t.tied, t.kept_on = id(t.parameter) in cut.tied, kept_on
             (self.tracked if id(t.parameter) in cut.tail else self._others).append(t)
             if not (t.tied or (measure and id(t.parameter) in cut.tail)):
                 t.refuse("not asked for")
 
-    def run(self, x: Tensor, y: Tensor, signs: Tensor | None = None) -> tuple[AtCut, Tensor, dict[int, Contributions]]:
-        """What is at the cut for sequences (N, T), its gradient's rows (N·T, F), and the uses of tied weights in the tail.
+    def run(
+        self, x: Tensor, y: Tensor, signs: Tensor | None = None, saved: SavedTensors | None = None
+    ) -> tuple[Tensor, Tensor, dict[int, Contributions]]:
+        """The sizes (N·T,) of what is at the cut for sequences (N, T), its gradient's rows (N·T, F), and the uses of tied weights
+        in the tail.
 
-        ``signs`` (N, T) are of the losses for ``signed``.
+        ``signs`` (N, T) are of the losses for ``signed``. ``saved`` counts what is kept for the backward passes.
         """
         capture = self._capture
         capture.start()
         try:
-            values = capture.forward(self._losses, x, y)
+            with nullcontext() if saved is None else saved.watch():
+                values = capture.forward(self._losses, x, y)
             cut = capture.cut
             assert cut is not None
             self._look_behind(values, cut.edge)
             total = values.sum(dtype=torch.float64)
             inputs: list[Any] = [*(t.parameter for t in self.tracked), cut.edge]
-            with warnings.catch_warnings():
+            with warnings.catch_warnings(), _taking(self.tracked, _drop):
                 # Of a tail that is none: :meth:`covers` tells.
                 warnings.filterwarnings("ignore", "zerosum.Probe: the examples are coupled", UserWarning)
-                *grads, at_cut = torch.autograd.grad(total, inputs, retain_graph=True, allow_unused=True)
-            for t, grad in zip(self.tracked, grads, strict=True):
-                _add(self.sums, t, grad)
+                *_, at_cut = torch.autograd.grad(total, inputs, retain_graph=True, allow_unused=True)
         finally:
             capture.stop()
             capture.activations.clear()
+            capture.cut = None
         everything = [] if signs is None else capture.parameters
         if signs is None:
             signs = (torch.arange(x.shape[1], device=x.device) % 2 * 2 - 1).expand(x.shape)
         inputs = [cut.edge, *(t.parameter for t in everything)]
-        at_cut_signed, *grads = torch.autograd.grad(values, inputs, signs.to(values.dtype), retain_graph=True, allow_unused=True)
+        with _taking(everything, partial(self._add, self.signed)):
+            at_cut_signed, *_ = torch.autograd.grad(values, inputs, signs.to(values.dtype), retain_graph=True, allow_unused=True)
         if not follows(at_cut, at_cut_signed, signs):
             raise RuntimeError(_OTHERWISE)
-        for one, grad in zip(everything, grads, strict=True):
-            _add(self.signed, one, grad)
         uses = {id(t.parameter): t.uses for t in self._others if t.uses}
         others = [t.parameter for t in self._others]
-        if others:
-            for t, grad in zip(self._others, torch.autograd.grad([cut.edge], others, [at_cut], allow_unused=True), strict=True):
-                _add(self.sums, t, grad)
-                with torch.no_grad():
-                    _add(self.sums, t, t.uses.grad_sum(t.parameter) if t.uses else None)
-                t.uses = None
+        if others and self._measures:
+            with _taking(self._others, partial(self._add, self.sums)):
+                torch.autograd.grad([cut.edge], others, [at_cut], allow_unused=True)
+            for t in self._others:
+                if t.uses:
+                    with torch.no_grad():
+                        self._add(self.sums, t, t.uses.grad_sum(t.parameter))
+        for t in self._others:
+            t.uses = None
         rows = position_rows(at_cut, values.shape)
         assert rows is not None
-        return cut, rows.detach(), uses
+        return cut.sizes, rows.detach(), uses  # (the cut itself would hold the graph)
+
+    def _add(self, sums: dict[int, Tensor], t: ParameterProbe, grad: Tensor) -> None:
+        before = sums.get(id(t.parameter))
+        if before is None:
+            # A copy: several weights, and the results, may have one gradient's memory.
+            sums[id(t.parameter)] = grad.detach().to(self._kept_on or grad.device, copy=True)
+        else:
+            before.add_(grad.detach().to(before.device))
+
+    def grad_sum(self, t: ParameterProbe) -> Tensor | None:
+        """Σ_i g_i of any weight, as far as it was measured."""
+        if id(t.parameter) not in self._cut.tail:
+            return self.sums.get(id(t.parameter))
+        return None if t.results is None else t.results.sums.spread(t.results.grad_sum, t.parameter.shape).view(t.parameter.shape)
 
     def _look_behind(self, values: Tensor, edge: GradientEdge) -> None:
         """Whether the cut of this sequence has the same weights behind it."""
@@ -351,13 +435,13 @@ class TailPass:
 
     def adds_up(self, parameters: list[nn.Parameter], gradients: Sequence[Tensor | None]) -> bool:
         """Whether the sums are these gradients: all that leads to a weight passes through the cut, or lies behind it."""
-        pairs = [(self.sums.get(id(p)), g) for p, g in zip(parameters, gradients, strict=True)]
-        largest = max((float(g.double().norm()) for _, g in pairs if g is not None), default=0.0)
-        for found, g in pairs:
-            difference = [x.double() for x in (found, g) if x is not None]
-            if difference:
-                size = max(float(x.norm()) for x in difference)
-                error = float((difference[0] - difference[-1]).norm()) if len(difference) > 1 else size
+        probes: dict[int, ParameterProbe] = {id(t.parameter): t for t in self._capture.parameters}
+        largest = max((distance(g) for g in gradients if g is not None), default=0.0)
+        for p, g in zip(parameters, gradients, strict=True):
+            found = [x for x in (self.grad_sum(probes[id(p)]), g) if x is not None]
+            if found:
+                size = max(map(distance, found))
+                error = distance(*found) if len(found) > 1 else size
                 if not error <= rounding(self.eps, size, largest):
                     return False
         return True
@@ -365,21 +449,39 @@ class TailPass:
     def close(self) -> None:
         self._capture.release()
 
-    def finish(self) -> list[_TailParameter]:
+    def finish(self, examples: Tensor | None = None) -> list[_TailParameter]:
+        """The tail's parameters with their results. ``examples`` is a mask of all tokens; the gradients of the others are zero."""
         with torch.no_grad():
             for t in self.tracked:
                 t.finish()
                 if t.results is not None:
+                    sums = t.results.sums
                     t.results.finish(self._capture.passes)
-            self._capture.add_up()
+                    for name in SCALARS if examples is not None else ():
+                        if (value := getattr(sums, name)) is not None:
+                            setattr(sums, name, value[examples])
         return self.tracked
 
 
-def _add(sums: dict[int, Tensor], t: ParameterProbe, grad: Tensor | None) -> None:
-    if grad is not None:
-        # Not in place: the first one's memory is the results' too.
-        before = sums.get(id(t.parameter))
-        sums[id(t.parameter)] = grad.detach() if before is None else before + grad.detach()
+def _drop(t: ParameterProbe, grad: Tensor) -> None:
+    """The results have it."""
+
+
+@contextmanager
+def _taking(parameters: Iterable[ParameterProbe], take: Callable[[ParameterProbe, Tensor], None]) -> Iterator[None]:
+    """In which each weight's gradient goes to ``take`` as soon as it is complete. What autograd then returns is a placeholder: it
+    would hold the gradients of all weights together."""
+
+    def hook(t: ParameterProbe, grad: Tensor) -> Tensor:
+        grad = grad.to_dense() if grad.is_sparse else grad
+        with torch.no_grad(), torch._C.DisableTorchFunction():
+            take(t, grad)
+            return placeholder(grad)
+
+    with ExitStack() as stack:
+        for t in parameters:
+            stack.callback(t.parameter.register_hook(partial(hook, t)).remove)
+        yield
 
 
 @dataclass
@@ -387,49 +489,64 @@ class Accumulated:
     """The sums of one weight over the chunks so far, Σ c_i g_i, Σ c_i |g_i| and Σ c_i² g_i² with the examples' factors c, and the
     examples' own scalars."""
 
-    grad_sum: Tensor
+    grad_sum: Tensor | None  # where it is asked for
     abs_sum: Tensor
     sq_sum: Tensor
     scalars: dict[str, list[Tensor]]
 
     @classmethod
-    def zeros(cls, like: Tensor) -> Accumulated:
-        dtype = sum_dtype(like.dtype)
-        total, size, square = (torch.zeros(like.shape, dtype=dtype, device=like.device) for _ in range(3))
-        return cls(total, size, square, {})
+    def zeros(cls, like: Tensor, device: torch.device | None, grad_sum: bool) -> Accumulated:
+        dtype, device = sum_dtype(like.dtype), device or like.device
+        size, square, *total = (torch.zeros(like.shape, dtype=dtype, device=device) for _ in range(2 + grad_sum))
+        return cls(total[0] if total else None, size, square, {})
 
     def add(self, sums: Sums, factors: Tensor) -> None:
-        for name in ("grad_sum", "abs_sum", "sq_sum"):
+        for name in WEIGHT_SHAPED:
             total, part = getattr(self, name), getattr(sums, name)
+            if total is None:
+                continue
             if sums.rows is None:
-                total.add_(part.view(total.shape))
+                total.add_(part.view(total.shape).to(total.device))
             else:
-                total.index_add_(0, sums.rows.clamp(min=0), part)  # rows of -1 are zeros
+                total.index_add_(0, sums.rows.clamp(min=0).to(total.device), part.to(total.device))  # rows of -1 are zeros
         for name, power in SCALARS.items():
             if (value := getattr(sums, name)) is not None:
                 self.scalars.setdefault(name, []).append(value.double() / factors.double() ** power)
 
     def variance(self, draws: int) -> Tensor:
         """Of ``abs_sum``, where the examples are that many draws and their factors the draws' weights."""
-        return (self.sq_sum - self.abs_sum.square() / draws).clamp(min=0) * (draws / (draws - 1))
+        return self.abs_sum.square().div_(-draws).add_(self.sq_sum).clamp_(min=0).mul_(draws / (draws - 1))
 
 
-class ChunkParameter(ParameterProbe):
-    """Adds the chunks up. ``tail`` are this chunk's uses behind the cut, of a tied weight."""
+class ChunkParameter(_Kept):
+    """Adds the chunks up, Σ g_i only where that is ``checked``. ``tail`` are this chunk's uses behind the cut, of a tied weight."""
 
-    immediate = False
+    checked = True
     total: Accumulated | None = None
     tail: Contributions | None = None
     factors: Tensor
+    _added: Pass | None = None  # the last backward pass whose sums are in ``total``
 
     def _finish(self, contributions: Contributions) -> Sums:
+        if self._added is self.context.current:
+            self.refuse("the backward pass went through it twice")
+        self._added = self.context.current
         if self.tail is not None:
             contributions.extend(self.tail)
         sums = contributions.combine(self.parameter, self._request())
         if self.total is None:
-            self.total = Accumulated.zeros(self.parameter)
+            self.total = Accumulated.zeros(self.parameter, self.kept_on, self.checked)
         self.total.add(sums, self.factors)
         return sums
+
+    def gradient(self, contributions: Contributions) -> Tensor:
+        if self.refused or self._waits():
+            return super().gradient(contributions)
+        self._finish(contributions)
+        # The chunk's sums have been added: autograd is given nothing to hold, and :meth:`on_gradient` sees whether more came.
+        grad = placeholder(self.parameter)
+        self._fused = grad.data_ptr(), grad._version
+        return grad
 
     def on_gradient(self, grad: Tensor) -> None:
         # What uses leave is one sum for all examples; one for each of them came by another way.
@@ -446,37 +563,43 @@ class ChunkParameter(ParameterProbe):
 class ChunkPass:
     """Takes chunks of tokens back from the cut, and adds up what lies before it."""
 
-    def __init__(self, model: nn.Module, losses: Losses, cut: Cut, direction: Direction) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        losses: Losses,
+        cut: Cut,
+        direction: Direction,
+        *,
+        checked: bool = True,
+        ignores: bool = False,
+        kept_on: torch.device | None = None,
+    ) -> None:
         self._losses = losses
         self._prover = SharedSequence()
         self._capture = TokenCapture(model, self._prover, direction, ChunkParameter, cut)
+        self._capture.ignores = ignores
         self.tracked: list[ChunkParameter] = []
         for t in self._capture.parameters:
             assert isinstance(t, ChunkParameter)
+            t.checked, t.kept_on = checked, kept_on
             if id(t.parameter) in cut.tail:
                 t.refuse("the tail's")
             else:
                 self.tracked.append(t)
 
-    def largest(self, x: Tensor, y: Tensor) -> int:
-        """Bytes of the largest activation of the sequence (1, T) that is kept for a backward pass."""
-        found = 0
-
-        def weigh(x: Tensor) -> Tensor:
-            nonlocal found
-            if not isinstance(x, nn.Parameter):
-                found = max(found, x.numel() * x.element_size())
-            return x
-
+    def weigh(self, x: Tensor, y: Tensor) -> SavedTensors:
+        """What the forward pass of the sequence (1, T) keeps."""
+        saved = SavedTensors(self._capture.model)
         self._capture.start()
         try:
-            with saved_tensors_hooks(weigh, lambda x: x):
+            with saved.watch():
                 self._capture.forward_to_cut(self._losses, x, y)
         finally:
             self._capture.stop()
             self._capture.activations.clear()
+            self._capture.cut = None
         self._capture.forget_pass()
-        return found
+        return saved
 
     def run(
         self, x: Tensor, y: Tensor, tokens: Tensor, rows: Tensor, factors: Tensor, tail: Mapping[int, Contributions], sizes: Tensor
@@ -506,6 +629,7 @@ class ChunkPass:
         finally:
             capture.stop()
             capture.activations.clear()
+            capture.cut = None
 
     def close(self) -> None:
         self._capture.release()

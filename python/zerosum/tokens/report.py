@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from zerosum.metrics import SIGN_FLIP, Metric, number_interference, ratio, root
 from zerosum.probe.report import ByName, Coverage
+from zerosum.tokens.memory import distance, slices
 from zerosum.tokens.sampling import Draws
 
 
@@ -36,14 +38,25 @@ class ParameterEstimate:
         Of an estimate A the reciprocal is too large by the factor 1 + var A / A², to second order; what no drawn token touched, but
         some token did, was touched by few, and counts as 1.
         """
-        sizes, squares = self.abs_sum.double(), self.abs_sum.double().square()
-        share = numerator.double().abs() * sizes / (squares + self.abs_error.double().square())
-        share = torch.where(squares > 0, share, (numerator != 0).double())
-        return share.clamp(max=1)
+        return _ratio(*(x.double() for x in (numerator, self.abs_sum, self.abs_error)))
+
+    def total_ratio(self, numerator: Tensor) -> float:
+        """The sum of :meth:`ratio` over all coordinates."""
+        return _total(_ratio(*parts).sum() for parts in slices(numerator, self.abs_sum, self.abs_error))
 
     @property
     def touched(self) -> Tensor:
         return (self.abs_sum > 0) | (self.grad_sum != 0)
+
+
+def _ratio(numerator: Tensor, size: Tensor, error: Tensor) -> Tensor:
+    share = numerator.abs() * size / (size.square() + error.square())
+    return torch.where(size.square() > 0, share, (numerator != 0).double()).clamp(max=1)
+
+
+def _total(parts: Iterable[Tensor]) -> float:
+    """Their sum, which waits for a device once."""
+    return float(torch.stack(list(parts)).sum())
 
 
 @dataclass(frozen=True)
@@ -65,9 +78,9 @@ class SampledReport(ByName[ParameterEstimate]):
     """The results of :func:`zerosum.tokens.token_report` for a sample. ``report[name]`` is one parameter's estimate.
 
     Attributes:
-        num_examples: all tokens, N·T.
-        draws: the drawn tokens and their weights.
-        dot: (N·T,) first-order loss changes of all tokens along the direction, exact, or None.
+        num_examples: all tokens, N·T without those that are no examples.
+        draws: the drawn tokens, by their number among the examples, and their weights.
+        dot: (num_examples,) first-order loss changes of all tokens along the direction, exact, or None.
         coverage: as of :class:`zerosum.Report`.
     """
 
@@ -98,7 +111,7 @@ class SampledReport(ByName[ParameterEstimate]):
     def _metrics(self) -> dict[str, Metric]:
         N, draws, scalars = self.num_examples, self.draws, self._scalars
         parameters = list(self._parameters.values())
-        grad_sq = sum(float(p.grad_sum.double().square().sum()) for p in parameters)
+        grad_sq = sum(distance(p.grad_sum) ** 2 for p in parameters)
         sq, sq_error = scalars.exact_sq_norm + draws.total(scalars.sq_norm), draws.error(scalars.sq_norm)
         l1, l1_error = scalars.exact_l1 + draws.total(scalars.l1), draws.error(scalars.l1)
         mean_sq, pair_dot = sq / N, (grad_sq - sq) / (N * (N - 1)) if N > 1 else math.nan
@@ -125,8 +138,8 @@ class SampledReport(ByName[ParameterEstimate]):
             ("D_grad_all", parameters),
         ):
             touched = sum(int(p.touched.sum()) for p in chosen)
-            value = ratio(sum(float(p.ratio(p.grad_sum).sum()) for p in chosen), touched)
-            null = ratio(sum(float(p.ratio(p.signed_sum).sum()) for p in chosen), touched)
+            value = ratio(sum(p.total_ratio(p.grad_sum) for p in chosen), touched)
+            null = ratio(sum(p.total_ratio(p.signed_sum) for p in chosen), touched)
             error = ratio(self._halves[1].error(self._scalars.influence, len(self.draws)), touched) if name == "D_grad" else None
             found[name] = Metric(1 - value, self.num_examples, 1 - null, error)
             suffix = name.removeprefix("D_grad")
@@ -137,13 +150,12 @@ class SampledReport(ByName[ParameterEstimate]):
     def _decomposition(self, parameters: list[ParameterEstimate]) -> dict[str, Metric]:
         assert self.dot is not None
         N = self.num_examples
-        p_sum = p_abs = p_signed = 0.0
+        totals: list[Tensor] = []
         for p in parameters:
             assert p.direction is not None
-            size = p.direction.double().abs()
-            p_sum += float((size * p.grad_sum.double().abs()).sum())
-            p_abs += float((size * p.abs_sum.double()).sum())
-            p_signed += float((size * p.signed_sum.double().abs()).sum())
+            for u, g, size, signed in slices(p.direction.to(p.grad_sum.device), p.grad_sum, p.abs_sum, p.signed_sum):
+                totals.append(torch.stack([(u * g).abs().sum(), (u.abs() * size).sum(), (u * signed).abs().sum()]))
+        p_sum, p_abs, p_signed = torch.stack(totals).sum(0).tolist()
         relative = ratio(self._halves[0].error(self._scalars.abs_dot, len(self.draws)), p_abs)
         changes = number_interference(self.dot)
         total = float(self.dot.double().sum())

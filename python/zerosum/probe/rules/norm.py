@@ -31,7 +31,12 @@ def layer_norm_rule(context: RuleContext, func: Any, args: tuple[Any, ...], kwar
 
 def rms_norm_rule(context: RuleContext, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
     x, shape, weight, eps = rms_norm_arguments(*args, **kwargs)
-    call = _Call(lambda x, weight, bias: F.rms_norm(x, shape, weight, eps), len(shape), False)
+    call = _Call(
+        lambda x, weight, bias: F.rms_norm(x, shape, weight, eps),
+        len(shape),
+        False,
+        lambda x: rms_norm_by_parts(x, shape, eps=eps),
+    )
     return _normalize(context, call, x, weight, None, "rms_norm")
 
 
@@ -48,6 +53,13 @@ class _Call:
     function: Callable[[Tensor, Tensor | None, Tensor | None], Tensor]
     ndim: int  # trailing dimensions that are normalized together
     channels: bool  # whether the weight is along dimension 1 instead of all of them
+    alone: Callable[[Tensor], Tensor] | None = None  # without weight and bias, where `function` has no vectorized derivative
+
+    def again(self, x: Tensor, grad: Tensor) -> Tensor:
+        """The normalized input, to be differentiated: where vmap has batched ``grad``, for several examples at once."""
+        if self.alone is not None and torch._C._functorch.is_batchedtensor(grad):
+            return self.alone(x)
+        return self.function(x, None, None)
 
     def rows(self, y: Tensor) -> Tensor:
         """With the weight's entries in one last dimension."""
@@ -104,6 +116,20 @@ def rms_norm_arguments(
     return input, normalized_shape, weight, eps
 
 
+def rms_norm_by_parts(
+    input: Tensor, normalized_shape: Sequence[int], weight: Tensor | None = None, eps: float | None = None
+) -> Tensor:
+    """F.rms_norm by operations that have vectorized derivatives, as it is computed where there is no fused kernel.
+
+    The derivative of the fused kernel runs once for each example under vmap, and torch warns of it.
+    """
+    wide = input.float() if input.dtype in (torch.float16, torch.bfloat16) else input
+    squares = wide.square().mean(tuple(range(-len(normalized_shape), 0)), keepdim=True)
+    normed = wide * (squares + (torch.finfo(wide.dtype).eps if eps is None else eps)).rsqrt()
+    normed = normed if weight is None else normed * weight
+    return normed.to(input.dtype)
+
+
 def _group_norm_arguments(
     input: Tensor, num_groups: int, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5
 ) -> tuple[Tensor, int, Tensor | None, Tensor | None, float]:
@@ -131,7 +157,7 @@ class _Normalize(torch.autograd.Function):
             # (The input is one, also where gradients come for several examples at once.)
             with torch.enable_grad(), site.context.unbatched():
                 x = x if differentiable else x.detach().requires_grad_()
-                y = call.function(x, None, None)
+                y = call.again(x, grad)
             if ctx.needs_input_grad[0]:
                 through = grad if weight is None else grad * call.per_row(weight, grad)
                 (grads[0],) = torch.autograd.grad(y, x, through.to(y.dtype), create_graph=differentiable)
