@@ -11,6 +11,7 @@ from torch.library import opcheck
 import zsl_kernels as zk
 from tests import error_budgets
 from tests.inputs import DTYPES, LAYOUTS, VALUES, assert_exact, assert_within_budget, expectations, sums_of
+from zsl_kernels.backends import dispatch
 from zsl_kernels.types import sum_dtype
 
 ONE_OF_EACH = pytest.mark.parametrize("impl", ["chunked", "cpu"], indirect=True)
@@ -210,6 +211,16 @@ def test_memory_follows_the_touched_rows(impl):
     assert torch.equal(got.rows, rows)
     for name, field in fields(want).items():
         assert name == "rows" or torch.equal(getattr(got, name), field), name
+
+
+def test_ids_that_are_out_of_range_are_skipped_where_nobody_looks():
+    """On a device, whose values the host does not read: nothing past the weight or the examples is touched."""
+    ids, examples = torch.tensor([[0, 5, 2, 1, 2**62, 1]]), torch.tensor([0, 1, 2, -1, 0, 7])
+    b, u = torch.ones(1, 6, 4), torch.ones(3, 4)
+    sums = dispatch.CHUNKED.embedding_interference(ids, b, examples, 2, 3, -1, u, True, None)
+    assert sums.rows.tolist() == [0]
+    assert sums.l1.tolist() == [4, 0]
+    assert sums.gram.tolist() == [[4, 0], [0, 0]]
 
 
 def test_only_what_was_asked_for(impl):

@@ -58,7 +58,7 @@ def _draw_times(axes: Axes, section: Section) -> None:
         if t:
             axes.plot([t.ratio.low, t.ratio.high], [place, place], color=BLACK, linewidth=1)
     axes.axvline(1, color=BLACK, linewidth=0.8, linestyle=":")
-    axes.set_xlabel(f"time, as a ratio to the {section.baseline.name}")
+    axes.set_xlabel(f"time, relative to {section.baseline.name}")
 
 
 def _draw_memory(axes: Axes, section: Section) -> None:

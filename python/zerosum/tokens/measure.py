@@ -15,7 +15,7 @@ from zerosum.probe.parameters import ParameterProbe
 from zerosum.probe.report import Coverage, Report, is_embedding
 from zerosum.probe.results import Pass, Results, add_up
 from zerosum.tokens.memory import Budget, SavedTensors, distance, placeholder, size_of
-from zerosum.tokens.passes import ChunkParameter, ChunkPass, Cut, TailPass, find_cut, rounding
+from zerosum.tokens.passes import ChunkParameter, ChunkPass, Cut, Subject, TailPass, find_cut, rounding
 from zerosum.tokens.report import ParameterEstimate, SampledReport, Scalars
 from zerosum.tokens.sampling import Draws
 from zerosum.training.model import token_losses
@@ -73,7 +73,7 @@ def token_report(
             one token; the message names it.
     """
     _check(model, x, y, losses, direction, sample, memory)
-    kept_on = None if results_device is None else torch.device(results_device)
+    kept_on = _device(results_device)
     with eval_mode(model), torch.enable_grad():
         measurement = _Measurement(model, x, y, losses, direction, memory, seed, progress, kept_on, sample is None)
         try:
@@ -117,6 +117,17 @@ def _check(
         raise ValueError(f"memory: expected a positive number of bytes, got {memory!r}")
 
 
+def _device(results_device: torch.device | str | None) -> torch.device | None:
+    if results_device is None or isinstance(results_device, torch.device):
+        return results_device
+    if not isinstance(results_device, str):
+        raise TypeError(f"results_device: expected None or a device, got {type(results_device).__name__}")
+    try:
+        return torch.device(results_device)
+    except RuntimeError:
+        raise ValueError(f"results_device: expected a device such as 'cpu' or 'cuda:1', got {results_device!r}") from None
+
+
 class _Measurement:
     def __init__(
         self,
@@ -149,12 +160,12 @@ class _Measurement:
         together = self._run_together(first_x[:, :half], first_y[:, :half])
         # The uses of a tied head are as large as the logits: kept for one sequence at a time.
         self.most = max(POSITIONS // x.shape[1], 1) if together and not (exactly and self.cut.tied) else 1
-        ignores = self.examples is not None
-        self.tail = TailPass(model, losses, self.cut, self._direction_of, ignores=ignores, kept_on=kept_on)
+        subject = Subject(model, losses, self.cut, self.examples is not None, kept_on)
+        self.tail = TailPass(subject, self._direction_of)
         self.tied = None
         if self.cut.tied and not exactly:
-            self.tied = TailPass(model, losses, self.cut, self._direction_of, measure=False, ignores=ignores)
-        self.chunks = ChunkPass(model, losses, self.cut, self._direction_of, checked=exactly, ignores=ignores, kept_on=kept_on)
+            self.tied = TailPass(subject, self._direction_of, measure=False)
+        self.chunks = ChunkPass(subject, self._direction_of, checked=exactly)
         weight = max((p.numel() * sum_dtype(p.dtype).itemsize for p in model.parameters() if p.requires_grad), default=0)
         self.budget = Budget(memory, self.chunks.weigh(x[:1], y[:1]), weight)
 
@@ -210,7 +221,7 @@ class _Measurement:
 
     def _run_together(self, x: Tensor, y: Tensor) -> bool:
         """Whether several sequences in one batch can be told apart at the cut, as those of (T, N, ·) models cannot."""
-        pass_ = TailPass(self.model, self.losses, self.cut, lambda names: None, measure=False)
+        pass_ = TailPass(Subject(self.model, self.losses, self.cut), lambda names: None, measure=False)
         try:
             alone, both = (pass_.run(x[:n], y[:n])[0] for n in (1, len(x)))
         except RuntimeError:

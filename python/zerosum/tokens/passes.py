@@ -114,6 +114,30 @@ class Cut:
     tied: frozenset[int]
 
 
+@dataclass(frozen=True)
+class Subject:
+    """What all passes of a report are of.
+
+    Attributes:
+        ignores: whether tokens without a target are among those that come.
+        kept_on: the device of the sums; None for the weights' own.
+    """
+
+    model: nn.Module
+    losses: Losses
+    cut: Cut
+    ignores: bool = False
+    kept_on: torch.device | None = None
+
+    def capture(self, prover: Prover, direction: Direction, kind: type[_Kept]) -> TokenCapture:
+        capture = TokenCapture(self.model, prover, direction, kind, self.cut)
+        capture.ignores = self.ignores
+        for t in capture.parameters:
+            assert isinstance(t, _Kept)
+            t.kept_on = self.kept_on
+        return capture
+
+
 class AtCut(NamedTuple):
     """The activation at the cut in one forward pass. ``sizes`` (N·T,) are the norms of its rows, by which it is known again."""
 
@@ -251,7 +275,7 @@ def find_cut(model: nn.Module, losses: Losses, x: Tensor, y: Tensor, generator: 
     capture.activations.clear()
     capture.release()
     for cut in cuts:
-        tail = TailPass(model, losses, cut, _no_direction)
+        tail = TailPass(Subject(model, losses, cut), _no_direction)
         tail.run(x, y)
         whole = tail.covers() and tail.adds_up(parameters, plain)
         tail.close()
@@ -322,25 +346,14 @@ class TailPass:
     """Ordinary passes over sequences: the gradient's sum of every weight, the tail's statistics, and each token's row at the cut.
 
     ``sums`` are Σ_i g_i over all tokens so far of the weights before the cut, by the parameter's id, and ``signed`` Σ_i ε_i g_i
-    of all weights where signs were given, both on the device ``kept_on`` if one is given; ``tracked`` are the tail's
-    parameters. With ``measure=False`` it only looks for the uses of tied weights.
+    of all weights where signs were given, both on the subject's ``kept_on``; ``tracked`` are the tail's parameters. With
+    ``measure=False`` it only looks for the uses of tied weights.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        losses: Losses,
-        cut: Cut,
-        direction: Direction,
-        *,
-        measure: bool = True,
-        ignores: bool = False,
-        kept_on: torch.device | None = None,
-    ) -> None:
-        self._losses, self._cut, self._measures = losses, cut, measure
-        self._capture = TokenCapture(model, _positions(), direction, _TailParameter, cut)
-        self._capture.ignores = ignores
-        self._kept_on = kept_on
+    def __init__(self, subject: Subject, direction: Direction, measure: bool = True) -> None:
+        self._losses, self._cut, self._kept_on = subject.losses, subject.cut, subject.kept_on
+        self._measures = measure
+        self._capture = subject.capture(_positions(), direction, _TailParameter)
         self.sums: dict[int, Tensor] = {}
         self.signed: dict[int, Tensor] = {}
         self.strayed: set[int] = set()  # parameters that lie on another side of the cut than in the first sequence
@@ -348,9 +361,9 @@ class TailPass:
         self._others: list[_TailParameter] = []
         for t in self._capture.parameters:
             assert isinstance(t, _TailParameter)
-            t.tied, t.kept_on = id(t.parameter) in cut.tied, kept_on
-            (self.tracked if id(t.parameter) in cut.tail else self._others).append(t)
-            if not (t.tied or (measure and id(t.parameter) in cut.tail)):
+            t.tied, behind = id(t.parameter) in self._cut.tied, id(t.parameter) in self._cut.tail
+            (self.tracked if behind else self._others).append(t)
+            if not (t.tied or (measure and behind)):
                 t.refuse("not asked for")
 
     def run(
@@ -563,26 +576,15 @@ class ChunkParameter(_Kept):
 class ChunkPass:
     """Takes chunks of tokens back from the cut, and adds up what lies before it."""
 
-    def __init__(
-        self,
-        model: nn.Module,
-        losses: Losses,
-        cut: Cut,
-        direction: Direction,
-        *,
-        checked: bool = True,
-        ignores: bool = False,
-        kept_on: torch.device | None = None,
-    ) -> None:
-        self._losses = losses
+    def __init__(self, subject: Subject, direction: Direction, checked: bool = True) -> None:
+        self._losses = subject.losses
         self._prover = SharedSequence()
-        self._capture = TokenCapture(model, self._prover, direction, ChunkParameter, cut)
-        self._capture.ignores = ignores
+        self._capture = subject.capture(self._prover, direction, ChunkParameter)
         self.tracked: list[ChunkParameter] = []
         for t in self._capture.parameters:
             assert isinstance(t, ChunkParameter)
-            t.checked, t.kept_on = checked, kept_on
-            if id(t.parameter) in cut.tail:
+            t.checked = checked
+            if id(t.parameter) in subject.cut.tail:
                 t.refuse("the tail's")
             else:
                 self.tracked.append(t)
