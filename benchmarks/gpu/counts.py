@@ -34,6 +34,7 @@ _VIEWS = {
     "t",
     "transpose",
     "detach",
+    "unbind",
 }
 N, T, K, O, V = 8, 256, 768, 1024, 5000
 
@@ -96,10 +97,16 @@ def _calls(dtype: torch.dtype) -> dict[str, Callable[[], object]]:
     ops = ("interference", "gram", "sq_norm", "dot", "weighted_grad")
     plans = {op: planned(op) for op in ops if CUDA.lacks(op, device) is None}
     with_gram = planned("interference", gram=True)
+
+    def repeated(plan: Any, u: torch.Tensor | None = None) -> Callable[[], object]:
+        gram = plan.call.gram
+        call = CUDA.prepare_interference(plan, a, b, u, lambda a, b, u: CUDA.interference(plan, a, b, u, gram))
+        return lambda: call(a, b, u)
+
     calls: dict[str, Callable[[], object]] = {
-        "interference": lambda: CUDA.interference(plans["interference"], a, b, None, False),
-        "interference, direction": lambda: CUDA.interference(plans["interference"], a, b, u, False),
-        "interference, Gram": lambda: CUDA.interference(with_gram, a, b, None, True),
+        "interference": repeated(plans["interference"]),
+        "interference, direction": repeated(plans["interference"], u),
+        "interference, Gram": repeated(with_gram),
         "gram": lambda: CUDA.gram(plans["gram"], a, b, None, None),
         "sq_norm": lambda: CUDA.sq_norm(plans["sq_norm"], a, b),
         "dot": lambda: CUDA.dot(plans["dot"], a, b, u),

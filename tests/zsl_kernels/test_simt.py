@@ -351,6 +351,65 @@ def test_the_same_call_gives_the_same_bits(dtype, emulated):
     assert torch.equal(first.gram, first.gram.T)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("gram", [False, True], ids=["sums", "gram"])
+@pytest.mark.parametrize("along", [False, True], ids=["", "direction"])
+def test_a_repeated_call_gives_the_bits_of_the_first(along, gram, dtype, emulated, monkeypatch):
+    """With fresh operands, of odd sizes too, which are copied before they are read."""
+    monkeypatch.setenv("ZSL_GPU_ARCH", "90")
+    for N, T, K, O in ((3, 70, 136, 144), (2, 65, 135, 145)):
+        draw = torch.Generator().manual_seed(N)
+        first, second = (
+            (torch.randn(N, T, K, generator=draw).to(dtype), torch.randn(N, T, O, generator=draw).to(dtype)) for _ in range(2)
+        )
+        u = torch.randn(O, K, generator=draw) if along else None
+        plan = dispatch.plan_call("interference", *first, impl="cuda", gram=gram)
+        plan = replace(plan, candidates=tuple(c for c in plan.candidates if c.way == "hopper"))
+        call = dispatch.CUDA.prepare_interference(plan, *first, u, pytest.fail)
+        for operands in (first, second):
+            found, want = call(*operands, u), dispatch.CUDA.interference(plan, *operands, u, gram)
+            for x, y in zip(found, want, strict=True):
+                assert (x is None) == (y is None)
+                assert x is None or torch.equal(x, y)
+
+
+def test_what_a_repeated_call_is_not_prepared_for_goes_the_long_way(emulated, monkeypatch):
+    monkeypatch.setenv("ZSL_GPU_ARCH", "90")
+    N, T, K, O = 2, 16, 24, 32
+
+    def operands(dtype=torch.bfloat16, offset=0):
+        held = torch.zeros(offset + N * T * K, dtype=dtype)
+        return held[offset:].view(N, T, K), torch.zeros(N, T, O, dtype=dtype)
+
+    def prepared(a, b, u=None, gram=False):
+        plan = dispatch.plan_call("interference", a, b, impl="cuda", gram=gram)
+        return dispatch.CUDA.prepare_interference(plan, a, b, u, lambda *_: "otherwise")
+
+    a, b = operands()
+    u = torch.zeros(O, K)
+    call = prepared(a, b, u)
+    assert call(a, b, u) != "otherwise"
+    assert call(a, b, u.T.contiguous().T) == "otherwise"
+    assert call(a, b, u.half()) == "otherwise"
+    assert call(operands(offset=1)[0], b, u) == "otherwise"
+    assert call(a.transpose(0, 1).contiguous().transpose(0, 1), b, u) == "otherwise"
+
+    coarse, exact = prepared(a, b, gram=True), prepared(*operands(torch.float32))
+    before = torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction
+    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = not before
+    try:
+        assert coarse(a, b, None) == "otherwise"
+    finally:
+        torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = before
+    monkeypatch.setattr(hopper, "exact", lambda: False)
+    assert exact(*operands(torch.float32), None) == "otherwise"
+
+    monkeypatch.setattr(gpu_cost, "HOPPER_SLAB_BYTES", 1)
+    wide = torch.zeros(N, T, 200, dtype=torch.bfloat16)
+    for not_prepared in ((a[:0], b[:0]), (a, b, u.half()), (wide, b, None, True)):
+        assert prepared(*not_prepared)(*not_prepared[:2], None) == "otherwise"
+
+
 def test_every_architecture_gives_results_within_rounding(emulated, monkeypatch):
     """Their tiles and blocks differ, and so does the order of summation."""
     problem = Problem(12, 9, 130, 70)

@@ -6,7 +6,7 @@ To add one, derive from :class:`Backend`, name its ops in ``ops``, and list it i
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import ClassVar
 
 import torch
@@ -32,6 +32,9 @@ OPS = frozenset(
         "linear_cross_entropy",
     }
 )
+
+
+Interference = Callable[[Tensor, Tensor, Tensor | None], InterferenceSums]
 
 
 class Backend(ABC):
@@ -74,6 +77,11 @@ class Backend(ABC):
         added: AddedRows | None = None,
     ) -> InterferenceSums:
         raise NotImplementedError
+
+    def prepare_interference(self, plan: Plan, a: Tensor, b: Tensor, direction: Tensor | None, call: Interference) -> Interference:
+        """What repeated calls with operands of these shapes and dtypes go to: ``call``, which is :meth:`interference` outside of
+        autograd and autocast, or something shorter that does the same."""
+        return call
 
     def interference_backward(
         self,

@@ -72,7 +72,7 @@ def interference(
     if direction is not None:
         check_direction(direction, a, b)
     if kind is not None:
-        return call_cache.keep(kind, _call(a, b, bool(gram), impl))(a, b, direction)
+        return call_cache.keep(kind, _call(a, b, direction, bool(gram), impl))(a, b, direction)
     tied = None if embedding is None else check_embedding(embedding, a, b, N, example_ids is not None)
     if impl == "reference":
         return reference.interference(a, b, direction, gram, example_ids, N, tied)
@@ -94,14 +94,15 @@ def run(
     return InterferenceSums(*sums).asked_for(direction, gram)
 
 
-def _call(a: Tensor, b: Tensor, gram: bool, impl: str) -> Callable[..., InterferenceSums]:
+def _call(a: Tensor, b: Tensor, direction: Tensor | None, gram: bool, impl: str) -> Callable[..., InterferenceSums]:
     """What the op comes to for operands like these, neither ragged nor tied: a function of a, b and the direction."""
     plan = plan_call("interference", a, b, impl=impl, gram=gram)
     if plan.impl == "cpu":
         kernel, (rows, cols) = cpu.kernels.interference.default, plan.tile
         return lambda a, b, direction: InterferenceSums._make(kernel(a, b, direction, gram, rows, cols))
     backend = BACKENDS[plan.impl]
-    return call_cache.below_autograd(outside_autocast(lambda a, b, direction: backend.interference(plan, a, b, direction, gram)))
+    call = call_cache.below_autograd(outside_autocast(lambda a, b, direction: backend.interference(plan, a, b, direction, gram)))
+    return backend.prepare_interference(plan, a, b, direction, call)
 
 
 def _interference(

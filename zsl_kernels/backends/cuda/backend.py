@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from zsl_kernels.backends.base import Interference
 from zsl_kernels.backends.cuda import embedding, hopper, module, persistent, rows
 from zsl_kernels.backends.gpu import GpuBackend, gpu_of
 from zsl_kernels.planning.choose import Plan
@@ -51,6 +52,9 @@ class Cuda(GpuBackend):
     ) -> InterferenceSums:
         launch = hopper.interference if plan.way == "hopper" else persistent.interference
         return launch(plan, a, b, direction, gram, begin, added)
+
+    def prepare_interference(self, plan: Plan, a: Tensor, b: Tensor, direction: Tensor | None, call: Interference) -> Interference:
+        return hopper.Prepared(plan, a, b, direction, call) if hopper.Prepared.can(plan, a, b, direction) else call
 
     def gram(self, plan: Plan, a: Tensor, b: Tensor, a2: Tensor | None, b2: Tensor | None, begin: Tensor | None = None) -> Tensor:
         launch = hopper.gram if plan.way == "hopper" else persistent.gram

@@ -8,14 +8,17 @@ the kernel does with a tile of a gradient is its *fold*.
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Callable
 from enum import IntEnum
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from zsl_kernels.backends.base import Interference
 from zsl_kernels.backends.cuda.module import ELEMENTS, compiled, exact, guard, pointer, stream, strided, written
-from zsl_kernels.backends.cuda.slabs import SlabGram
+from zsl_kernels.backends.cuda.slabs import SlabGram, product_blocks
 from zsl_kernels.planning.choose import Plan
 from zsl_kernels.planning.devices import Gpu
 from zsl_kernels.planning.gpu_cost import HOPPER_TILE, hopper_schedule, hopper_slab_tiles
@@ -60,46 +63,44 @@ class _Results(NamedTuple):
 _NOTHING = _Results()
 
 
-class _Operand(NamedTuple):
-    """An operand as boxes address it: (parts, examples, positions, features), of ragged rows with one example."""
+class _Boxes(NamedTuple):
+    """How boxes address an operand: (parts, examples, positions, features), of ragged rows with one example. It has no pointers."""
 
-    held: Tensor
-    mapped: tuple[int, ...]
+    sizes: tuple[int, ...]  # those four, and the strides of the first three
+    copy: tuple[Any, ...]  # arguments of the launch that copies the operand; empty where boxes address it as it is
+    dtype: torch.dtype  # of the copy
 
     @classmethod
-    def of(cls, x: Tensor, products: int, begin: Tensor | None, first_step: Tensor | None, rows: int) -> _Operand:
+    def of(cls, x: Tensor, products: int, begin: Tensor | None, rows: int) -> _Boxes:
         """``rows``: at most so many of ragged examples, in whole steps."""
-        x = written(x)
         if begin is None and x.dtype != torch.float32 and _addressable(x):
             N, T, F = x.shape
             # (A dimension of one has any stride.)
             position = x.stride(1) if T > 1 else F + -F % 8
             example = x.stride(0) if N > 1 else T * position
-            return cls(x, (x.data_ptr(), 1, N, T, F, N * example, example, position))
+            return cls((1, N, T, F, N * example, example, position), (), x.dtype)
         N = x.shape[0] if begin is None else begin.shape[0] - 1
         F = x.shape[-1]
         pitch = F + -F % 8
         parts = PARTS if x.dtype == torch.float32 else 1
         examples, positions = (N, x.shape[1]) if begin is None else (1, rows)
-        held = x.new_empty(parts, examples, positions, pitch, dtype=torch.bfloat16 if parts > 1 else x.dtype)
         part = examples * positions * pitch
         blocks = min(65535, max(1, -(-positions * pitch // (8 * 1024 * (1 if begin is None else N)))))
-        compiled().pack(
-            strided(x),
-            ELEMENTS[x.dtype],
-            N,
-            positions,
-            pointer(begin),
-            pointer(first_step),
-            F,
-            pitch,
-            part,
-            products == 6,
-            held.data_ptr(),
-            blocks,
-            stream(x),
-        )
-        return cls(held, (held.data_ptr(), parts, examples, positions, F, part, positions * pitch, pitch))
+        copy = (ELEMENTS[x.dtype], N, positions, F, pitch, part, products == 6, blocks)
+        return cls((parts, examples, positions, F, part, positions * pitch, pitch), copy, torch.bfloat16 if parts > 1 else x.dtype)
+
+    @property
+    def numbers(self) -> int:
+        """Of the copy: two bytes each."""
+        return self.sizes[0] * self.sizes[4] if self.copy else 0
+
+    def at(self, x: tuple[int, ...], held: int, begin: int, first_step: int, on: int) -> tuple[int, ...]:
+        """Of the operand ``x``, a pointer and strides, with its copy at ``held``, which a launch makes."""
+        if not self.copy:
+            return (x[0], *self.sizes)
+        element, N, positions, F, pitch, part, with_low, blocks = self.copy
+        compiled().pack(x, element, N, positions, begin, first_step, F, pitch, part, with_low, held, blocks, on)
+        return (held, *self.sizes)
 
 
 def _addressable(x: Tensor) -> bool:
@@ -127,11 +128,15 @@ class _Operands:
             counts = ((begin.diff() + (STEP - 1)) // STEP).clamp_(min=1)
             self.first_step = torch.nn.functional.pad(counts.cumsum(0), (1, 0)).int()
             rows = (a.shape[0] // STEP + self.N) * STEP
-        self.products = 1 if a.dtype != torch.float32 else 6 if exact() else 3
-        self.a, self.b = (_Operand.of(x, self.products, begin, self.first_step, rows) for x in (a, b))
-        # Of half precision operands the Gram is as good as they are, unless torch is told that products of bfloat16 may not be.
-        coarse = a.dtype == torch.bfloat16 and torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction
-        self.slab_dtype = torch.bfloat16 if coarse else torch.float32
+        self.products = _products(a.dtype)
+        self.held: list[Tensor] = []
+        self.a, self.b = (self._mapped(written(x), begin, rows) for x in (a, b))
+        self.slab_dtype = _slab_dtype(a.dtype)
+
+    def _mapped(self, x: Tensor, begin: Tensor | None, rows: int) -> tuple[int, ...]:
+        boxes = _Boxes.of(x, self.products, begin, rows)
+        self.held += [x, x.new_empty(boxes.numbers, dtype=boxes.dtype)] if boxes.copy else [x]
+        return boxes.at(strided(x), self.held[-1].data_ptr(), pointer(begin), pointer(self.first_step), stream(x))
 
     @property
     def tiles(self) -> int:
@@ -159,8 +164,8 @@ class _Operands:
             self.element,
             0 if slab is None else 1 if slab.dtype == torch.bfloat16 else 2,
             fold,
-            self.a.mapped,
-            self.b.mapped,
+            self.a,
+            self.b,
             (self.N, self.steps, pointer(self.first_step), self.products, self.O, self.K),
             (first, tiles, whole, parts, GROUP),
             (*pointers, pointer(slab), pointer(u), *((0, 0) if u is None else u.stride()), *map(pointer, weights)),
@@ -207,6 +212,105 @@ def interference(
             pairs = None if products is None else products.result()
     dot, abs_dot = scalars[2:] if u is not None else (None, None)
     return InterferenceSums(sums[0], sums[1], sums[2], scalars[0], scalars[1], dot, abs_dot, pairs).asked_for(u, gram)
+
+
+class Prepared:
+    """:func:`interference` of operands of one shape and layout, neither ragged nor tied: all but pointers is computed beforehand.
+
+    A call is the allocations and the launches. Operands of another layout go to ``otherwise``, as do calls after a change of
+    torch's settings. A call makes five allocations at most: Σ g alone, for it becomes a weight's ``.grad`` and outlives the others;
+    the other two sums; the scalars; the Gram; and a workspace.
+    """
+
+    def __init__(self, plan: Plan, a: Tensor, b: Tensor, direction: Tensor | None, otherwise: Interference):
+        assert plan.call.gpu is not None
+        self._otherwise, self._gram = otherwise, plan.call.gram
+        products, slab_dtype = _products(a.dtype), _slab_dtype(a.dtype)
+        # What torch was told about products, where it matters: reading it takes as long as an allocation.
+        self._setting: object = None
+        self._read: Callable[[], object] | None = None
+        if a.dtype == torch.float32:
+            self._setting, self._read = products, lambda: _products(torch.float32)
+        elif plan.call.gram and a.dtype == torch.bfloat16:
+            self._setting, self._read = slab_dtype, lambda: _slab_dtype(torch.bfloat16)
+        self._of = a.stride(), b.stride(), None if direction is None else (direction.dtype, direction.stride())
+        (N, T, K), O = a.shape, b.shape[2]
+        self._boxes = tuple(_Boxes.of(x, products, None, 0) for x in (a, b))
+        tiles = -(-O // HOPPER_TILE) * -(-K // HOPPER_TILE)
+        whole, parts = hopper_schedule(plan.call.gpu, tiles, N)
+        fields = 2 if direction is None else 4
+        elements = tiles * HOPPER_TILE**2
+        blocks = product_blocks(plan.call.gpu.sms, N, None, elements)
+        # Of the workspace, in bytes: copies of the operands, sums of split tiles, scalars, the slab, products of it.
+        sizes = [2 * boxes.numbers for boxes in self._boxes]
+        sizes += [4 * (tiles - whole) * parts * Fold.SUMS.matrices * HOPPER_TILE**2 if parts > 1 else 0]
+        sizes += [4 * fields * N * tiles * WARPS]
+        sizes += [N * elements * slab_dtype.itemsize, 8 * blocks * N * N] if self._gram else [0, 0]
+        starts = [0, *itertools.accumulate(size + -size % 256 for size in sizes)]
+        self._starts, self._bytes = tuple(starts[:-1]), starts[-1]
+        self._sums, self._scalars, self._pairs = (O, K), (fields, N), (N, N)
+        self._kind = ELEMENTS[a.dtype], 0 if not self._gram else 1 if slab_dtype == torch.bfloat16 else 2, Fold.SUMS
+        self._sizes = N, -(-T // STEP), 0, products, O, K
+        self._schedule = 0, tiles, whole, parts, GROUP
+        self._slab = slab_dtype == torch.bfloat16, N, N, elements
+        self._blocks = blocks
+
+    @staticmethod
+    def can(plan: Plan, a: Tensor, b: Tensor, direction: Tensor | None) -> bool:
+        """Whether the plan is of these kernels, nothing is empty, the direction is read as it is, and the Gram takes one slab."""
+        if plan.way != "hopper":
+            return False
+        assert plan.call.gpu is not None
+        tiles, N = -(-b.shape[2] // HOPPER_TILE) * -(-a.shape[2] // HOPPER_TILE), a.shape[0]
+        one = not plan.call.gram or tiles <= hopper_slab_tiles(plan.call.gpu, tiles, N, _slab_dtype(a.dtype).itemsize)
+        return bool(a.numel() and b.numel()) and one and (direction is None or direction.dtype == torch.float32)
+
+    def __call__(self, a: Tensor, b: Tensor, u: Tensor | None) -> InterferenceSums:
+        A, B = a.data_ptr(), b.data_ptr()
+        of = a.stride(), b.stride(), None if u is None else (u.dtype, u.stride())
+        if of != self._of or (A | B) % 16 or (self._read and self._read() != self._setting):
+            return self._otherwise(a, b, u)
+        device, on, module = a.device, stream(a), compiled()
+        with guard(a):
+            grad_sum = torch.empty(self._sums, dtype=torch.float32, device=device)
+            abs_sum, sq_sum = torch.empty((2, *self._sums), dtype=torch.float32, device=device).unbind()
+            l1, sq_norm, *along = torch.empty(self._scalars, dtype=torch.float32, device=device).unbind()
+            work = torch.empty(self._bytes, dtype=torch.uint8, device=device)
+            start = work.data_ptr()
+            copy_a, copy_b, parts, scalars, slab, products = (start + x for x in self._starts)
+            dot, abs_dot = along or (None, None)
+            module.hopper(
+                *self._kind,
+                self._boxes[0].at((A, *a.stride()), copy_a, 0, 0, on),
+                self._boxes[1].at((B, *b.stride()), copy_b, 0, 0, on),
+                self._sizes,
+                self._schedule,
+                (
+                    grad_sum.data_ptr(),
+                    abs_sum.data_ptr(),
+                    sq_sum.data_ptr(),
+                    l1.data_ptr(),
+                    sq_norm.data_ptr(),
+                    pointer(dot),
+                    pointer(abs_dot),
+                    scalars,
+                    parts,
+                    slab if self._gram else 0,
+                    *((0, 0, 0) if u is None else (u.data_ptr(), *u.stride())),
+                    0,
+                    0,
+                ),
+                (0, 0, 0),
+                on,
+            )
+            pairs = None
+            if self._gram:
+                N = self._pairs[0]
+                pairs = torch.empty(self._pairs, dtype=torch.float32, device=device)
+                bfloat16, *sizes = self._slab
+                module.slab_gram(slab, 0, bfloat16, *sizes, products, False, self._blocks, on)
+                module.add_partials([(products, True, self._blocks, N * N, N * N, [pairs.data_ptr()], N)], on)
+        return InterferenceSums(grad_sum, abs_sum, sq_sum, l1, sq_norm, dot, abs_dot, pairs)
 
 
 def gram(plan: Plan, a: Tensor, b: Tensor, a2: Tensor | None, b2: Tensor | None, begin: Tensor | None = None) -> Tensor:
@@ -275,6 +379,17 @@ def weighted_grad(
         given = tuple(None if x is None else x.contiguous() for x in (w, v))
         operands.launch(Fold.WEIGHTED, 0, operands.tiles, results=_Results(found), u=u, weights=given)
     return found
+
+
+def _products(dtype: torch.dtype) -> int:
+    """Of parts, that make one."""
+    return 1 if dtype != torch.float32 else 6 if exact() else 3
+
+
+def _slab_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Of half precision operands the Gram is as good as they are, unless torch is told that products of bfloat16 may not be."""
+    coarse = dtype == torch.bfloat16 and torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction
+    return torch.bfloat16 if coarse else torch.float32
 
 
 def _float32(x: Tensor | None) -> Tensor | None:
