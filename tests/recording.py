@@ -7,8 +7,7 @@ away, gives other numbers than the step itself.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -80,23 +79,3 @@ class Recorder:
         with torch.no_grad():
             for call in self._calls:
                 call()
-
-
-@contextmanager
-def launches_recorded(recorders: list[Recorder], compiled: Any) -> Iterator[Any]:
-    """The functions of the module of CUDA kernels, whose calls are recorded too. (Memory that they point to is kept.)"""
-
-    class Module:
-        def __getattr__(self, name: str) -> Any:
-            function = getattr(compiled, name)
-
-            def launch(*arguments: Any) -> Any:
-                for recorder in recorders:
-                    if recorder.recording:
-                        recorder.counts[f"launch {name}"] += 1
-                        recorder._calls.append(lambda: function(*arguments))
-                return function(*arguments)
-
-            return launch
-
-    yield Module()

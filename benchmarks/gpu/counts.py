@@ -1,21 +1,27 @@
-"""What each op does on a device, counted without one: ``python -m benchmarks.gpu.counts``.
+"""What each op and a captured step do on a device, counted without one: ``python -m benchmarks.gpu.counts``.
 
 The CUDA backend runs on CPU tensors with launches that do nothing. Counted are its own launches, PyTorch's operations that would be
-launches too, and allocations. Nothing depends on the tensors' values, so a device does the same.
+launches too, and allocations, and timed is the Python of a repeated call. Nothing depends on the tensors' values, so a device does
+the same. A step runs on the CPU in its steady state, where ``zerosum.capture`` would record it, and its operations are counted:
+those of this library are as many launches as the first tables say.
 """
 
 from __future__ import annotations
 
 import os
+import timeit
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import zerosum
 from benchmarks.gpu.report import markdown
+from zerosum.bench import machine
+from zerosum.training.model import GPT, GPTConfig, token_losses
 from zsl_kernels.backends.cuda import module
 from zsl_kernels.backends.dispatch import CUDA, plan_call
 
@@ -39,10 +45,23 @@ _VIEWS = {
 N, T, K, O, V = 8, 256, 768, 1024, 5000
 
 
+READS = {"_local_scalar_dense", "equal", "is_nonzero", "nonzero", "masked_select", "_unique2", "unique_consecutive", "bincount"}
+
+
 class Counts(NamedTuple):
     launches: tuple[str, ...]  # of this library, in order
     others: tuple[str, ...]  # PyTorch's operations that are launches
     allocations: int
+    microseconds: float  # of Python, the fastest of some
+
+
+class StepCounts(NamedTuple):
+    """Of the operations of one forward and backward pass."""
+
+    own: Counter[str]  # of this library
+    others: int  # PyTorch's that are launches
+    allocations: int
+    reads: int  # that a host waits for
 
 
 class _Launches:
@@ -64,7 +83,8 @@ class _Operations(TorchDispatchMode):
         self.called: list[str] = []
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.called.append(function.overloadpacket.__name__)
+        name = function.overloadpacket.__name__
+        self.called.append(name if function.namespace == "aten" else f"zsl.{name}")
         return function(*args, **(kwargs or {}))
 
 
@@ -130,16 +150,55 @@ def counts(dtype: torch.dtype, arch: int = 90) -> dict[str, Counts]:
                 call()
             used = Counter(operations.called)
             others = tuple(op for op in operations.called if op not in _ALLOCATIONS | _VIEWS)
-            found[name] = Counts(tuple(launches.called), others, sum(used[op] for op in _ALLOCATIONS))
+            launched = tuple(launches.called)
+            found[name] = Counts(launched, others, sum(used[op] for op in _ALLOCATIONS), 1e6 * _fastest(call))
     return found
 
 
+def _fastest(call: Callable[[], object], rounds: int = 20, calls: int = 20) -> float:
+    """Seconds."""
+    return min(timeit.repeat(call, number=calls, repeat=rounds)) / calls
+
+
+def step_counts(**options: Any) -> StepCounts:
+    """Of a step of the project's GPT under ``zerosum.Probe(model, **options)`` in its steady state, or with ``probed=False`` under
+    none."""
+    probed = options.pop("probed", True)
+    model = GPT(GPTConfig(vocab=64, width=32, layers=2, heads=4, positions=16))
+    x, y = torch.randint(64, (2, N, 16), generator=torch.Generator().manual_seed(0))
+    probe = zerosum.Probe(model, **options) if probed else nullcontext()
+    operations = _Operations()
+    for last in (False, False, False, True):
+        model.zero_grad()
+        with operations if last else nullcontext(), probe:
+            token_losses(model, x, y).mean(1).sum().backward()
+    names = Counter(operations.called)
+    own = Counter({name.removeprefix("zsl."): n for name, n in names.items() if name.startswith("zsl.")})
+    others = names.total() - own.total() - sum(names[op] for op in _ALLOCATIONS | _VIEWS)
+    return StepCounts(own, others, sum(names[op] for op in _ALLOCATIONS), sum(names[op] for op in READS))
+
+
 def main() -> None:
+    print(f"Counted without a device, and timed on {machine.line(machine.describe())}.\n")
     for dtype, arch in ((torch.bfloat16, 90), (torch.float32, 90), (torch.float32, 80)):
         found = counts(dtype, arch)
-        rows = [[name, ", ".join(x.launches), ", ".join(x.others), str(x.allocations)] for name, x in found.items()]
-        table = markdown(["op", "launches", "of PyTorch", "allocations"], rows)
+        rows = [
+            [name, ", ".join(x.launches), ", ".join(x.others), str(x.allocations), f"{x.microseconds:.0f}"]
+            for name, x in found.items()
+        ]
+        table = markdown(["op", "launches", "of PyTorch", "allocations", "µs of Python"], rows)
         print(f"{str(dtype).removeprefix('torch.')}, compute capability {arch / 10}\n\n{table}\n")
+    steps = {
+        "plain": step_counts(probed=False),
+        "probed": step_counts(),
+        "probed, Gram": step_counts(gram=True),
+    }
+    rows = [
+        [name, str(x.others), ", ".join(f"{op} × {n}" for op, n in x.own.items()), str(x.allocations), str(x.reads)]
+        for name, x in steps.items()
+    ]
+    print("A step of a GPT with 2 layers as a graph records it\n")
+    print(markdown(["step", "operations of PyTorch", "of this library", "allocations", "reads"], rows))
 
 
 if __name__ == "__main__":

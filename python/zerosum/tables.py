@@ -22,7 +22,7 @@ def text(cells: Cells, lists: Lists = (), left: int = 1) -> str:
 
 
 def markdown(cells: Cells, lists: Lists = (), left: int = 1) -> str:
-    head, *body = cells
+    head, *body = ([cell.replace("|", r"\|") for cell in line] for line in cells)
     rule = [*["---"] * left, *["--:"] * (len(head) - left)]
     lines = ["| " + " | ".join(line) + " |" for line in [head, rule, *body]]
     for title, items in lists:

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from benchmarks.gpu.counts import counts
+from benchmarks.gpu.counts import counts, step_counts
 
 ENDED = ("slab_gram", "add_partials")
 # Launches and allocations of an op that was called before. The last allocation is a workspace. (Results of registered ops are
@@ -52,3 +52,14 @@ def test_elsewhere_one_more_launch_ends_a_call(arch):
     for name, x in tiled.items():
         assert (x.launches, x.others) == (("gram", "add_partials"), ()), name
     assert {name: (x.launches, x.allocations) for name, x in found.items() if name in ROWS} == ROWS
+
+
+@pytest.mark.parametrize("gram", [False, True])
+def test_a_captured_step_reads_nothing_and_adds_few_operations(gram):
+    """Beside an op for each of the 10 weights, and one for their sums over coordinates: what reads the losses' factors, and what
+    spreads the embedding's touched rows."""
+    plain, probed = step_counts(probed=False), step_counts(gram=gram)
+    assert plain.own == {}
+    assert probed.own == {"interference": 9, "embedding_interference": 1, "coordinate_sums_of_many": 1}
+    assert probed.reads == plain.reads == 0
+    assert probed.others - plain.others <= 20
