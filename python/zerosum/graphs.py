@@ -66,7 +66,7 @@ class CapturedStep:
         self.result = result
         self._recorder, self._probe = recorder, probe
         self._direction = probe.direction
-        self._report = probe.report()
+        self._report = probe.unsettled_report()
         self._gradients: list[tuple[nn.Parameter, Tensor | None]] = [(p, p.grad) for p in parameters]
         self._replays = 0
         self._versions: dict[str, int] = {}

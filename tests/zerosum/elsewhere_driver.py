@@ -13,11 +13,13 @@ import sys
 import warnings
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 import zerosum
 from tests import elsewhere
 from tests.zerosum.models import DEVICE_KINDS, Packed
+from tests.zerosum.test_adversarial import Hidden
 from tests.zerosum.test_gpu import assert_same
 
 
@@ -36,27 +38,60 @@ def move(model: nn.Module, device: torch.device) -> nn.Module:
     return model
 
 
-def report_of(model: nn.Module, tokens: torch.Tensor, packed: bool) -> zerosum.Report:
-    """Of the first pass after three examples were proved, whose reads are left in ``elsewhere.READS``."""
+def report_of(model: nn.Module, tokens: torch.Tensor, packed: bool) -> tuple[zerosum.Report, int]:
+    """Of the first pass after three examples were proved, and how often that waited for the device."""
     probe = zerosum.Probe(model, gram=True, num_examples=len(tokens) if packed else None)
     for _ in range(7):
         elsewhere.READS[0] = 0
         model.zero_grad()
         with probe:
             model(tokens).square().flatten(1).mean(1).sum().backward()
-    return probe.report()
+    reads = elsewhere.READS[0]
+    return probe.report(), reads
 
 
 def run(kind: type[nn.Module]) -> dict[str, object]:
     torch.manual_seed(0)
     model, tokens = kind().double().train(), torch.randint(0, 11, (3, 6))
-    expected = report_of(copy.deepcopy(model), tokens, kind is Packed)
+    expected, _ = report_of(copy.deepcopy(model), tokens, kind is Packed)
     with elsewhere.elsewhere() as device:
         there, tokens = move(model, device), tokens.to(device)
-        found = report_of(there, tokens, kind is Packed)
-        reads = elsewhere.READS[0]
+        found, reads = report_of(there, tokens, kind is Packed)
         assert_same(found, expected, max(kind.rtol, 1e-9))  # type: ignore[attr-defined]
     return {"reads": reads}
+
+
+class Late(nn.Module):
+    """A function of a weight, and from some pass on a use of the weight beside it that no mode sees."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.weight, self.hidden = nn.Embedding(11, 12), nn.Parameter(torch.randn(12, 12) / 4), False
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        y = F.linear(self.table(tokens), 1 + self.weight)
+        return Hidden.apply(y, self.weight, 1.0) if self.hidden else y
+
+
+def run_late() -> dict[str, object]:
+    """What is not covered when it is hidden, on the CPU and there, and how often that waited before the report was asked for."""
+    torch.manual_seed(0)
+    here, batch = Late().double(), torch.randint(0, 11, (9, 6))
+    with elsewhere.elsewhere() as device:
+        said, proofs = [], []
+        for model, tokens in ((copy.deepcopy(here), batch), (move(here, device), batch.to(device))):
+            probe = zerosum.Probe(model)
+            for model.hidden in (False, False, True):
+                elsewhere.READS[0] = 0
+                model.zero_grad()
+                with probe:
+                    model(tokens).square().flatten(1).mean(1).sum().backward()
+            reads, report = elsewhere.READS[0], probe.report()
+            proofs.append(report.proof.proved)
+            said.append((list(report), report.coverage.not_covered))
+        assert proofs == [0, 0]
+        assert said[0] == said[1], said
+    return {"reads": reads, "not_covered": said[1][1]}
 
 
 if __name__ == "__main__":
@@ -67,5 +102,6 @@ if __name__ == "__main__":
         except Exception as error:
             line = {"error": f"{type(error).__name__}: {error}"}
         print(json.dumps({"model": kind.__name__, **line}), flush=True)
+    print(json.dumps({"model": "Late", **run_late()}), flush=True)
     sys.stdout.flush()
     os._exit(0)

@@ -9,6 +9,7 @@ from tests import recording
 from zerosum import graphs
 from zerosum.probe import capture as probe_capture
 from zerosum.probe import contributions
+from zerosum.probe.parameters import UNSEEN, ParameterProbe
 from zerosum.training.model import GPT, GPTConfig, token_losses
 from zsl_kernels import call_cache
 from zsl_kernels.backends import dispatch
@@ -24,6 +25,7 @@ def without_a_device(monkeypatch):
     call_cache.forget()
     monkeypatch.setattr(probe_capture, "KNOWN", {})
     monkeypatch.setattr(contributions, "most_rows", lambda lookup: min(lookup.num_rows, lookup.rows.numel()))
+    monkeypatch.setattr(ParameterProbe, "may_read", lambda self, x: False)
     impls_for, pairs_of = dispatch.impls_for, embedding.pairs_of
     monkeypatch.setattr(embedding, "pairs_of", lambda *arguments: pairs_of(*arguments[:-1], exact=False))
     monkeypatch.setattr(dispatch, "impls_for", lambda device, _, *rest: impls_for(device, "chunked", *rest))
@@ -164,6 +166,33 @@ def test_micro_batches_are_one_step(made):
         with Observed(), eager:
             step(*tokens)
     same_bits(report, eager.report())
+
+
+def test_a_function_of_a_weight_is_recorded_and_a_part_that_is_not_seen_is_told_of_its_replay(made):
+    torch.manual_seed(0)
+    table, weight, hidden = torch.nn.Embedding(V, 12), torch.nn.Parameter(torch.randn(12, 12) / 4), torch.zeros(())
+    model, (x, _) = torch.nn.Module(), batch(0)
+    model.table, model.weight = table, weight
+    weight.register_hook(lambda grad: grad * (1 + hidden))
+
+    def step():
+        torch.nn.functional.linear(table(x), 1 + weight).square().flatten(1).mean(1).sum().backward()
+
+    captured = zerosum.capture(step, zerosum.Probe(model))
+    captured.replay()
+    report, eager = captured.report(), zerosum.Probe(model)
+    for _ in range(graphs.STEADY):
+        model.zero_grad()
+        with Observed(), eager:
+            step()
+    same_bits(report, eager.report())
+    assert list(report) == ["weight", "table.weight"]
+    hidden.fill_(1)
+    captured.replay()
+    assert captured.report().coverage.not_covered == {"weight": UNSEEN}
+    hidden.fill_(0)
+    captured.replay()
+    same_bits(captured.report(), eager.report())
 
 
 def test_operations_that_are_recorded(made):

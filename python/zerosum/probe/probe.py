@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from zerosum.probe.capture import Capture, open_captures
 from zerosum.probe.compiled import CompiledSteps
 from zerosum.probe.loss_scale import Loss, check_loss_reduction, check_shape
-from zerosum.probe.proof import UNSEEN, Prover, Structures
-from zerosum.probe.report import Report
+from zerosum.probe.parameters import UNSEEN
+from zerosum.probe.proof import Prover, Structures
+from zerosum.probe.report import Coverage, Report
 from zerosum.probe.results import common_scale
 
 
@@ -217,10 +218,9 @@ class Probe:
                     parameter.results.common = scale
             capture.add_up()
         self._structures.tracks = self._structures.tracks and not capture.proofs
-        # What was not seen may be a view, which is not looked for where none was used before.
-        self._structures.views |= any(parameter.problem == UNSEEN for parameter in capture.parameters)
         report = Report(capture.parameters, passes, capture.proofs)
-        if self._strict and report.coverage.not_covered:
+        self._look_for_views(report.coverage)
+        if self._strict and (report := report.settled()).coverage.not_covered:
             name, reason = next(iter(report.coverage.not_covered.items()))
             raise NotImplementedError(f"zerosum.Probe(strict=True): {name} is not covered: {reason}")
         return report
@@ -230,7 +230,19 @@ class Probe:
         if self._report is None:
             state = "is still open" if self._capture is not None else "has not completed a `with` block"
             raise RuntimeError(f"no report: the probe {state}")
+        self._report = self._report.settled()
+        self._look_for_views(self._report.coverage)
         return self._report
+
+    def unsettled_report(self) -> Report:
+        """:meth:`report`, but for :meth:`Report.settled`: of results that the device has not computed yet."""
+        if self._report is None:
+            return self.report()
+        return self._report
+
+    def _look_for_views(self, coverage: Coverage) -> None:
+        """In the blocks to come: what was not seen may be a view of a weight. None is looked for where none was used before."""
+        self._structures.views |= UNSEEN in coverage.not_covered.values()
 
     def _direction_of(self, names: list[str]) -> Tensor | None:
         if self._direction is None:

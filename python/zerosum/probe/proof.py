@@ -23,7 +23,7 @@ from zerosum.probe.compiled import UNPROVED, CompiledSteps
 from zerosum.probe.layout import Layout
 from zerosum.probe.loss_scale import Loss
 from zerosum.probe.loss_tail import TailReader, Term, follow_path
-from zerosum.probe.parameters import ParameterProbe
+from zerosum.probe.parameters import UNSEEN, ParameterProbe
 from zerosum.probe.results import Pass
 from zerosum.probe.rules import Known
 from zerosum.probe.rules.site import Phase, Site
@@ -33,7 +33,6 @@ from zsl_kernels.weight_uses.eager import State
 if TYPE_CHECKING:
     from zerosum.probe.capture import Capture
 
-UNSEEN = "part of its gradient came through an operation that the probe cannot see"
 MIXED_CHECKPOINT = "a reentrant checkpoint's result has rows of several examples, or in no regular order"
 BESIDE_CHECKPOINT = "its gradient comes partly through a reentrant checkpoint, and partly beside it"
 REENTRANT = "CheckpointFunctionBackward"  # torch's; it refuses torch.autograd.grad

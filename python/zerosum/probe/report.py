@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor
 
 from zerosum.metrics import Metric, add_coordinates, gradient_metrics
-from zerosum.probe.parameters import ParameterProbe
+from zerosum.probe.parameters import UNSEEN, ParameterProbe
 from zerosum.probe.proof import Proof
 from zerosum.probe.results import Pass, Results, coordinate_sums
 from zsl_kernels import CoordinateSums
@@ -217,6 +218,7 @@ class Report(ByName[ParameterReport]):
             sizes={t.name: t.parameter.numel() for t in tracked},
         )
         super().__init__(parameters, {name: t.name for t in tracked for name in t.names}, coverage)
+        self._doubts = {t.name: t.doubts for t in tracked if t.results is not None and t.doubts}
         missing = [t.name for t in tracked if t.results is not None and t.direction is None]
         self._has_direction = bool(self._parameters) and len(missing) < len(self._parameters)
         if self._has_direction and missing:
@@ -235,6 +237,25 @@ class Report(ByName[ParameterReport]):
         parameters = {name: p.reread(is_current, versions[name], memo) for name, p in self._parameters.items()}
         ByName.__init__(found, parameters, self._names, self.coverage)
         found.num_examples, found.proof, found._has_direction = self.num_examples, self.proof, self._has_direction
+        found._doubts = self._doubts
+        return found.settled()
+
+    def settled(self) -> Report:
+        """Without the parameters of whose gradient a part was not seen, which on a device is not known before this is called."""
+        if not self._doubts:
+            return self
+        refuted = torch.stack([torch.stack(doubts).any() for doubts in self._doubts.values()]).tolist()
+        unseen = {name for name, is_refuted in zip(self._doubts, refuted, strict=True) if is_refuted}
+        found = copy.copy(self)
+        found._doubts = {}
+        if unseen:
+            found._parameters = {name: p for name, p in self._parameters.items() if name not in unseen}
+            known = {**self.coverage.not_covered, **dict.fromkeys(unseen, UNSEEN)}
+            found.coverage = Coverage(
+                covered={name: how for name, how in self.coverage.covered.items() if name not in unseen},
+                not_covered={name: known[name] for name in self.coverage.sizes if name in known},
+                sizes=self.coverage.sizes,
+            )
         return found
 
     def versions(self) -> dict[str, int]:

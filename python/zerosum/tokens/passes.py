@@ -30,8 +30,8 @@ from zerosum.probe.capture import Capture
 from zerosum.probe.contributions import SCALARS, WEIGHT_SHAPED, Contributions, Request, Sums, densified
 from zerosum.probe.layout import Layout
 from zerosum.probe.loss_scale import Loss
-from zerosum.probe.parameters import ParameterProbe
-from zerosum.probe.proof import UNSEEN, Proof, Prover, Structures
+from zerosum.probe.parameters import UNSEEN, ParameterProbe
+from zerosum.probe.proof import Proof, Prover, Structures
 from zerosum.probe.results import Pass, Results
 from zerosum.probe.rules.again import leaves as tensors_of
 from zerosum.probe.rules.norm import rms_norm_by_parts
@@ -304,6 +304,9 @@ class _Kept(ParameterProbe):
 
     immediate = False
     kept_on: torch.device | None = None
+
+    def may_read(self, x: Tensor) -> bool:
+        return True  # what is not covered is measured in another way
 
     def _request(self) -> Request:
         asked = super()._request()
