@@ -10,7 +10,13 @@ import pytest
 
 # Some 4,400 cases of attribution and of the loss end take 10 minutes with one worker. By default a third of each test's cases
 # runs, always the same ones, and all of the tests that have few; `make test-all` runs every case, as does a test's own name.
-LONG = ("test_attribution.py", "test_attribution_transformers.py", "test_loss_ends.py")
+LONG = (
+    "test_attribution.py",
+    "test_attribution_transformers.py",
+    "test_loss_ends.py",
+    "test_packed.py",
+    "test_packed_transformers.py",
+)
 FEW = 3
 
 

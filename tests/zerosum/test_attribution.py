@@ -947,8 +947,6 @@ def test_documents_that_are_packed(leading: bool, attend: bool, named: str, leng
     With nothing the probe says that there may be others. It cannot where one total is formed: the rows are then the examples, as
     those of any batch are. Where they meet, that is what is said.
     """
-    if leading and named == "ids":
-        pytest.skip("ids are of the first dimension's entries")
     torch.manual_seed(0)
     model, n = PackedModel(attend, leading).double(), len(lengths)
     ids = torch.arange(n).repeat_interleave(torch.tensor(lengths))

@@ -414,8 +414,11 @@ def nodes_between(nodes: Iterable[Node], stop: set[Node]) -> Iterable[Node]:
         stack.extend(x for x, _ in node.next_functions if x is not None)
 
 
-def couples(roots: Sequence[GradientEdge], grads: Sequence[Tensor | None], cut: Cut, examples: int) -> str:
-    """Why the gradient at one example's part of the cut depends on another's, or an empty string.
+def couples(
+    roots: Sequence[GradientEdge], grads: Sequence[Tensor | None], cut: Cut, examples: int, labels: Tensor | None = None
+) -> str:
+    """Why the gradient at one example's part of the cut depends on another's, or an empty string. ``labels``: the example of each
+    of the cut's rows, where these are not the examples; rows of none (-1) are one more example.
 
     The Hessian H of what was differentiated with respect to the cut has no entries between examples exactly where H (w ∘ v), for
     random v and weights w of the examples, is w ∘ (H v). Nor may the gradient depend on what goes past the cut, which several
@@ -430,10 +433,11 @@ def couples(roots: Sequence[GradientEdge], grads: Sequence[Tensor | None], cut: 
         known = nodes_between([g.grad_fn for g in ordered if g.grad_fn is not None], {e.node for e in cut.edges})
         if any(node in past for node in known):
             return "the loss is not a sum over them"
-        generator = torch.Generator().manual_seed(examples)
+        rows_of = examples if labels is None else len(labels)
+        generator = torch.Generator().manual_seed(rows_of)
         v = [torch.randn(g.shape, generator=generator, dtype=torch.float64).to(g) for g in ordered]
         axes = [axis for g, axis in zip(first, cut.axes, strict=True) if g is not None and g.requires_grad]
-        weights = random_weights(examples)
+        weights = random_weights(examples) if labels is None else random_weights(examples + 1)[labels.cpu()]
         coded = [x * along(weights, axis, x) for x, axis in zip(v, axes, strict=True)]
         try:
             plain, weighted = (torch.autograd.grad(ordered, cut.edges, x, retain_graph=True, allow_unused=True) for x in (v, coded))
@@ -442,7 +446,7 @@ def couples(roots: Sequence[GradientEdge], grads: Sequence[Tensor | None], cut: 
     for x, y, axis in zip(plain, weighted, cut.axes, strict=True):
         if x is None or y is None:
             continue
-        rows, other = (z.movedim(axis, 0).reshape(examples, -1).double() for z in (x, y))  # (With positions, axis is 0.)
+        rows, other = (z.movedim(axis, 0).reshape(rows_of, -1).double() for z in (x, y))  # (With positions, axis is 0.)
         w = weights.to(rows.device)[:, None]
         bound = 256 * torch.finfo(x.dtype).eps * w.abs() * rows.norm(dim=1, keepdim=True)
         # Against what was summed: a product with v cancels.

@@ -23,6 +23,7 @@ from zerosum.probe.contributions import Piece
 from zerosum.probe.derived import derive, derive_lookup
 from zerosum.probe.layout import Uncovered
 from zerosum.probe.loss_tail import LOSSES, LossCall
+from zerosum.probe.packed import Packed, declared
 from zerosum.probe.parameters import DerivedWeight, GradSource, ParameterProbe, Ref
 from zerosum.probe.proof import Proof, Prover, Short, Structures, Tree, reentrant
 from zerosum.probe.results import Pass, add_up
@@ -801,6 +802,7 @@ class Capture(TorchFunctionMode):
         self._stamps.clear()
         self._tables.clear()
         self.traced = 0
+        self.prover.declared = None
         del self.inputs[:-1]
         self.whole.clear()
         for derived in self._derived:
@@ -810,6 +812,15 @@ class Capture(TorchFunctionMode):
     @property
     def _watching(self) -> bool:
         return self.open and not self.extra and not self.elsewhere
+
+    def declare(self, x: Tensor, packed: Packed, argument: str) -> None:
+        """Takes whose the rows of what runs forward next are."""
+        if not self._watching or self._depth or not torch.is_grad_enabled():
+            return
+        if self._over:
+            self._begin_epoch()
+            self.inputs.clear()
+        self.prover.declare(x, packed, argument)
 
     def before_model(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Learns N from what enters the model."""
@@ -828,7 +839,7 @@ class Capture(TorchFunctionMode):
             self.structures.compiled.look(inputs)
         if inputs:
             self.inputs.append(inputs[0])
-            self.prover.look(self, args, kwargs)
+            self.prover.look(kwargs)
 
     def _loss(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """A loss function, which says what rows it is over."""
@@ -869,22 +880,32 @@ class Capture(TorchFunctionMode):
                     hooks[key] = hook
 
 
-def example_ids(x: Tensor, ids: Tensor) -> Tensor:
+def example_ids(
+    x: Tensor, ids: Tensor | None = None, *, cu_seqlens: Tensor | None = None, position_ids: Tensor | None = None
+) -> Tensor:
     """``x``, after telling an open probe which example each of its rows belongs to; without one, ``x`` alone.
 
-    For rows that are not (N, T, ·) and whose losses are not told apart by example either, such as sequences packed one after
-    another whose mean loss is differentiated: the loss end is then divided by these ids.
+    For sequences that are packed one after another. ``x`` is a tensor of token ids or of activations whose rows are the packed
+    ones: (R, …), (1, R, …), or (B, R, …) for several packed rows. Call it once for each backward pass, before the model is called.
+    N is the probe's ``num_examples``, or else what the argument says. The losses may be totals of each example, (N,), or those of
+    rows, (R,), (B, R) or one position fewer, of which a row's own belongs to the example of that row.
 
     Args:
-        x: (R, …) or (1, R, …), a tensor of token ids or of activations.
-        ids: (R,) integers from 0 to N - 1, where N is the probe's ``num_examples``.
+        ids: (R,) or (B, R) integers from 0 to N - 1, and -1 for rows of no example, such as padding.
+        cu_seqlens: (N + 1,) integers from 0: document i has the rows from ``cu_seqlens[i]`` to ``cu_seqlens[i + 1]`` of one row (R,
+            …) or (1, R, …). What comes behind the last one is padding.
+        position_ids: (R,) or (B, R) integers: a document starts with each row of ``x``, and where they are 0 or do not increase.
+            Negative ones are those of padding.
 
     Raises:
-        ValueError: ``ids`` has another shape or other values.
-        RuntimeError: the probe does not know N.
+        TypeError: not one of the three is given, or not as a tensor.
+        ValueError: it has another shape or other values, or differs from what was said before, without a backward pass between.
+        RuntimeError: the probe's examples are positions.
     """
-    for capture in open_captures():
-        capture.prover.declare(x, ids)
+    if captures := open_captures():
+        packed, argument = declared(x, ids, cu_seqlens, position_ids)
+        for capture in captures:
+            capture.declare(x, packed, argument)
     return x
 
 

@@ -173,7 +173,9 @@ class TailReader:
                 continue
             if call is None:
                 part = grad.double()
-                mine = self._by_example((part != 0).movedim(term.axis, 0).flatten(1).any(1) if part.ndim > 1 else part != 0)
+                rows = (part != 0).movedim(term.axis, 0)
+                count = len(rows) if self._labels is None else len(self._labels)  # (of the first two dimensions, maybe)
+                mine = self._by_example(rows.reshape(count, -1).any(1))
                 part = part.sum()
             else:
                 part, valid = call.rows(grad)
@@ -188,7 +190,9 @@ class TailReader:
     def _by_example(self, rows: Tensor) -> Tensor:
         if self._labels is None:
             return rows
-        return torch.zeros(self._examples, dtype=torch.long, device=rows.device).index_add_(0, self._labels, rows.long()) > 0
+        counts = torch.zeros(self._examples, dtype=torch.long, device=rows.device)
+        rows = rows & (self._labels >= 0)  # those of no example have no loss
+        return counts.index_add_(0, self._labels.clamp(min=0), rows.long()) > 0
 
     def _rows_by_example(self, valid: Tensor, axis: int) -> Tensor | None:
         count = self._examples if self._labels is None else len(self._labels)

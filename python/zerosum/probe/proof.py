@@ -23,6 +23,7 @@ from zerosum.probe.compiled import UNPROVED, CompiledSteps
 from zerosum.probe.layout import Layout
 from zerosum.probe.loss_scale import Loss
 from zerosum.probe.loss_tail import TailReader, Term, follow_path
+from zerosum.probe.packed import End, Packed, Place, starts
 from zerosum.probe.parameters import UNSEEN, ParameterProbe
 from zerosum.probe.results import Pass
 from zerosum.probe.rules import Known
@@ -35,6 +36,8 @@ if TYPE_CHECKING:
 
 MIXED_CHECKPOINT = "a reentrant checkpoint's result has rows of several examples, or in no regular order"
 BESIDE_CHECKPOINT = "its gradient comes partly through a reentrant checkpoint, and partly beside it"
+PADDING = "rows that belong to no example have a loss: ignore their targets (-100), or give them to an example"
+STRANGE = "a row's loss reaches rows of other examples than zerosum.example_ids says"
 REENTRANT = "CheckpointFunctionBackward"  # torch's; it refuses torch.autograd.grad
 Step = tuple[GradientEdge, tuple[int, ...], tuple[str, ...]]  # an edge with the path to it
 ATTEMPTS = 4  # cuts that are tried, each nearer to the model
@@ -70,6 +73,8 @@ class Finding:
     consistent: bool = True  # whether the first use has its examples in the first dimension
     orderly: bool = True  # whether the first use has its examples in regular order
     doubtful: bool = False  # whether a tensor of the cut has the examples' number by chance
+    end: End | None = None  # the packed rows that the cut has
+    strange: bool = False  # whether it names packed rows otherwise than the user does
 
     @property
     def reached(self) -> int:
@@ -81,7 +86,8 @@ class Finding:
 
     @property
     def perfect(self) -> bool:
-        return bool(self.reached) and self.good == self.reached and not self.coupled and not self.cut.bypass
+        whole = bool(self.reached) and self.good == self.reached and not self.coupled and not self.cut.bypass
+        return whole and not self.strange
 
 
 @dataclass
@@ -108,6 +114,8 @@ class Stored:
     proofs: int = 1  # that found these layouts, one after another
     short: tuple[int, bytes] = (0, b"")  # the number of examples, and for each use whether its rows are regular
     varies: bool = False  # whether another proof found other layouts: the order of rows is of the data
+    places: list[Place | None] | None = None  # of each use's rows among those that the user declares
+    part: int | None = None  # of the declared rows, that the labels are; None where there are no labels
 
     def __post_init__(self) -> None:
         pairs = list(zip(self.layouts, self.problems, strict=True))
@@ -119,11 +127,27 @@ class Stored:
     def follow(self, earlier: Stored) -> None:
         """Takes account of what an earlier proof of the same structure found."""
         self.used = earlier.used
+        if self.places is not None:
+            # (Layouts are of the documents' lengths; places among the declared rows are what stays.)
+            assert earlier.places is not None
+            self._follow(earlier, all(a == b for a, b in zip(self.places, earlier.places, strict=True)))
+            return
         pairs = zip(self.layouts, earlier.layouts, self.settled, earlier.settled, strict=True)
-        alike = all(a is None or b is None or a.same_as(b) for a, b, mine, theirs in pairs if mine and theirs)
+        self._follow(earlier, all(a is None or b is None or a.same_as(b) for a, b, mine, theirs in pairs if mine and theirs))
+
+    def _follow(self, earlier: Stored, alike: bool) -> None:
         self.proofs = earlier.proofs + 1 if alike else 1
         self.varies = earlier.varies or not alike
         self.regular = self.regular and not self.varies
+
+    def of_rows(self, sites: Sequence[Site], packed: Packed | None) -> Stored:
+        """The same for a pass whose packed rows are of other documents."""
+        if packed is None or self.places is None:
+            return self
+        pairs = zip(sites, self.places, self.layouts, strict=True)
+        layouts = [x if place is None else packed.layout(place, torch.Size(site.lead)) for site, place, x in pairs]
+        labels = None if self.part is None else packed.part(self.part)
+        return replace(self, layouts=layouts, examples=packed.examples, labels=labels)
 
 
 @dataclass(eq=False)
@@ -163,8 +187,8 @@ class Proof:
         assert self.cut is not None
         out = []
         for g, axis in zip(self.gradients, self.cut.axes, strict=True):
-            mine = torch.arange(g.shape[axis], device=g.device) if self.labels is None else self.labels
-            out.append(torch.where((mine == example).view(-1, *[1] * (g.ndim - axis - 1)), g, 0))
+            labels = torch.arange(g.shape[axis], device=g.device) if self.labels is None else self.labels
+            out.append(torch.where(along(labels == example, axis, g).bool(), g, 0))
         return out
 
 
@@ -306,6 +330,7 @@ class Structures:
         self.calls: dict[int, Call] = {}  # of the last pass, by their place in it
         self.known: dict[int, Any] = {}  # those of them that run without Python
         self.tree: Tree | None = None
+        self.told_of_documents = False  # that positions restart where there is one example
         self.told: set[int] = set()  # numbers of examples of which it was said that they may be others
         self.examples_second: bool | None = None  # whether the model's input has positions first; None: not known
         self.views = False  # whether views of weights are used
@@ -345,38 +370,61 @@ class Prover:
         self.loss = loss
         self.verify = verify
         self.structures = structures
-        self.declared: Tensor | None = None  # the example of each row, as the user says
+        self.declared: Packed | None = None  # the example of each row of the pass, as the user says
+        self.positions_given: Tensor | None = None  # position_ids or cu_seqlens that entered the model
         self._found: dict[Any, tuple[Finding | None, Tensor | None]] = {}  # what cuts have told of the graph at hand
         self._barred: set[Site] = set()  # uses whose gradient comes by a reentrant checkpoint and another way
 
     # What is known before ---------------------------------------------------------------------------------------------------------
 
-    def declare(self, x: Tensor, ids: Tensor) -> None:
+    def declare(self, x: Tensor, packed: Packed, argument: str) -> None:
+        """Takes whose the rows of the next pass are."""
+        if self.positions:
+            raise RuntimeError("zerosum.example_ids: expected a probe with sequences as examples, got examples='position'")
         N = self.num_examples
-        if N is None or self.positions:
-            raise RuntimeError("zerosum.example_ids: expected a probe with num_examples and sequences as examples")
-        rows = x.shape[1] if x.ndim > 1 and x.shape[0] == 1 and len(ids) != 1 else x.shape[0] if x.ndim else 0
-        if ids.ndim != 1 or ids.shape[0] != rows or ids.is_floating_point():
-            raise ValueError(f"ids: expected {rows} integers, one for each row, got {ids.dtype} {tuple(ids.shape)}")
-        if ids.numel() and (int(ids.min()) < 0 or int(ids.max()) >= N):
-            raise ValueError(f"ids: expected values in [0, {N}), got {int(ids.min())} to {int(ids.max())}")
-        self.declared = ids.long()
+        if N is not None and packed.examples > N:
+            if argument == "ids":
+                got = f"{int(packed.labels.min())} to {packed.examples - 1}"
+                raise ValueError(f"ids: expected values in [0, {N}), got {got}; num_examples is {N}")
+            raise ValueError(f"{argument}: expected at most {N} documents, got {packed.examples}; num_examples is {N}")
+        packed = Packed(packed.labels.to(x.device), packed.examples if N is None else N)
+        if self.declared is not None and not self.declared.same_as(packed):
+            raise ValueError(
+                f"{argument}: other rows were declared before, and no backward pass came in between; "
+                "run backward() for each batch of packed rows"
+            )
+        self.declared = self.declared or packed
 
-    def look(self, capture: Capture, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Notices packed sequences, whose positions start again within a row."""
-        ids = kwargs.get("position_ids")
-        if self.num_examples is not None or not isinstance(ids, Tensor) or ids.is_floating_point() or ids.ndim != 2:
+    def look(self, kwargs: dict[str, Any]) -> None:
+        """Notices packed sequences: positions that may restart within a row, or cumulative lengths."""
+        self.positions_given = None
+        for name, value in kwargs.items():
+            tells = name == "position_ids" or name.startswith(("cu_seqlens", "cu_seq_lens"))
+            if tells and isinstance(value, Tensor) and value.ndim and not value.is_floating_point():
+                self.positions_given = value
+                return
+
+    def _tell_of_documents(self, capture: Capture) -> None:
+        """Says where all is one example, and what enters the model has several documents."""
+        given = self.positions_given
+        if given is None or self.num_examples is not None or self.structures.told_of_documents or capture._over:
             return
-        if ids.shape[0] == 1 and ids.shape[1] > 1 and "packed" not in self.structures.alone:
-            starts = int((ids == 0).sum())
-            self.structures.alone["packed"] = True
-            if starts > 1:
-                warnings.warn(
-                    f"zerosum.Probe: position_ids start again {starts} times in one row, as those of packed sequences do, and "
-                    "there is one example. Give num_examples and zerosum.example_ids to tell them apart",
-                    UserWarning,
-                    stacklevel=2,
-                )
+        if given.ndim == 1 and capture.inputs and capture.inputs[-1].shape[-1:] != given.shape:
+            documents, what = len(given) - 1, "cu_seqlens has"
+        elif given.ndim <= 2 and (given.ndim == 1 or given.shape[0] == 1):
+            documents, what = int(starts(given.reshape(1, -1)).sum()), "position_ids restart for"
+        else:
+            return
+        if documents < 2:
+            return
+        self.structures.told_of_documents = True
+        warnings.warn(
+            f"zerosum.Probe: {what} {documents} documents in one row, as packed sequences do, and all of the row is one example: "
+            "D_grad and the other metrics say nothing. zerosum.example_ids(x, position_ids=…) in the block, before the model is "
+            "called, makes each document an example; num_examples=1 says that the row is one",
+            UserWarning,
+            stacklevel=2,
+        )
 
     @staticmethod
     def _leads(capture: Capture) -> list[Sequence[int]]:
@@ -385,6 +433,8 @@ class Prover:
 
     def _sizes(self, capture: Capture, roots: Sequence[GradientEdge], grads: Sequence[Tensor | None]) -> list[int]:
         """What N may be, the likeliest first."""
+        if self.declared is not None:
+            return [self.declared.examples]
         if self.num_examples is not None:
             return [self.num_examples]
         leads = self._leads(capture)
@@ -425,11 +475,12 @@ class Prover:
         stored = self.structures.found.get(key)
         due = self.verify == "always" or (isinstance(self.verify, int) and stored is not None and stored.used % self.verify == 0)
         if stored is not None and stored.regular and stored.proofs >= _enough(stored.examples) and not due:
-            proof = self._again(capture, roots, grads, stored)
+            now = stored.of_rows(capture.sites, self.declared)
+            proof = self._again(capture, roots, grads, now)
             if proof is not None:
-                stored.used += 1
-                self._settle(capture, roots, grads, proof, stored)
-                self._note(proof, stored, roots)
+                now.used = stored.used = stored.used + 1
+                self._settle(capture, roots, grads, proof, now)
+                self._note(proof, now, roots)
                 return proof
         try:
             finding = self._trust(capture) if self.verify == "never" else self._find(capture, roots, grads)
@@ -437,6 +488,8 @@ class Prover:
             self._found.clear()
         if finding is None:
             return None
+        if finding.examples == 1 and self.declared is None:
+            self._tell_of_documents(capture)
         earlier, stored = stored, self._store(capture, roots, grads, finding)
         if self.verify != "never":
             if earlier is not None:
@@ -479,7 +532,9 @@ class Prover:
     def _key(self, capture: Capture, roots: list[GradientEdge]) -> Any:
         sizes = tuple(x.shape[:1] for x in capture.inputs)
         ends = tuple((e.node.name(), shape_of(e)) for e in roots)
-        return tuple(capture.keys), ends, sizes, len(capture.sites), capture.model.training, bool(capture.auxiliary)
+        packed = self.declared
+        declared = packed and (packed.labels.shape, packed.examples > 1, packed.padded)
+        return tuple(capture.keys), ends, sizes, len(capture.sites), capture.model.training, bool(capture.auxiliary), declared
 
     def _again(self, capture: Capture, roots: list[GradientEdge], grads: list[Tensor | None], stored: Stored) -> Proof | None:
         """The proof of a known structure, if the graph has the same losses at its end."""
@@ -616,21 +671,22 @@ class Prover:
     def _find(self, capture: Capture, roots: list[GradientEdge], grads: list[Tensor | None]) -> Finding | None:
         best: Finding | None = None
         sizes = self._sizes(capture, roots, grads)
-        if sizes and sizes[0] <= 1 and len(sizes) == 1:
+        packed = self.declared
+        if sizes and sizes[0] <= 1 and len(sizes) == 1 and (packed is None or not packed.padded):
             alone = self._single(capture, roots, grads, sizes[0])
             return self._other_reading(capture, roots, grads, sizes[0], alone.named) or alone
-        for labels, N, size in self._divisions(capture, sizes):
+        for labels, N, end in self._divisions(capture, sizes):
             if not N:
                 continue
-            if labels is not None and self.declared is None and best is not None and not best.cut.bypass:
+            if labels is not None and packed is None and best is not None and not best.cut.bypass:
                 continue  # rows tell nothing more than what has been seen
-            finding = self._find_of(capture, roots, grads, N, size, labels)
-            rows_alone = labels is not None and self.declared is None
+            finding = self._find_of(capture, roots, grads, N, end, labels)
+            rows_alone = labels is not None and packed is None
             if rows_alone and best and best.good and finding and not self._of_losses(capture, roots, best, finding):
                 continue
             if finding is not None and (best is None or _rank(finding) > _rank(best)):
                 best = finding
-            if best is not None and best.perfect and best.orderly and best.examples > 1:
+            if best is not None and best.perfect and (packed is not None or (best.orderly and best.examples > 1)):
                 break
         one = "; if all of it is one example, num_examples=1 says so" if self.num_examples is None and 1 in _vectors(roots) else ""
         if best is None:
@@ -639,18 +695,22 @@ class Prover:
                 return None
             problem = f"the examples are coupled before the loss: no tensor on the way from it has a dimension of examples{one}"
             best = Finding(Cut([], []), sizes[0] if sizes else 0, None, [], [Named(None, problem, True) for _ in capture.sites])
-        if best.perfect and best.labels is None:
+        if best.perfect and best.labels is None and packed is None:
             best = self._other_reading(capture, roots, grads, best.examples, best.named) or best
-        if best.examples == 1 and sizes[:1] == [1]:
+        if best.examples == 1 and sizes[:1] == [1] and packed is None:
             return self._single(capture, roots, grads, 1)
+        if best.strange and not best.coupled:
+            best.coupled = STRANGE
         if best.coupled:
-            problem = f"the examples are coupled before the loss: {best.coupled}{one}"
+            own = best.coupled in (PADDING, STRANGE)
+            problem = best.coupled if own else f"the examples are coupled before the loss: {best.coupled}{one}"
             best.named = [Named(None, problem, True, reached=n.reached) for n in best.named]
         if best.perfect and capture.inputs and capture.inputs[-1].ndim > 1 and best.examples > 1:
             first, second = capture.inputs[-1].shape[:2]
             if first != second:
                 self.structures.examples_second = second == best.examples
-        best = self._ordered(capture, roots, grads, best)
+        if packed is None:
+            best = self._ordered(capture, roots, grads, best)
         if _unclear(best):
             N = best.examples
             problem = (
@@ -673,7 +733,7 @@ class Prover:
         for n in dict.fromkeys(_vectors(roots)):
             if n < 2 or n == N or 1 < N < n:
                 continue
-            found = self._find_of(capture, roots, grads, n, n, None)
+            found = self._find_of(capture, roots, grads, n, End(0, n, 0), None)
             if found is None or not found.perfect or any(shape_of(e) != (n,) for e in found.cut.edges):
                 continue
             part: Finding | None = found  # one of the vectors: they may be parts of a longer one
@@ -744,19 +804,20 @@ class Prover:
         again = self._name(capture, roots, grads, cut, N, order.argsort())
         return finding if again is None else again
 
-    def _divisions(self, capture: Capture, sizes: list[int]) -> Iterator[tuple[Tensor | None, int, int]]:
-        """Labels, N, and the size of the dimension that they label."""
+    def _divisions(self, capture: Capture, sizes: list[int]) -> Iterator[tuple[Tensor | None, int, End]]:
+        """Labels, N, and the dimensions that they label."""
         for N in sizes:
-            yield None, N, N
-        if self.declared is not None and sizes:
-            yield self.declared, sizes[0], len(self.declared)
-            yield self.declared[:-1], sizes[0], len(self.declared) - 1
+            if self.declared is None or N > 1:
+                yield None, N, End(0, N, 0)
+        if self.declared is not None:
+            for end in self.declared.ends():
+                yield self.declared.part(end.part), self.declared.examples, end
             return
         # Rows that were flattened, (N·T,): in order, which the uses that they reach confirm.
         for N, T in ((x.shape[0], x.shape[1]) for x in capture.inputs[-1:] if x.ndim > 1):
             for per in (T, T - 1):
                 if N in sizes and N > 1 and per > 1:
-                    yield torch.arange(N).repeat_interleave(per), N, N * per
+                    yield torch.arange(N).repeat_interleave(per), N, End(0, N * per, 0)
 
     def _single(self, capture: Capture, roots: list[GradientEdge], grads: list[Tensor | None], N: int) -> Finding:
         """One example, or none: all is its own."""
@@ -798,19 +859,21 @@ class Prover:
         roots: list[GradientEdge],
         grads: list[Tensor | None],
         N: int,
-        size: int,
+        end: End,
         labels: Tensor | None,
     ) -> Finding | None:
         best: Finding | None = None
-        for tier in range(3):
+        size = end.size
+        for tier in range(1 if end.positions else 3):
             skip: set[tuple[Node, int]] = set()
             for _ in range(ATTEMPTS):
-                cut = find_cut(roots, size, self._barrier, skip, tier, capture.auxiliary)
+                cut = find_cut(roots, size, self._barrier, skip, tier, capture.auxiliary, end.positions)
                 if not cut.edges:
                     break
                 finding = self._name(capture, roots, grads, cut, N, labels)
                 if finding is None:
                     break
+                finding.end = end
                 finding.first = tier == 0 and not skip
                 finding.consistent, finding.orderly = _consistent(capture, finding), _orderly(finding)
                 contested = _in_parts(finding) or any(
@@ -871,7 +934,7 @@ class Prover:
         )
         if found is None or found.coupled or not found.good:
             return None
-        found.first = finding.first
+        found.first, found.end = finding.first, finding.end
         found.consistent, found.orderly = _consistent(capture, found), _orderly(found)
         return found
 
@@ -913,9 +976,15 @@ class Prover:
             gradients = self._gradients(capture, roots, grads, cut)
             coupled, unproved = "", ""
             try:
-                coupled = attribution.couples(roots, grads, cut, N if labels is None else len(labels))
+                coupled = attribution.couples(roots, grads, cut, N, labels)
             except attribution.Unproved as reason:
                 unproved = f"what lies between the losses and the root cannot be differentiated twice ({reason})"
+            if (
+                labels is not None
+                and bool((labels < 0).any())
+                and any(bool((g.detach() * along(labels < 0, axis, g)).any()) for g, axis in zip(gradients, cut.axes, strict=True))
+            ):
+                coupled = PADDING
             finding = Finding(cut, N, labels, gradients, [], coupled, unproved=unproved)
             self._found[key] = self._name_uses(capture, finding), labels  # (kept, for its id)
         found, _ = self._found[key]
@@ -957,6 +1026,9 @@ class Prover:
         for site in _sites_before(cut.bypass)[0]:
             if site in places:
                 named[places[site]].bypassed = True
+        if self.declared is not None:
+            first = next((n.names for n in named if n.reached and n.names is not None), None)
+            finding.strange = first is not None and self.declared.disagrees(first)
         return finding
 
     def _name_segment(
@@ -988,7 +1060,7 @@ class Prover:
 
         def run(weights: Tensor | None) -> dict[Any, Signature]:
             capture.signatures = {}
-            of_row = None if weights is None else weights if labels is None else weights[labels.cpu()]
+            of_row = None if weights is None else weights if labels is None else weights[labels.cpu().clamp(min=0)]
             given = [g if of_row is None else g * along(of_row, axis, g) for g, axis in zip(gradients, axes, strict=True)]
             found = capture.extra_backward(edges, inputs, given, Phase.NAMING)
             signed: dict[Any, Signature] = capture.signatures
@@ -1132,6 +1204,12 @@ class Prover:
         named = finding.named
         refused = self._bypassed(capture, finding)
         regular = all(n.settled and (n.layout is None or n.layout.ids is None) for n in named if n.reached)
+        places: list[Place | None] | None = None
+        if self.declared is not None and self.verify != "never" and finding.examples > 1:
+            places = [None if n.names is None or n.layout is None else self.declared.place_of(n.names) for n in named]
+            regular = all(place is not None or n.layout is None for place, n in zip(places, named, strict=True) if n.reached)
+        elif regular and not self._shows_examples(capture, finding):
+            regular = all(n.layout is None or n.layout.outer == n.layout.inner == 1 for n in named if n.reached)
         terms = self._terms(capture, roots, grads, finding)
         hidden = attribution.reached_leaves([e.node for e in finding.cut.edges], gathered=False)
         hidden &= {id(t.parameter) for t in capture.parameters if t not in capture.whole} - refused.keys()
@@ -1152,7 +1230,30 @@ class Prover:
             [finding.checkpoints.get(node, 0) for node in _checkpoints(roots)],
             attribution.nested([e for term in terms or () if (e := follow_path(roots, term.path, term.names)) is not None]),
             unproved=finding.unproved,
+            places=places,
+            part=None if finding.labels is None or finding.end is None else finding.end.part,
         )
+
+    def _shows_examples(self, capture: Capture, finding: Finding) -> bool:
+        """Whether the step's shapes show how rows are divided among the examples. Where losses are added up by index, or picked one
+        by one, rows of the same number may be divided otherwise in the next batch, although these lie in regular order."""
+        N = finding.examples
+        if finding.labels is not None or N < 2 or any(N in lead[:2] for lead in self._leads(capture)):
+            return True
+        stack, seen = list(finding.cut.edges), set()
+        while stack:
+            edge = stack.pop()
+            if edge.node in seen or self._barrier(edge.node):
+                continue
+            seen.add(edge.node)
+            for _, before in _following(edge.node):
+                if getattr(before.node, "variable", None) is not None:
+                    continue
+                if N in shape_of(before):
+                    stack.append(before)
+                elif not edge.node.name().startswith(("View", "UnsafeView", "ReshapeAlias")):
+                    return False
+        return True
 
     def _bypassed(self, capture: Capture, finding: Finding) -> dict[int, str]:
         """Weights that a part of the loss reaches without passing through the examples' losses."""
@@ -1285,6 +1386,11 @@ class Prover:
             lead = site.lead
             if N <= 1:
                 named.append(self._of_one(capture, site, N))
+            elif self.declared is not None:
+                found = self.declared.layout_by_shape(torch.Size(lead))
+                shown = tuple(self.declared.labels.shape)
+                problem = "" if found else f"used by {site.label} on rows {tuple(lead)}, which are not the packed ones, {shown}"
+                named.append(Named(found, problem))
             elif lead and lead[0] % N == 0 and lead[0]:
                 layout = Layout(N, inner=lead[0] // N)
                 named.append(self._of_positions(capture, layout, torch.Size(lead), True) if self.positions else Named(layout))
@@ -1381,7 +1487,7 @@ def _enough(examples: int) -> int:
 def _rank(finding: Finding) -> tuple[bool | int, ...]:
     """Better findings are larger. Where nothing shows that what lies behind a cut keeps examples apart, another cut goes first."""
     sure = int(not any(finding.cut.axes)) if not finding.perfect else 3 if finding.consistent else 2
-    proved = not finding.coupled, not finding.unproved
+    proved = not finding.coupled, not finding.strange, not finding.unproved
     return *proved, sure, finding.good, not finding.doubtful, not finding.cut.bypass, -finding.reached, finding.orderly
 
 

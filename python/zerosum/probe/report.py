@@ -318,8 +318,21 @@ class Report(ByName[ParameterReport]):
     def finite(self) -> bool:
         return not self.not_finite
 
+    @property
+    def scope(self) -> str:
+        """Which parameters D_grad is over, in words."""
+        out = {name: "embedding" for name, p in self._parameters.items() if p.is_embedding}
+        out |= dict.fromkeys(self.coverage.not_covered, "not covered")
+        said = f"D_grad is over {len(self.coverage.sizes) - len(out)} of {len(self.coverage.sizes)} trainable parameters"
+        if not out:
+            return said
+        shown = [f"{name} ({why})" for name, why in [*out.items()][:6]]
+        return f"{said}, without {', '.join(shown)}" + (f" and {len(out) - 6} more" if len(out) > 6 else "")
+
     def __str__(self) -> str:
         lines = [f"{self.num_examples} examples; {self.coverage}", str(self.proof)]
+        if self._parameters:
+            lines.append(self.scope)
         if not self.finite:
             lines.append(f"NOT FINITE: {', '.join(self.not_finite)}")
         for name, metric in self.metrics.items():
