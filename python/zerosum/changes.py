@@ -4,10 +4,11 @@ Three updates are of interest: one optimizer step (:class:`Step`, Δt = 1), the 
 Δt = t), and any direction Δ, along which :func:`first_order_changes` gives Δ̃ℓ_i = Σ_j g_ij Δ_j of all tokens by forward-mode
 differentiation, without any token's gradient.
 
-Losses come from a function ``losses(model, x, y)``, (N, T) for tokens x and their successors y (N, T), such as
-:func:`zerosum.training.model.token_losses`. Tokens whose y is ``IGNORED``, which ``F.cross_entropy`` leaves out, are no examples.
-They are computed a few sequences at a time, in the model's precision and under the caller's autocast, with the model in eval mode:
-the dropouts of two evaluations would differ, and be taken for a change. Its modes and the random numbers are put back.
+Losses come from a function ``losses(model, x, y)``, (N, T) for tokens x and their successors y (N, T). Without one they are the
+cross entropies of the model's logits, which it may return as transformers' models do (:mod:`zerosum.training.model`). Tokens whose
+y is ``IGNORED``, which ``F.cross_entropy`` leaves out, are no examples. Losses are computed a few sequences at a time, in the
+model's precision and under the caller's autocast, with the model in eval mode: the dropouts of two evaluations would differ, and be
+taken for a change. Its modes and the random numbers are put back.
 """
 
 from __future__ import annotations

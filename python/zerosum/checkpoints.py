@@ -28,7 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from zerosum.training.loop import Settings
-from zerosum.training.model import GPT
+from zerosum.training.model import GPT, logits_of
 from zerosum.training.run import KEPT, Refused
 
 Losses = Callable[[nn.Module, Tensor, Tensor], Tensor]
@@ -51,19 +51,9 @@ _LISTED = 8
 
 
 def next_token_losses(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
-    """``cross_entropy(model(x), y, reduction="none")``: the loss of each predicted token, (N, T), from what the model returns:
-    logits (N, T, vocab), something with such ``.logits``, or a tuple that begins with them."""
-    logits = _logits(model, x)
+    """:func:`zerosum.training.model.token_losses`, in float32 whatever the logits are in."""
+    logits = logits_of(model(x), x)
     return F.cross_entropy(logits.flatten(0, 1).float(), y.flatten(), reduction="none").view(y.shape)
-
-
-def _logits(model: nn.Module, x: Tensor) -> Tensor:
-    output = model(x)
-    output = output[0] if type(output) is tuple else getattr(output, "logits", output)
-    if not isinstance(output, Tensor) or output.shape[:-1] != x.shape:
-        got = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
-        raise ValueError(f"model: expected logits of shape ({', '.join(map(str, x.shape))}, vocab), got {got}")
-    return output
 
 
 @dataclass(frozen=True)
@@ -146,7 +136,8 @@ class Checkpoint(ABC):
         if self.options.losses is not None:
             return None
         try:
-            return _logits(model, torch.zeros(1, 2, dtype=torch.long)).shape[-1]
+            x = torch.zeros(1, 2, dtype=torch.long)
+            return logits_of(model(x), x).shape[-1]
         except Exception as error:
             raise Refused(
                 f"{self.path}: the model cannot be measured: called with token ids of shape (1, 2) it says: {_line(error)}; "

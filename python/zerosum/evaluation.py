@@ -9,7 +9,7 @@ import hashlib
 import importlib.util
 import json
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ LARGEST_OF_BYTES = 512
 # Ids that are looked at to tell a file's kind.
 _LOOKED_AT = 4096
 _FIELDS = ("input_ids", "tokens", "text")
+_Tokenizer = tuple[Callable[[str], list[int]], "int | None"]
 
 
 @dataclass(frozen=True)
@@ -227,26 +228,66 @@ class _Encoder:
     """Text to token ids, as the bytes of an int64 array."""
 
     def __init__(self, folder: Path | None) -> None:
-        self._tokenizer = None if folder is None else _tokenizer(folder)
+        self._folder = folder
+        self._tokenizer: _Tokenizer | None = None
         self.to_bytes = False  # some text became its bytes
 
     def __call__(self, text: str, end: bool = False) -> bytes:
-        if self._tokenizer is None:
+        if self._folder is None:
             self.to_bytes = True
             return np.frombuffer((text + "\n" * end).encode(), dtype=np.uint8).astype(np.int64).tobytes()
-        ids = list(self._tokenizer.encode(text, add_special_tokens=False, verbose=False))
-        last = self._tokenizer.eos_token_id
-        return np.array(ids + [last] * (end and last is not None), dtype=np.int64).tobytes()
+        self._tokenizer = self._tokenizer or _tokenizer(self._folder)  # (files of ids need none)
+        encode, last = self._tokenizer
+        return np.array([*encode(text), *[last] * (end and last is not None)], dtype=np.int64).tobytes()
 
 
-def _tokenizer(folder: Path) -> Any:
-    if importlib.util.find_spec("transformers") is None:
-        raise Refused("--tokenizer: needs transformers: pip install 'zsl_kernels[checkpoints]'")
+def tokenizer_in(folder: Path) -> Path | None:
+    """The folder, if a tokenizer of transformers lies in it."""
+    return folder if any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json")) else None
+
+
+def _tokenizer(folder: Path) -> _Tokenizer:
+    """Text to ids, and the id that ends a text. What ``tokenizer.json`` defines is taken as it is: transformers makes another
+    tokenizer of it where the folder's ``config.json`` is that of a model with one of its own."""
     if not folder.is_dir():
         raise Refused(f"--tokenizer: expected a folder of transformers, got {folder}")
+    if (folder / "tokenizer.json").is_file() and importlib.util.find_spec("tokenizers") is not None:
+        import tokenizers
+
+        try:
+            made = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+        except Exception as error:  # there is no common kind
+            raise Refused(f"--tokenizer: cannot load {folder / 'tokenizer.json'}: {' '.join(str(error).split())}") from error
+        made.no_truncation()
+        made.no_padding()
+        return lambda text: made.encode(text, add_special_tokens=False).ids, _last_id(folder, made)
+    if importlib.util.find_spec("transformers") is None:
+        raise Refused("--tokenizer: needs transformers: pip install 'zsl_kernels[checkpoints]'")
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        auto: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # there is no common kind
         raise Refused(f"--tokenizer: transformers cannot load {folder}: {' '.join(str(error).split())}") from error
+    return lambda text: list(auto.encode(text, add_special_tokens=False, verbose=False)), auto.eos_token_id
+
+
+def _last_id(folder: Path, made: Any) -> int | None:
+    """The id of the token that ends a text, as the tokenizer's settings name it, or else the model's."""
+    for name in ("tokenizer_config.json", "special_tokens_map.json"):
+        token = _settings(folder / name).get("eos_token")
+        token = token.get("content") if isinstance(token, dict) else token
+        if isinstance(token, str) and (number := made.token_to_id(token)) is not None:
+            return int(number)
+    number = _settings(folder / "config.json").get("eos_token_id")
+    number = number[0] if isinstance(number, list) and number else number
+    return number if type(number) is int else None
+
+
+def _settings(path: Path) -> dict[str, Any]:
+    """A file's JSON object; empty where there is none."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    except ValueError as error:
+        raise Refused(f"{path}: damaged: {error}") from None
+    return content if isinstance(content, dict) else {}

@@ -12,6 +12,8 @@ The metrics of a checkpoint, over the evaluation set but for ``train.*``:
 ``train.*``           the same, on the batch that the step was computed from
 ``interval.*``        the same, from the checkpoint before to this one
 ====================  ==========================================================================================================
+
+Tokens whose target is -100 are no examples, as for :class:`zerosum.changes.Step` and :func:`zerosum.token_report`.
 """
 
 from __future__ import annotations
@@ -24,7 +26,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from zerosum.changes import change_metrics, evaluate, first_order_changes, first_order_metrics, prefixed
+from zerosum.changes import IGNORED, change_metrics, evaluate, first_order_changes, first_order_metrics, prefixed
 from zerosum.checkpoints import Checkpoint, Loaded, Series
 from zerosum.evaluation import Sample
 from zerosum.metrics import Metric
@@ -49,8 +51,9 @@ class Settings:
     """How checkpoints are measured.
 
     Attributes:
-        examples: what an example of the gradient metrics is. "sequence": ℓ_i is the mean loss of a sequence's tokens. "position":
-            what one backward pass tells of each position, a cheap proxy. "token": the loss of one predicted token, the paper's.
+        examples: what an example of the gradient metrics is. "sequence": ℓ_i is the mean loss of a sequence's tokens.
+            "position": what one backward pass tells of each position, a cheap proxy. "token": the loss of one predicted token, the
+            paper's.
         sample: how many tokens to sample for "token"; all of them, exactly, if None.
         update: what Δ is. "optimizer": the step that the checkpoint's own optimizer makes from a training batch. "gradient": minus
             the gradient of one. "next": the way to the next checkpoint. "none": there is none.
@@ -149,7 +152,8 @@ class Measurement:
         losses = _token_losses(loaded, self.evaluation)
         update = self._update(checkpoint, loaded)
         report = self._gradients(self._for_gradients(loaded), update, progress)
-        found = {"loss": Metric(losses.double().mean().item(), losses.numel())} | self._renamed(report.metrics)
+        counted = losses.double()[self.evaluation.y != IGNORED]
+        found = {"loss": Metric(counted.mean().item(), counted.numel())} | self._renamed(report.metrics)
         about: dict[str, Any] = {"covered": report.coverage.share, "not_covered": report.coverage.not_covered}
         if self.batch is not None and update is not None and self._is_step:
             changes, found_changes = self._step_changes(loaded, update, losses)
@@ -159,7 +163,7 @@ class Measurement:
             except NotImplementedError as error:
                 about["first_order"] = str(error)
         if (before := self._neighbour(checkpoint, -1)) is not None:
-            found |= prefixed("interval", change_metrics(self._losses_at(before), losses))
+            found |= prefixed("interval", change_metrics(self._losses_at(before), losses, self.evaluation.y))
         self._before = checkpoint, losses
         about["seconds"] = round(perf_counter() - start, 3)
         return record("checkpoint", checkpoint.step, found, **self.identity(checkpoint), **about)
@@ -214,8 +218,9 @@ class Measurement:
         probe = Probe(loaded.model, self.settings.examples, direction=update, gram=sequences)
         try:
             with probe:
-                losses = loaded.losses(loaded.model, x, y)
-                (losses.mean(1) if sequences else losses).sum().backward()
+                counted = y != IGNORED
+                losses = loaded.losses(loaded.model, x, y).masked_fill(~counted, 0)
+                (losses.sum(1) / counted.sum(1).clamp(min=1) if sequences else losses).sum().backward()
         finally:
             loaded.model.zero_grad()
         return probe.report()
@@ -235,17 +240,20 @@ class Measurement:
         assert self.batch is not None
         after = {name: x + update[name] for name, x in loaded.weights().items()}
         held_out = _token_losses(loaded, self.evaluation, after)
-        train = change_metrics(_token_losses(loaded, self.batch), _token_losses(loaded, self.batch, after))
-        return held_out - losses, prefixed("train", train) | prefixed("held_out", change_metrics(losses, held_out))
+        train = change_metrics(_token_losses(loaded, self.batch), _token_losses(loaded, self.batch, after), self.batch.y)
+        found = prefixed("held_out", change_metrics(losses, held_out, self.evaluation.y))
+        return held_out - losses, prefixed("train", train) | found
 
     def _first_order(self, loaded: Loaded, update: Update, changes: Tensor, report: GradientReport) -> Metrics:
         """How far the tokens' first-order changes are from their true ones."""
-        if self.settings.examples == "token" and report.dot is not None and report.dot.numel() == changes.numel():
-            first_order = report.dot.view_as(changes)
+        x, y = self.evaluation.x, self.evaluation.y
+        counted = y != IGNORED
+        if self.settings.examples == "token" and report.dot is not None and report.dot.numel() == int(counted.sum()):
+            first_order = torch.zeros_like(changes)
+            first_order[counted] = report.dot.to(changes)
         else:
-            x, y = self.evaluation.x, self.evaluation.y
             first_order = first_order_changes(loaded.model, x, y, update, losses=loaded.losses)
-        found = first_order_metrics(changes, first_order)
+        found = first_order_metrics(changes, first_order, y)
         chosen = {name: metric for name, metric in found.items() if name.rpartition(".")[2] in _AGREEMENT}
         return prefixed("held_out", chosen)
 

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from zerosum.changes import IGNORED
 from zerosum.checkpoints import Loaded
 from zerosum.evaluation import Sample
 from zerosum.training.run import Refused
@@ -68,9 +69,11 @@ def gradient_update(loaded: Loaded, batch: Sample, clip: float, learning_rate: f
 def _gradient(loaded: Loaded, batch: Sample) -> Iterator[None]:
     """The gradient of the mean token loss in ``.grad``, for a while."""
     loaded.model.zero_grad()
+    count = int((batch.y != IGNORED).sum())
     try:
         for x, y in zip(batch.x.split(MICRO_BATCH), batch.y.split(MICRO_BATCH), strict=True):
-            (loaded.losses(loaded.model, x, y).sum() / batch.y.numel()).backward()
+            losses = loaded.losses(loaded.model, x, y).masked_fill(y == IGNORED, 0)
+            (losses.sum() / count).backward()
         yield
     finally:
         loaded.model.zero_grad()

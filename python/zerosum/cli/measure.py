@@ -52,7 +52,8 @@ examples:
     zerosum measure runs/demo --data held-out.txt
   a folder of transformers' checkpoints, on token ids, from some training data:
     zerosum measure out/ --data val.bin --train-data train.bin --positions 256
-    zerosum measure out/checkpoint-500 --data val.txt --tokenizer out/checkpoint-500
+    zerosum measure out/checkpoint-500 --data val.txt    (by the tokenizer in that folder)
+    zerosum measure out/ --data val.txt --tokenizer base-model/
   state dicts, with the function `build` of model.py that returns the model:
     zerosum measure ckpt/ --model model:build --data val.npy --update next
   the paper's measure, one example for each token, from 2000 tokens:
@@ -83,7 +84,7 @@ def add(commands: Any) -> None:
     add("--seed", type=whole(0), default=0, metavar="N", help="fixes what is drawn (%(default)s)")
     add("--dtype", choices=("uint16", "uint32"), default="uint16", help="of the ids in a .bin file (%(default)s)")
     add("--field", metavar="NAME", help="of a .jsonl file (input_ids, tokens or text, whichever it has)")
-    add("--tokenizer", type=Path, metavar="DIR", help="transformers' tokenizer for text (none: a byte is a token)")
+    add("--tokenizer", type=Path, metavar="DIR", help="transformers' tokenizer for text (the checkpoint's, or bytes)")
     add("--evaluation-name", metavar="NAME", help="what to call DATA in the lines (its file's name)")
 
     add = parser.add_argument_group("what to measure").add_argument
@@ -130,7 +131,8 @@ def run(options: argparse.Namespace) -> int:
 
 def prepare(options: argparse.Namespace) -> tuple[Measurement, list[Checkpoint]]:
     """Finds the checkpoints, looks at the first one, and draws the data."""
-    from zerosum.checkpoints import Options, find
+    from zerosum.checkpoints import Options, TransformersCheckpoint, find
+    from zerosum.evaluation import tokenizer_in
     from zerosum.measurement import Measurement, Settings
     from zerosum.training.run import Refused
 
@@ -150,6 +152,8 @@ def prepare(options: argparse.Namespace) -> tuple[Measurement, list[Checkpoint]]
         update = "optimizer" if selected[0].has_optimizer else "gradient"
     how = (options.learning_rate, options.clip, options.seed, options.autocast)
     settings = Settings(options.examples, options.sample, update, *how)
+    if options.tokenizer is None and isinstance(selected[0], TransformersCheckpoint):
+        options.tokenizer = tokenizer_in(selected[0].path)
     evaluation, batch = draw(options, selected[0].load(), update in ("optimizer", "gradient"))
     return Measurement(series, settings, evaluation, batch, options.memory, chosen(options.device)), selected
 

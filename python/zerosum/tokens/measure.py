@@ -54,7 +54,8 @@ def token_report(
         model: computes each sequence by itself, by the same operations.
         x: (N, T) token ids.
         y: (N, T) targets.
-        losses: ``losses(model, x, y)`` gives the (N, T) losses.
+        losses: ``losses(model, x, y)`` gives the (N, T) losses. By default the cross entropies of the logits that ``model(x)``
+            returns: a tensor (N, T, vocab), a ``.logits`` or "logits" of the output, or the first entry of a tuple.
         direction: a tensor of the parameter's shape for each parameter name, such as an update Δ.
         sample: how many tokens to draw, at least 8; None for all tokens.
         memory: bytes that everything may take beyond the model, ``direction`` and the sums, which are four tensors of each

@@ -6,8 +6,9 @@ Every weight but the token embedding is a plain ``nn.Linear``, which is what a p
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -114,10 +115,43 @@ class GPT(nn.Module):
         return self.head(normalize(x))
 
 
-def token_losses(model: Callable[[Tensor], Tensor], x: Tensor, y: Tensor) -> Tensor:
-    """The loss of each predicted token, (N, T): ``y`` (N, T) is ``x`` one position later."""
-    logits = model(x)
+def token_losses(model: Callable[[Tensor], Any], x: Tensor, y: Tensor) -> Tensor:
+    """``F.cross_entropy(logits.mT, y, reduction="none")``: the loss of each predicted token, (N, T). ``y`` (N, T) is ``x`` one
+    position later, and ``logits`` (N, T, vocab) are those of :func:`logits_of` of ``model(x)``."""
+    output = model(x)
+    try:
+        logits = logits_of(output, x)
+    except ValueError as error:
+        hint = "losses=f says how losses are computed: f(model, x, y) gives one for each token, (N, T)"
+        raise ValueError(f"{error}; {hint}") from None
     return F.cross_entropy(logits.flatten(0, 1), y.flatten(), reduction="none").view(y.shape)
+
+
+def logits_of(output: Any, x: Tensor) -> Tensor:
+    """The logits (N, T, vocab) of a model's output for the tokens ``x`` (N, T): the output itself, its ``.logits`` as transformers'
+    models have them, a dictionary's "logits", or the first entry of a tuple.
+
+    Raises:
+        ValueError: there are none of that shape.
+    """
+    found = output
+    if isinstance(output, Mapping):  # transformers' outputs are mappings, too
+        found = output.get("logits")
+    elif isinstance(output, (tuple, list)):
+        found = output[0] if output else None
+    elif not isinstance(output, Tensor):
+        found = getattr(output, "logits", None)
+    if isinstance(found, Tensor) and found.ndim == x.ndim + 1 and found.shape[:-1] == x.shape:
+        return found
+    got = type(output).__name__
+    if isinstance(output, Mapping):
+        got += f" of {', '.join(map(str, output)) or 'nothing'}"
+    if isinstance(found, Tensor):
+        got = str(tuple(found.shape)) if found is output else f"{got} with {tuple(found.shape)}"
+    raise ValueError(
+        f"model: expected logits of shape ({', '.join(map(str, x.shape))}, vocab), got {got}; they may be the output, its .logits, "
+        "its 'logits', or the first entry of a tuple"
+    )
 
 
 def under_autocast(losses: Callable[[nn.Module, Tensor, Tensor], Tensor]) -> Callable[[nn.Module, Tensor, Tensor], Tensor]:
