@@ -215,6 +215,46 @@ def test_losses_that_couple_the_rows_of_a_document() -> None:
         check(model, losses, step, vanishing=("qkv.bias",))
 
 
+def picked_batch(lengths: tuple[int, ...]) -> tuple[Batch, Tensor, Callable[[Reader], Tensor]]:
+    """A batch some of whose rows have no target, its mask of those that have, and the documents' losses."""
+    batch = Batch(lengths, padding=2)
+    batch.targets[0, 1::4] = -100
+    mask = batch.targets != -100
+    for number, (_, y) in enumerate(batch.documents):
+        y.copy_(batch.targets[batch.ids == number])
+    active = sum(bool((y != -100).any()) for _, y in batch.documents)
+    return batch, mask, lambda model: batch.alone(model) * active / int(mask.sum())
+
+
+@pytest.mark.parametrize("lengths", [(4, 5, 3), (3, 3, 3), (1, 4, 1, 6, 2, 2, 2, 2)])
+@pytest.mark.parametrize("where", ["behind the head", "before the head"])
+def test_rows_that_are_picked(where: str, lengths: tuple[int, ...]) -> None:
+    model = reader()
+    batch, mask, losses = picked_batch(lengths)
+
+    def step() -> None:
+        if where == "behind the head":
+            F.cross_entropy(batch.logits(model, "ids")[mask], batch.targets[mask]).backward()
+            return
+        h = model.body(batch.tokens, batch.ids, batch.positions.clamp(min=0))
+        F.cross_entropy(model.head(zerosum.example_ids(h[mask], batch.ids[mask])), batch.targets[mask]).backward()
+
+    check(model, lambda: losses(model), step, vanishing=("qkv.bias",))
+
+
+def test_rows_that_are_picked_before_the_head_are_to_be_declared() -> None:
+    model = reader()
+    batch, mask, _ = picked_batch((4, 5, 3))
+
+    def step() -> None:
+        h = model.body(batch.declare("ids"), batch.ids, batch.positions.clamp(min=0))
+        F.cross_entropy(model.head(h[mask]), batch.targets[mask]).backward()
+
+    assert_refused(
+        model, step, r"has the rows \(1, 14\) that zerosum.example_ids tells of; where losses are of rows that were picked"
+    )
+
+
 # What stays from batch to batch ---------------------------------------------------------------------------------------------------
 
 

@@ -111,6 +111,56 @@ def test_one_proof_serves_a_run(checkpointed: bool) -> None:
     assert proved == [1, 0, 0, 0, 0]
 
 
+def test_a_cache_lets_documents_meet_which_is_said() -> None:
+    """The library keeps documents apart only where there is no cache; what lies before attention is refused."""
+    model, docs = perturbed(MODELS["llama"]), Documents((4, 5, 3))
+    model.config.use_cache = True
+    probe = zerosum.Probe(model)
+
+    def step() -> None:
+        with probe:
+            zerosum.example_ids(docs.batch["input_ids"], position_ids=docs.positions)
+            model(**docs.batch).loss.backward()
+
+    with pytest.warns(UserWarning, match=r"serve several examples .*documents meet there.*use_cache is False"):
+        step()
+    assert {"model.embed_tokens.weight", "model.layers.1.self_attn.v_proj.weight"} <= set(probe.report().coverage.not_covered)
+    assert {"model.layers.1.mlp.up_proj.weight", "lm_head.weight"} <= set(probe.report())
+
+
+def test_a_reentrant_checkpoint_is_refused_with_a_word() -> None:
+    model, docs = perturbed(MODELS["llama"]), Documents((4, 5, 3))
+    model.activation_checkpointing_enable({"use_reentrant": True})
+    truth = truth_of(model, lambda: docs.losses(model))
+    model.zero_grad()
+    probe = zerosum.Probe(model)
+
+    def step() -> None:
+        with probe:
+            zerosum.example_ids(docs.batch["input_ids"], position_ids=docs.positions)
+            model(**docs.batch).loss.backward()
+
+    with pytest.warns(UserWarning, match="a reentrant checkpoint's result has rows .* in no regular order: the weights inside"):
+        step()
+    report = probe.report()
+    assert set(report) == {"model.norm.weight", "lm_head.weight"}
+    assert_truth(report, truth, rtol=RTOL, gram=False, vanishing=VANISHING, refusable=True)
+
+
+def test_a_compiled_model_runs_uncompiled() -> None:
+    model, docs = perturbed(MODELS["llama"]), Documents((3, 2, 4, 1, 2, 2, 3, 3))
+    compiled = torch.compile(model, backend="eager")
+    truth = truth_of(model, lambda: docs.losses(model))
+    probe = zerosum.Probe(compiled)
+    for _ in range(4):
+        model.zero_grad()
+        with probe:
+            zerosum.example_ids(docs.batch["input_ids"], position_ids=docs.positions)
+            compiled(**docs.batch).loss.backward()
+        report = probe.report()
+        assert_truth(report, {f"_orig_mod.{k}": g for k, g in truth.items()}, rtol=RTOL, gram=False, vanishing=VANISHING)
+
+
 # The collator of transformers -----------------------------------------------------------------------------------------------------
 
 

@@ -143,26 +143,37 @@ def follow_path(roots: Sequence[GradientEdge], path: tuple[int, ...], names: tup
 
 
 class TailReader:
-    """Takes the gradients at the terms while a backward pass runs, and says what the factors were."""
+    """Takes the gradients at the terms while a backward pass runs, and says what the factors were.
+
+    Where the losses' targets are of rows that were ``picked``, it is read off the gradients at the ``cut``, the tensors that tell
+    the examples apart with their dimensions, which examples have losses.
+    """
 
     def __init__(self, terms: Sequence[tuple[Term, GradientEdge, LossCall | None]], examples: int, labels: Tensor | None) -> None:
         self._terms = terms
         self._examples = examples
         self._labels = labels
         self._found: dict[int, Tensor] = {}
+        count = examples if labels is None else len(labels)
+        self.picked = any(call is not None and call.classes and count and call.targets.numel() % count for _, _, call in terms)
+        self.cut: list[tuple[GradientEdge, int]] = []
+        self._at_cut: dict[int, Tensor] = {}
 
     def reading(self) -> AbstractContextManager[None]:
         """In which the backward pass runs."""
 
-        def keep(k: int, number: int, grads: tuple[Tensor | None, ...]) -> None:
+        def keep(found: dict[int, Tensor], k: int, number: int, grads: tuple[Tensor | None, ...]) -> None:
             if (g := grads[number]) is not None:
-                self._found[k] = g.detach()
+                found[k] = g.detach()
 
-        return hooked((edge.node, partial(keep, k, edge.output_nr)) for k, (_, edge, _) in enumerate(self._terms))
+        terms = ((self._found, k, edge) for k, (_, edge, _) in enumerate(self._terms))
+        cut = ((self._at_cut, k, edge) for k, (edge, _) in enumerate(self.cut))
+        return hooked((edge.node, partial(keep, found, k, edge.output_nr)) for found, k, edge in (*terms, *cut))
 
-    def take(self, gradients: Sequence[Tensor | None]) -> None:
+    def take(self, gradients: Sequence[Tensor | None], at_cut: Sequence[Tensor | None] = ()) -> None:
         """The gradients, where they are known otherwise."""
         self._found = {k: g for k, g in enumerate(gradients) if g is not None}
+        self._at_cut = {k: g for k, g in enumerate(at_cut) if g is not None}
 
     def factors(self, rows_per_example: int = 1) -> tuple[Tensor, Tensor] | None:
         """The number of examples with losses, and Σ c over all rows. On the device; nothing waits."""
@@ -173,19 +184,28 @@ class TailReader:
                 continue
             if call is None:
                 part = grad.double()
-                rows = (part != 0).movedim(term.axis, 0)
-                count = len(rows) if self._labels is None else len(self._labels)  # (of the first two dimensions, maybe)
-                mine = self._by_example(rows.reshape(count, -1).any(1))
+                mine = self._of_gradient(part, term.axis)
                 part = part.sum()
             else:
                 part, valid = call.rows(grad)
                 known = None if valid is None else self._rows_by_example(valid, term.axis)
+                known = self._with_gradients() if known is None else known
                 mine = torch.ones(self._examples, dtype=torch.bool, device=grad.device) if known is None else known
             total = part if total is None else total + part
             active = mine if active is None else active | mine
         if active is None or total is None:
             return None
         return active.sum().double() * rows_per_example, total
+
+    def _with_gradients(self) -> Tensor | None:
+        """Which examples have gradients at the cut."""
+        parts = [self._of_gradient(g, self.cut[k][1]) for k, g in self._at_cut.items()]
+        return torch.stack(parts).any(0) if parts else None
+
+    def _of_gradient(self, gradient: Tensor, axis: int) -> Tensor:
+        rows = (gradient != 0).movedim(axis, 0)
+        count = len(rows) if self._labels is None else len(self._labels)  # (of the first two dimensions, maybe)
+        return self._by_example(rows.reshape(count, -1).any(1))
 
     def _by_example(self, rows: Tensor) -> Tensor:
         if self._labels is None:

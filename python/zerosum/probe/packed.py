@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -48,7 +49,7 @@ class Packed:
     _parts: dict[int, Tensor] = field(default_factory=dict)
     _layouts: dict[tuple[Place, torch.Size], Layout] = field(default_factory=dict)
 
-    @property
+    @cached_property
     def padded(self) -> bool:
         """Whether there are rows of no example."""
         return bool((self.labels < 0).any())

@@ -617,9 +617,13 @@ class Prover:
                 if (edge := follow_path(roots, term.path, term.names)) is not None
             ]
             reader = TailReader(terms, stored.examples, stored.labels)
+            if reader.picked:
+                ends = [(follow_path(roots, path, names), axis) for path, names, axis in stored.cut]
+                reader.cut = [(edge, axis) for edge, axis in ends if edge is not None]
             proof.rows_per_example = self._positions_of(capture) if self.positions else 1
             if proof.apart or stored.nested:
-                reader.take(self._gradients(capture, roots, grads, Cut([edge for _, edge, _ in terms], [0] * len(terms)), raw=True))
+                both = ([edge for _, edge, _ in terms], [edge for edge, _ in reader.cut])
+                reader.take(*(self._gradients(capture, roots, grads, Cut(e, [0] * len(e)), raw=True) if e else [] for e in both))
                 proof.of.factors = reader.factors(proof.rows_per_example)
             else:
                 proof.reader = reader
@@ -694,6 +698,11 @@ class Prover:
             if not self._reaches(capture, roots, grads):
                 return None
             problem = f"the examples are coupled before the loss: no tensor on the way from it has a dimension of examples{one}"
+            if packed is not None:
+                problem = (
+                    f"no tensor on the way from the loss has the rows {tuple(packed.labels.shape)} that zerosum.example_ids tells "
+                    "of; where losses are of rows that were picked, give it those rows and their ids"
+                )
             best = Finding(Cut([], []), sizes[0] if sizes else 0, None, [], [Named(None, problem, True) for _ in capture.sites])
         if best.perfect and best.labels is None and packed is None:
             best = self._other_reading(capture, roots, grads, best.examples, best.named) or best
@@ -1027,7 +1036,9 @@ class Prover:
             if site in places:
                 named[places[site]].bypassed = True
         if self.declared is not None:
-            first = next((n.names for n in named if n.reached and n.names is not None), None)
+            # By the use that is nearest to the input, before anything sorts rows; not by rows that serve several examples.
+            apart = (n.names for n in named if n.reached and n.names is not None and not bool((n.names == MIXED).any()))
+            first = next(apart, None)
             finding.strange = first is not None and self.declared.disagrees(first)
         return finding
 
@@ -1159,9 +1170,14 @@ class Prover:
         if capture._over:
             return  # a graph that was differentiated before, in another way
         capture.warned = True
+        reason = next(n.problem for n in finding.named if n.mixed and n.reached)
+        if self.declared is not None and "rows serve several examples" in reason:
+            reason += (
+                " (documents meet there, as in attention without a mask that keeps them apart; transformers makes one of "
+                "position_ids only where attention_mask is None and use_cache is False)"
+            )
         names = list(dict.fromkeys(mixed))
         shown = ", ".join(names[:3]) + (", …" if len(names) > 3 else "")
-        reason = next(n.problem for n in finding.named if n.mixed and n.reached)
         if capture.strict:
             raise NotImplementedError(f"zerosum.Probe(strict=True): {names[0]} is not covered: {reason}")
         warnings.warn(
@@ -1420,6 +1436,7 @@ class Prover:
         if axis < 0:
             for site in sites:
                 site.problem = MIXED_CHECKPOINT
+            self._warn_once(capture, f"{MIXED_CHECKPOINT}: the weights inside of it are not covered")
             return Proof(of)
         for edge, grad in zip(roots, grads, strict=True):
             if grad is not None and shape_of(edge)[axis : axis + 1] == (N,):
