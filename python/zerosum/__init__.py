@@ -8,6 +8,7 @@ The mathematics is in :mod:`zerosum.metrics`, the kernels in :mod:`zsl_kernels`.
 from zerosum import changes, deceleration
 from zerosum.graphs import CapturedStep, capture
 from zerosum.probe import Coverage, ParameterReport, Probe, Report, auxiliary, example_ids, rule
+from zerosum.probe.stored import ReportSum, load_report, merge
 from zerosum.tokens import SampledReport, token_report
 
 __all__ = [
@@ -16,12 +17,15 @@ __all__ = [
     "ParameterReport",
     "Probe",
     "Report",
+    "ReportSum",
     "SampledReport",
     "auxiliary",
     "capture",
     "changes",
     "deceleration",
     "example_ids",
+    "load_report",
+    "merge",
     "rule",
     "token_report",
 ]

@@ -154,7 +154,7 @@ def gradient_metrics(
     l1: Tensor,
     sq_norm: Tensor,
     dot: Tensor | None = None,
-    gram: Tensor | None = None,
+    gram: Tensor | Sequence[Tensor] | None = None,
     *,
     size: int | None = None,
     non_embedding: tuple[CoordinateSums, int] | None = None,
@@ -162,8 +162,8 @@ def gradient_metrics(
     """Every gradient metric of a set of parameters, from its summed coordinates and the examples' (N,) scalars over the set.
 
     ``size`` is the number of the set's coordinates, and ``non_embedding`` the sums and the number of those outside of embeddings,
-    which the paper's D(∇ℓ) is the mean over. Without it D_grad is over the whole set. The Gram may lack inner products, NaN
-    between examples of different micro-batches: those pairs do not count.
+    which the paper's D(∇ℓ) is the mean over. Without it D_grad is over the whole set. The Gram may come as one for each
+    micro-batch, or lack inner products, NaN between examples of different micro-batches: those pairs do not count.
 
     ========================  ==============================================================================================
     ``D_grad``                D over examples for each coordinate, then the plain mean over touched non-embedding coordinates
@@ -211,7 +211,7 @@ def gradient_metrics(
         found["C_uG"] = Metric(ratio(abs(numbers.total), sums.p_sum), n, ratio(null_total, SIGN_FLIP * sums.p_root))
         found["C_ug"] = Metric(ratio(numbers.abs, sums.p_abs), n)
         found |= {key: metric for key, metric in numbers.metrics().items() if key != "mean"}
-    return found if gram is None else found | _cosine_metrics(gram)
+    return found if gram is None else found | _cosine_metrics([gram] if isinstance(gram, Tensor) else gram)
 
 
 def _coordinate_metrics(sums: CoordinateSums, size: int | None, n: int) -> dict[str, Metric]:
@@ -223,16 +223,20 @@ def _coordinate_metrics(sums: CoordinateSums, size: int | None, n: int) -> dict[
     return found if size is None else found | {"untouched": Metric(size - sums.touched, n)}
 
 
-def _cosine_metrics(gram: Tensor) -> dict[str, Metric]:
-    """Statistics of the pairs i < k whose inner product is known."""
-    n, gram = len(gram), gram.double()
+def _pairs(gram: Tensor) -> tuple[np.ndarray, np.ndarray]:
+    """The inner products and the cosines of the pairs i < k whose inner product is known."""
+    gram = gram.double()
     diagonal = gram.diagonal()
     norms = diagonal.clamp(min=0).sqrt()
     # By Cauchy and Schwarz an inner product that was computed is a number where both norms are.
     known = ~(gram.isnan() & ~(diagonal[:, None].isnan() | diagonal[None, :].isnan()))
     pairs = known.triu(1)
-    dots = gram[pairs].cpu().numpy()
-    cosines = (gram / (norms[:, None] * norms[None, :]))[pairs].cpu().numpy()
+    return gram[pairs].cpu().numpy(), (gram / (norms[:, None] * norms[None, :]))[pairs].cpu().numpy()
+
+
+def _cosine_metrics(grams: Sequence[Tensor]) -> dict[str, Metric]:
+    n = sum(map(len, grams))
+    dots, cosines = (np.concatenate(parts) for parts in zip(*map(_pairs, grams), strict=True))
     if not cosines.size:
         names = ("mean_cosine", "cosine_std", "cosine_q05", "cosine_median", "cosine_q95", "negative_pairs")
         return {name: Metric(math.nan, n) for name in names}

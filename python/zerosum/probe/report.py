@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
-import copy
 import math
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
 
-from zerosum.metrics import Metric, add_coordinates, gradient_metrics
+from zerosum.metrics import Metric, add_coordinates, block_diagonal, gradient_metrics
+from zerosum.probe.contributions import WEIGHT_SHAPED
 from zerosum.probe.parameters import UNSEEN, ParameterProbe
 from zerosum.probe.proof import Proof
 from zerosum.probe.results import Pass, Results, coordinate_sums
 from zsl_kernels import CoordinateSums
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 P = TypeVar("P")
 
@@ -80,9 +84,15 @@ class ParameterReport:
         return None if self._sums.abs_dot is None else self._scaled(self._sums.abs_dot, 1)
 
     @cached_property
+    def gram_blocks(self) -> list[Tensor] | None:
+        """The Gram of each micro-batch, one after another."""
+        grams = self._results.grams
+        return None if grams is None else [self._scaled(gram, 2) for gram in grams]
+
+    @property
     def gram(self) -> Tensor | None:
         """(N, N); NaN for two examples of different micro-batches."""
-        return None if self._sums.gram is None else self._scaled(self._sums.gram, 2)
+        return None if self.gram_blocks is None else block_diagonal(self.gram_blocks)
 
     @cached_property
     def coordinates(self) -> CoordinateSums:
@@ -94,7 +104,7 @@ class ParameterReport:
     @cached_property
     def metrics(self) -> dict[str, Metric]:
         """The parameter's own metrics; see :func:`zerosum.metrics.gradient_metrics`."""
-        return gradient_metrics(self.coordinates, self.l1, self.sq_norm, self.dot, self.gram, size=self._shape.numel())
+        return gradient_metrics(self.coordinates, self.l1, self.sq_norm, self.dot, self.gram_blocks, size=self._shape.numel())
 
     @property
     def is_embedding(self) -> bool:
@@ -103,6 +113,30 @@ class ParameterReport:
     @property
     def finite(self) -> bool:
         return bool(self.sq_norm.isfinite().all())
+
+    def state(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """What JSON can say of it, and tensors by their fields, in memory of their own. An embedding's sums are of touched rows."""
+        given: dict[str, Tensor | None] = {"abs_sum": self._sums.abs_sum, "sq_sum": self._sums.sq_sum}
+        if not self._results.written_to:
+            given["grad_sum"] = self._results.grad_sum
+        tensors = {name: self._scaled(x, WEIGHT_SHAPED[name]) for name, x in given.items() if x is not None}
+        tensors |= {name: x for name in ("l1", "sq_norm", "dot", "abs_dot") if (x := getattr(self, name)) is not None}
+        tensors |= {f"gram/{k}": block for k, block in enumerate(self.gram_blocks or [])}
+        if self._sums.rows is not None:
+            tensors["rows"] = self._sums.rows
+        about = {
+            "how": self.how,
+            "shape": list(self._shape),
+            "coordinates": list(self.coordinates),
+            "padded": self._sums.padded,
+            "grams": None if self.gram_blocks is None else len(self.gram_blocks),
+        }
+        return about, {name: x.detach().clone(memory_format=torch.contiguous_format) for name, x in tensors.items()}
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        from zerosum.probe.stored import parameter_of
+
+        return parameter_of, (self.name, *self.state())
 
     def _weight_shaped(self, x: Tensor, power: int) -> Tensor:
         """Of an embedding only the rows that some example touched are kept: the others are zero."""
@@ -114,6 +148,17 @@ class ParameterReport:
 
     def __repr__(self) -> str:
         return f"ParameterReport({self.name!r}, how={self.how!r}, D_grad={self.metrics['D_grad'].value:.4f})"
+
+
+def _floats(metrics: Mapping[str, Metric]) -> dict[str, float]:
+    """Values, nulls and debiased values by names of their own."""
+    found: dict[str, float] = {}
+    for name, metric in metrics.items():
+        found[name] = metric.value
+        for suffix, value in (("null", metric.null), ("debiased", metric.debiased)):
+            if value is not None:
+                found[f"{name}_{suffix}"] = value
+    return found
 
 
 def is_embedding(how: Iterable[str], shape: torch.Size) -> bool:
@@ -175,11 +220,11 @@ class ByName(Generic[P]):
 
     def __init__(self, parameters: dict[str, P], names: dict[str, str], coverage: Coverage) -> None:
         self._parameters = parameters
-        self._names = names
+        self.names = names
         self.coverage = coverage
 
     def __getitem__(self, name: str) -> P:
-        known = self._names.get(name, name)
+        known = self.names.get(name, name)
         if known in self._parameters:
             return self._parameters[known]
         reason = self.coverage.not_covered.get(known, "not a trainable parameter of the model")
@@ -192,7 +237,7 @@ class ByName(Generic[P]):
         return len(self._parameters)
 
     def __contains__(self, name: object) -> bool:
-        return self._names.get(str(name), name) in self._parameters
+        return self.names.get(str(name), name) in self._parameters
 
 
 class Report(ByName[ParameterReport]):
@@ -220,8 +265,7 @@ class Report(ByName[ParameterReport]):
         super().__init__(parameters, {name: t.name for t in tracked for name in t.names}, coverage)
         self._doubts = {t.name: t.doubts for t in tracked if t.results is not None and t.doubts}
         missing = [t.name for t in tracked if t.results is not None and t.direction is None]
-        self._has_direction = bool(self._parameters) and len(missing) < len(self._parameters)
-        if self._has_direction and missing:
+        if missing and len(missing) < len(self._parameters):
             raise ValueError(f"direction: expected one for every covered parameter, got none for {', '.join(missing)}")
 
     def reread(self, is_current: Callable[[], bool] | None = None, versions: Mapping[str, int] | None = None) -> Report:
@@ -233,12 +277,29 @@ class Report(ByName[ParameterReport]):
         """
         versions = self.versions() if versions is None else versions
         memo: dict[Any, Any] = {}
-        found = Report.__new__(Report)
         parameters = {name: p.reread(is_current, versions[name], memo) for name, p in self._parameters.items()}
-        ByName.__init__(found, parameters, self._names, self.coverage)
-        found.num_examples, found.proof, found._has_direction = self.num_examples, self.proof, self._has_direction
+        found = Report.of(parameters, self.names, self.coverage, self.num_examples, self.proof)
         found._doubts = self._doubts
         return found.settled()
+
+    @classmethod
+    def of(
+        cls,
+        parameters: dict[str, ParameterReport],
+        names: dict[str, str],
+        coverage: Coverage,
+        num_examples: int,
+        proof: Evidence,
+    ) -> Report:
+        """Of what is known already. ``parameters`` are those that are covered."""
+        found = cls.__new__(cls)
+        ByName.__init__(found, parameters, names, coverage)
+        found.num_examples, found.proof, found._doubts = num_examples, proof, {}
+        return found
+
+    def without_results(self) -> Report:
+        """Its names and coverage alone."""
+        return Report.of({}, self.names, self.coverage, self.num_examples, self.proof)
 
     def settled(self) -> Report:
         """Without the parameters of whose gradient a part was not seen, which on a device is not known before this is called."""
@@ -246,17 +307,16 @@ class Report(ByName[ParameterReport]):
             return self
         refuted = torch.stack([torch.stack(doubts).any() for doubts in self._doubts.values()]).tolist()
         unseen = {name for name, is_refuted in zip(self._doubts, refuted, strict=True) if is_refuted}
-        found = copy.copy(self)
-        found._doubts = {}
+        parameters, coverage = self._parameters, self.coverage
         if unseen:
-            found._parameters = {name: p for name, p in self._parameters.items() if name not in unseen}
-            known = {**self.coverage.not_covered, **dict.fromkeys(unseen, UNSEEN)}
-            found.coverage = Coverage(
-                covered={name: how for name, how in self.coverage.covered.items() if name not in unseen},
-                not_covered={name: known[name] for name in self.coverage.sizes if name in known},
-                sizes=self.coverage.sizes,
+            parameters = {name: p for name, p in parameters.items() if name not in unseen}
+            known = {**coverage.not_covered, **dict.fromkeys(unseen, UNSEEN)}
+            coverage = Coverage(
+                covered={name: how for name, how in coverage.covered.items() if name not in unseen},
+                not_covered={name: known[name] for name in coverage.sizes if name in known},
+                sizes=coverage.sizes,
             )
-        return found
+        return Report.of(parameters, self.names, coverage, self.num_examples, self.proof)
 
     def versions(self) -> dict[str, int]:
         """How often the memory of each parameter's gradient was written to."""
@@ -286,8 +346,17 @@ class Report(ByName[ParameterReport]):
         return self._total("abs_dot")
 
     @cached_property
+    def gram_blocks(self) -> list[Tensor] | None:
+        """The Gram of each micro-batch, one after another."""
+        found = [p.gram_blocks for p in self._parameters.values()]
+        if not found or found[0] is None:
+            return None
+        return [torch.stack([block.double() for block in blocks]).sum(0) for blocks in zip(*found, strict=True)]
+
+    @property
     def gram(self) -> Tensor | None:
-        return self._total("gram")
+        """(N, N); NaN for two examples of different micro-batches."""
+        return None if self.gram_blocks is None else block_diagonal(self.gram_blocks)
 
     @cached_property
     def metrics(self) -> dict[str, Metric]:
@@ -299,7 +368,7 @@ class Report(ByName[ParameterReport]):
             return {}
         sums, size = self._coordinates(list(self))
         non_embedding = self._coordinates([name for name, p in self._parameters.items() if not p.is_embedding])
-        return gradient_metrics(sums, self.l1, self.sq_norm, self.dot, self.gram, size=size, non_embedding=non_embedding)
+        return gradient_metrics(sums, self.l1, self.sq_norm, self.dot, self.gram_blocks, size=size, non_embedding=non_embedding)
 
     def _coordinates(self, names: list[str]) -> tuple[CoordinateSums, int]:
         """Of some parameters: their sums over coordinates, and the number of these."""
@@ -328,6 +397,90 @@ class Report(ByName[ParameterReport]):
             return said
         shown = [f"{name} ({why})" for name, why in [*out.items()][:6]]
         return f"{said}, without {', '.join(shown)}" + (f" and {len(out) - 6} more" if len(out) > 6 else "")
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes everything that it says into a file of safetensors, from which :func:`zerosum.load_report` makes it again.
+
+        The file is complete or absent. Σ g of a parameter whose ``.grad`` was written to (by clipping, say) is left out: save the
+        report before.
+
+        Raises:
+            ImportError: safetensors is not installed.
+        """
+        from zerosum.probe import stored
+
+        stored.save(self, path)
+
+    def all_reduce(self, group: ProcessGroup | None = None, *, direction: Mapping[str, Tensor] | None = None) -> Report:
+        """The report of all processes' examples, as one process would have made it of the whole batch. Every rank calls it.
+
+        Σ g, Σ |g| and Σ g² are added over the ranks, scalars come one rank's after another's, and metrics have the N of all.
+        The Gram keeps a block for each rank: inner products of examples on different ranks are not computed, NaN in ``gram``.
+        It sends 12 bytes for each float32 coordinate by ``all_reduce``, and the scalars.
+
+        Args:
+            group: the processes; None for all.
+            direction: the probe's, where it has one: the metrics along it need it again.
+
+        Raises:
+            RuntimeError: no process group is initialized, or a rank's gradient was overwritten before.
+            ValueError: the ranks have reports of different models.
+        """
+        from zerosum.probe import stored
+
+        return stored.all_reduce(self, group, direction)
+
+    def to_dict(self, parameters: bool = False) -> dict[str, float]:
+        """Every metric as a float by its name, as loggers take them: ``D_grad``, ``D_grad_null`` (under random signs),
+        ``grad_norm_debiased`` …, with ``num_examples`` and ``coverage``, the share of the coordinates that is covered.
+
+        Args:
+            parameters: whether to add each parameter's own, as ``name/D_grad``.
+        """
+        found = {"num_examples": float(self.num_examples), "coverage": self.coverage.share, **_floats(self.metrics)}
+        if parameters:
+            for name, p in self._parameters.items():
+                found |= {f"{name}/{key}": value for key, value in _floats(p.metrics).items()}
+        return found
+
+    def table(self) -> list[dict[str, Any]]:
+        """A row for each covered parameter: its name, rule, shape and size, and its metrics. ``pandas.DataFrame`` takes it."""
+        return [
+            {"name": name, "how": p.how, "shape": tuple(p._shape), "size": p._shape.numel(), **_floats(p.metrics)}
+            for name, p in self._parameters.items()
+        ]
+
+    def by_module(self, depth: int = 1) -> dict[str, Report]:
+        """Reports of the parameters of each module, by the first ``depth`` parts of the module's name, in the model's order.
+
+        Parameters of the model itself are under "".
+        """
+        if not isinstance(depth, int) or isinstance(depth, bool) or depth < 1:
+            raise ValueError(f"depth: expected a positive integer, got {depth!r}")
+        members: dict[str, list[str]] = {}
+        for name in self.coverage.sizes:
+            members.setdefault(".".join(name.split(".")[:-1][:depth]), []).append(name)
+        return {prefix: self._of(set(names)) for prefix, names in members.items()}
+
+    def _of(self, some: set[str]) -> Report:
+        c = self.coverage
+        covered, not_covered, sizes = ({k: v for k, v in x.items() if k in some} for x in (c.covered, c.not_covered, c.sizes))
+        parameters = {name: p for name, p in self._parameters.items() if name in some}
+        names = {alias: name for alias, name in self.names.items() if name in some}
+        coverage = Coverage(covered, not_covered, sizes)  # type: ignore[arg-type]
+        return Report.of(parameters, names, coverage, self.num_examples, self.proof)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        from zerosum.probe.stored import report_of, state_of
+
+        return report_of, state_of(self)
+
+    def __repr__(self) -> str:
+        """For a terminal; ``print`` says more."""
+        c = self.coverage
+        head = f"Report of {self.num_examples} examples, {len(c.covered)} of {len(c.sizes)} parameters covered ({c.share:.1%})"
+        shown = [f"  {name:>16} {metric.value:12.5g}" for name, metric in self.metrics.items()][:20]
+        return "\n".join([head, *shown])
 
     def __str__(self) -> str:
         lines = [f"{self.num_examples} examples; {self.coverage}", str(self.proof)]

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 import zsl_kernels as zk
-from zerosum.metrics import block_diagonal
 from zerosum.probe.contributions import SCALARS, WEIGHT_SHAPED, Sums, densified
 from zsl_kernels import CoordinateSums
 from zsl_kernels.types import sum_dtype
@@ -89,6 +88,34 @@ class Results:
         self.hold(sums.grad_sum)
         self.coordinates: tuple[_Table, int] | None = None
         self._is_current: Callable[[], bool] | None = None
+        self._grams: list[Tensor] | None = None  # of several passes
+        self._absent = False  # whether grad_sum was lost before the results came here
+
+    @classmethod
+    def held(
+        cls,
+        sums: Sums,
+        grams: list[Tensor] | None,
+        shape: torch.Size,
+        coordinates: CoordinateSums | None = None,
+        absent: bool = False,
+    ) -> Results:
+        """Of no step: the sums and scalars of the losses themselves, in memory that nobody else writes to. ``absent``: Σ g is not
+        among them, as it had been overwritten."""
+        mine = cls.__new__(cls)
+        mine.sums, mine.passes, mine._scalars, mine._scale, mine.common = sums, [], {}, 1.0, ONE
+        mine._shape, mine._dtype, mine._is_current, mine._grams = shape, sums.abs_sum.dtype, None, grams
+        mine.hold(sums.grad_sum)
+        mine._absent = absent
+        mine.coordinates = None
+        if coordinates is not None:
+            mine.coordinates = _Table(torch.tensor([coordinates], dtype=torch.float64)), 0
+        return mine
+
+    @property
+    def grams(self) -> list[Tensor] | None:
+        """The Gram of each pass."""
+        return self._grams if self._grams is not None else None if self.sums.gram is None else [self.sums.gram]
 
     @property
     def scale(self) -> float:
@@ -104,7 +131,7 @@ class Results:
 
     @property
     def written_to(self) -> bool:
-        return self.version != self._version
+        return self._absent or self.version != self._version
 
     def reread(self, is_current: Callable[[], bool] | None, version: int, memo: dict[Any, Any]) -> Results:
         """Of what the tensors hold now, until they hold something else. ``memo`` has what results of one block share."""
@@ -166,8 +193,13 @@ class Results:
                 elif getattr(self.sums, name) is not None:
                     blocks[name].append(torch.zeros((E, E) if name == "gram" else (E,), dtype=dtype, device=device))
         for name, parts in blocks.items():
-            if parts and all(part is not None for part in parts):
-                setattr(self.sums, name, block_diagonal(parts) if name == "gram" else torch.cat(parts))  # type: ignore[arg-type]
+            known = [part for part in parts if part is not None]
+            if not parts or len(known) < len(parts):
+                continue
+            if name == "gram":  # not joined: it would be as large as all pairs of examples, of which most are not known
+                self.sums.gram, self._grams = None, known
+            else:
+                setattr(self.sums, name, torch.cat(known))
         self._scalars.clear()
 
 

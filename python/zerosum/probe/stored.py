@@ -1,0 +1,386 @@
+"""Reports as data: in files and pickles, several as one, and those of all processes as one."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from zerosum.probe.contributions import Sums
+from zerosum.probe.report import Coverage, Evidence, ParameterReport, Report
+from zerosum.probe.results import Results, add_up
+from zsl_kernels import CoordinateSums
+
+FORMAT = 1  # of files; one more whenever what is in them changes
+_HEADER = "zerosum_report"
+_WEIGHT_SHAPED = ("grad_sum", "abs_sum", "sq_sum")
+_SCALARS = ("l1", "sq_norm", "dot", "abs_dot")
+State = tuple[dict[str, Any], dict[str, Tensor]]
+
+
+# One report as plain values and tensors ------------------------------------------------------------------------------------------
+
+
+def state_of(report: Report) -> State:
+    """What JSON can say of a report, and its tensors by ``parameter/field``, in memory of their own."""
+    report = report.settled()
+    tensors: dict[str, Tensor] = {}
+    parameters: dict[str, Any] = {}
+    for name in report:
+        about, mine = report[name].state()
+        parameters[name] = about
+        tensors |= {f"{name}/{field}": x for field, x in mine.items()}
+    proof, coverage = report.proof, report.coverage
+    about = {
+        "format": FORMAT,
+        "num_examples": report.num_examples,
+        "proof": [proof.passes, proof.proved, proof.extra, list(proof.trusted)],
+        "covered": coverage.covered,
+        "not_covered": coverage.not_covered,
+        "sizes": coverage.sizes,
+        "names": report.names,
+        "parameters": parameters,
+    }
+    return about, tensors
+
+
+def report_of(about: dict[str, Any], tensors: Mapping[str, Tensor]) -> Report:
+    """The report whose :func:`state_of` they are."""
+    passes, proved, extra, trusted = about["proof"]
+    return Report.of(
+        {name: parameter_of(name, mine, tensors, f"{name}/") for name, mine in about["parameters"].items()},
+        about["names"],
+        Coverage(about["covered"], about["not_covered"], about["sizes"]),
+        about["num_examples"],
+        Evidence(passes, proved, extra, tuple(trusted)),
+    )
+
+
+def parameter_of(name: str, about: dict[str, Any], tensors: Mapping[str, Tensor], prefix: str = "") -> ParameterReport:
+    get: dict[str, Any] = {field: tensors.get(prefix + field) for field in (*_WEIGHT_SHAPED, *_SCALARS, "rows")}
+    absent = get["grad_sum"] is None
+    if absent:
+        get["grad_sum"] = get["abs_sum"].new_empty(0)
+    sums = Sums(**{field: get[field] for field in (*_WEIGHT_SHAPED, *_SCALARS)}, gram=None, rows=get["rows"])
+    sums.padded = about["padded"]
+    grams = None if about["grams"] is None else [tensors[f"{prefix}gram/{k}"] for k in range(about["grams"])]
+    shape = torch.Size(about["shape"])
+    results = Results.held(sums, grams, shape, CoordinateSums(*about["coordinates"]), absent=absent)
+    return ParameterReport(name, about["how"], results, shape)
+
+
+# Files ---------------------------------------------------------------------------------------------------------------------------
+
+
+def save(report: Report, path: str | os.PathLike[str]) -> None:
+    """See :meth:`Report.save`."""
+    _need_safetensors("path")
+    from safetensors.torch import save_file
+
+    path = Path(path)
+    about, tensors = state_of(report)
+    new = path.with_name(f"{path.name}.{os.getpid()}.new")
+    try:
+        save_file({name: x.cpu() for name, x in tensors.items()}, new, {_HEADER: json.dumps(about)})
+        os.replace(new, path)
+    finally:
+        new.unlink(missing_ok=True)
+
+
+def load_report(path: str | os.PathLike[str], device: torch.device | str = "cpu") -> Report:
+    """The report that :meth:`Report.save` wrote, to the bit.
+
+    Args:
+        path: the file.
+        device: where its tensors are to be.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the file is broken, is not a report, or is of a newer version of this library.
+        ImportError: safetensors is not installed.
+    """
+    _need_safetensors("path")
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt", device=str(device)) as file:
+            header = (file.metadata() or {}).get(_HEADER)
+            if header is None:
+                raise ValueError(f"path: expected a report that Report.save wrote, got another safetensors file, {path}")
+            about = json.loads(header)
+            if about.get("format") != FORMAT:
+                raise ValueError(
+                    f"path: expected a report of format {FORMAT}, got {about.get('format')!r} in {path}; a newer zerosum wrote it"
+                )
+            return report_of(about, {name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
+    except (SafetensorError, KeyError, TypeError, json.JSONDecodeError) as error:
+        raise ValueError(f"path: {path} is broken, or is no report: {error}") from error
+
+
+def _need_safetensors(argument: str) -> None:
+    if importlib.util.find_spec("safetensors") is None:
+        raise ImportError(f"{argument}: files of reports need safetensors: pip install 'zsl_kernels[checkpoints]'")
+
+
+# Several reports as one ----------------------------------------------------------------------------------------------------------
+
+
+class ReportSum:
+    """Adds up reports as they come, in the memory of one, whatever their number::
+
+        total = zerosum.ReportSum()
+        for tokens, targets in batches:
+            with probe:
+                per_example_loss(model(tokens), targets).sum().backward()
+            total.add(probe.report())
+            model.zero_grad()
+        print(total.report())
+
+    Σ g, Σ |g| and Σ g² add, and the examples' scalars come one after another, so N is that of all reports. Grams are left out:
+    theirs would grow.
+
+    Args:
+        direction: that of the reports, where they have one: the metrics along it need it again.
+    """
+
+    _keep_grams = False
+
+    def __init__(self, direction: Mapping[str, Tensor] | None = None) -> None:
+        self._direction = direction
+        self._first: Report | None = None
+        self._sums: dict[str, dict[str, Tensor]] = {}  # by the parameter's name
+        self._scalars: dict[str, dict[str, list[Tensor]]] = {}
+        self._grams: dict[str, list[Tensor]] = {}
+        self._how: dict[str, dict[str, None]] = {}
+        self._not_covered: dict[str, str] = {}
+        self._proofs: list[Evidence] = []
+        self.num_examples = 0
+
+    def add(self, report: Report) -> None:
+        """Adds a report, whose tensors may be written to afterwards.
+
+        Raises:
+            ValueError: it is of another model, or has a direction where the others have none, or a Gram.
+            RuntimeError: a gradient was overwritten before (by clipping, say).
+        """
+        if not isinstance(report, Report):
+            raise TypeError(f"report: expected a zerosum.Report, got {type(report).__name__}")
+        report = report.settled()
+        fields = [field for field in _SCALARS if getattr(report, field) is not None]
+        if self._first is None:
+            self._check_direction(report)
+            self._fields = fields
+        else:
+            self._check_like(report, fields)
+        # Read before anything is added: an error leaves the sum as it was.
+        grad_sums = {name: report[name].grad_sum for name in report if name not in self._not_covered}
+        new = self._first is None
+        self._first = self._first or report.without_results()
+        for name in report.coverage.sizes:
+            if name in self._not_covered:
+                continue
+            if name not in report:
+                self._not_covered[name] = f"not covered in every report: {report.coverage.not_covered[name]}"
+                for held in (self._sums, self._scalars, self._grams):
+                    held.pop(name, None)
+                continue
+            p = report[name]
+            parts = {"grad_sum": grad_sums[name], "abs_sum": p.abs_sum, "sq_sum": p.sq_sum}
+            if new:
+                self._sums[name] = {field: x.clone(memory_format=torch.contiguous_format) for field, x in parts.items()}
+                self._scalars[name], self._grams[name], self._how[name] = {field: [] for field in fields}, [], {}
+            else:
+                for field, x in parts.items():
+                    self._sums[name][field].add_(x)
+            for field in fields:
+                self._scalars[name][field].append(getattr(p, field).clone())
+            if self._keep_grams:
+                self._grams[name] += [block.clone() for block in p.gram_blocks or []]
+            self._how[name] |= dict.fromkeys(p.how.split(" + "))
+        self._proofs.append(report.proof)
+        self.num_examples += report.num_examples
+
+    def report(self) -> Report:
+        """The sum so far, in memory of its own.
+
+        Raises:
+            RuntimeError: nothing was added yet.
+        """
+        if self._first is None:
+            raise RuntimeError("no report: nothing was added yet")
+        found: dict[str, Results] = {}
+        for name, sums in self._sums.items():
+            scalars: dict[str, Any] = dict.fromkeys(_SCALARS)
+            scalars |= {field: torch.cat(parts) for field, parts in self._scalars[name].items()}
+            mine = Sums(**{field: x.clone() for field, x in sums.items()}, **scalars, gram=None)
+            found[name] = Results.held(mine, self._grams[name] or None, mine.abs_sum.shape)
+        return _report(found, self._first, self._how, self._not_covered, self._proofs, self.num_examples, self._direction)
+
+    def _check_direction(self, report: Report) -> None:
+        if report.dot is not None and self._direction is None:
+            raise ValueError("direction: expected the one that the reports have, whose metrics need it again; got none")
+
+    def _check_like(self, report: Report, fields: list[str]) -> None:
+        assert self._first is not None
+        known, sizes = self._first.coverage.sizes, report.coverage.sizes
+        if known != sizes:
+            other = next(name for name in {**known, **sizes} if known.get(name) != sizes.get(name))
+            raise ValueError(
+                f"report: expected one of the same parameters, got {sizes.get(other, 'no')} coordinates of {other!r}, "
+                f"where the others have {known.get(other, 'none')}"
+            )
+        if fields != self._fields:
+            raise ValueError(f"report: expected one with {', '.join(self._fields)} as the others, got {', '.join(fields)}")
+
+
+class _Merged(ReportSum):
+    _keep_grams = True
+
+
+def merge(reports: Iterable[Report], direction: Mapping[str, Tensor] | None = None) -> Report:
+    """One report of several of the same model: of micro-batches, files or processes.
+
+    Σ g, Σ |g| and Σ g² add, and the examples' scalars come one after another. Grams are kept as blocks: inner products of examples
+    of different reports are not known. Metrics, with N and their nulls, are those of all examples. Merging is associative, to
+    rounding. A parameter that one of the reports does not cover is not covered.
+
+    Args:
+        reports: one at least.
+        direction: that of the reports, where they have one: the metrics along it need it again.
+
+    Raises:
+        TypeError, ValueError: an argument is not of these, or the reports are of different models; the message says which.
+        RuntimeError: a gradient was overwritten (by clipping, say) before.
+    """
+    total, had_grams = _Merged(direction), set()
+    for report in reports:
+        total.add(report)
+        had_grams.add(report.gram_blocks is not None)
+        if len(had_grams) > 1:
+            raise ValueError("reports: expected all with a Gram, or none")
+    if not total.num_examples and not had_grams:
+        raise ValueError("reports: expected one at least, got none")
+    return total.report()
+
+
+def _report(
+    found: dict[str, Results],
+    like: Report,
+    how: Mapping[str, Iterable[str]],
+    not_covered: dict[str, str],
+    proofs: Iterable[Evidence],
+    num_examples: int,
+    direction: Mapping[str, Tensor] | None,
+) -> Report:
+    """Of results of all parameters that are covered. ``like``: one of the reports that they are of."""
+
+    def along(name: str) -> Tensor | None:
+        if direction is None or found[name].sums.dot is None:
+            return None
+        names = [known for known, first in like.names.items() if first == name]
+        mine = next((direction[known] for known in names if known in direction), None)
+        if mine is None:
+            raise ValueError(f"direction: expected one for every covered parameter, got none for {name}")
+        return mine
+
+    add_up((results, along(name)) for name, results in found.items())
+    joined = {name: " + ".join(how[name]) for name in found}
+    parameters = {name: ParameterReport(name, joined[name], r, r.sums.abs_sum.shape) for name, r in found.items()}
+    coverage = Coverage(joined, not_covered, like.coverage.sizes)
+    proofs = list(proofs)
+    proof = Evidence(
+        sum(p.passes for p in proofs),
+        sum(p.proved for p in proofs),
+        sum(p.extra for p in proofs),
+        tuple(dict.fromkeys(what for p in proofs for what in p.trusted)),
+    )
+    return Report.of(parameters, like.names, coverage, num_examples, proof)
+
+
+# All processes -------------------------------------------------------------------------------------------------------------------
+
+
+def all_reduce(report: Report, group: dist.ProcessGroup | None, direction: Mapping[str, Tensor] | None) -> Report:
+    """See :meth:`Report.all_reduce`."""
+    if not (dist.is_available() and dist.is_initialized()):
+        raise RuntimeError("all_reduce: expected an initialized process group, got none: call torch.distributed.init_process_group")
+    report = report.settled()
+    mine, error = _about(report, direction)
+    everyone: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(everyone, mine, group=group)
+    if error is not None:
+        raise error  # the others find it in `everyone`, so that none waits
+    for rank, about in enumerate(everyone):
+        if "error" in about:
+            raise RuntimeError(f"all_reduce: rank {rank} of the group has no report to add: {about['error']}")
+        if about["sizes"] != mine["sizes"] or about["fields"] != mine["fields"]:
+            raise ValueError(f"report: expected the same parameters and fields on every rank, got others on rank {rank}")
+    names = [name for name in report if all(name in about["covered"] for about in everyone)]
+    not_covered = dict(report.coverage.not_covered)
+    for rank, about in enumerate(everyone):
+        for name, why in about["not_covered"].items():
+            not_covered.setdefault(name, f"not covered on rank {rank}: {why}")
+    counts = [about["num_examples"] for about in everyone]
+    blocks = [about["blocks"] for about in everyone]
+    found: dict[str, Results] = {}
+    waiting = []
+    for name in names:
+        p = report[name]
+        sums = torch.stack((p.grad_sum, p.abs_sum, p.sq_sum))
+        waiting.append(dist.all_reduce(sums, group=group, async_op=True))
+        scalars = _gathered(torch.stack([getattr(p, field) for field in mine["fields"]]), counts, group)
+        scalars_of: dict[str, Any] = {**dict.fromkeys(_SCALARS), **dict(zip(mine["fields"], scalars, strict=True))}
+        grams = None
+        if p.gram_blocks is not None:
+            flat = torch.cat([block.reshape(-1) for block in p.gram_blocks])[None]
+            (joined,) = _gathered(flat, [sum(n * n for n in sizes) for sizes in blocks], group)
+            sides = [n for sizes in blocks for n in sizes]
+            grams = [x.view(n, n) for x, n in zip(joined.split([n * n for n in sides]), sides, strict=True)]
+        grad_sum, abs_sum, sq_sum = sums.unbind()
+        all_of = Sums(grad_sum, abs_sum, sq_sum, **scalars_of, gram=None)
+        found[name] = Results.held(all_of, grams, abs_sum.shape)
+    for work in waiting:
+        work.wait()
+    for results in found.values():
+        results.hold(results.sums.grad_sum)  # written to until now
+    how = {name: list(dict.fromkeys(use for about in everyone for use in about["covered"][name].split(" + "))) for name in names}
+    proofs = [Evidence(*about["proof"]) for about in everyone]
+    return _report(found, report, how, not_covered, proofs, sum(counts), direction)
+
+
+def _about(report: Report, direction: Mapping[str, Tensor] | None) -> tuple[dict[str, Any], Exception | None]:
+    """What every rank has to know of a report, and why it cannot be added."""
+    try:
+        if report.dot is not None and direction is None:
+            raise ValueError("direction: expected the probe's, whose metrics need it again; got none")
+        for name in report:
+            report[name].grad_sum  # noqa: B018 (raises where it was overwritten)
+    except (RuntimeError, ValueError) as error:
+        return {"error": str(error)}, error
+    proof, first = report.proof, next(iter(report), None)
+    grams = None if first is None else report[first].gram_blocks
+    return {
+        "num_examples": report.num_examples,
+        "covered": report.coverage.covered,
+        "not_covered": report.coverage.not_covered,
+        "sizes": report.coverage.sizes,
+        "fields": [field for field in _SCALARS if first is not None and getattr(report[first], field) is not None],
+        "blocks": [len(block) for block in grams or []],
+        "proof": (proof.passes, proof.proved, proof.extra, proof.trusted),
+    }, None
+
+
+def _gathered(x: Tensor, counts: list[int], group: dist.ProcessGroup | None) -> Tensor:
+    """(F, N_r) of each rank r, as (F, Σ N_r) in the order of the ranks."""
+    padded = x.new_zeros(x.shape[0], max(counts))
+    padded[:, : x.shape[1]] = x
+    everyone = [torch.empty_like(padded) for _ in counts]
+    dist.all_gather(everyone, padded, group=group)
+    return torch.cat([part[:, :count] for part, count in zip(everyone, counts, strict=True)], 1)
