@@ -172,7 +172,10 @@ def gradient_metrics(
     ``grad_norm``             ‖Σ_i g_i‖₂ / N, the norm of the mean gradient; debiased
     ``example_norm``          √(mean_i ‖g_i‖²)
     ``example_l1``            mean_i ‖g_i‖₁
-    ``noise_scale``           tr Σ / |G|², the simple noise scale of McCandlish et al. (2018), both parts unbiased; in examples
+    ``noise_trace``           tr Σ = Σ_i ‖g_i − Ḡ‖² / (N − 1), Ḡ the mean gradient: the trace of the examples' covariance; unbiased
+    ``grad_norm_sq``          |G|², estimated by mean_{i≠k} ⟨g_i, g_k⟩, so that it may be negative; unbiased
+    ``noise_scale``           tr Σ / |G|², the simple noise scale of McCandlish et al. (2018), in examples. A ratio of unbiased
+                              numbers is biased: over a run, average the two above, and then divide
     ``mean_dot_ratio``        mean_{i≠k} ⟨g_i, g_k⟩ / mean_i ‖g_i‖², both parts unbiased
     ``C_g``                   Σ_j |Σ_i p_ij| / Σ_j Σ_i |p_ij|, with p_ij = g_ij u_j along the direction u
     ``C_uG``                  |Σ_j Σ_i p_ij| / Σ_j |Σ_i p_ij|
@@ -201,6 +204,8 @@ def gradient_metrics(
         "grad_norm": Metric(root(mean_grad_sq), n, root(mean_sq / n) if n else None, debiased=root(pair_dot) if n > 1 else None),
         "example_norm": Metric(root(mean_sq), n),
         "example_l1": Metric(l1.double().mean().item() if n else math.nan, n),
+        "noise_trace": Metric(mean_sq - pair_dot, n, mean_sq),
+        "grad_norm_sq": Metric(pair_dot, n, 0.0),
         "noise_scale": Metric(ratio(mean_sq - pair_dot, pair_dot), n),
         "mean_dot_ratio": Metric(ratio(pair_dot, mean_sq), n, 0.0),
     }

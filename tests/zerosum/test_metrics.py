@@ -55,7 +55,9 @@ def test_each_metric_is_its_definition() -> None:
         "cosine_median": cosine.quantile(0.5),
         "cosine_q95": cosine.quantile(0.95),
         "negative_pairs": (cosine < 0).double().mean(),
-        # tr Σ with Bessel's correction over |G|² less its own noise
+        "noise_trace": g.var(0).sum(),  # with Bessel's correction
+        "grad_norm_sq": pair_dot,
+        # tr Σ over |G|² less its own noise
         "noise_scale": g.var(0).sum() / (g.mean(0).square().sum() - g.var(0).sum() / n),
     }
     assert found.keys() == expected.keys()
@@ -100,7 +102,7 @@ APPROXIMATE = {
     "cosine_q05": 0.06,
     "cosine_q95": 0.06,
 }
-EXACT = ("mean_dot_ratio", "mean_cosine", "cosine_median", "negative_pairs", "cosine_std")
+EXACT = ("noise_trace", "grad_norm_sq", "mean_dot_ratio", "mean_cosine", "cosine_median", "negative_pairs", "cosine_std")
 
 
 @pytest.mark.parametrize("n", [16, 40])

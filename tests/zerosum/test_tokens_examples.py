@@ -75,6 +75,8 @@ def test_metrics_are_those_of_the_gradients_that_are_left() -> None:
         "example_norm": g.square().sum(1).mean().sqrt(),
         "example_l1": g.abs().sum(1).mean(),
         "grad_norm": mean.norm(),
+        "noise_trace": variance,
+        "grad_norm_sq": mean.square().sum() - variance / N,
         "noise_scale": variance / (mean.square().sum() - variance / N),
     }
     for name, value in expected.items():

@@ -23,7 +23,8 @@ from zerosum.training.model import GPT, GPTConfig
 
 VOCAB, N, T = 29, 2, 48
 DRAWS, REPEATS = 128, 120
-ESTIMATED = ("D_grad", "C_g", "C_ug", "example_l1", "example_norm", "noise_scale", "mean_dot_ratio")
+SQUARES = ("example_norm", "noise_trace", "grad_norm_sq", "noise_scale", "mean_dot_ratio")  # of what is drawn, Σ ‖g_i‖² alone
+ESTIMATED = ("D_grad", "C_g", "C_ug", "example_l1", *SQUARES)
 
 
 @dataclass(frozen=True)

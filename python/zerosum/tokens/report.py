@@ -123,6 +123,8 @@ class SampledReport(ByName[ParameterEstimate]):
             "grad_norm": Metric(math.sqrt(grad_sq) / N, N, root(mean_sq / N), debiased=root(pair_dot)),
             "example_norm": Metric(math.sqrt(mean_sq), N, error=ratio(sq_error / N, 2 * math.sqrt(mean_sq))),
             "example_l1": Metric(l1 / N, N, error=l1_error / N),
+            "noise_trace": Metric(mean_sq - pair_dot, N, mean_sq, sq_error * (1 / N + pair_slope)),
+            "grad_norm_sq": Metric(pair_dot, N, 0.0, sq_error * pair_slope),
             "noise_scale": Metric(ratio(mean_sq - pair_dot, pair_dot), N, error=sq_error * abs(noise_slope)),
             "mean_dot_ratio": Metric(ratio(pair_dot, mean_sq), N, 0.0, sq_error * abs(ratio_slope)),
         }
