@@ -154,7 +154,7 @@ def test_measure_counts_the_tokens_that_have_a_target(examples: str) -> None:
             return next_token_losses(model, x, y if replaced == IGNORED else y.masked_fill(y == IGNORED, replaced))
 
         sample = Sample("data", x, y, "digest")
-        settings = Settings(examples=examples, update="gradient", learning_rate=0.1)
+        settings = Settings(examples=examples, update="gradient", learning_rate=0.1, clip=1e9)
         measurement = Measurement(Series("run", Path(), [checkpoint]), settings, sample, sample)
         loaded = checkpoint.load()
         checkpoint.load = lambda optimizer=False, losses=losses, loaded=loaded: Loaded(loaded.model, losses, 11, 8, None)
@@ -165,9 +165,21 @@ def test_measure_counts_the_tokens_that_have_a_target(examples: str) -> None:
     assert found[0]["D_grad"]["n"] == (counted if examples == "token" else 2)
     for name, metric in found[0].items():
         assert metric["value"] == pytest.approx(found[1][name]["value"], rel=1e-4, abs=1e-7, nan_ok=True), name
+    # And against a gradient for each example, and a step that is made.
     model = checkpoint.load().model
-    step = token_losses(model, x, y)[y != IGNORED].mean().item()
-    assert found[0]["loss"]["value"] == pytest.approx(step, rel=1e-6)
+    losses, counts = token_losses(model, x, y), (y != IGNORED).sum(1)
+    parts = losses.sum(1) / counts if examples == "sequence" else losses[y != IGNORED]
+    gradients = per_example_gradients(parts, model, trainable(model))
+    norm = sum(g.square().sum() / len(g) for g in gradients.values()).sqrt().item()
+    assert found[0]["example_norm"]["value"] == pytest.approx(norm, rel=1e-5)
+    before = losses[y != IGNORED].mean()
+    before.backward()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.sub_(p.grad, alpha=0.1)
+        after = token_losses(model, x, y)[y != IGNORED].mean()
+    assert found[0]["loss"]["value"] == pytest.approx(before.item(), rel=1e-6)
+    assert found[0]["train.mean"]["value"] == pytest.approx((after - before).item(), rel=1e-4)
 
 
 # Text for a checkpoint that has its tokenizer.

@@ -158,8 +158,9 @@ def test_documents_in_several_rows(how: str, loss: str, rows: tuple[tuple[int, .
 
 
 @pytest.mark.parametrize("rows", [((4, 5, 3),), ((3, 3, 3),), ((2, 3), (5,)), ((3,), (3,))])
+@pytest.mark.parametrize("where", ["behind the head", "before the head"])
 @pytest.mark.parametrize("first", [0, 1])
-def test_losses_of_one_position_fewer(first: int, rows: tuple[tuple[int, ...], ...]) -> None:
+def test_losses_of_one_position_fewer(first: int, where: str, rows: tuple[tuple[int, ...], ...]) -> None:
     """Rows without the last position, as for next tokens, or without the first."""
     model, batch = reader(), Batch(*rows)
     kept = slice(first, None if first else -1)
@@ -171,7 +172,10 @@ def test_losses_of_one_position_fewer(first: int, rows: tuple[tuple[int, ...], .
         y.copy_(batch.targets[batch.ids == number])
 
     def step() -> None:
-        logits = batch.logits(model, "ids")[:, kept]
+        if where == "behind the head":
+            logits = batch.logits(model, "ids")[:, kept]
+        else:
+            logits = model.head(model.body(batch.declare("ids"), batch.ids, batch.positions.clamp(min=0))[:, kept])
         F.cross_entropy(logits.flatten(0, 1), batch.targets[:, kept].flatten()).backward()
 
     def losses() -> Tensor:
@@ -258,13 +262,14 @@ def test_rows_that_are_picked_before_the_head_are_to_be_declared() -> None:
 # What stays from batch to batch ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("equal_first", [False, True])
-def test_batches_of_one_shape_have_documents_of_any_lengths(equal_first: bool) -> None:
+@pytest.mark.parametrize("first", ["equal lengths", "other lengths", "one document"])
+def test_batches_of_one_shape_have_documents_of_any_lengths(first: str) -> None:
     """One proof serves them all, with 8 documents or more: equal lengths, which look regular, one document, and padding."""
     model = reader()
-    even, uneven = (2,) * 8, (1, 3, 2, 1, 4, 1, 2, 2)
-    batches = [Batch(even), Batch(uneven)] if equal_first else [Batch(uneven), Batch(even)]
-    batches += [Batch((4, 3, 9), seed=2), Batch((16,), seed=3), Batch((1,) * 16, seed=4), Batch((6, 6), padding=4, seed=5)]
+    even, uneven, one = (2,) * 8, (1, 3, 2, 1, 4, 1, 2, 2), (16,)
+    order = {"equal lengths": (even, uneven, one), "other lengths": (uneven, even, one), "one document": (one, uneven, even)}
+    batches = [Batch(lengths, seed=k) for k, lengths in enumerate((*order[first], (4, 3, 9), (1,) * 16))]
+    batches.append(Batch((6, 6), padding=4, seed=5))
     probe, proved = zerosum.Probe(model, gram=True), []
     for batch in batches:
         truth = truth_of(model, lambda batch=batch: batch.weighing_one(model))
@@ -278,8 +283,7 @@ def test_batches_of_one_shape_have_documents_of_any_lengths(equal_first: bool) -
         proved.append(report.proof.proved)
         model.zero_grad()
     # The first is proved; one document needs no proof; padding is another structure.
-    assert proved[:5] == [1, 0, 0, 0, 0]
-    assert proved[5] == 1
+    assert proved == ([0, 1, 0, 0, 0, 1] if first == "one document" else [1, 0, 0, 0, 0, 1])
 
 
 def test_few_documents_are_proved_again_until_their_order_is_no_chance() -> None:
@@ -376,6 +380,31 @@ def test_without_a_proof_shapes_say_whose_rows_are_whose(lengths: tuple[int, ...
         verify="never",
         vanishing=("qkv.bias",),
     )
+
+
+def test_where_documents_start() -> None:
+    """At position 0, where positions do not increase, behind padding, and with each row, whatever its position is."""
+    positions = torch.tensor([[5, 6, -1, 3, 4, 0, 0, 1, 1], [0, 1, 2, 1, 2, 7, -1, -1, -1]])
+    model = reader()
+    with (probe := zerosum.Probe(model)):
+        zerosum.example_ids(torch.zeros_like(positions), position_ids=positions)
+        labels = probe._capture.prover.declared.labels
+    assert labels.tolist() == [[0, 0, -1, 1, 1, 2, 3, 3, 4], [5, 5, 5, 6, 6, 6, -1, -1, -1]]
+
+
+def test_padding_counts_for_no_document() -> None:
+    """The first document has no loss. Padding has targets, whose losses are multiplied by 0."""
+    model, batch = reader(), Batch((2, 4, 3), padding=2)
+    batch.targets[0, :2] = -100
+    batch.documents[0][1].fill_(-100)
+    mask = batch.targets[0] != -100
+    batch.targets[0, -2:] = 0
+
+    def step() -> None:
+        rows = F.cross_entropy(batch.logits(model, "ids")[0], batch.targets[0], reduction="none")
+        ((rows * mask).sum() / mask.sum()).backward()
+
+    check(model, lambda: batch.alone(model) * 2 / int(mask.sum()), step, vanishing=("qkv.bias",))
 
 
 # What is refused ------------------------------------------------------------------------------------------------------------------
