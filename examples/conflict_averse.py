@@ -7,7 +7,7 @@ from torch import Tensor
 import zerosum
 from zerosum.training.model import GPT, GPTConfig, token_losses
 
-N, T, VOCAB = 8, 16, 32
+N, T, VOCAB = 8, 16, 2
 
 
 def weightings() -> dict:
@@ -48,9 +48,9 @@ def main() -> None:
         length = torch.nn.utils.get_total_norm(update)
         with torch.no_grad():
             for p, value, u in zip(model.parameters(), start, update, strict=True):
-                p.copy_(value - 0.1 * u / length)  # steps of one length
+                p.copy_(value - 0.02 * u / length)  # steps of one length
             change = losses() - before
-        print(f"{name:>17}: mean change of the loss {change.mean():+.4f}, of the worst example {change.max():+.4f}")
+        print(f"{name:>17}: mean change of the loss {change.mean():+.5f}, of the worst example {change.max():+.5f}")
 
 
 if __name__ == "__main__":

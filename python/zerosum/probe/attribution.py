@@ -12,6 +12,7 @@ derivative shows (:func:`couples`).
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -425,6 +426,8 @@ def couples(
     examples may have made. (Weights, and functions of them alone, none has made.)
     """
     past = {n for n in cut.bypass if getattr(n, "variable", None) is None and not hasattr(n, "source")}
+    if op := _of_gradients(roots, cut.edges):
+        return f"{op} of their gradients is a part of the loss; zerosum.auxiliary(the part) sets it apart"
     with torch.enable_grad(), stopping(cut.edges), repeatable(cut.edges):
         first = derivative(roots, grads, cut.edges)
         ordered = [g for g in first if g is not None and g.requires_grad]
@@ -453,6 +456,20 @@ def couples(
         bound = bound + 64 * torch.finfo(x.dtype).eps * rows.abs().max()
         if not bool(((other - w * rows).abs() <= bound).all()):
             return "the loss is not a sum over them"
+    return ""
+
+
+# How torch names the derivative of an op of zsl_kernels. None of them can be differentiated twice.
+OP = re.compile("GeneratedBackwardFor_zsl_(.*)_defaultBackward")
+
+
+def _of_gradients(roots: Sequence[GradientEdge], edges: Sequence[GradientEdge]) -> str:
+    """The op of examples' gradients, such as ``zk.interference``, by which a penalty is computed of some tensors; or nothing. What
+    it is taken of may be any examples, and its second derivative, which would tell, does not exist."""
+    ends = {e.node for e in edges}
+    for node in nodes_between([e.node for e in roots], ends):
+        if (op := OP.fullmatch(node.name())) and not ends.isdisjoint(nodes_between([node], set())):
+            return f"zk.{op[1]}"
     return ""
 
 
