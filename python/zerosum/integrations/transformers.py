@@ -22,9 +22,9 @@ class ZeroSumCallback(TrainerCallback):
     1 + 2 · every, … are measured; the others run as without the callback. Weights after training are those without it, but for the
     rounding of the gradient's sums. Evaluation is not measured.
 
-    ``Trainer.log`` gets the metrics of :func:`zerosum.metrics.gradient_metrics` as floats, named ``zerosum/D_grad`` and so on, at the
-    step that was measured: they reach ``state.log_history``, TensorBoard, W&B and every other callback. ``…_null`` is what random
-    signs would give, ``zerosum/examples`` is N, and ``zerosum/coverage`` the share of trainable coordinates that was measured.
+    ``Trainer.log`` gets the metrics of :func:`zerosum.metrics.gradient_metrics` as floats, named ``zerosum/D_grad`` and so on, at
+    the step that was measured: they reach ``state.log_history``, TensorBoard, W&B and every other callback. ``…_null`` is what
+    random signs would give, ``zerosum/examples`` is N, ``zerosum/coverage`` the share of trainable coordinates that was measured.
 
     Args:
         every: how many optimizer steps there are for one that is measured.
