@@ -372,31 +372,45 @@ def test_a_resumed_run_goes_on_with_its_file(tmp_path: Path) -> None:
     assert again.measured[3]["D_grad"] == pytest.approx(first.measured[3]["D_grad"], rel=1e-4)  # float32 weights from a file
 
 
-@pytest.mark.parametrize("build", [llama, lora])
-def test_sft(build: Callable[[], nn.Module], tmp_path: Path) -> None:
-    """TRL's loss is of float32 logits: 1e-6 is asked for, as of every model that computes so."""
+def sft(model: nn.Module, folder: Path, callback: Any, **arguments: Any) -> Training:
     trl, datasets = pytest.importorskip("trl"), pytest.importorskip("datasets")
     tokenizers = pytest.importorskip("tokenizers")
     words = {f"<{k}>": k for k in range(VOCAB - 2)} | {"<end>": VOCAB - 2, "<pad>": VOCAB - 1}
     core = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="<0>"))
     tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<end>", pad_token="<pad>")
     data = datasets.Dataset.from_list([{"input_ids": row["input_ids"][k % 4 :].tolist()} for k, row in enumerate(dataset())])
-    training = Training(
-        in_float64(build()),
-        tmp_path,
-        ZeroSumCallback(EVERY),
+    return Training(
+        model,
+        folder,
+        callback,
         classes=(trl.SFTTrainer, trl.SFTConfig),
         data=data,
-        arguments={"bf16": False},
+        arguments={"bf16": False, **arguments},
         trainer_arguments={"processing_class": tokenizer},
     ).run()
+
+
+def test_sft_with_lora(tmp_path: Path) -> None:
+    """TRL's loss is of float32 logits: 1e-6 is asked for, as of every model that computes so."""
+    training = sft(in_float64(lora()), tmp_path, ZeroSumCallback(EVERY))
     assert list(training.measured) == [1, 3]
     for step, found in training.measured.items():
         truth = expected(training.truth(step), is_embedding)
         for name in ("examples", "coverage", "example_norm", "example_l1", "grad_norm"):
             assert found[name] == pytest.approx(truth[name], rel=1e-6), (step, name)
     # SFTTrainer's averages go with its own entries.
-    assert [step for step, logs in training.seen.logged if "mean_token_accuracy" in logs] == [2]
+    theirs = [step for step, logs in training.seen.logged if "mean_token_accuracy" in logs and "zerosum/D_grad" not in logs]
+    assert theirs == [2, 3]
+
+
+def test_sft_of_the_whole_model(tmp_path: Path) -> None:
+    """Its head is inside of an operation of TRL's. The Trainer's own norm is of the same gradient, to a float32 sum's rounding."""
+    training = sft(llama(), tmp_path, ZeroSumCallback(EVERY), logging_steps=1)
+    size = sum(p.numel() for p in training.model.parameters())
+    norms = {step: logs["grad_norm"] for step, logs in training.seen.logged if "grad_norm" in logs}
+    for step, found in training.measured.items():
+        assert found["coverage"] == 1
+        assert found["grad_norm"] == pytest.approx(norms[step], rel=size**0.5 * torch.finfo(torch.float32).eps)
 
 
 @pytest.mark.parametrize(
