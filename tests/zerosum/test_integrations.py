@@ -27,6 +27,9 @@ IGNORED = -100
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning"),
     pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*deprecated:FutureWarning"),
+    pytest.mark.filterwarnings("ignore:.*LeafSpec:FutureWarning"),
+    pytest.mark.filterwarnings("ignore:.*does not have many workers"),
+    pytest.mark.filterwarnings("ignore:.*smaller than the logging interval"),
 ]
 
 
@@ -433,3 +436,105 @@ def test_several_devices_are_refused(tmp_path: Path) -> None:
     training.trainer.args._n_gpu = 2
     with pytest.raises(NotImplementedError, match="one process on one device, got 2 GPUs in DataParallel"):
         training.run()
+
+
+# Lightning -----------------------------------------------------------------------------------------------------------------------
+
+
+def lightning_run(
+    folder: Path, callback: Any, model: nn.Module, *, fail: bool = False, **settings: Any
+) -> tuple[list[tuple[int, dict[str, float]]], list[dict[str, Tensor]], list[dict[str, Tensor]]]:
+    """Trains the model; returns what a logger got, the micro-batches, and the weights before each of them."""
+    lightning = pytest.importorskip("lightning.pytorch")
+    from lightning.pytorch.loggers.logger import DummyLogger
+
+    logged: list[tuple[int, dict[str, float]]] = []
+    batches: list[dict[str, Tensor]] = []
+    weights: list[dict[str, Tensor]] = []
+
+    class Logger(DummyLogger):
+        def log_metrics(self, metrics: dict[str, float], step: int) -> None:
+            logged.append((step, metrics))
+
+    class Module(lightning.LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = model
+
+        def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+            batches.append(batch)
+            weights.append({name: p.detach().clone() for name, p in model.named_parameters()})
+            loss = model(**batch).loss
+            if fail and len(batches) == 2:
+                assert open_captures()
+                loss = Failing.apply(loss)
+            return loss
+
+        def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+            assert not open_captures()
+            model(**batch)
+
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            return torch.optim.SGD(model.parameters(), lr=0.5)
+
+    loaders = [torch.utils.data.DataLoader(dataset(seed), batch_size=ROWS) for seed in (1, 2)]  # type: ignore[var-annotated, arg-type]
+    trainer = lightning.Trainer(
+        accelerator="cpu",
+        max_steps=3,
+        accumulate_grad_batches=ACCUMULATED,
+        gradient_clip_val=0.05,
+        callbacks=[] if callback is None else [callback],
+        logger=Logger(),
+        default_root_dir=folder,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        val_check_interval=2,
+        **settings,
+    )
+    trainer.fit(Module(), *loaders)
+    return logged, batches, weights
+
+
+def test_lightning_logs_what_one_backward_pass_for_each_example_gives(tmp_path: Path) -> None:
+    from zerosum.integrations.lightning import ZeroSumCallback as LightningCallback
+
+    model = in_float64(gpt2())
+    path = tmp_path / "run.jsonl"
+    logged, batches, weights = lightning_run(tmp_path, LightningCallback(EVERY, gram=True, out=path), model)
+    measured = {step: numbers for step, numbers in logged if "zerosum/D_grad" in numbers}
+    after = {name: p.detach().clone() for name, p in model.named_parameters()}
+    assert list(measured) == [1, 3]
+    for step, found in measured.items():
+        truth = []
+        first = (step - 1) * ACCUMULATED
+        for batch, at in zip(batches[first : first + ACCUMULATED], weights[first : first + ACCUMULATED], strict=True):
+            with torch.no_grad():
+                for name, p in model.named_parameters():
+                    p.copy_(at[name])
+            # Lightning divides a micro-batch's mean over tokens by the number of micro-batches.
+            count = int((batch["labels"][:, 1:] != IGNORED).sum()) / ROWS
+            logits = model(input_ids=batch["input_ids"]).logits[:, :-1]
+            losses = F.cross_entropy(logits.mT, batch["labels"][:, 1:], reduction="none").sum(1) / count
+            truth.append(per_example_gradients(losses, model, trainable(model)))
+        for name, value in expected(truth, is_embedding).items():
+            assert found[f"zerosum/{name}"] == pytest.approx(value, rel=1e-9), (step, name)
+    plain = in_float64(gpt2())
+    lightning_run(tmp_path, None, plain)
+    for name, p in plain.named_parameters():
+        assert (p - after[name]).norm() <= 1e-9 * (p - weights[0][name]).norm(), name
+    assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [1, 1, 3, 3]
+
+
+def test_lightning_step_that_fails_leaves_no_probe_open(tmp_path: Path) -> None:
+    from zerosum.integrations.lightning import ZeroSumCallback as LightningCallback
+
+    model = gpt2()
+    before = snapshot(model)["modes"]
+    callback = LightningCallback(1)
+    with pytest.raises(RuntimeError, match="fails on the way back"):
+        lightning_run(tmp_path, callback, model, fail=True)
+    assert not open_captures()
+    assert snapshot(model)["modes"] == before
+    logged, *_ = lightning_run(tmp_path, callback, model)
+    assert [step for step, numbers in logged if "zerosum/D_grad" in numbers] == [1, 2, 3]
