@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 NATIVE := $(shell find csrc -type f)
 # Three sizes in about 3 minutes on 2 cores.
 DEMO_ARGS ?= --sizes 3 --layers 3
-PACKAGES := zsl_kernels python tests benchmarks setup.py
+PACKAGES := zsl_kernels python tests benchmarks examples setup.py
 
 .PHONY: all test test-all fuzz demo bench gpu-report lint format clean
 all: $(VENV)/.built

@@ -17,8 +17,8 @@ from zerosum.bench.workload import CONFIG, N, T, Workload
 STEP = (
     "clipping each example's gradient",
     f"GPT of width {CONFIG.width}, {CONFIG.layers} layers, vocabulary {CONFIG.vocab}, N={N}, T={T}, fp32: forward and backward, as "
-    "a ratio to the plain step. Two backward passes: of the losses and of their weighted sum, without norms. Factors: norms and the "
-    "weighted sum by zk.sq_norm and zk.weighted_grad of all linear layers, without the embedding, in its favor.",
+    "a ratio to the plain step. Two backward passes: of the losses, and of their weighted sum, without norms. Factors: norms and "
+    "the weighted sum by zk.sq_norm and zk.weighted_grad of all linear layers, without the embedding, in its favor.",
 )
 
 

@@ -6,7 +6,7 @@ import torch
 import zerosum
 from zerosum.training.model import GPT, GPTConfig, token_losses
 
-N, T, VOCAB, STEPS, DECAY = 16, 16, 32, 120, 0.95
+N, T, VOCAB, STEPS, DECAY = 16, 16, 32, 100, 0.95
 
 
 class Average:
