@@ -83,7 +83,7 @@ def float64_loss(logits: Tensor, labels: Tensor, vocab_size: int, num_items_in_b
 
 
 def in_float64(model: nn.Module) -> nn.Module:
-    """All of it, the loss too. A key's bias shifts a row's scores together: its gradient is rounding noise, and D of that anything."""
+    """All of it, the loss too. Attention's biases are frozen: the gradient of a key's is rounding noise, whose D is anything."""
     model.double()
     core = model.get_base_model() if hasattr(model, "get_base_model") else model
     core.loss_function = float64_loss
@@ -407,13 +407,35 @@ def test_sft_with_lora(tmp_path: Path) -> None:
 
 
 def test_sft_of_the_whole_model(tmp_path: Path) -> None:
-    """Its head is inside of an operation of TRL's. The Trainer's own norm is of the same gradient, to a float32 sum's rounding."""
-    training = sft(llama(), tmp_path, ZeroSumCallback(EVERY), logging_steps=1)
+    """Its head is inside of an operation of TRL's: strictly, a rule has to cover it. The Trainer's own norm is of the same gradient,
+    to a float32 sum's rounding."""
+    training = sft(llama(), tmp_path, ZeroSumCallback(EVERY, strict=True), logging_steps=1)
     size = sum(p.numel() for p in training.model.parameters())
     norms = {step: logs["grad_norm"] for step, logs in training.seen.logged if "grad_norm" in logs}
     for step, found in training.measured.items():
         assert found["coverage"] == 1
         assert found["grad_norm"] == pytest.approx(norms[step], rel=size**0.5 * torch.finfo(torch.float32).eps)
+
+
+def test_the_rule_for_the_fused_head_is_the_function() -> None:
+    """In float64 but for the logits, which both round to float32: results to a float32 sum over the vocabulary, as their
+    gradients."""
+    kernels = pytest.importorskip("trl.kernels.chunked_logprob")
+    from zerosum.integrations.trl import fused_head
+
+    torch.manual_seed(0)
+    hidden, weight, bias = (
+        torch.randn(*shape, dtype=torch.float64, requires_grad=True) for shape in ((7, 5), (VOCAB, 5), (VOCAB,))
+    )
+    arguments = hidden, weight, bias, torch.randint(0, VOCAB, (7,)), 0.7, 16, 3.0, 1.3
+    wanted, found = kernels.ChunkedLogProbFunction.apply(*arguments), fused_head(*arguments)
+    budget = {"rtol": VOCAB * torch.finfo(torch.float32).eps, "atol": VOCAB * torch.finfo(torch.float32).eps}
+    for theirs, ours in zip(wanted, found, strict=True):
+        torch.testing.assert_close(ours, theirs, **budget, check_dtype=False)
+    w, v = torch.randn(2, 7)
+    grads = [torch.autograd.grad((w * x[0]).sum() + (v * x[1]).sum(), arguments[:3]) for x in (wanted, found)]
+    for theirs, ours in zip(*grads, strict=True):
+        torch.testing.assert_close(ours, theirs, **budget)
 
 
 @pytest.mark.parametrize(

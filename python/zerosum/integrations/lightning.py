@@ -23,7 +23,8 @@ class ZeroSumCallback(Callback):
     Raises:
         TypeError, ValueError: an argument is not of these, when the callback is made; or ``out`` has another run's records, when
             training begins.
-        NotImplementedError: the Trainer runs on several devices, or the module steps its optimizers by itself, when training begins.
+        NotImplementedError: the Trainer runs on several devices, or the module's optimization is not automatic, when training
+            begins.
     """
 
     def __init__(
@@ -42,7 +43,7 @@ class ZeroSumCallback(Callback):
             strategy = type(trainer.strategy).__name__
             raise NotImplementedError(f"ZeroSumCallback: expected training in one process on one device, got {strategy}")
         if not pl_module.automatic_optimization:
-            raise NotImplementedError("ZeroSumCallback: expected automatic_optimization=True, which tells where a step begins and ends")
+            raise NotImplementedError("ZeroSumCallback: expected automatic_optimization=True, by which a step's ends are known")
         self._due = self._measured = False
         self._steps.begin_run(_measured_module(pl_module), trainer.global_step)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import sys
 from collections.abc import Callable
 from os import PathLike
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 from torch import Tensor
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from zerosum.integrations import trl
 from zerosum.integrations.measured_steps import MeasuredSteps
 
 
@@ -57,6 +59,8 @@ class ZeroSumCallback(TrainerCallback):
         if distribution != "NO" or args.n_gpu > 1:
             how = f"accelerate's {distribution}" if distribution != "NO" else f"{args.n_gpu} GPUs in DataParallel"
             raise NotImplementedError(f"ZeroSumCallback: expected training in one process on one device, got {how}")
+        if "trl" in sys.modules:
+            trl.register()
         self._due = self._measured = False
         self._steps.begin_run(kwargs["model"], state.global_step)
         if self._trainer is not trainer:
