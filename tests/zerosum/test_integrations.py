@@ -243,8 +243,9 @@ def test_numbers_in_bfloat16(tmp_path: Path) -> None:
 
 
 def test_training_is_as_without_it(tmp_path: Path) -> None:
-    with_it = Training(in_float64(gpt2()), tmp_path, ZeroSumCallback(EVERY)).run()
-    without = Training(in_float64(gpt2()), tmp_path).run()
+    each = {"logging_steps": 1}
+    with_it = Training(in_float64(gpt2()), tmp_path, ZeroSumCallback(EVERY), arguments=each).run()
+    without = Training(in_float64(gpt2()), tmp_path, arguments=each).run()
     theirs = dict(without.model.named_parameters())
     for name, p in with_it.model.named_parameters():
         moved = (theirs[name] - without.seen.weights[0][name]).norm()
@@ -407,8 +408,8 @@ def test_sft_with_lora(tmp_path: Path) -> None:
 
 
 def test_sft_of_the_whole_model(tmp_path: Path) -> None:
-    """Its head is inside of an operation of TRL's: strictly, a rule has to cover it. The Trainer's own norm is of the same gradient,
-    to a float32 sum's rounding."""
+    """Its head is inside of an operation of TRL's: strictly, a rule has to cover it. The Trainer's own norm is of the same
+    gradient, to a float32 sum's rounding."""
     training = sft(llama(), tmp_path, ZeroSumCallback(EVERY, strict=True), logging_steps=1)
     size = sum(p.numel() for p in training.model.parameters())
     norms = {step: logs["grad_norm"] for step, logs in training.seen.logged if "grad_norm" in logs}

@@ -34,8 +34,8 @@ def fused_head(
     logit_scale: float = 1.0,
     outputs: Sequence[str] = ("entropy", "log_sum_sq_probs", "mean_logits", "is_top1"),
 ) -> tuple[Tensor | None, ...]:
-    """``log_softmax(z)[targets]`` with ``z = softcap(logit_scale · (hidden @ weight.T + bias)) / temperature``, (R,) of rows (R, K),
-    and what else ``outputs`` names. It holds the logits (R, V), which TRL's function computes ``chunk_size`` columns at a time."""
+    """``log_softmax(z)[targets]`` with ``z = softcap(logit_scale · (hidden @ weight.T + bias)) / temperature``, (R,) of rows
+    (R, K), and what else ``outputs`` names. It holds the logits (R, V); TRL's function has ``chunk_size`` columns at a time."""
     z = F.linear(hidden, weight, bias).float() * logit_scale
     if final_logit_softcapping is not None:
         z = final_logit_softcapping * torch.tanh(z / final_logit_softcapping)
