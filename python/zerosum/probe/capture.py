@@ -17,6 +17,7 @@ from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakIdKeyDictionary
 
+from zerosum.distributed import ddp
 from zerosum.probe import compiled
 from zerosum.probe.attribution import Signature, edge_of, repeatable
 from zerosum.probe.contributions import Piece
@@ -92,9 +93,11 @@ class Capture(TorchFunctionMode):
         tree = structures.tree
         if tree is None or not tree.is_of(model):
             tree = structures.tree = Tree(model)
+            structures.ddps = ddp.wrappers(tree.modules)
             structures.calls.clear()
             structures.known.clear()
         self.modules, names = tree.modules, tree.names
+        self.copies = bool(structures.ddps)
         self.parameters: list[ParameterProbe] = []
         for p, known in names.items():
             if p.requires_grad:
@@ -673,7 +676,8 @@ class Capture(TorchFunctionMode):
         self, outputs: Sequence[GradientEdge], inputs: Sequence[Any], grads: Sequence[Tensor | None], phase: Phase
     ) -> tuple[Tensor | None, ...]:
         """``torch.autograd.grad`` that leaves no trace: nothing is accumulated, and no hook of the user's runs."""
-        with self.silenced(phase), repeatable(outputs) if phase is Phase.NAMING else nullcontext():
+        quiet = ddp.unnoticed(self.structures.ddps) if self.copies else nullcontext()
+        with self.silenced(phase), quiet, repeatable(outputs) if phase is Phase.NAMING else nullcontext():
             return self._run(
                 torch.autograd.grad,
                 list(outputs),
@@ -828,6 +832,11 @@ class Capture(TorchFunctionMode):
             return
         if torch._C._functorch.maybe_current_level() is not None:
             return
+        if (wrapper := ddp.around()) is not None and wrapper not in self.structures.ddps:
+            self.structures.ddps.append(wrapper)
+            self.copies = True
+            for t in self.parameters:
+                t.marks.merges = True
         if self._over:
             self._begin_epoch()
             self.inputs.clear()

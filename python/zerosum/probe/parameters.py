@@ -29,6 +29,7 @@ class Context(Protocol):
 
     state: State
     traced: int  # the uses of the epoch that ran in compiled code
+    copies: bool  # whether gradients are written to in the backward pass
 
     @property
     def epoch(self) -> int:
@@ -243,6 +244,7 @@ class ParameterProbe(GradSource):
         self.gram = gram
         self.how: list[str] = []  # the rules that cover it
         self.problem = ""  # why it is not covered
+        self.unreached = False  # whether that is because no example's loss depends on it
         self.used = False  # whether a use of it was seen
         self.eps = 0.0  # the unit roundoff of what its uses were computed in, where that is not their own
         self.results: Results | None = None
@@ -258,7 +260,7 @@ class ParameterProbe(GradSource):
         self._fused: tuple[int, int] | None = None  # where the gradient lies that the node returned, and its version
         marks = self.marks
         marks.take()
-        marks.direction, marks.gram, marks.merges = direction, gram, False
+        marks.direction, marks.gram, marks.merges = direction, gram, context.copies
         self._mark()
 
     def _mark(self) -> None:
@@ -497,6 +499,8 @@ class ParameterProbe(GradSource):
 
     def take_results(self, results: Results) -> None:
         """Keeps the results of one pass beside those of earlier ones."""
+        if self.context.copies:
+            results.own()
         if self.results is None:
             self.results = results
             self.marks.merges = True
@@ -518,4 +522,5 @@ class ParameterProbe(GradSource):
     def finish(self) -> None:
         """Says what became of it, after the block's last backward pass."""
         if not self.problem and self.results is None:
+            self.unreached = True
             self.refuse("no gradient reached it inside the probe" if self.used else "not used inside the probe")

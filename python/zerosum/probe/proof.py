@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, Node
+from torch.nn.parallel import DistributedDataParallel
 
 from zerosum.probe import attribution
 from zerosum.probe.attribution import MIXED, UNREACHED, Cut, Signature, along, find_cut, layout_of, shape_of
@@ -330,6 +331,7 @@ class Structures:
         self.calls: dict[int, Call] = {}  # of the last pass, by their place in it
         self.known: dict[int, Any] = {}  # those of them that run without Python
         self.tree: Tree | None = None
+        self.ddps: list[DistributedDataParallel] = []  # that write to the gradients
         self.told_of_documents = False  # that positions restart where there is one example
         self.told: set[int] = set()  # numbers of examples of which it was said that they may be others
         self.examples_second: bool | None = None  # whether the model's input has positions first; None: not known

@@ -16,7 +16,7 @@ from zerosum.metrics import Metric, add_coordinates, block_diagonal, gradient_me
 from zerosum.probe.contributions import WEIGHT_SHAPED
 from zerosum.probe.parameters import UNSEEN, ParameterProbe
 from zerosum.probe.proof import Proof
-from zerosum.probe.results import Pass, Results, coordinate_sums
+from zerosum.probe.results import Pass, Results, Scale, coordinate_sums
 from zsl_kernels import CoordinateSums
 
 if TYPE_CHECKING:
@@ -47,6 +47,11 @@ class ParameterReport:
     def version(self) -> int:
         """Of the memory that ``grad_sum`` is in."""
         return self._results.version
+
+    @property
+    def common(self) -> Scale:
+        """What its block's results are multiplied by, as the loss shows."""
+        return self._results.common
 
     @cached_property
     def _scale(self) -> float:
@@ -264,6 +269,7 @@ class Report(ByName[ParameterReport]):
         )
         super().__init__(parameters, {name: t.name for t in tracked for name in t.names}, coverage)
         self._doubts = {t.name: t.doubts for t in tracked if t.results is not None and t.doubts}
+        self.unreached = frozenset(t.name for t in tracked if t.unreached)
         missing = [t.name for t in tracked if t.results is not None and t.direction is None]
         if missing and len(missing) < len(self._parameters):
             raise ValueError(f"direction: expected one for every covered parameter, got none for {', '.join(missing)}")
@@ -279,7 +285,7 @@ class Report(ByName[ParameterReport]):
         memo: dict[Any, Any] = {}
         parameters = {name: p.reread(is_current, versions[name], memo) for name, p in self._parameters.items()}
         found = Report.of(parameters, self.names, self.coverage, self.num_examples, self.proof)
-        found._doubts = self._doubts
+        found._doubts, found.unreached = self._doubts, self.unreached
         return found.settled()
 
     @classmethod
@@ -290,11 +296,12 @@ class Report(ByName[ParameterReport]):
         coverage: Coverage,
         num_examples: int,
         proof: Evidence,
+        unreached: frozenset[str] = frozenset(),
     ) -> Report:
-        """Of what is known already. ``parameters`` are those that are covered."""
+        """Of what is known already. ``parameters`` are those that are covered; no loss reaches those that are ``unreached``."""
         found = cls.__new__(cls)
         ByName.__init__(found, parameters, names, coverage)
-        found.num_examples, found.proof, found._doubts = num_examples, proof, {}
+        found.num_examples, found.proof, found._doubts, found.unreached = num_examples, proof, {}, unreached
         return found
 
     def without_results(self) -> Report:
@@ -316,7 +323,7 @@ class Report(ByName[ParameterReport]):
                 not_covered={name: known[name] for name in coverage.sizes if name in known},
                 sizes=coverage.sizes,
             )
-        return Report.of(parameters, self.names, coverage, self.num_examples, self.proof)
+        return Report.of(parameters, self.names, coverage, self.num_examples, self.proof, self.unreached)
 
     def versions(self) -> dict[str, int]:
         """How often the memory of each parameter's gradient was written to."""
@@ -412,9 +419,13 @@ class Report(ByName[ParameterReport]):
         stored.save(self, path)
 
     def all_reduce(self, group: ProcessGroup | None = None, *, direction: Mapping[str, Tensor] | None = None) -> Report:
-        """The report of all processes' examples, as one process would have made it of the whole batch. Every rank calls it.
+        """The report of all processes' examples, as one process would have made it of the ranks' batches as micro-batches. Every
+        rank of the group calls it, and each gets the same report.
 
         Σ g, Σ |g| and Σ g² are added over the ranks, scalars come one rank's after another's, and metrics have the N of all.
+        A parameter is covered where each rank covers it, or has no example that reaches it. Under DistributedDataParallel with
+        equal numbers of examples, Σ g is ``.grad`` times the number of ranks, where the losses are added up. With the factors of
+        ``loss_reduction="auto"``, an average example of all ranks weighs one.
         The Gram keeps a block for each rank: inner products of examples on different ranks are not computed, NaN in ``gram``.
         It sends 12 bytes for each float32 coordinate by ``all_reduce``, and the scalars.
 

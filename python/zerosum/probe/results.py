@@ -42,11 +42,17 @@ class Pass:
 class Scale:
     """A number that may be on a device, which is waited for once, when it is asked for."""
 
-    def __init__(self, number: Tensor | float) -> None:
+    def __init__(self, number: Tensor | float, factors: tuple[Tensor, Tensor] | None = None) -> None:
         self._number = number
+        self.factors = factors  # what it was computed of: the sums of :attr:`Pass.factors`
+
+    @classmethod
+    def of_factors(cls, count: Tensor, total: Tensor) -> Scale:
+        """What makes an average example's losses weigh one: n / |Σ c|."""
+        return cls(torch.where((count > 0) & (total != 0), count / total.abs(), 1.0), (count, total))
 
     def reread(self) -> Scale:
-        return Scale(self._number)
+        return Scale(self._number, self.factors)
 
     @cached_property
     def value(self) -> float:
@@ -120,6 +126,11 @@ class Results:
     @property
     def scale(self) -> float:
         return self.latest.scale if self._scale is None else self._scale
+
+    def own(self) -> None:
+        """Keeps a copy of ``grad_sum``, whose memory is about to be written to."""
+        self.sums.grad_sum = self.sums.grad_sum.clone()
+        self.hold(self.sums.grad_sum)
 
     def hold(self, grad_sum: Tensor) -> None:
         self.grad_sum, self._version = grad_sum, grad_sum._version
@@ -209,7 +220,7 @@ def common_scale(passes: Iterable[Pass]) -> Scale:
     if not known:
         return ONE
     count, total = (torch.stack(parts).sum() for parts in zip(*known, strict=True))
-    return Scale(torch.where((count > 0) & (total != 0), count / total.abs(), 1.0))
+    return Scale.of_factors(count, total)
 
 
 def add_up(results: Iterable[tuple[Results, Tensor | None]]) -> None:

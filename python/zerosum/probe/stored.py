@@ -13,9 +13,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from zerosum.probe.contributions import Sums
+from zerosum.probe.contributions import SCALARS, Sums
 from zerosum.probe.report import Coverage, Evidence, ParameterReport, Report
-from zerosum.probe.results import Results, add_up
+from zerosum.probe.results import Pass, Results, add_up, common_scale
 from zsl_kernels import CoordinateSums
 
 FORMAT = 1  # of files; one more whenever what is in them changes
@@ -278,6 +278,7 @@ def _report(
     proofs: Iterable[Evidence],
     num_examples: int,
     direction: Mapping[str, Tensor] | None,
+    unreached: frozenset[str] = frozenset(),
 ) -> Report:
     """Of results of all parameters that are covered. ``like``: one of the reports that they are of."""
 
@@ -301,7 +302,7 @@ def _report(
         sum(p.extra for p in proofs),
         tuple(dict.fromkeys(what for p in proofs for what in p.trusted)),
     )
-    return Report.of(parameters, like.names, coverage, num_examples, proof)
+    return Report.of(parameters, like.names, coverage, num_examples, proof, unreached)
 
 
 # All processes -------------------------------------------------------------------------------------------------------------------
@@ -320,39 +321,39 @@ def all_reduce(report: Report, group: dist.ProcessGroup | None, direction: Mappi
     for rank, about in enumerate(everyone):
         if "error" in about:
             raise RuntimeError(f"all_reduce: rank {rank} of the group has no report to add: {about['error']}")
-        if about["sizes"] != mine["sizes"] or about["fields"] != mine["fields"]:
-            raise ValueError(f"report: expected the same parameters and fields on every rank, got others on rank {rank}")
-    names = [name for name in report if all(name in about["covered"] for about in everyone)]
-    not_covered = dict(report.coverage.not_covered)
+    fields: list[str] = next((about["fields"] for about in everyone if about["covered"]), [])
     for rank, about in enumerate(everyone):
-        for name, why in about["not_covered"].items():
-            not_covered.setdefault(name, f"not covered on rank {rank}: {why}")
+        if about["sizes"] != mine["sizes"] or (about["covered"] and about["fields"] != fields):
+            raise ValueError(f"report: expected the same parameters and fields on every rank, got others on rank {rank}")
+    covered, not_covered = _joint_coverage(everyone)
     counts = [about["num_examples"] for about in everyone]
     blocks = [about["blocks"] for about in everyone]
+    # (What its own factors give is in each rank's results already.)
+    factor = _common(about["factors"] for about in everyone) / next((report[name].common.value for name in report), 1.0)
     found: dict[str, Results] = {}
     waiting = []
-    for name in names:
-        p = report[name]
-        sums = torch.stack((p.grad_sum, p.abs_sum, p.sq_sum))
+    for name, like in covered.items():
+        sums, own, grams = _own_parts(report, name, like, mine["blocks"], factor)
         waiting.append(dist.all_reduce(sums, group=group, async_op=True))
-        scalars = _gathered(torch.stack([getattr(p, field) for field in mine["fields"]]), counts, group)
-        scalars_of: dict[str, Any] = {**dict.fromkeys(_SCALARS), **dict(zip(mine["fields"], scalars, strict=True))}
-        grams = None
-        if p.gram_blocks is not None:
-            flat = torch.cat([block.reshape(-1) for block in p.gram_blocks])[None]
-            (joined,) = _gathered(flat, [sum(n * n for n in sizes) for sizes in blocks], group)
+        scalars = _gathered(own, counts, group)
+        scalars_of: dict[str, Any] = {**dict.fromkeys(_SCALARS), **dict(zip(like["fields"], scalars, strict=True))}
+        joined = None
+        if grams is not None:
+            (flat,) = _gathered(grams[None], [sum(n * n for n in sizes) for sizes in blocks], group)
             sides = [n for sizes in blocks for n in sizes]
-            grams = [x.view(n, n) for x, n in zip(joined.split([n * n for n in sides]), sides, strict=True)]
+            joined = [x.view(n, n) for x, n in zip(flat.split([n * n for n in sides]), sides, strict=True)]
         grad_sum, abs_sum, sq_sum = sums.unbind()
         all_of = Sums(grad_sum, abs_sum, sq_sum, **scalars_of, gram=None)
-        found[name] = Results.held(all_of, grams, abs_sum.shape)
+        found[name] = Results.held(all_of, joined, abs_sum.shape)
     for work in waiting:
         work.wait()
     for results in found.values():
         results.hold(results.sums.grad_sum)  # written to until now
-    how = {name: list(dict.fromkeys(use for about in everyone for use in about["covered"][name].split(" + "))) for name in names}
+    uses = {name: [use for about in everyone for use in about["covered"].get(name, "").split(" + ") if use] for name in covered}
+    how = {name: list(dict.fromkeys(mine)) for name, mine in uses.items()}
     proofs = [Evidence(*about["proof"]) for about in everyone]
-    return _report(found, report, how, not_covered, proofs, sum(counts), direction)
+    unreached = frozenset.intersection(*(about["unreached"] for about in everyone))
+    return _report(found, report, how, not_covered, proofs, sum(counts), direction, unreached)
 
 
 def _about(report: Report, direction: Mapping[str, Tensor] | None) -> tuple[dict[str, Any], Exception | None]:
@@ -366,15 +367,66 @@ def _about(report: Report, direction: Mapping[str, Tensor] | None) -> tuple[dict
         return {"error": str(error)}, error
     proof, first = report.proof, next(iter(report), None)
     grams = None if first is None else report[first].gram_blocks
+    fields = [field for field in _SCALARS if first is not None and getattr(report[first], field) is not None]
+    factors = None if first is None else report[first].common.factors
     return {
         "num_examples": report.num_examples,
         "covered": report.coverage.covered,
         "not_covered": report.coverage.not_covered,
+        "unreached": report.unreached,
         "sizes": report.coverage.sizes,
-        "fields": [field for field in _SCALARS if first is not None and getattr(report[first], field) is not None],
-        "blocks": [len(block) for block in grams or []],
+        "fields": fields,
+        "factors": None if factors is None else tuple(map(float, factors)),
+        "like": {
+            name: {"shape": x.shape, "dtype": x.dtype, "device": x.device.type, "fields": fields, "gram": grams is not None}
+            for name in report
+            for x in [report[name].abs_sum]
+        },
+        "blocks": [report.num_examples] if first is None else [len(block) for block in grams or []],
         "proof": (proof.passes, proof.proved, proof.extra, proof.trusted),
     }, None
+
+
+def _joint_coverage(everyone: list[Any]) -> tuple[dict[str, Any], dict[str, str]]:
+    """What is known of each parameter that is covered, and why the others are not. A rank none of whose examples reach a parameter
+    has zeros for it."""
+    covered, not_covered = {}, {}
+    for name in everyone[0]["sizes"]:
+        refused = [
+            f"not covered on rank {rank}: {about['not_covered'][name]}"
+            for rank, about in enumerate(everyone)
+            if name in about["not_covered"] and name not in about["unreached"]
+        ]
+        like = next((about["like"][name] for about in everyone if name in about["like"]), None)
+        if refused:
+            not_covered[name] = "; ".join(refused)
+        elif like is None:
+            not_covered[name] = everyone[0]["not_covered"][name]
+        else:
+            covered[name] = like
+    return covered, not_covered
+
+
+def _common(factors: Iterable[tuple[float, float] | None]) -> float:
+    """By what the results are multiplied of passes with these factors."""
+    known = [torch.tensor(pair, dtype=torch.float64) for pair in factors if pair is not None]
+    return common_scale(Pass(0, 0, factors=(count, total)) for count, total in known).value
+
+
+def _own_parts(
+    report: Report, name: str, like: dict[str, Any], blocks: list[int], factor: float
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """This rank's three sums (3, *shape), scalars (F, N) and Grams behind one another, of gradients times a factor."""
+    fields, shape, n = like["fields"], like["shape"], report.num_examples
+    if name not in report:
+        zeros = torch.zeros(len(fields) * n + sum(k * k for k in blocks), dtype=like["dtype"], device=like["device"])
+        scalars, grams = zeros[: len(fields) * n].view(len(fields), n), zeros[len(fields) * n :]
+        return zeros.new_zeros(3, *shape), scalars, grams if like["gram"] else None
+    p = report[name]
+    sums = torch.stack((p.grad_sum * factor, p.abs_sum * factor, p.sq_sum * factor**2))
+    powers = [SCALARS[field] for field in fields]
+    scalars = torch.stack([getattr(p, field) * factor**power for field, power in zip(fields, powers, strict=True)])
+    return sums, scalars, None if p.gram_blocks is None else torch.cat([block.reshape(-1) for block in p.gram_blocks]) * factor**2
 
 
 def _gathered(x: Tensor, counts: list[int], group: dist.ProcessGroup | None) -> Tensor:

@@ -46,6 +46,7 @@ class RuleContext(Protocol):
     inseparable: str  # why nothing is differentiated again for one example
     poison: str  # why rows that come next in this backward pass may be of several examples
     traced: int  # the uses of the epoch that ran in compiled code
+    copies: bool  # whether gradients are written to in the backward pass
 
     @property
     def epoch(self) -> int:

@@ -1,0 +1,36 @@
+"""What the probe has to know of ``torch.nn.parallel.DistributedDataParallel``.
+
+DDP averages ``.grad`` over the ranks while the backward pass still runs, in the memory that the probe's sums are in. So the probe
+keeps a copy of each parameter's local sum, taken before the gradient is accumulated.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+
+def wrappers(modules: Iterable[nn.Module]) -> list[DistributedDataParallel]:
+    """The modules whose parameters' gradients DDP averages."""
+    return [module for module in modules if isinstance(module, DistributedDataParallel)]
+
+
+def around() -> DistributedDataParallel | None:
+    """The wrapper whose forward pass runs, where the probe was given the module inside of it."""
+    return DistributedDataParallel._active_ddp_module
+
+
+@contextmanager
+def unnoticed(ddps: Iterable[DistributedDataParallel]) -> Iterator[None]:
+    """In which a backward pass of the probe's own does not start the first all-reduce of a static graph."""
+    waiting = [ddp for ddp in ddps if ddp.static_graph and not ddp._static_graph_delay_allreduce_enqueued]
+    for ddp in waiting:
+        ddp._static_graph_delay_allreduce_enqueued = True
+    try:
+        yield
+    finally:
+        for ddp in waiting:
+            ddp._static_graph_delay_allreduce_enqueued = False
