@@ -335,7 +335,8 @@ def _data(found: dict[str, Any]) -> Data:
 
 
 def _demo_setting(file: Path) -> Setting:
-    """The demo measures held-out text and the step's own batch; its ``config.json`` fixes which these are."""
+    """The demo measures held-out text and the step's own batch; its ``config.json`` fixes which these are. A trainer's callback
+    (:mod:`zerosum.integrations`) measures the step's batch alone, along a direction of the user's."""
     config: dict[str, Any] = {}
     if (there := file.parent / "config.json").is_file():
         try:
@@ -344,7 +345,8 @@ def _demo_setting(file: Path) -> Setting:
             raise RunError(f"{there}: expected JSON: {error}") from None
     digest = " ".join(str(config.get(key, "")) for key in ("text", "seed", "positions")).strip()
     train = Data("training batches", digest=digest)
-    return Setting(Data("held-out text", digest=digest), train, train, "sequence", False, "optimizer")
+    update = config.get("update", "optimizer")
+    return Setting(Data("held-out text", digest=digest), train, train, config.get("examples", "sequence"), False, update)
 
 
 def _distinct(runs: Sequence[Run]) -> list[Run]:

@@ -1,5 +1,1 @@
-"""Callbacks that measure optimizer steps of other libraries' training loops.
-
-:mod:`zerosum.integrations.transformers` and :mod:`zerosum.integrations.lightning` each have a ``ZeroSumCallback``.
-Neither library is imported before its module is.
-"""
+"""Callbacks that measure the steps of other libraries' trainers. Each module imports the library that it is named after."""

@@ -1,91 +1,130 @@
-"""Measures optimizer steps of ``lightning.Trainer``."""
+"""Per-example gradient statistics of steps of Lightning's ``Trainer``, by a callback."""
 
 from __future__ import annotations
 
-from os import PathLike
+import sys
+import warnings
+from pathlib import Path
 from typing import Any
 
-from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.strategies import SingleDeviceStrategy
-from torch import nn
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
-from zerosum.integrations.measured_steps import MeasuredSteps
+from zerosum.integrations.measuring import Direction, Measuring
+from zerosum.probe import Report
+
+# A script uses one of the two packages, and the callback is that one's.
+if "pytorch_lightning" in sys.modules and "lightning.pytorch" not in sys.modules:
+    from pytorch_lightning import Callback
+else:
+    try:
+        from lightning.pytorch import Callback  # type: ignore[assignment]
+    except ModuleNotFoundError:
+        from pytorch_lightning import Callback
 
 
 class ZeroSumCallback(Callback):
-    """Measures ``Σ_i g_i``, ``Σ_i |g_i|``, ``Σ_i g_i²`` of every ``every``-th optimizer step, and logs the metrics that follow::
+    """``with probe:`` around the micro-batches of some training steps, before gradients are unscaled and clipped::
 
-        lightning.Trainer(callbacks=[ZeroSumCallback(every=100)]).fit(module, data)
+        trainer = lightning.Trainer(callbacks=[ZeroSumCallback(every=100)])
 
-    As :class:`zerosum.integrations.transformers.ZeroSumCallback`, with the same arguments. Every logger of the Trainer gets the
-    numbers, whatever ``log_every_n_steps`` is, with the number of optimizer steps made so far as their step.
+    Step 1 and each multiple of ``every`` are measured, all their micro-batches together; validation never is. An example is one
+    index of the batch's first dimension. Each measured step is logged by the trainer's loggers, whatever ``log_every_n_steps``
+    is, under the names of :class:`zerosum.integrations.transformers.ZeroSumCallback`, and by ``pl_module.log_dict`` for
+    ``trainer.callback_metrics``. Loggers get Lightning's own count of steps, from 0.
+
+    Args:
+        every, direction, gram, options: as there, with parameter names of the LightningModule.
+        out: as there. Losses are recorded at step 1 and each multiple of the trainer's ``log_every_n_steps``.
+        backwards: with manual optimization, how many calls of ``manual_backward`` a measured step has: the block ends with the
+            last of them. They may be in several batches, as in accumulation by hand.
+
+    Attributes:
+        report: of the last measured step; None before the first.
 
     Raises:
-        TypeError, ValueError: an argument is not of these, when the callback is made; or ``out`` has another run's records, when
-            training begins.
-        NotImplementedError: the Trainer runs on several devices, or the module's optimization is not automatic, when training
-            begins.
+        TypeError, ValueError: an argument is not of these, or ``out`` has another run; the message names it.
+        NotImplementedError: at the beginning of training, several processes or devices.
     """
 
     def __init__(
         self,
         every: int = 100,
+        direction: Direction | None = None,
         gram: bool = False,
-        out: str | PathLike[str] | None = None,
-        prefix: str = "zerosum/",
-        **probe_options: Any,
+        out: str | Path | None = None,
+        *,
+        backwards: int = 1,
+        **options: Any,
     ) -> None:
-        self._steps = MeasuredSteps(every, gram, out, prefix, probe_options)
-        self._due = self._measured = self._is_last = False
+        if not isinstance(backwards, int) or isinstance(backwards, bool) or backwards < 1:
+            raise ValueError(f"backwards: expected a positive integer, got {backwards!r}")
+        self._measuring = Measuring("zerosum.integrations.lightning", every, direction, gram, out, options)
+        self._backwards = backwards
+        self._seen = 0  # backward passes of the open block
+        self._step = 0  # that is measured, or was last
+        self._last = False  # the batch is the last one of its step
+        self._losses: list[Tensor] = []
+        self._examples = 0
 
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if not isinstance(trainer.strategy, SingleDeviceStrategy):
-            strategy = type(trainer.strategy).__name__
-            raise NotImplementedError(f"ZeroSumCallback: expected training in one process on one device, got {strategy}")
-        if not pl_module.automatic_optimization:
-            raise NotImplementedError("ZeroSumCallback: expected automatic_optimization=True, by which a step's ends are known")
-        self._due = self._measured = False
-        self._steps.begin_run(_measured_module(pl_module), trainer.global_step)
+    @property
+    def report(self) -> Report | None:
+        return self._measuring.report
 
-    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        if trainer.world_size > 1:
+            raise NotImplementedError(f"ZeroSumCallback: expected one process and one device, got {trainer.world_size}")
+        self._losses.clear()
+        self._examples = 0
+        self._measuring.begin(pl_module, trainer.global_step)
+
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
         accumulated = trainer.accumulate_grad_batches
-        if batch_idx % accumulated == 0:
-            self._due = self._steps.due(trainer.global_step)
-        self._is_last = (batch_idx + 1) % accumulated == 0 or trainer.is_last_batch or batch_idx + 1 >= trainer.num_training_batches
-        if self._due and not self._steps.measuring:
-            self._steps.open()
+        self._last = (batch_idx + 1) % accumulated == 0 or trainer.is_last_batch
+        if not self._measuring.is_open and self._measuring.due(trainer.global_step + 1):
+            self._step = trainer.global_step + 1
+            self._seen = 0
+            self._measuring.open()
 
-    def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        # Not before the optimizer's step: a gradient scaler has written to gradients by then.
-        if self._steps.measuring and self._is_last:
-            self._steps.close()
-            self._measured = True
+    def on_after_backward(self, trainer: Any, pl_module: Any) -> None:
+        manual = not pl_module.automatic_optimization
+        if not self._measuring.is_open:
+            if manual and trainer.global_step + 1 == self._step:
+                self._warn(f"step {self._step} has more than backwards={self._backwards} backward passes; the others are not in it")
+            return
+        self._seen += 1
+        if self._seen == self._backwards if manual else self._last:
+            self._measuring.finish()
 
-    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
-        if not self._due:
+    def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
+        if self._measuring.is_open:
+            self._measuring.abandon()
+            seen, expected = self._seen, self._backwards if not pl_module.automatic_optimization else "the whole step's"
+            self._warn(f"step {self._step} is not measured: the optimizer stepped after {seen} backward passes, not {expected}")
+
+    def _warn(self, said: str) -> None:
+        warnings.warn(f"ZeroSumCallback: {said}", UserWarning, stacklevel=3)
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        step = trainer.global_step
+        if isinstance(loss := outputs.get("loss") if isinstance(outputs, dict) else outputs, Tensor):
+            self._losses.append(loss.detach())
+            self._examples += next((len(x) for x in tree_leaves(batch) if isinstance(x, Tensor) and x.ndim), 0)
+        if self._measuring.is_open or (pl_module.automatic_optimization and not self._last):
             return
-        if outputs:  # which a skipped batch has not
-            self._steps.add_loss(outputs["loss"])
-        if not self._is_last:
-            return
-        self._due = False
-        self._steps.abandon()  # where the last micro-batch was skipped
-        if self._measured:
-            self._measured = False
-            numbers = self._steps.numbers(trainer.global_step)
+        if self._losses and (step == 1 or step % trainer.log_every_n_steps == 0):
+            # Lightning divides each by the number that it accumulates, also where an epoch's last step has fewer.
+            mean = float(sum(self._losses)) * trainer.accumulate_grad_batches / len(self._losses)
+            self._measuring.loss(step, mean, self._examples)
+        self._losses.clear()
+        self._examples = 0
+        if logs := self._measuring.take(self._step):
             for logger in trainer.loggers:
-                logger.log_metrics(numbers, step=trainer.global_step)
+                logger.log_metrics(logs, step=self._step - 1)
+            pl_module.log_dict(logs, logger=False, batch_size=1)
 
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        self._steps.end_run()
+    def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
+        self._measuring.close()
 
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._steps.end_run()
-
-
-def _measured_module(module: LightningModule) -> nn.Module:
-    """The model in a module that has nothing else with parameters: ``training_step`` may call that alone, and what enters it has an
-    example in each row."""
-    children = [child for child in module.children() if any(p.requires_grad for p in child.parameters())]
-    own = any(p.requires_grad for p in module.parameters(recurse=False))
-    return children[0] if len(children) == 1 and not own else module
+    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+        self._measuring.close()

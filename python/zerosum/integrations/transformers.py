@@ -1,124 +1,173 @@
-"""Measures optimizer steps of ``transformers.Trainer``, and of trainers that are made of it, such as TRL's ``SFTTrainer``."""
+"""Per-example gradient statistics of steps of ``transformers.Trainer``, by a callback."""
 
 from __future__ import annotations
 
-import inspect
+import functools
 import sys
-from collections.abc import Callable
-from os import PathLike
+import warnings
+from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+import torch
+import transformers
+from torch import Tensor, nn
+from transformers import TrainerCallback
 
-from zerosum.integrations import trl
-from zerosum.integrations.measured_steps import MeasuredSteps
+import zerosum
+from zerosum.integrations.measuring import Direction, Measuring
+from zerosum.probe import Report
 
 
 class ZeroSumCallback(TrainerCallback):
-    """Measures ``Σ_i g_i``, ``Σ_i |g_i|``, ``Σ_i g_i²`` of every ``every``-th optimizer step, and logs the metrics that follow::
+    """``with probe:`` around the micro-batches of some training steps, before gradients are clipped::
 
-        Trainer(model, args, train_dataset=data, callbacks=[ZeroSumCallback(every=100)]).train()
+        trainer = Trainer(model, args, train_dataset=data, callbacks=[ZeroSumCallback(every=100)])
 
-    ``g_i`` is the gradient of example i's loss: of a row of the batch, over all micro-batches of the step. Steps 1, 1 + every,
-    1 + 2 · every, … are measured; the others run as without the callback. Weights after training are those without it, but for the
-    rounding of the gradient's sums. Evaluation is not measured.
-
-    ``Trainer.log`` gets the metrics of :func:`zerosum.metrics.gradient_metrics` as floats, named ``zerosum/D_grad`` and so on, at
-    the step that was measured: they reach ``state.log_history``, TensorBoard, W&B and every other callback. ``…_null`` is what
-    random signs would give, ``zerosum/examples`` is N, ``zerosum/coverage`` the share of trainable coordinates that was measured.
+    Step 1 and each multiple of ``every`` are measured, all their micro-batches together; evaluation never is. An example is one
+    sequence of the batch, and in packed batches one document: batches without ``attention_mask`` whose ``position_ids`` start
+    anew. Its loss is what the step's loss says of it (:class:`zerosum.Probe`, ``loss_reduction="auto"``): neither accumulation
+    nor ``num_items_in_batch`` changes the results. Each measured step is logged by ``Trainer.log``: ``zerosum/D_grad`` and the
+    other metrics of :func:`zerosum.metrics.gradient_metrics` that are finite, ``zerosum/null/…`` (what random signs would give),
+    ``zerosum/examples``, ``zerosum/covered`` (the share of trainable coordinates) and ``zerosum/finite`` (0 or 1).
 
     Args:
-        every: how many optimizer steps there are for one that is measured.
-        gram: whether to compute the inner products of all pairs of examples in a micro-batch, and metrics of their cosines.
-        out: a file of records, one line of JSON for each, that ``zerosum plot`` reads. None writes none.
-        prefix: what the names of logged numbers begin with.
-        probe_options: further arguments of :class:`zerosum.Probe`, such as ``num_examples``.
+        every: how many steps there are for one that is measured.
+        direction: a tensor of the parameter's shape for each parameter name of ``trainer.model``, or a function of the model that
+            returns such a mapping, called before each measured step. Adds C_g, C_uG and C_ug.
+        gram: whether to compute the inner products of all pairs of examples of a micro-batch.
+        out: a folder for ``metrics.jsonl``, which ``zerosum plot`` reads: the metrics of measured steps, and the loss of each
+            ``Trainer.log``. A run that is resumed from a checkpoint goes on with it.
+        options: other arguments of :class:`zerosum.Probe`.
+
+    Attributes:
+        report: of the last measured step; None before the first.
 
     Raises:
-        TypeError, ValueError: an argument is not of these, when the callback is made; or ``out`` has another run's records, when
-            training begins.
-        NotImplementedError: the Trainer runs in several processes or on several devices, when training begins.
+        TypeError, ValueError: an argument is not of these, or ``out`` has another run; the message names it.
+        NotImplementedError: at the beginning of training, several processes or devices.
     """
 
     def __init__(
         self,
         every: int = 100,
+        direction: Direction | None = None,
         gram: bool = False,
-        out: str | PathLike[str] | None = None,
-        prefix: str = "zerosum/",
-        **probe_options: Any,
+        out: str | Path | None = None,
+        **options: Any,
     ) -> None:
-        self._steps = MeasuredSteps(every, gram, out, prefix, probe_options)
-        self._trainer: Trainer | None = None
-        self._due = self._measured = False
+        self._measuring = Measuring("zerosum.integrations.transformers", every, direction, gram, out, options)
+        self._trainer: transformers.Trainer | None = None
+        self._logged = 0
+        self._auto = options.get("loss_reduction", "auto") == "auto"
 
-    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        trainer = self._calling_trainer()
-        distribution = trainer.accelerator.distributed_type.value
-        if distribution != "NO" or args.n_gpu > 1:
-            how = f"accelerate's {distribution}" if distribution != "NO" else f"{args.n_gpu} GPUs in DataParallel"
-            raise NotImplementedError(f"ZeroSumCallback: expected training in one process on one device, got {how}")
+    @property
+    def report(self) -> Report | None:
+        return self._measuring.report
+
+    def close(self) -> None:
+        """Ends what an exception between two micro-batches left open. One inside of a step ends it by itself."""
+        self._measuring.close()
+        if self._trainer is not None:
+            self._trainer.__dict__.pop("training_step", None)
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.close()
+        self._trainer = _calling_trainer()
+        _check_supported(self._trainer, auto=self._auto)
+        self._logged = state.global_step
         if "trl" in sys.modules:
-            trl.register()
-        self._due = self._measured = False
-        self._steps.begin_run(kwargs["model"], state.global_step)
-        if self._trainer is not trainer:
-            self._trainer = trainer
-            self._guard(trainer)
+            from zerosum.integrations import trl
 
-    def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        self._due = self._steps.due(state.global_step)
+            trl.cover_fused_head()
+        assert isinstance(self._trainer.model, nn.Module)
+        self._measuring.begin(self._trainer.model, state.global_step)
 
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> TrainerControl | None:
-        if not self._measured or self._trainer is None:
-            return None
-        self._measured = False
-        should_log = control.should_log
-        # The class's own method: SFTTrainer.log would add its averages to this entry, and leave none for the loss's.
-        Trainer.log(self._trainer, self._steps.numbers(state.global_step))
-        control.should_log = should_log  # which logging takes for done
-        return control
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self._measuring.due(state.global_step + 1):
+            assert self._trainer is not None
+            # No hook lies between the last backward pass and the clipping of gradients.
+            step = functools.partial(self._measured_step, self._trainer, self._trainer.training_step)
+            self._trainer.training_step = step  # type: ignore[method-assign]
 
-    def on_epoch_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        self._steps.abandon()  # a callback stopped the epoch between two micro-batches
-
-    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        self._steps.end_run()
-
-    def _calling_trainer(self) -> Trainer:
-        """The Trainer whose event this is. Callbacks are not told, and no event says that a step has failed."""
-        frame = inspect.currentframe()
-        while frame is not None:
-            found = frame.f_locals.get("self")
-            if isinstance(found, Trainer) and self in found.callback_handler.callbacks:
-                return found
-            frame = frame.f_back
-        raise RuntimeError("ZeroSumCallback: expected a transformers.Trainer to begin training, and none has called it")
-
-    def _guard(self, trainer: Trainer) -> None:
-        """Puts the probe around ``trainer.training_step``, which is the forward and backward pass of a micro-batch. No event lies
-        between the last of them and clipping, and none says that one has failed."""
-        training_step: Callable[..., Tensor] = trainer.training_step
-
-        def measured_training_step(*args: Any, **kwargs: Any) -> Tensor:
-            if not self._due:
-                return training_step(*args, **kwargs)
+    def _measured_step(self, trainer: transformers.Trainer, step: Any, *args: Any, **kwargs: Any) -> Tensor:
+        """``training_step`` of one micro-batch, in the step's block."""
+        measuring = self._measuring
+        try:
+            if not measuring.is_open:
+                measuring.open()
+            assert isinstance(trainer.model, nn.Module)
+            handle = trainer.model.register_forward_pre_hook(_name_documents, with_kwargs=True)
             try:
-                if not self._steps.measuring:
-                    self._steps.open()
-                loss = training_step(*args, **kwargs)
-                self._steps.add_loss(loss)
-                if trainer.accelerator.sync_gradients:  # the step's last micro-batch
-                    self._due = False
-                    self._steps.close()
-                    self._measured = True
-                return loss
-            except BaseException:
-                self._due = False
-                self._steps.abandon()
-                raise
+                loss = step(*args, **kwargs)
+            finally:
+                handle.remove()
+            if trainer.accelerator.sync_gradients:
+                del trainer.training_step
+                measuring.finish()
+            return loss
+        except BaseException:
+            measuring.abandon()
+            trainer.__dict__.pop("training_step", None)
+            raise
 
-        trainer.training_step = measured_training_step  # type: ignore[method-assign]
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if not (logs := self._measuring.take(state.global_step)):
+            return
+        should_log = control.should_log
+        # Not a subclass's `log`: TRL's adds what it has gathered since its last call, which belongs to the Trainer's own.
+        transformers.Trainer.log(self._trainer, logs)  # type: ignore[arg-type]
+        control.should_log = should_log  # each log clears it, and the Trainer's own is still to come
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        if logs and "loss" in logs:
+            batch = state.train_batch_size or args.train_batch_size
+            examples = batch * args.gradient_accumulation_steps * (state.global_step - self._logged)
+            self._measuring.loss(state.global_step, float(logs["loss"]), examples)
+            self._logged = state.global_step
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.close()
+        self._trainer = None
+
+
+def _calling_trainer() -> transformers.Trainer:
+    """The Trainer whose callback runs. It is not among what callbacks are given."""
+    frame = sys._getframe(1)
+    while frame is not None:
+        if isinstance(found := frame.f_locals.get("self"), transformers.Trainer):
+            return found
+        frame = frame.f_back  # type: ignore[assignment]
+    raise RuntimeError("ZeroSumCallback: expected a call by transformers.Trainer.train(), got one from elsewhere")
+
+
+def _check_supported(trainer: transformers.Trainer, auto: bool) -> None:
+    for what, number in (
+        ("processes", trainer.args.world_size),
+        ("devices in one process (torch.nn.DataParallel)", trainer.args.n_gpu),
+    ):
+        if number > 1:
+            raise NotImplementedError(f"ZeroSumCallback: expected one process and one device, got {number} {what}")
+    smoothing = trainer.args.label_smoothing_factor
+    if smoothing and auto:
+        warnings.warn(
+            f"ZeroSumCallback: label_smoothing_factor={smoothing:g} adds two losses of each token, so that gradients are measured "
+            f"1 / (1 - {smoothing:g} + {smoothing:g} / classes) times as large; loss_reduction=N, the examples of a step, says "
+            "their scale",
+            UserWarning,
+            stacklevel=2,
+        )
+
+
+@torch.compiler.disable
+def _name_documents(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Tells the probe whose rows are whose in a packed batch."""
+    positions, tokens = kwargs.get("position_ids"), kwargs.get("input_ids")
+    # As in transformers, positions tell documents apart only without a mask.
+    if positions is None or tokens is None or kwargs.get("attention_mask") is not None or not torch.is_grad_enabled():
+        return
+    starts = positions == 0
+    if not bool(starts[:, 1:].any()):
+        return
+    # Padding has position 0, too, in TRL's batches. Like a document of one token it predicts nothing.
+    lone = starts & torch.cat([starts[:, 1:], torch.ones_like(starts[:, :1])], 1)
+    zerosum.example_ids(tokens, position_ids=positions.masked_fill(lone, -1))

@@ -1,50 +1,61 @@
-"""Covers the fused head of TRL's trainers, whose weight an ``autograd.Function`` would hide from the probe."""
+"""The fused head of TRL's trainers, which computes each token's log-probability in an ``autograd.Function`` of its own."""
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Sequence
+import functools
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from zerosum.probe import rule
+import zerosum
+import zsl_kernels as zk
 
 
-def register() -> None:
-    """Registers :func:`fused_head` as the rule for TRL's function, where this TRL has it as it is known here. Elsewhere the probe
-    differentiates the whole loss again for each example, which is exact too, and slow."""
+@functools.cache
+def cover_fused_head() -> None:
+    """Lets every probe measure ``trl.kernels.chunked_logprob.ChunkedLogProbFunction``, where TRL has it."""
     try:
         from trl.kernels.chunked_logprob import ChunkedLogProbFunction
-    except ImportError:
+    except ImportError:  # of another version: the probe says that it does not see the head
         return
-    if list(inspect.signature(ChunkedLogProbFunction.forward).parameters)[1:] == list(inspect.signature(fused_head).parameters):
-        rule(ChunkedLogProbFunction)(fused_head)
+
+    @zerosum.rule(ChunkedLogProbFunction)
+    def log_probs(
+        hidden: Tensor,  # (R, K)
+        weight: Tensor,  # (V, K)
+        bias: Tensor | None,
+        targets: Tensor,  # (R,)
+        temperature: float,
+        chunk_size: int,
+        softcap: float | None = None,
+        logit_scale: float = 1.0,
+        outputs: tuple[str, ...] = (),
+    ) -> tuple[Tensor | None, ...]:
+        with torch.no_grad():
+            settings = (temperature, chunk_size, softcap, logit_scale, outputs)
+            _, entropy, *others = ChunkedLogProbFunction.apply(hidden, weight, bias, targets, *settings)
+        scale = logit_scale / temperature
+        if bias is None and softcap is None:
+            losses = zk.linear_cross_entropy((hidden if scale == 1 else hidden * scale)[None], weight, targets[None])[0]
+        else:
+            logits = F.linear(hidden, weight, bias).float() * logit_scale
+            logits = logits if softcap is None else softcap * torch.tanh(logits / softcap)
+            losses = F.cross_entropy(logits / temperature, targets, reduction="none")
+        return -losses, None if entropy is None else _NotMeasured.apply(entropy, losses), *others
 
 
-def fused_head(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    targets: Tensor,
-    temperature: float,
-    chunk_size: int,
-    final_logit_softcapping: float | None = None,
-    logit_scale: float = 1.0,
-    outputs: Sequence[str] = ("entropy", "log_sum_sq_probs", "mean_logits", "is_top1"),
-) -> tuple[Tensor | None, ...]:
-    """``log_softmax(z)[targets]`` with ``z = softcap(logit_scale · (hidden @ weight.T + bias)) / temperature``, (R,) of rows
-    (R, K), and what else ``outputs`` names. It holds the logits (R, V); TRL's function has ``chunk_size`` columns at a time."""
-    z = F.linear(hidden, weight, bias).float() * logit_scale
-    if final_logit_softcapping is not None:
-        z = final_logit_softcapping * torch.tanh(z / final_logit_softcapping)
-    z = z / temperature
-    log_p = z.log_softmax(-1)
-    found = log_p.gather(-1, targets[:, None]).squeeze(-1)
-    entropy = -(log_p.exp() * log_p).sum(-1) if "entropy" in outputs else None
-    with torch.no_grad():
-        log_sum_sq_probs = (2 * log_p).logsumexp(-1) if "log_sum_sq_probs" in outputs else None
-        mean_logits = z.mean(-1) if "mean_logits" in outputs else None
-        is_top1 = z.argmax(-1) == targets if "is_top1" in outputs else None
-    return found, entropy, log_sum_sq_probs, mean_logits, is_top1
+class _NotMeasured(torch.autograd.Function):
+    """The entropy, for the eye. A loss that is made of it would lack its gradient, and is refused."""
+
+    @staticmethod
+    def forward(ctx: Any, entropy: Tensor, losses: Tensor) -> Tensor:
+        ctx.set_materialize_grads(False)
+        return entropy.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor | None) -> tuple[None, None]:
+        if grad is not None:
+            raise NotImplementedError("zerosum: a loss of the tokens' entropy is not supported in TRL's fused head")
+        return None, None

@@ -123,8 +123,10 @@ class Capture(TorchFunctionMode):
         self._constants: WeakIdKeyDictionary | None = WeakIdKeyDictionary() if structures.tracks else None
         if self._constants is not None:
             own = (x for m in self.modules for x in vars(m).values() if isinstance(x, Tensor))
-            for x in (*model.buffers(), *(p for p in names if not p.requires_grad), *own):
+            frozen = [p for p in names if not p.requires_grad]
+            for x in (*model.buffers(), *frozen, *own):
                 self._constants[x] = True
+            self._frozen = {p.untyped_storage().data_ptr() for p in frozen}
         self.recomputed = False  # whether a checkpoint has computed uses again
         self.hooked = False  # whether hooks of the user's see what is computed
         self.compiling = False  # whether code may be compiled in this block
@@ -318,11 +320,22 @@ class Capture(TorchFunctionMode):
         if getattr(func, "__name__", "") in _ACCESSORS and func not in _VIEWS:
             return
         operands = [x for x in again.leaves(args, kwargs) if isinstance(x, Tensor)]
-        constant = all(self.is_constant(x) for x in operands)
-        if constant or any(x.requires_grad or self._constants.get(x) is False for x in operands):
+        frozen = [self._of_frozen(x) for x in operands]
+        constant = all(frozen)
+        if constant or any(
+            (x.requires_grad and not of) or self._constants.get(x) is False for x, of in zip(operands, frozen, strict=True)
+        ):
             for r in again.leaves(result):
-                if isinstance(r, Tensor) and not r.requires_grad and r not in self._constants:
+                if isinstance(r, Tensor) and (constant or not r.requires_grad) and r not in self._constants:
                     self._constants[r] = constant
+
+    def _of_frozen(self, x: Tensor) -> bool:
+        """Whether a tensor depends on no data, although it may require a gradient: PEFT makes new Parameters of frozen ones, which
+        require one by default, to detach what it computes of them."""
+        assert self._constants is not None
+        if not x.requires_grad or x in self._constants:
+            return self.is_constant(x) or self._constants.get(x) is True
+        return isinstance(x, nn.Parameter) and x.is_leaf and x.untyped_storage().data_ptr() in self._frozen
 
     def is_constant(self, x: Tensor) -> bool:
         return not x.requires_grad and (x.ndim == 0 or (self._constants is not None and self._constants.get(x) is True))

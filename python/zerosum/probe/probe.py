@@ -234,11 +234,6 @@ class Probe:
         self._look_for_views(self._report.coverage)
         return self._report
 
-    def take_report(self) -> Report:
-        """:meth:`report`, which the probe forgets: its sums take memory only as long as the caller holds it."""
-        report, self._report = self.report(), None
-        return report
-
     def unsettled_report(self) -> Report:
         """:meth:`report`, but for :meth:`Report.settled`: of results that the device has not computed yet."""
         if self._report is None:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from zerosum.probe.contributions import StreamedHead, Sums
+from zerosum.probe.contributions import OuterProduct, StreamedHead, Sums
 from zerosum.probe.layout import Layout, Uncovered
 from zerosum.probe.rules.site import RuleContext, Site, elements
 from zsl_kernels.streamed_head import HeadSums, backward, check_operands, default_chunk, forward
@@ -65,19 +65,26 @@ class _Head(torch.autograd.Function):
             naming = site.named(c)
             ref = None if naming else site.ref()
             layout = _one_sequence(h) if ref is None or site.layout is None else site.layout
-            if ref is not None and layout.ids is not None:
-                ref.source.refuse("used by linear_cross_entropy on rows in no regular order")
-                ref, layout = None, _one_sequence(h)
+            ids = None if ref is None else layout.ids
+            if ids is not None:
+                layout = _one_sequence(h)
             # One example for each row of (E, T, ·): positions are examples of one row.
             a = layout.rows(h)
             target, log_total, scale = (layout.rows(x.unsqueeze(-1)).squeeze(-1) for x in (targets, lse, c))
-            use = StreamedHead(a, weight, target, log_total, scale, ctx.ignore_index, ctx.chunk)
-            request = None if ref is None else ref.source.sole(ref.piece)
+            head = StreamedHead(a, weight, target, log_total, scale, ctx.ignore_index, ctx.chunk)
+            use: StreamedHead | OuterProduct = head
+            request = None if ref is None or ids is not None else ref.source.sole(ref.piece)
             sums = None if request is None else HeadSums(a, weight.shape[0], request.direction, request.gram)
             plain = wants_weight and not naming and site.plain()
-            grad_h, grad_weight = backward(a, weight, use.chunks(), wants_h, plain, sums)
-            if sums is not None:
-                use.sums = Sums(*sums.result())
+            grad_h, grad_weight = backward(a, weight, head.chunks(), wants_h, plain, sums)
+            if ids is not None:
+                # The sums of rows in no regular order take the whole gradient of the logits; chunks share their memory.
+                b = a.new_empty(*a.shape[:-1], weight.shape[0])
+                for first, last, part in head.chunks():
+                    b[..., first:last] = part
+                use = OuterProduct(b.flatten(0, 1), a.flatten(0, 1), ids)
+            elif sums is not None:
+                head.sums = Sums(*sums.result())
             if ref is not None:
                 own = site.leave(lambda layout: use)
                 grad_weight = grad_weight if own is None else own

@@ -1,0 +1,182 @@
+"""What the callbacks of all trainers share: which steps are measured, what is logged of them, and the file of a run."""
+
+from __future__ import annotations
+
+import json
+import math
+import warnings
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+from torch import Tensor, nn
+
+from zerosum.metrics import Metric
+from zerosum.probe import Probe, Report
+from zerosum.records import RecordFile, encode, record, replace_text
+
+Direction = Mapping[str, Tensor] | Callable[[nn.Module], Mapping[str, Tensor] | None]
+PREFIX = "zerosum/"
+# The callbacks decide these themselves.
+OURS = ("model", "every", "direction", "gram", "grad_scaler")
+
+
+class Measuring:
+    """Measures step 1 of a training run and each step that is a multiple of ``every``.
+
+    Args:
+        writer: the name of the callback's module, for ``config.json``.
+        every, direction, gram, out, options: see :class:`zerosum.integrations.transformers.ZeroSumCallback`.
+
+    Raises:
+        TypeError, ValueError: an argument is not of these; the message names it.
+    """
+
+    def __init__(
+        self,
+        writer: str,
+        every: int,
+        direction: Direction | None,
+        gram: bool,
+        out: str | Path | None,
+        options: Mapping[str, Any],
+    ) -> None:
+        if not isinstance(every, int) or isinstance(every, bool) or every < 1:
+            raise ValueError(f"every: expected a positive integer, got {every!r}")
+        if not (direction is None or callable(direction) or isinstance(direction, Mapping)):
+            raise TypeError(
+                "direction: expected a mapping from parameter names to tensors, or a function of the model that returns one, "
+                f"got {type(direction).__name__}"
+            )
+        if out is not None and not isinstance(out, (str, Path)):
+            raise TypeError(f"out: expected a path, got {type(out).__name__}")
+        if taken := [name for name in OURS if name in options]:
+            raise TypeError(f"{taken[0]}: the callback sets this argument of zerosum.Probe")
+        self.every = every
+        self.report: Report | None = None
+        self._direction = direction
+        self._gram = gram
+        self._options = dict(options)
+        self._out = None if out is None else Path(out)
+        self._config = {"writer": writer, "update": None, "examples": options.get("examples", "sequence")}
+        self._probe: Probe | None = None
+        self._file: RunFile | None = None
+        self._new = False  # a report that was not taken yet
+        self._seconds = 0.0
+        self._asked = 0
+
+    def begin(self, model: nn.Module, step: int, writes: bool = True) -> None:
+        """Training goes on after ``step`` steps, with the file of ``out`` if this process ``writes`` it."""
+        self.close()
+        self._new = False
+        self._asked = step
+        if self._probe is None or self._probe.model is not model:
+            self._probe = Probe(model, gram=self._gram, **self._options)
+        if self._out is not None and writes:
+            self._file = RunFile(self._out, self._config, step)
+
+    def due(self, step: int) -> bool:
+        """Whether a step, counted from 1, is measured: step 1, and the first that reaches another multiple of ``every``. Not if it
+        was asked about before."""
+        before, self._asked = self._asked, max(self._asked, step)
+        return step > before and (step == 1 or step // self.every > before // self.every)
+
+    @property
+    def is_open(self) -> bool:
+        return self._probe is not None and self._probe.measuring
+
+    def open(self) -> None:
+        """The block of a step begins. Micro-batches share it."""
+        assert self._probe is not None
+        direction = self._direction
+        self._probe.direction = direction(self._probe.model) if callable(direction) else direction
+        self._seconds = perf_counter()
+        self._probe.__enter__()
+
+    def finish(self) -> None:
+        """The block ends, before anything changes the gradients."""
+        assert self._probe is not None
+        self._probe.__exit__(None)
+        self.report = self._probe.report()
+        self._seconds = perf_counter() - self._seconds
+        self._new = True
+
+    def abandon(self) -> None:
+        """Ends a block that an exception left open; nothing is reported."""
+        if self.is_open:
+            assert self._probe is not None
+            self._probe.close()
+
+    def close(self) -> None:
+        """Ends an open block, and the file."""
+        self.abandon()
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+    def take(self, step: int) -> dict[str, float]:
+        """What is to be logged of a measured step, once; empty where there is nothing. The record goes to the file."""
+        if not self._new or self.report is None:
+            return {}
+        self._new = False
+        metrics = self.report.metrics
+        coverage = self.report.coverage
+        if not metrics:
+            reasons = "; ".join(f"{name} ({reason})" for name, reason in list(coverage.not_covered.items())[:3])
+            warnings.warn(f"zerosum: step {step} has no metrics, no parameter is covered: {reasons}", UserWarning, stacklevel=2)
+        if self._file is not None:
+            about = {"covered": coverage.share, "not_covered": list(coverage.not_covered), "finite": self.report.finite}
+            self._file.append(record("probe", step, metrics, seconds=round(self._seconds, 4), **about))
+        return flat(metrics) | {
+            f"{PREFIX}examples": float(self.report.num_examples),
+            f"{PREFIX}covered": coverage.share,
+            f"{PREFIX}finite": float(self.report.finite),
+        }
+
+    def loss(self, step: int, loss: float, n: int) -> None:
+        """Records the training loss that the trainer logged at a step."""
+        if self._file is not None:
+            self._file.append(record("step", step, {"train.loss": Metric(loss, n)}))
+
+
+def flat(metrics: Mapping[str, Metric]) -> dict[str, float]:
+    """``{"zerosum/D_grad": …, "zerosum/null/D_grad": …}``: the finite values, and what random signs would have given."""
+    named = {f"{PREFIX}{name}": metric.value for name, metric in metrics.items()}
+    nulls = {f"{PREFIX}null/{name}": metric.null for name, metric in metrics.items() if metric.null is not None}
+    return {name: value for name, value in (named | nulls).items() if math.isfinite(value)}
+
+
+class RunFile:
+    """``metrics.jsonl`` and ``config.json`` of a run that a trainer makes, as ``zerosum plot`` reads them.
+
+    Records of steps after ``step`` are dropped: they were made after the checkpoint that training goes on from.
+
+    Raises:
+        ValueError: the folder has another run, or one that this training does not go on with.
+        OSError: the folder cannot be used.
+    """
+
+    def __init__(self, path: Path, config: Mapping[str, Any], step: int) -> None:
+        path.mkdir(parents=True, exist_ok=True)
+        settings, metrics = path / "config.json", path / "metrics.jsonl"
+        text = json.dumps(config, indent=1) + "\n"
+        if not settings.exists():
+            if any(path.iterdir()):
+                raise ValueError(f"out: expected a new folder or one of this callback's runs, {path} has other files")
+            replace_text(settings, text)
+        elif (found := settings.read_text(encoding="utf-8")) != text:
+            raise ValueError(f"out: {settings} is of another run: expected {text.strip()}, got {found.strip()[:200]}")
+        with RecordFile(metrics) as file:
+            entries = file.records
+        if step == 0 and entries:
+            raise ValueError(f"out: {metrics} has records already, and training begins at step 0: choose another folder")
+        if len(kept := [entry for entry in entries if entry["step"] <= step]) < len(entries):
+            replace_text(metrics, "".join(map(encode, kept)))
+        self._file = RecordFile(metrics)
+
+    def append(self, entry: dict[str, Any]) -> None:
+        self._file.append(entry)
+
+    def close(self) -> None:
+        self._file.close()
