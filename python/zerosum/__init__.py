@@ -7,6 +7,7 @@ The mathematics is in :mod:`zerosum.metrics`, the kernels in :mod:`zsl_kernels`.
 
 from zerosum import changes, deceleration, weights
 from zerosum.factors import Factors
+from zerosum.grams import gram_between
 from zerosum.graphs import CapturedStep, capture
 from zerosum.probe import Coverage, ParameterReport, Probe, Report, auxiliary, example_ids, rule
 from zerosum.probe.stored import ReportSum, load_report, merge
@@ -26,6 +27,7 @@ __all__ = [
     "changes",
     "deceleration",
     "example_ids",
+    "gram_between",
     "load_report",
     "merge",
     "rule",

@@ -21,6 +21,8 @@ from zerosum.probe.contributions import Contribution, Contributions, Dense, Piec
 from zerosum.probe.results import Pass, Results
 from zsl_kernels.weight_uses.eager import State, Weight
 
+# Of parameters whose gradient is zero for every example.
+UNREACHED = ("no gradient reached it inside the probe", "not used inside the probe")
 UNSEEN = "part of its gradient came through an operation that the probe cannot see"
 
 
@@ -523,4 +525,4 @@ class ParameterProbe(GradSource):
         """Says what became of it, after the block's last backward pass."""
         if not self.problem and self.results is None:
             self.unreached = True
-            self.refuse("no gradient reached it inside the probe" if self.used else "not used inside the probe")
+            self.refuse(UNREACHED[0] if self.used else UNREACHED[1])
