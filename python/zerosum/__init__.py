@@ -11,6 +11,7 @@ from zerosum.grams import gram_between
 from zerosum.graphs import CapturedStep, capture
 from zerosum.probe import Coverage, ParameterReport, Probe, Report, auxiliary, example_ids, rule
 from zerosum.probe.stored import ReportSum, load_report, merge
+from zerosum.sketches import Sketch
 from zerosum.tokens import SampledReport, token_report
 
 __all__ = [
@@ -22,6 +23,7 @@ __all__ = [
     "Report",
     "ReportSum",
     "SampledReport",
+    "Sketch",
     "auxiliary",
     "capture",
     "changes",

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from zerosum.changes import eval_mode
-from zerosum.probe import Probe
+from zerosum.probe import Probe, Report
 from zerosum.probe.parameters import UNREACHED
 
 Batch = tuple[Tensor, ...]
@@ -47,8 +47,8 @@ def gram_between(
         TypeError, ValueError: an argument is not of these; the message names it.
         RuntimeError: a parameter's per-example gradients are not known; the message names it, and the reason.
     """
-    n = _examples("first", first)
-    m = n if second is None else _examples("second", second)
+    n = check_batch("first", first)
+    m = n if second is None else check_batch("second", second)
     if second is not None:
         shapes = [[(x.shape[1:], x.dtype) for x in batch] for batch in (first, second)]
         if shapes[0] != shapes[1]:
@@ -59,7 +59,7 @@ def gram_between(
         raise TypeError(f"losses: expected a function of (model, *batch), got {type(losses).__name__}")
     found = torch.zeros(n, m, dtype=torch.float64)
     blocks, others = torch.arange(n).split(block), torch.arange(m).split(block)
-    with _trainable_alone(model, parameters), eval_mode(model), torch.enable_grad():
+    with trainable_alone(model, parameters), eval_mode(model), torch.enable_grad():
         # What is differentiated are the examples' own losses, whatever the loss of training is.
         probe = Probe(model, gram=True, loss_reduction="sum")
         if second is not None:
@@ -74,7 +74,7 @@ def gram_between(
     return found
 
 
-def _examples(name: str, batch: Any) -> int:
+def check_batch(name: str, batch: Any) -> int:
     if not isinstance(batch, tuple) or not batch or not all(isinstance(x, Tensor) and x.ndim for x in batch):
         raise TypeError(f"{name}: expected a tuple of tensors, whose first dimension are the examples, got {type(batch).__name__}")
     sizes = {len(x) for x in batch}
@@ -86,21 +86,32 @@ def _examples(name: str, batch: Any) -> int:
 def _gram(probe: Probe, losses: Callable[..., Tensor], batch: Batch) -> Tensor:
     """(n, n) of one batch, float64 on the CPU."""
     n = len(batch[0])
-    probe.model.zero_grad()
     with probe:
-        values = losses(probe.model, *batch)
-        if values.shape != (n,):
-            raise ValueError(f"losses: expected one for each of {n} examples, ({n},), got shape {tuple(values.shape)}")
-        values.sum().backward()
+        losses_of_each(losses, probe.model, batch).sum().backward()
     report = probe.report()
-    for name, reason in report.coverage.not_covered.items():
-        if reason not in UNREACHED:
-            raise RuntimeError(f"parameters: the per-example gradients of {name!r} are not known: {reason}")
+    check_covered(report)
     return torch.zeros(n, n, dtype=torch.float64) if report.gram is None else report.gram.cpu()
 
 
+def losses_of_each(losses: Callable[..., Tensor], model: nn.Module, batch: Batch) -> Tensor:
+    """(n,), for a backward pass that no other gradient is added to."""
+    model.zero_grad()
+    values, n = losses(model, *batch), len(batch[0])
+    if not isinstance(values, Tensor) or values.shape != (n,):
+        found = tuple(values.shape) if isinstance(values, Tensor) else type(values).__name__
+        raise ValueError(f"losses: expected one for each of {n} examples, ({n},), got {found}")
+    return values
+
+
+def check_covered(report: Report) -> None:
+    """Raises where a parameter is not covered whose gradient may be other than zero."""
+    for name, reason in report.coverage.not_covered.items():
+        if reason not in UNREACHED:
+            raise RuntimeError(f"parameters: the per-example gradients of {name!r} are not known: {reason}")
+
+
 @contextmanager
-def _trainable_alone(model: nn.Module, names: Iterable[str] | None) -> Iterator[None]:
+def trainable_alone(model: nn.Module, names: Iterable[str] | None) -> Iterator[None]:
     """In which the parameters of these names alone are trainable, without gradients; puts back what was."""
     known = dict(model.named_parameters(remove_duplicate=False))
     if names is not None:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from zerosum.probe.capture import Capture, open_captures
 from zerosum.probe.compiled import CompiledSteps
 from zerosum.probe.loss_scale import Loss, check_loss_reduction, check_shape
-from zerosum.probe.parameters import UNSEEN
+from zerosum.probe.parameters import UNSEEN, ParameterProbe
 from zerosum.probe.proof import Prover, Structures
 from zerosum.probe.report import Coverage, Report
 from zerosum.probe.results import common_scale
@@ -58,6 +58,8 @@ class Probe:
     Raises:
         TypeError, ValueError: an argument is not of these; the message names it.
     """
+
+    parameter_type: type[ParameterProbe] = ParameterProbe
 
     def __init__(
         self,
@@ -170,6 +172,7 @@ class Probe:
             direction=self._direction_of,
             gram=self._gram,
             strict=self._strict,
+            parameter_type=self.parameter_type,
         )
         capture.start()
         self._capture = capture

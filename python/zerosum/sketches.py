@@ -1,0 +1,185 @@
+"""Short vectors of fixed length that stand for examples' gradients, whatever the number of examples is."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import Tensor, nn
+
+from zerosum.changes import eval_mode
+from zerosum.grams import check_batch, check_covered, losses_of_each, trainable_alone
+from zerosum.probe import Probe, Report
+from zerosum.probe.capture import Capture
+from zerosum.probe.contributions import Contribution, Contributions, OuterProduct, Piece, RowGather, StreamedHead, Sums
+from zerosum.probe.parameters import ParameterProbe
+from zsl_kernels.types import sum_dtype
+
+
+class Sketch:
+    """``sketch(*batch) @ sketch(*other).T`` estimates the inner products of the gradients of two batches' examples::
+
+        sketch = zerosum.Sketch(model, losses, width=512)
+        rows = torch.cat([sketch(x, y) for x, y in batches])   # (N, 512): all that is kept of N examples
+        gram = rows @ rows.T                                   # (N, N), or any part of it
+
+    Column j of row i is Σ over weights of p_jᵀ g_i q_j / √width, with the gradient g_i as a matrix and random signs p_j and q_j of
+    its rows and columns, drawn for each weight and column. It is taken from the weight's uses, p_jᵀ b_t · a_tᵀ q_j for each
+    position t, so that no gradient is formed for it: (O + K) · width products for each position, and the signs' memory, as many
+    numbers for each weight (O, K). Beside that a call takes one probed step.
+
+    The estimate of ⟨g_i, g_k⟩ is unbiased, and the columns are independent. Its standard error is at most 3 ‖g_i‖ ‖g_k‖ / √width:
+    E ⟨g, p qᵀ⟩⁴ ≤ 9 ‖g‖⁴ by Khintchine's inequality for p and for q, a sum over independently signed weights keeps that bound,
+    and Cauchy and Schwarz take it to pairs. Where many weights and directions share the gradient it is near that of Gaussian
+    directions, √(‖g_i‖² ‖g_k‖² + ⟨g_i, g_k⟩²) / √width. Width 900 thus gives each cosine to 0.1, and means over pairs much better.
+
+    Args:
+        model: computes each example by itself. It runs in eval mode and is left as it was; ``.grad`` is not touched.
+        losses: ``losses(model, *batch)`` gives the losses (n,) of n examples.
+        width: how many columns.
+        seed: of the signs. The same seed and parameters give the same signs, in any process: sketches of one seed go together.
+        parameters: names of those whose gradients are sketched; None for all trainable ones.
+
+    Raises:
+        TypeError, ValueError: an argument is not of these; the message names it.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        losses: Callable[..., Tensor],
+        *,
+        width: int = 256,
+        seed: int = 0,
+        parameters: Iterable[str] | None = None,
+    ) -> None:
+        if not callable(losses):
+            raise TypeError(f"losses: expected a function of (model, *batch), got {type(losses).__name__}")
+        if not isinstance(width, int) or isinstance(width, bool) or width < 1:
+            raise ValueError(f"width: expected a positive integer, got {width!r}")
+        if not isinstance(seed, int) or isinstance(seed, bool):
+            raise TypeError(f"seed: expected an integer, got {type(seed).__name__}")
+        self._losses, self._parameters = losses, None if parameters is None else list(parameters)
+        with trainable_alone(model, self._parameters):
+            self._probe = _SketchProbe(model, width, seed)
+
+    def __call__(self, *batch: Tensor) -> Tensor:
+        """(n, width) of a batch's n examples, float32, or float64 where the model is.
+
+        Raises:
+            TypeError, ValueError: the batch is none of tensors with n examples, or the losses are not (n,).
+            RuntimeError: a parameter's per-example gradients are not known; the message names it, and the reason.
+        """
+        n, model = check_batch("batch", batch), self._probe.model
+        with trainable_alone(model, self._parameters), eval_mode(model), torch.enable_grad():
+            with self._probe as probe:
+                losses_of_each(self._losses, model, batch).sum().backward()
+            check_covered(probe.report())
+        found = self._probe.sketch
+        if found is None:
+            return torch.zeros(n, self._probe.width, device=batch[0].device)
+        return found
+
+
+class _SketchedParameter(ParameterProbe):
+    """Also projects what the uses leave."""
+
+    immediate = False  # what uses leave comes to `_finish`
+    signs: Callable[[str, Tensor], tuple[Tensor, Tensor | None]]
+    sketch: Tensor | None = None
+
+    def _finish(self, contributions: Contributions) -> Sums:
+        now = self.context.current
+        assert now is not None
+        self.sketch = project(contributions, self.parameter, now.examples, *self.signs(self.name, self.parameter))
+        return super()._finish(contributions)
+
+
+class _SketchProbe(Probe):
+    parameter_type = _SketchedParameter
+
+    def __init__(self, model: nn.Module, width: int, seed: int) -> None:
+        super().__init__(model, loss_reduction="sum")
+        self._structures.compiled = None  # compiled code leaves sums, not uses
+        self.width, self._seed = width, seed
+        self._signs: dict[str, tuple[Tensor, Tensor | None]] = {}
+        self.sketch: Tensor | None = None
+
+    def __enter__(self) -> Probe:
+        super().__enter__()
+        assert self._capture is not None
+        self.sketch = None
+        for t in self._capture.parameters:
+            assert isinstance(t, _SketchedParameter)
+            t.signs, t.sketch = self.signs, None
+        return self
+
+    def _finish(self, capture: Capture) -> Report:
+        report = super()._finish(capture)
+        for t in capture.parameters:
+            if isinstance(t, _SketchedParameter) and t.sketch is not None and t.name in report:
+                mine = t.sketch * self.width**-0.5
+                self.sketch = mine if self.sketch is None else self.sketch + mine.to(self.sketch.device)
+                t.sketch = None
+        return report
+
+    def signs(self, name: str, weight: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Of the rows (R, width) and of the columns (C, width) of a weight as a matrix; None where there is one column."""
+        if name not in self._signs:
+            digest = hashlib.sha256(f"{self._seed}/{name}".encode()).digest()
+            generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
+            R, C = as_matrix(weight.shape)
+            drawn = torch.randint(2, (R + C if C > 1 else R, self.width), generator=generator, dtype=torch.int8)
+            both = drawn.to(weight.device, sum_dtype(weight.dtype)).mul_(2).sub_(1)
+            self._signs[name] = both[:R], both[R:] if C > 1 else None
+        return self._signs[name]
+
+
+def as_matrix(shape: torch.Size) -> tuple[int, int]:
+    """The numbers of rows and of columns of a weight: one column of what has one dimension."""
+    return (shape[0], shape[1:].numel()) if len(shape) > 1 else (shape.numel(), 1)
+
+
+def project(contributions: Contributions, weight: Tensor, examples: int, rows: Tensor, columns: Tensor | None) -> Tensor:
+    """(E, width): p_jᵀ g_i q_j for each example and each of the columns p_j of ``rows`` and q_j of ``columns``."""
+    base, total = contributions.base, rows.new_zeros(examples, rows.shape[1])
+    rest = Contributions(base)
+    for piece, uses in contributions.of_piece.items():
+        for use in uses:
+            place = _place(piece, base)
+            if columns is None or place is None or not isinstance(use, OuterProduct | RowGather | StreamedHead):
+                rest.add(piece, use)
+                continue
+            r, c = place
+            _add_use(total, use, rows[r : r + piece.size[0]], columns[c : c + piece.size[1]])
+    if rest:
+        g = rest.materialize(examples, weight).to(rows.dtype).reshape(examples, len(rows), -1)
+        total += (g[:, :, 0] @ rows) if columns is None else torch.einsum("erc,rk,ck->ek", g, rows, columns)
+    return total
+
+
+def _place(piece: Piece, base: Piece) -> tuple[int, int] | None:
+    """The first row and the first column of a piece of a matrix that lies row by row; None where it is something else."""
+    if len(base.size) != 2 or base.stride != (base.size[1], 1) or len(piece.size) != 2 or piece.stride != base.stride:
+        return None
+    r, c = divmod(piece.offset - base.offset, base.size[1])
+    return (r, c) if c + piece.size[1] <= base.size[1] else None
+
+
+def _add_use(total: Tensor, use: Contribution, rows: Tensor, columns: Tensor) -> None:
+    dtype = rows.dtype
+    if isinstance(use, StreamedHead):
+        projected = sum((b.to(dtype) @ rows[lo:hi] for lo, hi, b in use.chunks()), start=total.new_zeros(()))
+        total += (projected * (use.h.to(dtype) @ columns)).sum(1)
+        return
+    if isinstance(use, OuterProduct):
+        found = (use.left.to(dtype) @ rows) * (use.right.to(dtype) @ columns)
+    else:
+        assert isinstance(use, RowGather)
+        at = use.rows.long()
+        found = rows[at.clamp(min=0)] * (use.e.to(dtype) @ columns) * (at >= 0).unsqueeze(-1)
+    if use.ids is None:
+        total += found.sum(1)
+    else:
+        total.index_add_(0, use.ids, found)
