@@ -43,11 +43,7 @@ def clip(report: Report, max_norm: float) -> Tensor:
     if not max_norm > 0:
         raise ValueError(f"max_norm: expected a positive number, got {max_norm!r}")
     # (A parameter that no gradient reached has none, of any example.)
-    missing = {
-        name: reason
-        for name, reason in report.coverage.not_covered.items()
-        if not reason.startswith(("no gradient reached it", "not used"))
-    }
+    missing = {name: reason for name, reason in report.coverage.not_covered.items() if name not in report.unreached}
     if missing or report.sq_norm is None:
         said = "; ".join(f"{name} ({reason})" for name, reason in missing.items()) or "there is no parameter"
         raise ValueError(f"report: expected every parameter's gradient in the norms, but not covered: {said}")

@@ -50,6 +50,7 @@ def same(found, expected, names=None):
     assert found.num_examples == expected.num_examples
     assert list(found) == list(expected)
     assert found.coverage == expected.coverage
+    assert found.unreached == expected.unreached
     assert found.proof == expected.proof
     for name in expected:
         assert found[name].how == expected[name].how
@@ -92,6 +93,15 @@ def test_a_copy_says_the_same_to_the_bit(parts, options, how, tmp_path):
     one = pickle.loads(pickle.dumps(report["head.weight"]))
     assert torch.equal(one.grad_sum, report["head.weight"].grad_sum)
     assert one.metrics.keys() == report["head.weight"].metrics.keys()
+
+
+@HOW
+def test_a_copy_says_which_parameters_no_loss_reaches(how, tmp_path):
+    step = Step()
+    step.model.register_parameter("spare", nn.Parameter(torch.ones(3)))
+    report = step.report()
+    assert report.unreached == {"spare"}
+    same(how(report, tmp_path), report)
 
 
 @HOW
@@ -211,20 +221,58 @@ def test_merging_leaves_the_reports_as_they_were():
     same(b, before[1])
 
 
-def test_what_one_report_does_not_cover_is_not_covered():
+class Switched(nn.Module):
+    """A branch that some steps leave out, by which examples do not reach it."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner, self.branch, self.on = nn.Linear(3, 3), nn.Linear(3, 3), True
+
+    def forward(self, x):
+        y = self.inner(x)
+        return self.branch(y.tanh()) + y if self.on else y
+
+
+@pytest.mark.parametrize("gram", [False, True])
+@pytest.mark.parametrize("order", [(True, False, True), (False, True, False), (False, False)])
+def test_examples_that_do_not_reach_a_parameter_have_zeros(order, gram):
+    torch.manual_seed(0)
+    model = Switched().double()
+    probe, reports, truth = zerosum.Probe(model, gram=gram), [], []
+    for n, model.on in enumerate(order, 1):
+        x = torch.randn(n, 4, 3).double()
+        model.zero_grad()
+        with probe:
+            model(x).square().mean((1, 2)).sum().backward()
+        reports.append(copy.deepcopy(probe.report()))
+        truth.append(per_example_gradients(model(x).square().mean((1, 2)), model, trainable(model)))
+    found = zerosum.merge(reports)
+    if True not in order:
+        assert found.unreached == {"branch.weight", "branch.bias"}
+        assert list(found.coverage.not_covered) == ["branch.weight", "branch.bias"]
+        assert list(found) == ["inner.weight", "inner.bias"]
+        return
+    expected = {name: torch.cat([part[name] for part in truth]) for name in truth[0]}
+    sizes = range(1, len(order) + 1)
+    assert_truth(found, expected, gram=blocks(*sizes) if gram else False)
+    assert list(found) == list(expected)
+    assert not found.unreached
+
+
+def test_what_one_report_cannot_cover_is_not_covered():
     step = Step()
     a = copy.deepcopy(step.report(slice(0, 3)))
-    step.model.zero_grad()
-    with step.probe:
-        weight = step.model.head.weight.detach()
-        torch.func.functional_call(step.model, {"head.weight": weight}, (step.x[3:],)).square().mean((1, 2)).sum().backward()
-    b = copy.deepcopy(step.probe.report())
-    assert "head.weight" not in b
+    mixing = step.model.blocks[0].register_forward_hook(lambda module, inputs, y: y - y.mean(0))
+    with pytest.warns(UserWarning, match="coupled"):
+        b = copy.deepcopy(step.report(slice(3, 7)))
+    mixing.remove()
+    refused = set(a) - set(b)
+    assert refused
     for pair in ((a, b), (b, a)):
         found = zerosum.merge(pair)
-        assert list(found) == [name for name in a if name != "head.weight"]
-        why = found.coverage.not_covered["head.weight"]
-        assert "not used inside the probe" in why or "no gradient reached it" in why
+        assert list(found) == [name for name in a if name not in refused]
+        for name in refused:
+            assert found.coverage.not_covered[name] == f"not covered in every report: {b.coverage.not_covered[name]}"
         assert found.coverage.covered.keys() == set(found)
 
 

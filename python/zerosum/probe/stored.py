@@ -46,6 +46,7 @@ def state_of(report: Report) -> State:
         "not_covered": coverage.not_covered,
         "sizes": coverage.sizes,
         "names": report.names,
+        "unreached": sorted(report.unreached),
         "parameters": parameters,
     }
     return about, tensors
@@ -60,6 +61,7 @@ def report_of(about: dict[str, Any], tensors: Mapping[str, Tensor]) -> Report:
         Coverage(about["covered"], about["not_covered"], about["sizes"]),
         about["num_examples"],
         Evidence(passes, proved, extra, tuple(trusted)),
+        frozenset(about["unreached"]),
     )
 
 
@@ -151,15 +153,19 @@ class ReportSum:
     """
 
     _keep_grams = False
+    _has_grams = False
 
     def __init__(self, direction: Mapping[str, Tensor] | None = None) -> None:
         self._direction = direction
         self._first: Report | None = None
+        self._fields: list[str] = []  # the scalars of the reports
         self._sums: dict[str, dict[str, Tensor]] = {}  # by the parameter's name
         self._scalars: dict[str, dict[str, list[Tensor]]] = {}
         self._grams: dict[str, list[Tensor]] = {}
         self._how: dict[str, dict[str, None]] = {}
         self._not_covered: dict[str, str] = {}
+        self._unreached: dict[str, str] = {}  # and why; as far as no report has it
+        self._past: list[tuple[int, list[int]]] = []  # of each report: examples, and those of its micro-batches
         self._proofs: list[Evidence] = []
         self.num_examples = 0
 
@@ -167,45 +173,61 @@ class ReportSum:
         """Adds a report, whose tensors may be written to afterwards.
 
         Raises:
-            ValueError: it is of another model, or has a direction where the others have none, or a Gram.
+            ValueError: it is of another model, or has a direction where the others have none.
             RuntimeError: a gradient was overwritten before (by clipping, say).
         """
         if not isinstance(report, Report):
             raise TypeError(f"report: expected a zerosum.Report, got {type(report).__name__}")
         report = report.settled()
         fields = [field for field in _SCALARS if getattr(report, field) is not None]
-        if self._first is None:
-            self._check_direction(report)
-            self._fields = fields
-        else:
-            self._check_like(report, fields)
+        self._check_like(report, fields)
+        if report.dot is not None and self._direction is None:
+            raise ValueError("direction: expected the one that the reports have, whose metrics need it again; got none")
         # Read before anything is added: an error leaves the sum as it was.
         grad_sums = {name: report[name].grad_sum for name in report if name not in self._not_covered}
-        new = self._first is None
         self._first = self._first or report.without_results()
+        self._fields = self._fields or fields
+        now = report.num_examples, [len(block) for block in report.gram_blocks or []] or [report.num_examples]
         for name in report.coverage.sizes:
             if name in self._not_covered:
                 continue
-            if name not in report:
+            if name in report:
+                self._add(name, report[name], grad_sums[name])
+            elif name in report.unreached:
+                self._unreached.setdefault(name, report.coverage.not_covered[name])
+                if name in self._sums:
+                    self._add_zeros(name, *now)
+            else:
                 self._not_covered[name] = f"not covered in every report: {report.coverage.not_covered[name]}"
                 for held in (self._sums, self._scalars, self._grams):
                     held.pop(name, None)
-                continue
-            p = report[name]
-            parts = {"grad_sum": grad_sums[name], "abs_sum": p.abs_sum, "sq_sum": p.sq_sum}
-            if new:
-                self._sums[name] = {field: x.clone(memory_format=torch.contiguous_format) for field, x in parts.items()}
-                self._scalars[name], self._grams[name], self._how[name] = {field: [] for field in fields}, [], {}
-            else:
-                for field, x in parts.items():
-                    self._sums[name][field].add_(x)
-            for field in fields:
-                self._scalars[name][field].append(getattr(p, field).clone())
-            if self._keep_grams:
-                self._grams[name] += [block.clone() for block in p.gram_blocks or []]
-            self._how[name] |= dict.fromkeys(p.how.split(" + "))
+        self._past.append(now)
         self._proofs.append(report.proof)
         self.num_examples += report.num_examples
+
+    def _add(self, name: str, p: ParameterReport, grad_sum: Tensor) -> None:
+        parts = {"grad_sum": grad_sum, "abs_sum": p.abs_sum, "sq_sum": p.sq_sum}
+        if name in self._sums:
+            for field, x in parts.items():
+                self._sums[name][field].add_(x)
+        else:
+            self._sums[name] = {field: x.clone(memory_format=torch.contiguous_format) for field, x in parts.items()}
+            self._scalars[name], self._grams[name], self._how[name] = {field: [] for field in self._fields}, [], {}
+            for past in self._past:
+                self._add_zeros(name, *past)
+        for field in self._fields:
+            self._scalars[name][field].append(getattr(p, field).clone())
+        if self._keep_grams:
+            self._grams[name] += [block.clone() for block in p.gram_blocks or []]
+        self._how[name] |= dict.fromkeys(p.how.split(" + "))
+
+    def _add_zeros(self, name: str, examples: int, blocks: list[int]) -> None:
+        """Of a report none of whose examples reach the parameter."""
+        like = self._sums[name]["abs_sum"]
+        for field in self._fields:
+            self._scalars[name][field].append(like.new_zeros(examples))
+        if self._keep_grams:
+            self._grams[name] += [like.new_zeros(n, n) for n in blocks]
 
     def report(self) -> Report:
         """The sum so far, in memory of its own.
@@ -216,19 +238,21 @@ class ReportSum:
         if self._first is None:
             raise RuntimeError("no report: nothing was added yet")
         found: dict[str, Results] = {}
-        for name, sums in self._sums.items():
+        for name in (name for name in self._first.coverage.sizes if name in self._sums):
+            sums = self._sums[name]
             scalars: dict[str, Any] = dict.fromkeys(_SCALARS)
             scalars |= {field: torch.cat(parts) for field, parts in self._scalars[name].items()}
             mine = Sums(**{field: x.clone() for field, x in sums.items()}, **scalars, gram=None)
-            found[name] = Results.held(mine, self._grams[name] or None, mine.abs_sum.shape)
-        return _report(found, self._first, self._how, self._not_covered, self._proofs, self.num_examples, self._direction)
-
-    def _check_direction(self, report: Report) -> None:
-        if report.dot is not None and self._direction is None:
-            raise ValueError("direction: expected the one that the reports have, whose metrics need it again; got none")
+            found[name] = Results.held(mine, (self._grams[name] or None) if self._has_grams else None, mine.abs_sum.shape)
+        unreached = {name: why for name, why in self._unreached.items() if name not in found and name not in self._not_covered}
+        reasons = {**self._not_covered, **unreached}
+        not_covered = {name: reasons[name] for name in self._first.coverage.sizes if name in reasons}
+        evidence, n = self._proofs, self.num_examples
+        return _report(found, self._first, self._how, not_covered, evidence, n, self._direction, frozenset(unreached))
 
     def _check_like(self, report: Report, fields: list[str]) -> None:
-        assert self._first is not None
+        if self._first is None:
+            return
         known, sizes = self._first.coverage.sizes, report.coverage.sizes
         if known != sizes:
             other = next(name for name in {**known, **sizes} if known.get(name) != sizes.get(name))
@@ -236,7 +260,7 @@ class ReportSum:
                 f"report: expected one of the same parameters, got {sizes.get(other, 'no')} coordinates of {other!r}, "
                 f"where the others have {known.get(other, 'none')}"
             )
-        if fields != self._fields:
+        if self._fields and len(report) and fields != self._fields:
             raise ValueError(f"report: expected one with {', '.join(self._fields)} as the others, got {', '.join(fields)}")
 
 
@@ -249,7 +273,8 @@ def merge(reports: Iterable[Report], direction: Mapping[str, Tensor] | None = No
 
     Σ g, Σ |g| and Σ g² add, and the examples' scalars come one after another. Grams are kept as blocks: inner products of examples
     of different reports are not known. Metrics, with N and their nulls, are those of all examples. Merging is associative, to
-    rounding. A parameter that one of the reports does not cover is not covered.
+    rounding. A parameter that one of the reports does not cover is not covered, unless none of its examples reach it: their
+    gradients are zero.
 
     Args:
         reports: one at least.
@@ -259,14 +284,16 @@ def merge(reports: Iterable[Report], direction: Mapping[str, Tensor] | None = No
         TypeError, ValueError: an argument is not of these, or the reports are of different models; the message says which.
         RuntimeError: a gradient was overwritten (by clipping, say) before.
     """
-    total, had_grams = _Merged(direction), set()
+    reports = list(reports)
+    if not reports:
+        raise ValueError("reports: expected one at least, got none")
+    total = _Merged(direction)
     for report in reports:
         total.add(report)
-        had_grams.add(report.gram_blocks is not None)
-        if len(had_grams) > 1:
-            raise ValueError("reports: expected all with a Gram, or none")
-    if not total.num_examples and not had_grams:
-        raise ValueError("reports: expected one at least, got none")
+    with_grams = {report.gram_blocks is not None for report in reports if len(report)}
+    if len(with_grams) > 1:
+        raise ValueError("reports: expected all with a Gram, or none")
+    total._has_grams = True in with_grams
     return total.report()
 
 
