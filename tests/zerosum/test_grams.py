@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 import zerosum
 from tests.zerosum.oracle import assert_unchanged, error, per_example_gradients, snapshot, trainable
+from zerosum.probe import results
 from zerosum.training.model import GPT, GPTConfig, token_losses
 
 V, T = 11, 5
@@ -131,3 +132,19 @@ def test_what_is_not_expected_is_refused_by_name(change: dict[str, Any], kind: t
     arguments = {"losses": losses_of, "first": tokens(2, 1), "second": tokens(2, 2)} | change
     with pytest.raises(kind, match=message):
         zerosum.gram_between(gpt(), **arguments)
+
+
+def test_a_micro_batch_costs_the_same_however_many_came_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of what earlier passes left nothing is copied again: one parameter's scalars are put aside once for each pass."""
+    put_aside = []
+    of = results._Scalars.of
+    monkeypatch.setattr(results._Scalars, "of", lambda sums: put_aside.append(sums) or of(sums))
+    model = nn.Linear(3, 2)
+    probe = zerosum.Probe(model, gram=True)
+    for count in (4, 8, 16):
+        put_aside.clear()
+        with probe:
+            for _ in range(count):
+                model(torch.randn(2, 3)).square().sum(1).sum().backward()
+        assert len(put_aside) == 2 * count
+        assert probe.report().num_examples == 2 * count

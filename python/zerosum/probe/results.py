@@ -86,7 +86,7 @@ class Results:
     def __init__(self, sums: Sums, of: Pass, parameter: Tensor) -> None:
         self.sums = sums
         self.latest = of
-        self.passes: list[Pass] = [of]
+        self.passes = {of}
         self._shape, self._dtype = parameter.shape, parameter.dtype
         self._scalars: dict[Pass, Sums | _Scalars] = {of: sums}
         self._scale: float | None = None  # None: that of its one pass
@@ -109,7 +109,7 @@ class Results:
         """Of no step: the sums and scalars of the losses themselves, in memory that nobody else writes to. ``absent``: Σ g is not
         among them, as it had been overwritten."""
         mine = cls.__new__(cls)
-        mine.sums, mine.passes, mine._scalars, mine._scale, mine.common = sums, [], {}, 1.0, ONE
+        mine.sums, mine.passes, mine._scalars, mine._scale, mine.common = sums, set(), {}, 1.0, ONE
         mine._shape, mine._dtype, mine._is_current, mine._grams = shape, sums.abs_sum.dtype, None, grams
         mine.hold(sums.grad_sum)
         mine._absent = absent
@@ -174,9 +174,10 @@ class Results:
         mine.rows = None
         self.sums, self._scale = mine, 1.0
         self.hold(mine.grad_sum)
-        self.passes += other.passes
-        # Without the passes' own sums, which are as large as the weight.
-        self._scalars = {of: _Scalars.of(sums) for of, sums in (self._scalars | other._scalars).items()}
+        self.passes |= other.passes
+        # Without the passes' own sums, which are as large as the weight. (Earlier passes' are gone already.)
+        kept = self._scalars | other._scalars if first else other._scalars
+        self._scalars |= {of: _Scalars.of(sums) for of, sums in kept.items()}
         self.latest = other.latest
         self.coordinates = None
 
