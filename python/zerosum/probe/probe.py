@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from zerosum.distributed.sharded import check_whole
 from zerosum.probe.capture import Capture, open_captures
 from zerosum.probe.compiled import CompiledSteps
 from zerosum.probe.loss_scale import Loss, check_loss_reduction, check_shape
@@ -93,7 +94,7 @@ class Probe:
             isinstance(verify, (bool, str)) or not isinstance(verify, int) or verify < 1
         ):
             raise ValueError(f"verify: expected 'once', 'always', 'never' or a positive integer, got {verify!r}")
-        _check_supported(model)
+        check_whole(model)
         self._model: nn.Module = model
         self._positions = examples == "position"
         self.direction = direction
@@ -251,15 +252,6 @@ class Probe:
         if self._direction is None:
             return None
         return next((self._direction[name] for name in names if name in self._direction), None)
-
-
-def _check_supported(model: nn.Module) -> None:
-    """Raises where parameters are shards that the probe would measure wrongly or not at all."""
-    for name, p in model.named_parameters():
-        if type(p).__name__ == "DTensor" or type(p.data).__name__ == "DTensor":
-            raise NotImplementedError(
-                f"model: {name!r} is a DTensor (tensor parallel or fully_shard); the probe measures whole parameters of one process"
-            )
 
 
 def check_direction(model: nn.Module, direction: Mapping[str, Tensor] | None) -> None:
