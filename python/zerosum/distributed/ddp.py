@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 from torch import nn
+from torch.autograd.graph import Node
 from torch.nn.parallel import DistributedDataParallel
 
 
@@ -21,6 +22,11 @@ def wrappers(modules: Iterable[nn.Module]) -> list[DistributedDataParallel]:
 def around() -> DistributedDataParallel | None:
     """The wrapper whose forward pass runs, where the probe was given the module inside of it."""
     return DistributedDataParallel._active_ddp_module
+
+
+def is_sink(node: Node) -> bool:
+    """Whether it is the identity that DDP puts behind a model's results, with ``find_unused_parameters`` or ``static_graph``."""
+    return node.name() == "_DDPSinkBackward"
 
 
 @contextmanager

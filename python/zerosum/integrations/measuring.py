@@ -63,12 +63,15 @@ class Measuring:
         self._probe: Probe | None = None
         self._file: RunFile | None = None
         self._new = False  # a report that was not taken yet
+        self._joins = False
         self._seconds = 0.0
         self._asked = 0
 
-    def begin(self, model: nn.Module, step: int, writes: bool = True) -> None:
-        """Training goes on after ``step`` steps, with the file of ``out`` if this process ``writes`` it."""
+    def begin(self, model: nn.Module, step: int, writes: bool = True, joins: bool = False) -> None:
+        """Training goes on after ``step`` steps, with the file of ``out`` if this process ``writes`` it. ``joins``: reports are of
+        the examples of all processes, each of which measures the same steps."""
         self.close()
+        self._joins = joins
         self._new = False
         self._asked = step
         if self._probe is None or self._probe.model is not model:
@@ -98,7 +101,8 @@ class Measuring:
         """The block ends, before anything changes the gradients."""
         assert self._probe is not None
         self._probe.__exit__(None)
-        self.report = self._probe.report()
+        report = self._probe.report()
+        self.report = report.all_reduce(direction=self._probe.direction) if self._joins else report
         self._seconds = perf_counter() - self._seconds
         self._new = True
 

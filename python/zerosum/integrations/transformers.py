@@ -28,7 +28,8 @@ class ZeroSumCallback(TrainerCallback):
     anew. Its loss is what the step's loss says of it (:class:`zerosum.Probe`, ``loss_reduction="auto"``): neither accumulation
     nor ``num_items_in_batch`` changes the results. Each measured step is logged by ``Trainer.log``: ``zerosum/D_grad`` and the
     other metrics of :func:`zerosum.metrics.gradient_metrics` that are finite, ``zerosum/null/…`` (what random signs would give),
-    ``zerosum/examples``, ``zerosum/covered`` (the share of trainable coordinates) and ``zerosum/finite`` (0 or 1).
+    ``zerosum/examples``, ``zerosum/covered`` (the share of trainable coordinates) and ``zerosum/finite`` (0 or 1). Under
+    DistributedDataParallel they are of the examples of all ranks.
 
     Args:
         every: how many steps there are for one that is measured.
@@ -44,7 +45,8 @@ class ZeroSumCallback(TrainerCallback):
 
     Raises:
         TypeError, ValueError: an argument is not of these, or ``out`` has another run; the message names it.
-        NotImplementedError: at the beginning of training, several processes or devices.
+        NotImplementedError: at the beginning of training, several devices of one process, or several processes that are not under
+            DistributedDataParallel.
     """
 
     def __init__(
@@ -80,7 +82,8 @@ class ZeroSumCallback(TrainerCallback):
 
             trl.cover_fused_head()
         assert isinstance(self._trainer.model, nn.Module)
-        self._measuring.begin(self._trainer.model, state.global_step)
+        writes, joins = self._trainer.is_world_process_zero(), self._trainer.args.world_size > 1
+        self._measuring.begin(self._trainer.model, state.global_step, writes, joins)
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self._measuring.due(state.global_step + 1):
@@ -141,12 +144,16 @@ def _calling_trainer() -> transformers.Trainer:
 
 
 def _check_supported(trainer: transformers.Trainer, auto: bool) -> None:
-    for what, number in (
-        ("processes", trainer.args.world_size),
-        ("devices in one process (torch.nn.DataParallel)", trainer.args.n_gpu),
-    ):
-        if number > 1:
-            raise NotImplementedError(f"ZeroSumCallback: expected one process and one device, got {number} {what}")
+    kind, processes = trainer.accelerator.distributed_type.name, trainer.args.world_size
+    if trainer.args.n_gpu > 1:
+        raise NotImplementedError(
+            f"ZeroSumCallback: expected a device for each process, got {trainer.args.n_gpu} in one (torch.nn.DataParallel): "
+            "start the script with torchrun"
+        )
+    if processes > 1 and not kind.startswith("MULTI_"):  # as accelerate calls DistributedDataParallel
+        raise NotImplementedError(
+            f"ZeroSumCallback: expected one process, or several under DistributedDataParallel, got {processes} under {kind}"
+        )
     smoothing = trainer.args.label_smoothing_factor
     if smoothing and auto:
         warnings.warn(

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node
 
+from zerosum.distributed import ddp
 from zerosum.probe.layout import Layout
 
 UNREACHED = -1  # no loss's gradient reaches the row
@@ -396,7 +397,7 @@ def derivative(
     ends = {e.node for e in edges}
     for node in nodes_between([e.node for e in roots], ends):
         own = any(hasattr(node, name) for name in ("site", "again", "source"))
-        users = isinstance(node, torch.autograd.function.BackwardCFunction) and not own
+        users = isinstance(node, torch.autograd.function.BackwardCFunction) and not own and not ddp.is_sink(node)
         if users and not ends.isdisjoint(nodes_between([node], set())):
             raise Unproved(f"{node.name()} is a function of the user's")
     return found

@@ -126,7 +126,7 @@ class Capture(TorchFunctionMode):
             frozen = [p for p in names if not p.requires_grad]
             for x in (*model.buffers(), *frozen, *own):
                 self._constants[x] = True
-            self._frozen = {p.untyped_storage().data_ptr() for p in frozen}
+            self._frozen = {p.untyped_storage()._cdata for p in frozen}
         self.recomputed = False  # whether a checkpoint has computed uses again
         self.hooked = False  # whether hooks of the user's see what is computed
         self.compiling = False  # whether code may be compiled in this block
@@ -335,7 +335,7 @@ class Capture(TorchFunctionMode):
         assert self._constants is not None
         if not x.requires_grad or x in self._constants:
             return self.is_constant(x) or self._constants.get(x) is True
-        return isinstance(x, nn.Parameter) and x.is_leaf and x.untyped_storage().data_ptr() in self._frozen
+        return isinstance(x, nn.Parameter) and x.is_leaf and x.untyped_storage()._cdata in self._frozen
 
     def is_constant(self, x: Tensor) -> bool:
         return not x.requires_grad and (x.ndim == 0 or (self._constants is not None and self._constants.get(x) is True))

@@ -33,8 +33,12 @@ TESTS = {
     "`compute_loss_func` of all rows": {T: "test_with_a_loss_function_of_ones_own"},
     "label smoothing": {T: "test_with_label_smoothing_the_scale_is_said"},
     "manual optimization": {L: "test_manual_optimization"},
-    "several processes or devices": {
-        T: "test_several_processes_are_refused",
+    "several processes under DDP: one report of all examples": {
+        T: "test_several_processes_have_one_report_of_all_examples",
+        L: "test_arguments_are_checked",
+    },
+    "DataParallel, FSDP, DeepSpeed": {
+        T: "test_several_devices_of_one_process_are_refused",
         S: "test_several_processes_are_refused",
         L: "test_arguments_are_checked",
     },

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import socket
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -83,6 +87,13 @@ def trained(
     return made
 
 
+def without_key_bias(model: nn.Module) -> nn.Module:
+    """Attention ignores what is added to all keys: that third of this bias has a gradient of rounding noise."""
+    for name, p in model.named_parameters():
+        p.requires_grad_(not name.endswith("c_attn.bias"))
+    return model
+
+
 def logged(trainer: Any, key: str) -> dict[int, float]:
     """The values of a key in what was logged, by step."""
     return {entry["step"]: entry[key] for entry in trainer.state.log_history if key in entry}
@@ -95,10 +106,7 @@ def recorded(out: Path) -> list[Record]:
 @pytest.mark.parametrize("clip", [0.0, 0.01], ids=["unclipped", "clipped"])
 def test_what_is_logged_of_a_step_is_the_truth(tmp_path: Path, clip: float) -> None:
     """Two micro-batches, padded differently, whose loss is divided by the number of items of both."""
-    model = gpt2()
-    for name, p in model.named_parameters():
-        # Attention ignores what is added to all keys: that third of this bias has a gradient of rounding noise.
-        p.requires_grad_(not name.endswith("c_attn.bias"))
+    model = without_key_bias(gpt2())
     direction = direction_for(model)
     asked = []
     callback = ZeroSumCallback(every=100, gram=True, direction=lambda m: asked.append(m) or direction)
@@ -366,8 +374,40 @@ def test_a_folder_with_other_files_is_left_alone(tmp_path: Path) -> None:
 
 def test_several_processes_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(transformers.TrainingArguments, "world_size", 2)
-    with pytest.raises(NotImplementedError, match="expected one process and one device, got 2 processes"):
+    with pytest.raises(NotImplementedError, match="several under DistributedDataParallel, got 2 under NO"):
         trained(tmp_path, gpt2(), ZeroSumCallback(), accelerator_config={"split_batches": False})
+
+
+def test_several_devices_of_one_process_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(transformers.TrainingArguments, "n_gpu", 2)
+    with pytest.raises(NotImplementedError, match=r"got 2 in one \(torch\.nn\.DataParallel\): start the script with torchrun"):
+        trained(tmp_path, gpt2(), ZeroSumCallback())
+
+
+def test_several_processes_have_one_report_of_all_examples(tmp_path: Path, project_environment: dict[str, str]) -> None:
+    """Of two ranks' micro-batches under DistributedDataParallel: what one process logs of all of them."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    meeting = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    command = [sys.executable, "-m", "tests.zerosum.integrations.ddp_driver", str(tmp_path)]
+    processes = [
+        subprocess.Popen(command, env=project_environment | meeting | {"RANK": rank, "LOCAL_RANK": rank}, stderr=subprocess.PIPE)
+        for rank in "01"
+    ]
+    said = [process.communicate(timeout=200)[1].decode() for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], said[0][-2000:] + said[1][-2000:]
+    ranks = [json.loads((tmp_path / f"rank-{rank}.json").read_text()) for rank in range(2)]
+    assert ranks[0] == ranks[1]
+    # The same 8 sequences: of each rank 2 micro-batches of 2.
+    model = without_key_bias(gpt2())
+    alone = trained(tmp_path, model, ZeroSumCallback(every=100), per_device_train_batch_size=4, max_grad_norm=0.01, max_steps=1)
+    expected = {key: values[1] for key in ranks[0] if (values := logged(alone, key))}
+    assert expected.keys() == ranks[0].keys()
+    assert expected["zerosum/examples"] == 8
+    for key, value in expected.items():
+        assert ranks[0][key] == pytest.approx(value, rel=FLOAT32_LOSS), key
+    assert [entry["kind"] for entry in recorded(tmp_path / "run")].count("probe") == 1
 
 
 def test_without_a_trainer_it_says_so() -> None:
