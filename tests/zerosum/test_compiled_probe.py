@@ -19,6 +19,7 @@ import zerosum
 from tests.zerosum.oracle import assert_covers, assert_truth, direction_for, error, gradients
 from tests.zerosum.steps import assert_gradients, truth_of
 from zerosum.probe.capture import Capture
+from zerosum.probe.rules import APPLIED
 from zerosum.training.model import GPT, GPTConfig, token_losses
 
 N, T, VOCAB = 9, 6, 23  # (8 examples or more are proved once)
@@ -673,6 +674,38 @@ def test_hooks_run_uncompiled(uses: list[str]) -> None:
         steps.probed(tokens)
     assert len(calls) == 2
     assert not uses
+
+
+class Doubled(torch.autograd.Function):
+    """2 x wᵀ"""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, w: Tensor) -> Tensor:
+        ctx.save_for_backward(x, w)
+        return 2 * x @ w.T
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+        x, w = ctx.saved_tensors
+        return 2 * grad @ w, 2 * grad.flatten(0, -2).T @ x.flatten(0, -2)
+
+
+class WithDoubled(Small):
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.last(torch.tanh(Doubled.apply(self.embedding(tokens), self.first.weight) + self.first.bias))
+
+
+@pytest.mark.parametrize(("kind", "compiled"), [(Small, True), (WithDoubled, False)])
+def test_a_rule_of_a_function_runs_models_uncompiled_that_call_it(kind: type[nn.Module], compiled: bool, uses: list[str]) -> None:
+    """And no others: a library may have registered it."""
+    zerosum.rule(Doubled)(lambda x, w: 2 * F.linear(x, w))
+    try:
+        steps, tokens = Steps(make(kind)), tokens_of()
+        for _ in range(PROOFS + 2):
+            steps.check(tokens)
+        assert bool(uses) == compiled
+    finally:
+        del APPLIED[Doubled]
 
 
 @pytest.mark.filterwarnings("ignore:Using backward.. with create_graph=True:UserWarning")

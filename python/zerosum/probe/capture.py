@@ -1002,6 +1002,8 @@ def _seen_applying(function: type[torch.autograd.Function], replacement: Any) ->
     def apply(*args: Any, **kwargs: Any) -> Any:
         for capture in reversed(open_captures()):
             if torch.is_grad_enabled() and (capture._touches(args) or capture._touches(kwargs.values())):
+                if (steps := capture.structures.compiled) is not None:
+                    steps.bar("a function in it runs by a rule, which compiled code would not")
                 return replacement(capture, plain, args, kwargs)
         return plain(*args, **kwargs)
 

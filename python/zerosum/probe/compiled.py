@@ -24,7 +24,7 @@ from torch.overrides import TorchFunctionMode
 from zerosum.probe.attribution import shape_of
 from zerosum.probe.layout import Layout
 from zerosum.probe.loss_tail import COMPILED, follow_path
-from zerosum.probe.rules import APPLIED, RULES
+from zerosum.probe.rules import RULES
 from zerosum.probe.rules.embedding import lookup_arguments
 from zerosum.probe.rules.linear import addmm_arguments, linear_arguments
 from zerosum.probe.rules.norm import layer_norm_arguments, rms_norm_arguments
@@ -105,7 +105,7 @@ class CompiledSteps:
         if not self.seen:
             return None
         self._block += 1
-        if not _default_compiler() or APPLIED or any(RULES[f] is not rule for f, rule in _OWN_RULES.items()):
+        if not _default_compiler() or any(RULES[f] is not rule for f, rule in _OWN_RULES.items()):
             return None
         self._renew(capture)
         if not any(step.training == capture.model.training for step in self._steps.values()):
