@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # On a machine with a CUDA device: the parity suite on it, then the benchmarks, kept in benchmarks/results: gpu_kernels.md,
-# bench_cuda and gpu, .json and .md each.
-# Meant to take under ten minutes on a recent device, with pytest-xdist. Needs a CUDA build of torch, and nvcc for the kernels in
+# gpu_steps.md, bench_cuda and gpu, .json and .md each.
+# Meant to take some ten minutes on a recent device, with pytest-xdist. Needs a CUDA build of torch, and nvcc for the kernels in
 # CUDA C++. Options go to the benchmarks.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -27,6 +27,7 @@ fi
 failed=0
 "$python" -m pytest tests -m gpu "${workers[@]}" || failed=$?
 "$python" -m benchmarks.gpu.kernels || failed=$?
+"$python" -m benchmarks.gpu.steps || failed=$?
 "$python" -m zerosum bench --device cuda --json benchmarks/results/bench_cuda.json --markdown benchmarks/results/bench_cuda.md || failed=$?
 "$python" -m pytest benchmarks/gpu --device cuda --results gpu "$@" || failed=$?
 exit "$failed"

@@ -33,14 +33,15 @@ class TransformerWorkload(Workload):
     """The same for a model whose logits are a field of its output."""
 
     @classmethod
-    def of(cls, case: ModelCase) -> TransformerWorkload:
+    def of(cls, case: ModelCase, device: torch.device | str = "cpu", autocast: bool = False) -> TransformerWorkload:
         torch.manual_seed(0)
-        model = MODELS[case.family](case)
-        return cls(model, *torch.randint(case.vocab, (2, case.N, case.T)))
+        model = MODELS[case.family](case).to(device)
+        return cls(model, *torch.randint(case.vocab, (2, case.N, case.T)).to(device), autocast)
 
     def losses_of(self, model: Callable[..., Any], x: Tensor, y: Tensor) -> Tensor:
-        logits = model(input_ids=x).logits
-        return F.cross_entropy(logits.flatten(0, 1), y.flatten(), reduction="none").view(y.shape).mean(1)
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=self.autocast):
+            logits = model(input_ids=x).logits
+            return F.cross_entropy(logits.flatten(0, 1), y.flatten(), reduction="none").view(y.shape).mean(1)
 
 
 def _gpt2(case: ModelCase) -> nn.Module:

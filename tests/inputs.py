@@ -22,7 +22,8 @@ from tests import error_budgets
 from tests.devices import running_on
 from tests.error_budgets import Error, Sizes, rounding_of_result
 from zsl_kernels import call_cache
-from zsl_kernels.planning import choose
+from zsl_kernels.planning import choose, gpu_cost
+from zsl_kernels.planning.call import Call, Candidate
 from zsl_kernels.types import sum_dtype
 
 # The tests run the GPU's kernels on CPU tensors in processes of their own, which this names: "triton", "cuda", or "hopper" for the
@@ -313,12 +314,18 @@ def gpu_implementations() -> list[str]:
 
 @contextmanager
 def ways_of_cuda(impl: str) -> Iterator[None]:
-    """Of the ways of impl="cuda" those of compute capability 9.0 alone, or the others."""
+    """Of the ways of impl="cuda" those of compute capability 9.0 alone, or the others for the ops that they have."""
     if impl not in ("cuda", "hopper"):
         yield
         return
     before = choose.GPU_WAYS["cuda"]
-    choose.GPU_WAYS["cuda"] = tuple(way for way in before if (way.__name__ == "hopper") == (impl == "hopper"))
+    others = [way for way in before if way is not gpu_cost.hopper]
+
+    def rest(call: Call) -> Iterator[Candidate]:
+        found = [candidate for way in others for candidate in way(call)]
+        yield from found or gpu_cost.hopper(call)
+
+    choose.GPU_WAYS["cuda"] = (gpu_cost.hopper,) if impl == "hopper" else (rest,)
     _forget_plans()
     try:
         yield

@@ -16,12 +16,12 @@ def test_the_benchmarks_of_a_device_run(project_environment):
     assert "failed" not in done.stdout
 
 
-def test_the_kernels_and_the_step_are_timed(project_environment):
+def test_the_kernels_are_timed(project_environment):
     command = [sys.executable, "-m", "benchmarks.gpu.kernels", "--device", "cpu", "--quick"]
     done = subprocess.run(command, env=project_environment, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]
     assert [line for line in done.stdout.splitlines() if line.startswith("#")] == [
-        "# Kernels and a step on the CPU",
+        "# Kernels on the CPU",
         "## bfloat16",
         "## float32",
         "## float32, tf32 allowed for both",
@@ -30,7 +30,17 @@ def test_the_kernels_and_the_step_are_timed(project_environment):
         "## dense_interference",
         "## scale_bias_grad",
         "## embedding_interference",
-        "## A step of the project's GPT",
+    ]
+
+
+def test_steps_are_timed(project_environment):
+    command = [sys.executable, "-m", "benchmarks.gpu.steps", "--device", "cpu", "--quick", "--modes", "eager", "captured"]
+    done = subprocess.run(command, env=project_environment, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert [line.split("|")[1].strip() for line in done.stdout.splitlines() if line.startswith("| GPT")] == [
+        f"{model}, eager, {step}"
+        for model in ("GPT, bfloat16 by autocast", "GPT, float32", "GPT-2, bfloat16 by autocast")
+        for step in ("plain", "probe", "probe, with the Gram")
     ]
 
 
@@ -49,6 +59,7 @@ def test_the_script_runs_the_benchmarks_whatever_the_tests_find(tmp_path):
     done = subprocess.run(command, env={**os.environ, "PYTHON": str(python)}, capture_output=True, text=True, timeout=100)
     assert "pytest tests -m gpu -n auto --maxprocesses 16 -p no:benchmark" in done.stdout, done.stderr
     assert "-m benchmarks.gpu.kernels" in done.stdout
+    assert "-m benchmarks.gpu.steps" in done.stdout
     assert "-m zerosum bench --device cuda --json benchmarks/results/bench_cuda.json" in done.stdout
     assert "pytest benchmarks/gpu --device cuda --results gpu -k head" in done.stdout
     assert done.returncode == 3

@@ -1,7 +1,7 @@
-"""Times the kernels and a training step on a device, and writes benchmarks/results/gpu_kernels.md.
+"""Times the kernels on a device, and writes benchmarks/results/gpu_kernels.md.
 
-``python -m benchmarks.gpu.kernels``: some minutes. Kernels are timed in CUDA graphs, so the host's time is not in
-them; the step is as a user runs it, eagerly. ``--device cpu --quick`` shows whether it runs.
+``python -m benchmarks.gpu.kernels``: some minutes. They are timed in CUDA graphs, so the host's time is not in
+it. ``--device cpu --quick`` shows whether it runs.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import statistics
 from collections.abc import Callable
-from contextlib import nullcontext
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -17,11 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import zerosum
 import zsl_kernels as zk
 from benchmarks.cases import Case
 from zerosum.bench.ops import weight_gradient
-from zerosum.training.model import GPT, GPTConfig, token_losses
 from zsl_kernels.ops import interference_backward
 from zsl_kernels.types import Cotangents
 
@@ -40,7 +37,6 @@ CASES = [
 ]
 # N, T, K and V of embeddings: token ids, drawn as words are; a small table; narrow rows.
 EMBEDDINGS = [(8, 1024, 768, 50304), (32, 256, 768, 50304), (32, 1024, 2048, 50304), (64, 1024, 768, 2), (32, 1024, 64, 4096)]
-ROUNDS = 9
 
 
 def microseconds(run: Callable[[], object], device: str) -> float:
@@ -178,50 +174,6 @@ def embedding(sizes: tuple[int, int, int, int], dtype: torch.dtype, device: str)
     return _to_a_read(f"N={N} T={T} K={K} V={V} {_short(dtype)}", lambda: b.sum(dtype=torch.float32), runs, device)
 
 
-def step(config: GPTConfig, examples: int, half: bool, device: str) -> list[list[str]]:
-    """Lines for the plain step, with a probe, and with the Gram: milliseconds, ratio, the allocator's peak."""
-    torch.manual_seed(0)
-    model = GPT(config).to(device)
-    x, y = torch.randint(config.vocab, (2, examples, config.positions), device=device)
-    kind = device.split(":")[0]
-
-    def run(probe: zerosum.Probe | None) -> float:
-        model.zero_grad()
-        synchronize(device)
-        begin = perf_counter()
-        with probe or nullcontext():
-            with torch.autocast(kind, torch.bfloat16, enabled=half):
-                losses = token_losses(model, x, y).mean(1)
-            losses.sum().backward()
-        synchronize(device)
-        return perf_counter() - begin
-
-    probes = {"plain": None, "probe": zerosum.Probe(model), "probe, with the Gram": zerosum.Probe(model, gram=True)}
-    times: dict[str, list[float]] = {name: [] for name in probes}
-    for _ in range(4):
-        for probe in probes.values():
-            run(probe)
-    for _ in range(ROUNDS):
-        for name, probe in probes.items():
-            times[name].append(run(probe))
-    lines = []
-    for name, probe in probes.items():
-        peak = ""
-        if kind == "cuda":
-            torch.cuda.reset_peak_memory_stats()
-            run(probe)
-            peak = f"{torch.cuda.max_memory_allocated() / 1e9:.1f}"
-        ratio = statistics.median(mine / plain for mine, plain in zip(times[name], times["plain"], strict=True))
-        label = "bfloat16 by autocast" if half else "float32"
-        lines.append([f"{label}, {name}", f"{1e3 * statistics.median(times[name]):.1f}", f"{ratio:.2f}", peak])
-    return lines
-
-
-def synchronize(device: str) -> None:
-    if device.startswith("cuda"):
-        torch.cuda.synchronize()
-
-
 def table(head: list[str], rows: list[list[str]]) -> str:
     rule = ["---", *["---:"] * (len(head) - 1)]
     return "\n".join(f"| {' | '.join(line)} |" for line in (head, rule, *rows))
@@ -235,7 +187,7 @@ def main() -> None:
     device = options.device
     name = torch.cuda.get_device_name(device) if device.startswith("cuda") else "the CPU"
     cases = [Case(2, 16, 24, 32)] if options.quick else CASES
-    title = f"# Kernels and a step on {name}"
+    title = f"# Kernels on {name}"
     parts = [f"{title}\n\n`python -m benchmarks.gpu.kernels`, torch {torch.__version__}. Ratios are to the plain product dW."]
     for title, rows in (
         ("bfloat16", [kernels(case, torch.bfloat16, device) for case in cases]),
@@ -262,10 +214,6 @@ def main() -> None:
     rows = [embedding(one, dtype, device) for one in tables for dtype in (torch.bfloat16, torch.float32)]
     head = ["", "reading b, µs", "sums", "with a direction", "with the Gram", "sums, one id everywhere"]
     parts.append(f"## embedding_interference\n\nRatios are to reading b once.\n\n{table(head, rows)}")
-    config = GPTConfig(50304, 768, 12, 12, 1024)
-    config, examples = (GPTConfig(64, 16, 1, 2, 8), 2) if options.quick else (config, 8)
-    rows = [line for half in (True, False) for line in step(config, examples, half, device)]
-    parts.append(f"## A step of the project's GPT\n\n{config}, N = {examples}\n\n{table(['', 'ms', 'ratio', 'peak, GB'], rows)}")
     text = "\n\n".join(parts) + "\n"
     print(text)
     if not options.quick:

@@ -7,6 +7,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 from zerosum.probe import Probe, Report
 
@@ -33,18 +34,19 @@ class _CudaGraph:
     def __init__(self, device: torch.device, pool: Any) -> None:
         self._device, self._pool = device, pool
         self._graph = torch.cuda.CUDAGraph()
+        # One for all passes: work on the default stream cannot be recorded, and autograd's nodes stay with the stream of their
+        # first pass.
+        self._stream = torch.cuda.Stream(device)
 
     def warm_up(self, run: Callable[[], object]) -> None:
-        # (Work on the default stream cannot be recorded, and autograd's nodes stay with the stream of their first pass.)
         with torch.cuda.device(self._device):
-            stream = torch.cuda.Stream()
-            stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(stream):
+            self._stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(self._stream):
                 run()
-            torch.cuda.current_stream().wait_stream(stream)
+            torch.cuda.current_stream().wait_stream(self._stream)
 
     def record(self, run: Callable[[], object]) -> None:
-        with torch.cuda.device(self._device), torch.cuda.graph(self._graph, pool=self._pool):
+        with torch.cuda.device(self._device), torch.cuda.graph(self._graph, pool=self._pool, stream=self._stream):
             run()
 
     def replay(self) -> None:
@@ -59,7 +61,7 @@ class CapturedStep:
     """A recorded step, as :func:`capture` returns it.
 
     Attributes:
-        result: what ``step`` returned. Its tensors hold the values of the last replay.
+        result: what ``step`` returned, its tensors detached. They hold the values of the last replay.
     """
 
     def __init__(self, recorder: Recorder, probe: Probe, parameters: list[nn.Parameter], result: Any) -> None:
@@ -146,8 +148,9 @@ def capture(step: Callable[[], Any], probe: Probe, *, pool: Any = None) -> Captu
 
     def run() -> None:
         nonlocal result
+        result = None  # which would keep the last pass's graph alive, and with it autograd's nodes of the parameters
         with probe:
-            result = step()
+            result = tree_map_only(Tensor, Tensor.detach, step())
             if not probe.measuring:
                 raise ValueError("step: expected one that does not open the probe; capture does")
 

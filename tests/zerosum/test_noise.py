@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import warnings
 from collections.abc import Callable
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -212,3 +213,23 @@ def test_a_few_rows_of_other_examples_are_named(seed: int) -> None:
     report, truth = probe.report(), per_example_gradients(losses(), model, trainable(model))
     for name, g in truth.items():
         assert (report[name].sq_norm - g.flatten(1).square().sum(1)).abs().max() <= 1e-2 * g.square().sum() / len(g), name
+
+
+@pytest.mark.parametrize("grouped", [False, True])
+def test_attention_that_cannot_repeat_is_differentiated_by_another_kernel(grouped: bool) -> None:
+    """Of the node that cuDNN's attention has on a device; a stand-in has what that saves."""
+    torch.manual_seed(0)
+    query = torch.randn(2, 4, 8, 16, requires_grad=True)
+    key, value = (torch.randn(2, 2 if grouped else 4, 8, 16, requires_grad=True) for _ in range(2))
+    y = F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=0.3, enable_gqa=grouped)
+    grad = torch.randn_like(y)
+    expected = torch.autograd.grad(y, (query, key, value), grad)
+    saved = {"query": query, "key": key, "value": value, "attn_bias": None, "is_causal": True, "scale": 0.3, "dropout_p": 0.0}
+    node = SimpleNamespace(**{f"_saved_{name}": x for name, x in saved.items()})
+    found = attribution._attention_again(node, (grad, None, grad, None), (grad,))
+    assert found is not None
+    assert found[1] is found[3] is None  # what was not wanted
+    torch.testing.assert_close(found[0], expected[0])
+    torch.testing.assert_close(found[2], expected[2])
+    node._saved_dropout_p = 0.1
+    assert attribution._attention_again(node, (grad,) * 4, (grad,)) is None

@@ -21,8 +21,11 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.hooks import RemovableHandle
 
 from zerosum.distributed import ddp
 from zerosum.probe.layout import Layout
@@ -71,19 +74,47 @@ def along(weights: Tensor, axis: int, like: Tensor) -> Tensor:
 
 
 @contextmanager
-def repeatable(edges: Iterable[GradientEdge]) -> Iterator[None]:
+def repeatable(edges: Sequence[GradientEdge]) -> Iterator[None]:
     """Where backward passes give the same bits again, as far as PyTorch's operations can. Those of the CPU do so anyway."""
     if all(_device(edge).type == "cpu" for edge in edges):
         yield
         return
     before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    handles: list[RemovableHandle] = []
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".*[dD]eterministic")  # of operations that have no other form, and of cuBLAS
-        torch.use_deterministic_algorithms(True, warn_only=True)
         try:
+            torch.use_deterministic_algorithms(True, warn_only=True)
+            # Fused attention can add in order, but does so only where warnings would be errors.
+            for node in nodes_between([edge.node for edge in edges], set()):
+                if "AttentionBackward" in node.name():
+                    handles.append(node.register_prehook(lambda _: torch.use_deterministic_algorithms(True)))
+                    if node.name() == "ScaledDotProductCudnnAttentionBackward0":
+                        handles.append(node.register_hook(partial(_attention_again, node)))
+                    handles.append(node.register_hook(lambda *_: torch.use_deterministic_algorithms(True, warn_only=True)))
             yield
         finally:
+            for handle in handles:
+                handle.remove()
             torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+
+
+def _attention_again(node: Any, found: Sequence[Tensor | None], grads: Sequence[Tensor | None]) -> tuple[Tensor | None, ...] | None:
+    """The gradients of an attention's query, key and value by another kernel: cuDNN's cannot add in order. None where it drops out
+    weights, which another kernel would draw anew."""
+    grad, dropped = grads[0], node._saved_dropout_p
+    if grad is None or dropped:
+        return None
+    operands = [x.detach().requires_grad_() for x in (node._saved_query, node._saved_key, node._saved_value)]
+    options = {"is_causal": node._saved_is_causal, "scale": node._saved_scale}
+    if operands[0].shape[1] != operands[1].shape[1]:
+        options["enable_gqa"] = True
+    kernels = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+    with torch.enable_grad(), sdpa_kernel(kernels):
+        again = F.scaled_dot_product_attention(*operands, attn_mask=node._saved_attn_bias, **options)
+    of_operands = torch.autograd.grad(again, operands, grad)
+    of_them = (None if old is None else new for old, new in zip(found, of_operands, strict=False))
+    return *of_them, *found[len(operands) :]
 
 
 @dataclass
