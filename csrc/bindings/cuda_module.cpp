@@ -8,6 +8,8 @@
 #include <initializer_list>
 #include <iterator>
 #include <stdexcept>
+#include <tuple>
+#include <type_traits>
 #include <utility>
 #include <vector>
 
@@ -313,26 +315,62 @@ void pack(const Strided& from, int element, int64_t examples, int64_t positions,
 }
 #endif
 
+// The arguments of a launch as flat numbers: those of nested tuples one after the other, those of a list behind its length. A call
+// that was recorded is repeated so, without Python (recorded.cpp).
+template <class T>
+struct Taken {
+  static T from(const int64_t*& x) { return static_cast<T>(*x++); }
+};
+template <class... Ts>
+struct Taken<std::tuple<Ts...>> {
+  static std::tuple<Ts...> from(const int64_t*& x) { return std::tuple<Ts...>{Taken<Ts>::from(x)...}; }  // braces: in order
+};
+template <class T>
+struct Taken<std::vector<T>> {
+  static std::vector<T> from(const int64_t*& x) {
+    std::vector<T> all(static_cast<size_t>(*x++));
+    for (T& one : all) one = Taken<T>::from(x);
+    return all;
+  }
+};
+
+template <auto function>
+struct Flat;
+template <class... Ts, void (*function)(Ts...)>
+struct Flat<function> {
+  static void run(const int64_t* numbers) {
+    std::apply(function, std::tuple<std::decay_t<Ts>...>{Taken<std::decay_t<Ts>>::from(numbers)...});
+  }
+};
+
+template <auto function>
+void launch(py::module_& m, py::dict& flat, const char* name) {
+  m.def(name, function);
+  flat[name] = py::capsule(reinterpret_cast<void*>(&Flat<function>::run), "zsl_kernels.launch");
+}
+
 }  // namespace
 }  // namespace zsl
 
 PYBIND11_MODULE(ZSL_MODULE, m) {
   using namespace zsl;
-  m.def("gram", &gram);
-  m.def("cross_gram", &cross_gram);
-  m.def("embedding_keys", &embedding_keys);
-  m.def("embedding_places", &embedding_places);
-  m.def("embedding", &embedding);
-  m.def("slab_gram", &slab_gram);
-  m.def("dense", &dense);
-  m.def("scale_bias", &scale_bias);
-  m.def("add_partials", &add_partials);
-  m.def("embedding_clear", &embedding_clear);
-  m.def("embedding_finish", &embedding_finish);
+  py::dict flat;
+  launch<&gram>(m, flat, "gram");
+  launch<&cross_gram>(m, flat, "cross_gram");
+  launch<&embedding_keys>(m, flat, "embedding_keys");
+  launch<&embedding_places>(m, flat, "embedding_places");
+  launch<&embedding>(m, flat, "embedding");
+  launch<&slab_gram>(m, flat, "slab_gram");
+  launch<&dense>(m, flat, "dense");
+  launch<&scale_bias>(m, flat, "scale_bias");
+  launch<&add_partials>(m, flat, "add_partials");
+  launch<&embedding_clear>(m, flat, "embedding_clear");
+  launch<&embedding_finish>(m, flat, "embedding_finish");
 #if ZSL_HOPPER
-  m.def("hopper", &hopper);
-  m.def("pack", &pack);
+  launch<&hopper>(m, flat, "hopper");
+  launch<&pack>(m, flat, "pack");
 #endif
+  m.attr("flat") = flat;
   m.def("shared_bytes", py::overload_cast<int, int, bool>(&shared_bytes),
         "Of a block: tile, examples held, whether it adds in runs.");
   m.def(

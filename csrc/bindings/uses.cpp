@@ -25,6 +25,7 @@
 #include <vector>
 
 #include "ops.h"
+#include "recorded.h"
 
 namespace zsl {
 namespace {
@@ -583,6 +584,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
           return found ? found : py::none();
         });
   m.def("only_for_weights", &only_for_weights);
+  bind_recorded(m);
   register_node<Linear>("zsl_kernels._cpu.LinearBackward");
   register_node<LayerNorm>("zsl_kernels._cpu.LayerNormBackward");
 }

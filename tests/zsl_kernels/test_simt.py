@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tempfile
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -37,6 +38,7 @@ from zsl_kernels.backends import dispatch
 from zsl_kernels.backends.cuda import backend as cuda_backend
 from zsl_kernels.backends.cuda import embedding, hopper, module, persistent
 from zsl_kernels.backends.cuda import rows as row_ops
+from zsl_kernels.backends.cuda.recorded import Repeated
 from zsl_kernels.ops import scale_bias_grad
 from zsl_kernels.planning import gpu_cost
 from zsl_kernels.planning.devices import GPUS, of_device
@@ -365,15 +367,64 @@ def test_a_repeated_call_gives_the_bits_of_the_first(along, gram, dtype, emulate
         u = torch.randn(O, K, generator=draw) if along else None
         plan = dispatch.plan_call("interference", *first, impl="cuda", gram=gram)
         plan = replace(plan, candidates=tuple(c for c in plan.candidates if c.way == "hopper"))
-        call = dispatch.CUDA.prepare_interference(plan, *first, u, pytest.fail)
-        for operands in (first, second):
-            found, want = call(*operands, u), dispatch.CUDA.interference(plan, *operands, u, gram)
-            for x, y in zip(found, want, strict=True):
-                assert (x is None) == (y is None)
-                assert x is None or torch.equal(x, y)
+        run, ran = partial(_interference, plan, gram), []
+        call = dispatch.CUDA.prepare_interference(plan, *first, u, partial(_noted, ran, run))
+        for operands in (first, second, first):
+            assert_same_bits(call(*operands, u), run(*operands, u))
+        assert len(ran) == 1  # the first, which was recorded
 
 
-def test_what_a_repeated_call_is_not_prepared_for_goes_the_long_way(emulated, monkeypatch):
+def _noted(ran, run, *operands):
+    ran.append(operands)
+    return run(*operands)
+
+
+def _interference(plan, gram, a, b, u):
+    return dispatch.CUDA.interference(plan, a, b, u, gram)
+
+
+def assert_same_bits(found, want):
+    assert type(found) is type(want)
+    for x, y in zip(found, want, strict=True):
+        assert (x is None) == (y is None)
+        assert x is None or (x.shape == y.shape and x.is_contiguous() and torch.equal(x, y))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("arch", [80, 90])
+def test_repeated_calls_of_all_kinds_give_the_bits_of_the_first(arch, dtype, emulated, monkeypatch):
+    """Of every op that is repeated so, whose later calls run no Python."""
+    monkeypatch.setenv("ZSL_GPU_ARCH", str(arch))
+    draw = torch.Generator().manual_seed(0)
+
+    def randn(*shape, as_dtype=dtype):
+        return torch.randn(*shape, generator=draw).to(as_dtype)
+
+    N, T, K, O = 5, 33, 72, 40
+    plan = dispatch.plan_call("interference", randn(N, T, K), randn(N, T, O), impl="cuda", gram=True)
+    cuda = dispatch.CUDA
+    calls = {
+        "interference": (
+            partial(_interference, plan, True),
+            lambda: (randn(N, T, K), randn(N, T, O), randn(O, K, as_dtype=torch.float32)),
+        ),
+        "dense": (lambda g, u: cuda.dense_interference(g, u, True), lambda: (randn(N, 700), randn(700, as_dtype=torch.float32))),
+        "dense, sums": (lambda g: cuda.dense_interference(g, None, False), lambda: (randn(N, 7, 30),)),
+        "bias": (lambda b: cuda.scale_bias_grad(None, b, None, None, None, N, True), lambda: (randn(N, T, O),)),
+        "norm": (
+            lambda x, b, *moments: cuda.scale_bias_grad(x, b, *moments, None, N, True),
+            lambda: (randn(N, T, K), randn(N, T, K), *(randn(N, T, as_dtype=torch.float32) for _ in range(2))),
+        ),
+    }
+    for name, (run, make) in calls.items():
+        ran, kind = [], type(run(*make()))
+        repeated = Repeated(partial(_noted, ran, run), getattr(kind, "_make", kind))
+        for operands in (make(), make(), make()):
+            assert_same_bits(repeated(*operands), run(*operands))
+        assert len(ran) == 1, name
+
+
+def test_what_a_call_was_not_recorded_for_goes_the_long_way(emulated, monkeypatch):
     monkeypatch.setenv("ZSL_GPU_ARCH", "90")
     N, T, K, O = 2, 16, 24, 32
 
@@ -381,33 +432,66 @@ def test_what_a_repeated_call_is_not_prepared_for_goes_the_long_way(emulated, mo
         held = torch.zeros(offset + N * T * K, dtype=dtype)
         return held[offset:].view(N, T, K), torch.zeros(N, T, O, dtype=dtype)
 
-    def prepared(a, b, u=None, gram=False):
-        plan = dispatch.plan_call("interference", a, b, impl="cuda", gram=gram)
-        return dispatch.CUDA.prepare_interference(plan, a, b, u, lambda *_: "otherwise")
+    def after_a_first(a, b, u=None, gram=False):
+        """A call after one of these operands, and whether it went the long way."""
+        plan, ran = dispatch.plan_call("interference", a, b, impl="cuda", gram=gram), []
+        repeated = dispatch.CUDA.prepare_interference(plan, a, b, u, partial(_noted, ran, partial(_interference, plan, gram)))
+        repeated(a, b, u)
+        ran.clear()
+
+        def long(*operands):
+            ran.clear()
+            assert_same_bits(repeated(*operands), _interference(plan, gram, *operands))
+            return bool(ran)
+
+        return long
 
     a, b = operands()
     u = torch.zeros(O, K)
-    call = prepared(a, b, u)
-    assert call(a, b, u) != "otherwise"
-    assert call(a, b, u.T.contiguous().T) == "otherwise"
-    assert call(a, b, u.half()) == "otherwise"
-    assert call(operands(offset=1)[0], b, u) == "otherwise"
-    assert call(a.transpose(0, 1).contiguous().transpose(0, 1), b, u) == "otherwise"
+    long = after_a_first(a, b, u)
+    assert not long(a, b, u)
+    assert long(a, b, u.T.contiguous().T)
+    assert long(a, b, u.half())
+    assert long(operands(offset=1)[0], b, u)
+    assert long(a.transpose(0, 1).contiguous().transpose(0, 1), b, u)
+    assert long(torch._neg_view(a), b, u)
+    assert not long(a, b, u)
 
-    coarse, exact = prepared(a, b, gram=True), prepared(*operands(torch.float32))
+    coarse, exact = after_a_first(a, b, gram=True), after_a_first(*operands(torch.float32))
+    assert not coarse(a, b, None)
     before = torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction
     torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = not before
     try:
-        assert coarse(a, b, None) == "otherwise"
+        assert coarse(a, b, None)
     finally:
         torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = before
+    assert not exact(*operands(torch.float32), None)
     monkeypatch.setattr(hopper, "exact", lambda: False)
-    assert exact(*operands(torch.float32), None) == "otherwise"
+    assert exact(*operands(torch.float32), None)
 
+    # PyTorch's operations are not recorded, nor are slabs that come one after the other.
+    for _ in range(2):
+        assert after_a_first(a, b, u.half())(a, b, u.half())
+        assert after_a_first(a[:0], b[:0])(a[:0], b[:0], None)
     monkeypatch.setattr(gpu_cost, "HOPPER_SLAB_BYTES", 1)
     wide = torch.zeros(N, T, 200, dtype=torch.bfloat16)
-    for not_prepared in ((a[:0], b[:0]), (a, b, u.half()), (wide, b, None, True)):
-        assert prepared(*not_prepared)(*not_prepared[:2], None) == "otherwise"
+    assert after_a_first(wide, b, gram=True)(wide, b, None)
+
+
+def test_what_a_repeated_call_keeps(emulated, monkeypatch):
+    """The gradient holds no other result's memory, and the sums hold none of the workspace's."""
+    monkeypatch.setenv("ZSL_GPU_ARCH", "90")
+    a, b = torch.randn(3, 16, 136), torch.randn(3, 16, 144)
+    plan = dispatch.plan_call("interference", a, b, impl="cuda", gram=True)
+    call = dispatch.CUDA.prepare_interference(plan, a, b, None, partial(_interference, plan, True))
+    call(a, b, None)
+    found = call(a, b, None)
+    held = {name: x.untyped_storage().nbytes() for name, x in found._asdict().items() if x is not None}
+    size, grad = 4 * 136 * 144, found.grad_sum.untyped_storage()
+    assert held["grad_sum"] == size
+    assert held["abs_sum"] == held["sq_sum"] == 2 * size
+    assert held["l1"] == held["gram"] < 4096
+    assert [x.untyped_storage().data_ptr() == grad.data_ptr() for x in found if x is not None] == [True, *[False] * 5]
 
 
 def test_every_architecture_gives_results_within_rounding(emulated, monkeypatch):

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -34,6 +34,7 @@ OPS = frozenset(
 )
 
 
+Results = Any  # a tuple of tensors and Nones, or a named one
 Interference = Callable[[Tensor, Tensor, Tensor | None], InterferenceSums]
 
 
@@ -81,6 +82,10 @@ class Backend(ABC):
     def prepare_interference(self, plan: Plan, a: Tensor, b: Tensor, direction: Tensor | None, call: Interference) -> Interference:
         """What repeated calls with operands of these shapes and dtypes go to: ``call``, which is :meth:`interference` outside of
         autograd and autocast, or something shorter that does the same."""
+        return call
+
+    def prepare(self, call: Callable[..., Results], make: Callable[..., Results]) -> Callable[..., Results]:
+        """The same of another op's ``call``. ``make`` makes its results of a tuple."""
         return call
 
     def interference_backward(

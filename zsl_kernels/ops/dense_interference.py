@@ -55,7 +55,8 @@ def _call(g: Tensor, gram: bool, impl: str) -> Callable[..., InterferenceSums]:
     if backend is CPU:
         kernel = cpu.kernels.dense_interference.default
         return lambda g, direction: InterferenceSums._make(kernel(g, direction, gram))
-    return call_cache.below_autograd(outside_autocast(lambda g, direction: backend.dense_interference(g, direction, gram)))
+    call = call_cache.below_autograd(outside_autocast(lambda g, direction: backend.dense_interference(g, direction, gram)))
+    return backend.prepare(call, InterferenceSums._make)
 
 
 def _dense(g: Tensor, direction: Tensor | None, gram: bool, impl: str) -> tuple[Tensor, ...]:

@@ -158,7 +158,7 @@ def _call(x: Tensor | None, b: Tensor, bias: bool, impl: str) -> Callable[..., t
         mean, rstd = (y.squeeze(2) if y is not None and y.ndim == 3 else y for y in (mean, rstd))
         return backend.scale_bias_grad(x, b, mean, rstd, None, N, bias)
 
-    return call_cache.below_autograd(outside_autocast(call))
+    return backend.prepare(call_cache.below_autograd(outside_autocast(call)), tuple)
 
 
 def _sum_like(x: Tensor | None, b: Tensor) -> Tensor:

@@ -106,12 +106,13 @@ def _attention_again(node: Any, found: Sequence[Tensor | None], grads: Sequence[
     if grad is None or dropped:
         return None
     operands = [x.detach().requires_grad_() for x in (node._saved_query, node._saved_key, node._saved_value)]
-    options = {"is_causal": node._saved_is_causal, "scale": node._saved_scale}
-    if operands[0].shape[1] != operands[1].shape[1]:
+    query, key, value = operands
+    options = {"attn_mask": node._saved_attn_bias, "is_causal": node._saved_is_causal, "scale": node._saved_scale}
+    if query.shape[1] != key.shape[1]:
         options["enable_gqa"] = True
     kernels = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
     with torch.enable_grad(), sdpa_kernel(kernels):
-        again = F.scaled_dot_product_attention(*operands, attn_mask=node._saved_attn_bias, **options)
+        again = F.scaled_dot_product_attention(query, key, value, **options)
     of_operands = torch.autograd.grad(again, operands, grad)
     of_them = (None if old is None else new for old, new in zip(found, of_operands, strict=False))
     return *of_them, *found[len(operands) :]

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
-from zsl_kernels.backends.base import Interference
+from zsl_kernels.backends.base import Interference, Results
 from zsl_kernels.backends.cuda import embedding, hopper, module, persistent, rows
+from zsl_kernels.backends.cuda.recorded import Repeated
 from zsl_kernels.backends.gpu import GpuBackend, gpu_of
 from zsl_kernels.planning.choose import Plan
 from zsl_kernels.planning.gpu_cost import has_hopper
@@ -54,7 +57,12 @@ class Cuda(GpuBackend):
         return launch(plan, a, b, direction, gram, begin, added)
 
     def prepare_interference(self, plan: Plan, a: Tensor, b: Tensor, direction: Tensor | None, call: Interference) -> Interference:
-        return hopper.Prepared(plan, a, b, direction, call) if hopper.Prepared.can(plan, a, b, direction) else call
+        if plan.way == "hopper" and plan.call.gram and not hopper.in_one_slab(plan, a.dtype):
+            return call  # slabs that come one after the other would all be allocated at once
+        return Repeated(call, InterferenceSums._make, hopper.setting(a.dtype, plan.call.gram))
+
+    def prepare(self, call: Callable[..., Results], make: Callable[..., Results]) -> Callable[..., Results]:
+        return Repeated(call, make)
 
     def gram(self, plan: Plan, a: Tensor, b: Tensor, a2: Tensor | None, b2: Tensor | None, begin: Tensor | None = None) -> Tensor:
         launch = hopper.gram if plan.way == "hopper" else persistent.gram

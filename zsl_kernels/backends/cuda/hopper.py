@@ -8,7 +8,6 @@ the kernel does with a tile of a gradient is its *fold*.
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable
 from enum import IntEnum
 from typing import Any, NamedTuple
@@ -16,9 +15,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from zsl_kernels.backends.base import Interference
 from zsl_kernels.backends.cuda.module import ELEMENTS, compiled, exact, guard, pointer, stream, strided, written
-from zsl_kernels.backends.cuda.slabs import SlabGram, product_blocks
+from zsl_kernels.backends.cuda.slabs import SlabGram
 from zsl_kernels.planning.choose import Plan
 from zsl_kernels.planning.devices import Gpu
 from zsl_kernels.planning.gpu_cost import HOPPER_TILE, hopper_schedule, hopper_slab_tiles
@@ -214,103 +212,19 @@ def interference(
     return InterferenceSums(sums[0], sums[1], sums[2], scalars[0], scalars[1], dot, abs_dot, pairs).asked_for(u, gram)
 
 
-class Prepared:
-    """:func:`interference` of operands of one shape and layout, neither ragged nor tied: all but pointers is computed beforehand.
+def in_one_slab(plan: Plan, dtype: torch.dtype) -> bool:
+    """Whether a call with the Gram stores all gradients at once."""
+    call = plan.call
+    assert call.gpu is not None
+    tiles = -(-call.O // HOPPER_TILE) * -(-call.K // HOPPER_TILE)
+    return tiles <= hopper_slab_tiles(call.gpu, tiles, call.N, _slab_dtype(dtype).itemsize)
 
-    A call is the allocations and the launches. Operands of another layout go to ``otherwise``, as do calls after a change of
-    torch's settings. A call makes five allocations at most: Σ g alone, for it becomes a weight's ``.grad`` and outlives the others;
-    the other two sums; the scalars; the Gram; and a workspace.
-    """
 
-    def __init__(self, plan: Plan, a: Tensor, b: Tensor, direction: Tensor | None, otherwise: Interference):
-        assert plan.call.gpu is not None
-        self._otherwise, self._gram = otherwise, plan.call.gram
-        products, slab_dtype = _products(a.dtype), _slab_dtype(a.dtype)
-        # What torch was told about products, where it matters: reading it takes as long as an allocation.
-        self._setting: object = None
-        self._read: Callable[[], object] | None = None
-        if a.dtype == torch.float32:
-            self._setting, self._read = products, lambda: _products(torch.float32)
-        elif plan.call.gram and a.dtype == torch.bfloat16:
-            self._setting, self._read = slab_dtype, lambda: _slab_dtype(torch.bfloat16)
-        self._of = a.stride(), b.stride(), None if direction is None else (direction.dtype, direction.stride())
-        (N, T, K), O = a.shape, b.shape[2]
-        self._boxes = tuple(_Boxes.of(x, products, None, 0) for x in (a, b))
-        tiles = -(-O // HOPPER_TILE) * -(-K // HOPPER_TILE)
-        whole, parts = hopper_schedule(plan.call.gpu, tiles, N)
-        fields = 2 if direction is None else 4
-        elements = tiles * HOPPER_TILE**2
-        blocks = product_blocks(plan.call.gpu.sms, N, None, elements)
-        # Of the workspace, in bytes: copies of the operands, sums of split tiles, scalars, the slab, products of it.
-        sizes = [2 * boxes.numbers for boxes in self._boxes]
-        sizes += [4 * (tiles - whole) * parts * Fold.SUMS.matrices * HOPPER_TILE**2 if parts > 1 else 0]
-        sizes += [4 * fields * N * tiles * WARPS]
-        sizes += [N * elements * slab_dtype.itemsize, 8 * blocks * N * N] if self._gram else [0, 0]
-        starts = [0, *itertools.accumulate(size + -size % 256 for size in sizes)]
-        self._starts, self._bytes = tuple(starts[:-1]), starts[-1]
-        self._sums, self._scalars, self._pairs = (O, K), (fields, N), (N, N)
-        self._kind = ELEMENTS[a.dtype], 0 if not self._gram else 1 if slab_dtype == torch.bfloat16 else 2, Fold.SUMS
-        self._sizes = N, -(-T // STEP), 0, products, O, K
-        self._schedule = 0, tiles, whole, parts, GROUP
-        self._slab = slab_dtype == torch.bfloat16, N, N, elements
-        self._blocks = blocks
-
-    @staticmethod
-    def can(plan: Plan, a: Tensor, b: Tensor, direction: Tensor | None) -> bool:
-        """Whether the plan is of these kernels, nothing is empty, the direction is read as it is, and the Gram takes one slab."""
-        if plan.way != "hopper":
-            return False
-        assert plan.call.gpu is not None
-        tiles, N = -(-b.shape[2] // HOPPER_TILE) * -(-a.shape[2] // HOPPER_TILE), a.shape[0]
-        one = not plan.call.gram or tiles <= hopper_slab_tiles(plan.call.gpu, tiles, N, _slab_dtype(a.dtype).itemsize)
-        return bool(a.numel() and b.numel()) and one and (direction is None or direction.dtype == torch.float32)
-
-    def __call__(self, a: Tensor, b: Tensor, u: Tensor | None) -> InterferenceSums:
-        A, B = a.data_ptr(), b.data_ptr()
-        of = a.stride(), b.stride(), None if u is None else (u.dtype, u.stride())
-        if of != self._of or (A | B) % 16 or (self._read and self._read() != self._setting):
-            return self._otherwise(a, b, u)
-        device, on, module = a.device, stream(a), compiled()
-        with guard(a):
-            grad_sum = torch.empty(self._sums, dtype=torch.float32, device=device)
-            abs_sum, sq_sum = torch.empty((2, *self._sums), dtype=torch.float32, device=device).unbind()
-            l1, sq_norm, *along = torch.empty(self._scalars, dtype=torch.float32, device=device).unbind()
-            work = torch.empty(self._bytes, dtype=torch.uint8, device=device)
-            start = work.data_ptr()
-            copy_a, copy_b, parts, scalars, slab, products = (start + x for x in self._starts)
-            dot, abs_dot = along or (None, None)
-            module.hopper(
-                *self._kind,
-                self._boxes[0].at((A, *a.stride()), copy_a, 0, 0, on),
-                self._boxes[1].at((B, *b.stride()), copy_b, 0, 0, on),
-                self._sizes,
-                self._schedule,
-                (
-                    grad_sum.data_ptr(),
-                    abs_sum.data_ptr(),
-                    sq_sum.data_ptr(),
-                    l1.data_ptr(),
-                    sq_norm.data_ptr(),
-                    pointer(dot),
-                    pointer(abs_dot),
-                    scalars,
-                    parts,
-                    slab if self._gram else 0,
-                    *((0, 0, 0) if u is None else (u.data_ptr(), *u.stride())),
-                    0,
-                    0,
-                ),
-                (0, 0, 0),
-                on,
-            )
-            pairs = None
-            if self._gram:
-                N = self._pairs[0]
-                pairs = torch.empty(self._pairs, dtype=torch.float32, device=device)
-                bfloat16, *sizes = self._slab
-                module.slab_gram(slab, 0, bfloat16, *sizes, products, False, self._blocks, on)
-                module.add_partials([(products, True, self._blocks, N * N, N * N, [pairs.data_ptr()], N)], on)
-        return InterferenceSums(grad_sum, abs_sum, sq_sum, l1, sq_norm, dot, abs_dot, pairs)
+def setting(dtype: torch.dtype, gram: bool) -> Callable[[], object] | None:
+    """What torch was told about products, where results depend on it: reading it takes as long as an allocation."""
+    if dtype == torch.float32:
+        return lambda: _products(dtype)
+    return (lambda: _slab_dtype(dtype)) if gram and dtype == torch.bfloat16 else None
 
 
 def gram(plan: Plan, a: Tensor, b: Tensor, a2: Tensor | None, b2: Tensor | None, begin: Tensor | None = None) -> Tensor:

@@ -7,7 +7,9 @@ of the kernels on the CPU, which the tests use.
 from __future__ import annotations
 
 import importlib
-from contextlib import AbstractContextManager, nullcontext
+import threading
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Protocol, cast
 
 import torch
@@ -64,10 +66,25 @@ class Launches(Protocol):
         """Of CUDA: that of the build, and the driver's."""
         ...
 
+    # By the names of the launches, functions in C++ that take their arguments as flat numbers.
+    flat: dict[str, object]
+
 
 _NOT_EVERYWHERE = {"hopper", "pack"}
 _REQUIRED = [name for name in vars(Launches) if not name.startswith("_") and name not in _NOT_EVERYWHERE]
 _emulation: Launches | None = None
+
+
+class _Stream(int):
+    """A number that is told from others by what it is."""
+
+
+class _StandingIn(threading.local):
+    recorder: Any = None
+
+
+STREAM = _Stream(0)  # of a call that is recorded, in place of the current one
+_standing_in = _StandingIn()
 
 
 def emulate(module: Any) -> None:
@@ -80,8 +97,18 @@ def emulated() -> bool:
     return _emulation is not None
 
 
+@contextmanager
+def standing_in(recorder: Any) -> Iterator[None]:
+    """In which ``recorder`` is what :func:`compiled` returns in this thread, and :func:`stream` is :data:`STREAM`."""
+    _standing_in.recorder = recorder
+    try:
+        yield
+    finally:
+        _standing_in.recorder = None
+
+
 def compiled() -> Launches:
-    return _emulation or cast(Launches, importlib.import_module("zsl_kernels._cuda"))
+    return _standing_in.recorder or _emulation or cast(Launches, importlib.import_module("zsl_kernels._cuda"))
 
 
 def has_boxes() -> bool:
@@ -116,7 +143,14 @@ def exact() -> bool:
     return torch.backends.cuda.matmul.fp32_precision != "tf32"
 
 
+def current_stream(device: torch.device) -> int:
+    return torch._C._cuda_getCurrentRawStream(device.index) if device.type == "cuda" else 0
+
+
 def stream(x: Tensor) -> int:
+    """That of the next launch on operands like x."""
+    if _standing_in.recorder is not None:
+        return STREAM
     return torch._C._cuda_getCurrentRawStream(x.get_device()) if x.is_cuda else 0
 
 

@@ -1,0 +1,211 @@
+"""Repeated calls of the kernels of a device: recorded once, and repeated without Python.
+
+A call is allocations and launches (:class:`zsl_kernels.backends.cuda.module.Launches`), whose arguments follow from the shapes,
+strides and dtypes of the operands, but for addresses. :func:`record` runs a call, notes these, and where each address comes from.
+What it returns (csrc/bindings/recorded.cpp) allocates and launches the same for other operands of this kind.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from zsl_kernels.backends.cuda import module
+
+Results = tuple[Tensor | None, ...]
+Call = Callable[..., Results]
+
+_ALLOCATIONS = {"empty", "new_empty", "empty_strided", "empty_like"}
+_ALIGNMENT = 256  # bytes, of what shares an allocation
+_NUMBER = 4  # bytes of what is allocated
+
+
+class _Allocation(NamedTuple):
+    tensor: Tensor  # held, so that no other one gets its memory while a call is recorded
+
+    @property
+    def begin(self) -> int:
+        return self.tensor.untyped_storage().data_ptr()
+
+    @property
+    def bytes(self) -> int:
+        return self.tensor.untyped_storage().nbytes()
+
+
+class _Launch(NamedTuple):
+    name: str
+    numbers: list[int]
+    streams: list[int]  # the places of those that are the stream
+
+
+class _Recorder(TorchDispatchMode):
+    """Notes what is allocated, and stands for the compiled module."""
+
+    def __init__(self, compiled: Any, stream: int) -> None:
+        super().__init__()
+        self.compiled, self.stream = compiled, stream
+        self.allocations: list[_Allocation] = []
+        self.launches: list[_Launch] = []
+        self.other = ""  # an operation of PyTorch's that is no allocation
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        found = function(*args, **(kwargs or {}))
+        name = function.overloadpacket.__name__
+        if name in _ALLOCATIONS:
+            self.allocations.append(_Allocation(found))
+        elif not function.is_view and name not in ("detach", "_reshape_alias", "_unsafe_view", "lift_fresh"):
+            self.other = self.other or name
+        return found
+
+    def __getattr__(self, name: str) -> Callable[..., None]:
+        function = getattr(self.compiled, name)
+
+        def launch(*arguments: Any) -> None:
+            numbers: list[int] = []
+            streams: list[int] = []
+            for x in _flat(arguments):
+                if x is module.STREAM:
+                    streams.append(len(numbers))
+                numbers.append(int(x))
+            self.launches.append(_Launch(name, numbers, streams))
+            function(*_with_stream(arguments, self.stream))
+
+        return launch
+
+
+def _flat(x: Any) -> Iterator[Any]:
+    """As csrc/bindings/cuda_module.cpp takes them."""
+    if isinstance(x, list):
+        yield len(x)
+    if isinstance(x, (list, tuple)):
+        for y in x:
+            yield from _flat(y)
+    else:
+        yield x
+
+
+def _with_stream(x: Any, stream: int) -> Any:
+    if isinstance(x, (list, tuple)):
+        return type(x)(_with_stream(y, stream) for y in x)
+    return stream if x is module.STREAM else x
+
+
+@contextmanager
+def _recording(device: torch.device) -> Iterator[_Recorder]:
+    recorder = _Recorder(module.compiled(), module.current_stream(device))
+    with module.standing_in(recorder), recorder:
+        yield recorder
+
+
+def record(call: Call, operands: Sequence[Tensor | None]) -> tuple[Any, Any]:
+    """The results of ``call(*operands)``, which are float32, and the call as it was recorded: None where it cannot be repeated.
+
+    It cannot where an operation of PyTorch's ran, or where the extension for the CPU, which repeats it, was not built.
+    """
+    device = next(x.device for x in operands if x is not None)
+    with _recording(device) as recorder:
+        results = call(*operands)
+    return results, _repeated(recorder, operands, results, device)
+
+
+def _repeated(recorder: _Recorder, operands: Sequence[Tensor | None], results: Results, device: torch.device) -> Any:
+    flat = getattr(recorder.compiled, "flat", None)
+    try:
+        from zsl_kernels._cpu import Recorded
+    except ImportError:
+        return None
+    if recorder.other or flat is None or any(x is not None and x.is_neg() for x in operands):
+        return None
+    groups = _grouped(recorder.allocations, results)
+    places = [_Place(x.data_ptr(), _bytes(x), k, 0) for k, x in enumerate(operands) if x is not None and _bytes(x)]
+    sizes: list[list[int]] = []
+    views: dict[int, tuple[int, int]] = {}  # of a storage's address: its group, and where it begins there, in bytes
+    for k, group in enumerate(groups):
+        total = 0
+        for allocation in group:
+            places.append(_Place(allocation.begin, allocation.bytes, len(operands) + k, total))
+            views[allocation.begin] = k, total
+            total += allocation.bytes + -allocation.bytes % (_ALIGNMENT if len(group) > 1 else _NUMBER)
+        sizes.append([total // _NUMBER])
+    found: list[Any] = []
+    for x in results:
+        if x is None:
+            found.append(None)
+            continue
+        if x.dtype != torch.float32 or x.untyped_storage().data_ptr() not in views:
+            return None
+        k, start = views[x.untyped_storage().data_ptr()]
+        found.append((k, list(x.shape), list(x.stride()), start // _NUMBER + x.storage_offset()))
+    launches = [(flat.get(launch.name), launch.numbers, _addresses(launch, places)) for launch in recorder.launches]
+    return Recorded(list(operands), device, sizes, launches, found)
+
+
+class _Place(NamedTuple):
+    begin: int
+    bytes: int
+    source: int
+    offset: int  # in it
+
+
+def _addresses(launch: _Launch, places: Iterable[_Place]) -> list[tuple[int, int, int]]:
+    """(place of a number, where its address comes from, offset there). Sizes and strides are no addresses of memory."""
+    found = [(at, -1, 0) for at in launch.streams]
+    for at, number in enumerate(launch.numbers):
+        if at in launch.streams or number < 1 << 20:
+            continue
+        for begin, length, source, offset in places:
+            if begin <= number < begin + length:
+                found.append((at, source, offset + number - begin))
+                break
+    return found
+
+
+def _bytes(x: Tensor) -> int:
+    """From its first number to its last."""
+    if not x.numel():
+        return 0
+    return (1 + sum((n - 1) * s for n, s in zip(x.shape, x.stride(), strict=True))) * x.element_size()
+
+
+def _grouped(allocations: Sequence[_Allocation], results: Results) -> list[list[_Allocation]]:
+    """What shares an allocation: little of a call's time is spent on one then, and nothing is kept for another's sake. The first
+    result, which becomes a weight's ``.grad``, is alone; the others of its size live as long as each other, and so do the smaller
+    ones; the rest is a workspace."""
+    by_address = {x.begin: x for x in allocations if x.bytes}
+    kept: list[_Allocation] = []
+    for x in results:
+        allocation = None if x is None else by_address.pop(x.untyped_storage().data_ptr(), None)
+        if allocation is not None:
+            kept.append(allocation)
+    first, others = kept[:1], kept[1:]
+    large = [x for x in others if x.bytes == first[0].bytes]
+    small = [x for x in others if x.bytes != first[0].bytes]
+    return [group for group in (first, large, small, list(by_address.values())) if group]
+
+
+class Repeated:
+    """A call that is recorded when it runs first. Operands of another layout go through ``call``, as do all where it cannot be
+    repeated, and where ``setting()`` is not what it was: what torch was told about products."""
+
+    def __init__(self, call: Call, make: Callable[[Results], Any], setting: Callable[[], object] | None = None) -> None:
+        self._call, self._make, self._setting = call, make, setting
+        self._set: object = None
+        self._native: Any = None
+        self._tried = False
+
+    def __call__(self, *operands: Tensor | None) -> Any:
+        if self._native is not None and (self._setting is None or self._setting() == self._set):
+            found = self._native(*operands)
+            if found is not None:
+                return self._make(found)
+        elif not self._tried:
+            self._tried = True
+            self._set = None if self._setting is None else self._setting()
+            found, self._native = record(self._call, operands)
+            return found
+        return self._call(*operands)
