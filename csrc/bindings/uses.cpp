@@ -1,6 +1,7 @@
 // The known uses of weights under a probe, without Python: an autograd node whose backward computes a weight's gradient with its
 // statistics at once, and leaves these with the weight. That is the plain case: a weight's only use in the pass, whose rows are
-// (N, T, ·) in order, on the CPU. For anything else the node calls the rule's Python function, so that no rule is written twice.
+// (N, T, ·) in order. On the CPU the kernels are called here; of another device the calls are repeated that Python has recorded.
+// For anything else the node calls the rule's Python function, so that no rule is written twice.
 //
 // Who may take the short way is decided in Python (python/zerosum/probe): before a pass it says which uses are regular, and what
 // each weight wants.
@@ -56,6 +57,7 @@ struct State {
   int64_t epoch = 0;         // counts what runs forward between backward passes
   bool at_once = false;      // whether a backward pass runs whose regular uses may be computed at once
   int64_t examples = 0;      // of that pass
+  int64_t setting = 0;       // what torch was told about products, where calls are recorded
   bool forward = false;      // whether what runs is the training's forward pass, in the epoch that its first use has begun
   unsigned long thread = 0;  // that it runs in
   std::string regular;       // for each use of the epoch, in order: whether its rows are regular
@@ -90,12 +92,12 @@ struct Weight {
 
   // Keeps sums, and returns the gradient: another tensor of the same memory and version, for autograd takes over what no one else
   // refers to.
-  Tensor keep(Sums found, const Tensor& weight) {
+  Tensor keep(Sums found, at::ScalarType dtype) {
     sums = std::move(found);
     const Tensor& total = std::get<0>(sums);
     Tensor grad = total;
-    if (total.scalar_type() != weight.scalar_type()) {
-      grad = total.to(weight.scalar_type());
+    if (total.scalar_type() != dtype) {
+      grad = total.to(dtype);
     } else {
       grad = Tensor(total.unsafeGetTensorImpl()->shallow_copy_and_detach(total.unsafeGetTensorImpl()->version_counter(), false));
     }
@@ -121,11 +123,17 @@ using Weights = std::array<std::shared_ptr<Weight>, 2>;
 
 enum class Kind { linear, addmm, layer_norm };
 
+// How a call's backward pass goes the short way: on the CPU with a tile of the product, else by calls that were recorded.
 struct Plan {
-  int64_t examples = -1, tile_o = 0, tile_k = 0, threads = 0;
+  int64_t examples = -1, tile_o = 0, tile_k = 0, threads = 0, setting = 0;
   const Kernels* kernels = nullptr;
-  bool is_for(int64_t E) const { return examples == E && threads == at::get_num_threads() && kernels == active(); }
-  bool holds(int64_t E) const { return tile_o > 0 && is_for(E); }
+  std::shared_ptr<Recorded> product;  // of a, b and a direction
+  // Of the output's gradient and a direction. Of a norm: of its input, that gradient, means, reciprocal deviations, and a direction
+  // each of scale and shift.
+  std::shared_ptr<Recorded> vectors;
+  bool is_for(int64_t E, const State& state) const {
+    return examples == E && threads == at::get_num_threads() && kernels == active() && setting == state.setting;
+  }
 };
 
 // A call that has been seen before.
@@ -133,6 +141,8 @@ struct Known {
   Kind kind;
   std::shared_ptr<State> state;
   Weights weights;
+  std::array<at::ScalarType, 2> dtypes;    // of the weights
+  std::optional<at::ScalarType> autocast;  // to which the products' operands are cast
   Plan plan;
   std::unique_ptr<Object> backward;  // (site, grad, saved, needs) -> gradients
 };
@@ -153,7 +163,7 @@ bool is_plain(const Tensor& x) {
   using at::DispatchKey;
   constexpr c10::DispatchKeySet special(
       {DispatchKey::Python, DispatchKey::FuncTorchBatched, DispatchKey::Batched, DispatchKey::Negative, DispatchKey::Conjugate});
-  return x.is_cpu() && x.layout() == at::kStrided && !x.key_set().has_any(special);
+  return (x.is_cpu() || x.is_cuda()) && x.layout() == at::kStrided && !x.key_set().has_any(special);
 }
 
 // (E, T, F)
@@ -171,18 +181,35 @@ bool in_order(const Tensor& x) {
   return true;
 }
 
-// Whether this use may be computed at once, without Python.
-bool short_way(const Use& use, const Tensor& grad, const variable_list& saved, bool first, bool second) {
+// Whether this use may be computed at once.
+bool at_once(const Use& use, const Tensor& grad, const variable_list& saved, bool first, bool second) {
   const State& state = *use.known->state;
   if (!state.at_once || use.epoch != state.epoch || !state.is_regular(use.index) || at::GradMode::is_enabled() ||
       c10::impl::TorchDispatchModeTLS::any_modes_set())
     return false;
-  const auto same = [&](const Tensor& x) { return !x.defined() || (is_plain(x) && x.scalar_type() == grad.scalar_type()); };
-  if (!is_plain(grad) || !std::all_of(saved.begin(), saved.end(), same)) return false;
-  if (grad.scalar_type() != at::kFloat && grad.scalar_type() != at::kDouble) return false;
+  const auto plain = [&](const Tensor& x) { return !x.defined() || is_plain(x); };
+  if (!is_plain(grad) || !std::all_of(saved.begin(), saved.end(), plain)) return false;
   const Weights& weights = use.known->weights;
-  if ((first && !(weights[0] && weights[0]->ready())) || (second && !(weights[1] && weights[1]->ready()))) return false;
-  return use.known->kind == Kind::layer_norm || !first || use.known->plan.holds(state.examples);
+  return (!first || (weights[0] && weights[0]->ready())) && (!second || (weights[1] && weights[1]->ready()));
+}
+
+// Whether it may, on the CPU and without Python.
+bool short_way(const Use& use, const Tensor& grad, const variable_list& saved, bool first, bool second) {
+  if (!grad.is_cpu() || (grad.scalar_type() != at::kFloat && grad.scalar_type() != at::kDouble)) return false;
+  const auto same = [&](const Tensor& x) { return !x.defined() || (x.is_cpu() && x.scalar_type() == grad.scalar_type()); };
+  if (!std::all_of(saved.begin(), saved.end(), same) || !at_once(use, grad, saved, first, second)) return false;
+  const Plan& plan = use.known->plan;
+  return use.known->kind == Kind::layer_norm || !first || (plan.tile_o > 0 && plan.is_for(use.known->state->examples, *use.known->state));
+}
+
+Tensor along(const std::shared_ptr<Weight>& weight, bool flat) {
+  if (!weight || !weight->direction) return {};
+  return flat ? weight->direction->reshape(-1) : *weight->direction;
+}
+
+// The sums that a recorded call has left from its k-th result on.
+Sums sums_of(const Recorded::Results& found, size_t k) {
+  return {found[k], found[k + 1], found[k + 2], found[k + 3], found[k + 4], found[k + 5], found[k + 6], found[k + 7]};
 }
 
 // The gradients that the rule's Python function computes.
@@ -201,7 +228,7 @@ std::array<Tensor, 3> long_way(const Use& use, const Tensor& grad, const variabl
 
 Tensor bias_gradient(Weight& weight, const Tensor& each, const Tensor& bias) {
   const OptionalTensor u = weight.direction ? OptionalTensor(weight.direction->reshape(-1)) : std::nullopt;
-  return weight.keep(dense_interference(each, u, weight.gram), bias);
+  return weight.keep(dense_interference(each, u, weight.gram), bias.scalar_type());
 }
 
 std::array<bool, 3> wanted(AutogradContext* ctx, bool third) {
@@ -216,6 +243,15 @@ struct Linear : torch::autograd::Function<Linear> {
                         const Tensor& anchor, const UsePtr& use) {
     ctx->saved_data.emplace("use", at::IValue::make_capsule(use));
     ctx->saved_data.emplace("bias", bias.has_value());
+    if (const auto dtype = use->known->autocast) {
+      // The weight is the node's operand as it is, so that its gradient is not rounded. What is kept is of the lower precision.
+      const at::AutoDispatchBelowADInplaceOrView below;
+      const Tensor w = lower(weight, *dtype);
+      const OptionalTensor c = bias ? OptionalTensor(lower(*bias, *dtype)) : std::nullopt;
+      ctx->saved_data.emplace("weight", weight);
+      ctx->save_for_backward({x, w});
+      return use->known->kind == Kind::addmm ? at::addmm(*c, x, w) : own(at::linear(x, w, c));
+    }
     ctx->save_for_backward({x, weight});
     if (use->known->kind == Kind::addmm || in_order(x)) {
       const at::AutoDispatchBelowADInplaceOrView below;
@@ -223,38 +259,77 @@ struct Linear : torch::autograd::Function<Linear> {
     }
     // What torch does with other strides depends on whether the weight's transpose is to be differentiated, which is not known
     // below.
-    const Tensor y = at::linear(x, weight, bias);
-    return y.is_view() ? at::_unsafe_view(y, y.sizes()) : y;  // as no view it may be written to
+    return own(at::linear(x, weight, bias));
   }
+
+  // As no view it may be written to.
+  static Tensor own(const Tensor& y) { return y.is_view() ? at::_unsafe_view(y, y.sizes()) : y; }
+  static Tensor lower(const Tensor& x, at::ScalarType dtype) { return x.scalar_type() == at::kDouble ? x : x.to(dtype); }
 
   static variable_list backward(AutogradContext* ctx, const variable_list& given) {
     const Use& use = use_of(ctx);
     const variable_list saved = ctx->get_saved_variables();
     const Tensor &grad = given[0], &x = saved[0], &weight = saved[1];
     const auto needs = wanted(ctx, ctx->saved_data.at("bias").toBool());
-    if (!short_way(use, grad, saved, needs[1], needs[2])) {
-      const auto found = long_way(use, grad, saved, needs);
-      return {found[0], found[1], found[2], Tensor(), Tensor()};
-    }
-    const Plain plain;
     const Known& known = *use.known;
     const bool transposed = known.kind == Kind::addmm;
+    const auto grad_of_x = [&] { return needs[0] ? at::matmul(grad, transposed ? weight.mT() : weight) : Tensor(); };
+    if (short_way(use, grad, saved, needs[1], needs[2])) {
+      const Plain plain;
+      const int64_t E = known.state->examples;
+      Tensor grad_weight, grad_bias;
+      const Tensor grad_x = grad_of_x(), b = rows(grad, E);
+      if (needs[1]) {
+        const Tensor a = rows(x, E);
+        Weight& w = *known.weights[0];
+        Sums sums = interference(transposed ? b : a, transposed ? a : b, w.direction, w.gram, known.plan.tile_o, known.plan.tile_k,
+                                 {}, {}, {}, {});
+        grad_weight = w.keep(std::move(sums), weight.scalar_type());
+      }
+      if (needs[2]) {
+        Tensor each = std::get<1>(scale_bias_grad({}, b, {}, {}, {}, E, true));
+        grad_bias = bias_gradient(*known.weights[1], each, grad);
+      }
+      return {grad_x, grad_weight, grad_bias, Tensor(), Tensor()};
+    }
+    const auto found = recorded_way(use, grad, saved, needs, transposed);
+    if (found) {
+      const Plain plain;
+      return {grad_of_x(), (*found)[0], (*found)[1], Tensor(), Tensor()};
+    }
+    variable_list tensors = saved;
+    const auto whole = ctx->saved_data.find("weight");
+    if (whole != ctx->saved_data.end() && at::GradMode::is_enabled())  // to be differentiated again
+      tensors[1] = lower(whole->second.toTensor(), *known.autocast);
+    const auto grads = long_way(use, grad, tensors, needs);
+    return {grads[0], grads[1], grads[2], Tensor(), Tensor()};
+  }
+
+  // The gradients of weight and bias by calls that were recorded, if there are some for these tensors.
+  static std::optional<std::array<Tensor, 2>> recorded_way(const Use& use, const Tensor& grad, const variable_list& saved,
+                                                           const std::array<bool, 3>& needs, bool transposed) {
+    const Known& known = *use.known;
+    const Plan& plan = known.plan;
+    if ((needs[1] && !plan.product) || (needs[2] && !plan.vectors) || (!needs[1] && !needs[2]) ||
+        !at_once(use, grad, saved, needs[1], needs[2]) || !plan.is_for(known.state->examples, *known.state))
+      return std::nullopt;
+    const Plain plain;
     const int64_t E = known.state->examples;
-    Tensor grad_x, grad_weight, grad_bias;
-    if (needs[0]) grad_x = at::matmul(grad, transposed ? weight.mT() : weight);
     const Tensor b = rows(grad, E);
+    Recorded::Operands of_product, of_vectors;
     if (needs[1]) {
-      const Tensor a = rows(x, E);
-      Weight& w = *known.weights[0];
-      Sums sums = interference(transposed ? b : a, transposed ? a : b, w.direction, w.gram, known.plan.tile_o, known.plan.tile_k,
-                               {}, {}, {}, {});
-      grad_weight = w.keep(std::move(sums), weight);
+      const Tensor a = rows(saved[0], E);
+      of_product = {transposed ? b : a, transposed ? a : b, along(known.weights[0], false)};
+      if (!plan.product->fits(of_product)) return std::nullopt;
     }
     if (needs[2]) {
-      Tensor each = std::get<1>(scale_bias_grad({}, b, {}, {}, {}, E, true));
-      grad_bias = bias_gradient(*known.weights[1], each, grad);
+      of_vectors = {b, along(known.weights[1], true)};
+      if (!plan.vectors->fits(of_vectors)) return std::nullopt;
     }
-    return {grad_x, grad_weight, grad_bias, Tensor(), Tensor()};
+    std::array<Tensor, 2> found;
+    if (needs[1]) found[0] = known.weights[0]->keep(sums_of(plan.product->run(of_product), 0), known.dtypes[0]);
+    if (needs[2]) found[1] = known.weights[1]->keep(sums_of(plan.vectors->run(of_vectors), 0), known.dtypes[1]);
+    return found;
   }
 };
 
@@ -277,15 +352,16 @@ struct LayerNorm : torch::autograd::Function<LayerNorm> {
     for (size_t k = 1; k < 3; ++k)
       if (saved[k].defined()) needs[k] = ctx->needs_input_grad(input++);
     std::array<Tensor, 3> found;
-    if (!short_way(use, grad, saved, needs[1], needs[2])) {
+    if (recorded_way(use, grad, saved, needs, found)) {
+      const Plain plain;
+      if (needs[0]) found[0] = grad_of_x(grad, saved);
+    } else if (!short_way(use, grad, saved, needs[1], needs[2])) {
       found = long_way(use, grad, saved, needs);
     } else {
       const Plain plain;
       const Known& known = *use.known;
       const int64_t E = known.state->examples;
-      if (needs[0])
-        found[0] = std::get<0>(
-            at::native_layer_norm_backward(grad, x, x.sizes().slice(x.dim() - 1), mean, rstd, weight, bias, {true, false, false}));
+      if (needs[0]) found[0] = grad_of_x(grad, saved);
       if (needs[1] || needs[2]) {
         const OptionalTensor scaled = needs[1] ? OptionalTensor(rows(x, E)) : std::nullopt;
         const OptionalTensor means = needs[1] ? OptionalTensor(mean) : std::nullopt,
@@ -296,6 +372,38 @@ struct LayerNorm : torch::autograd::Function<LayerNorm> {
       }
     }
     return {found[0], found[1], found[2], Tensor(), Tensor(), Tensor()};
+  }
+
+  static Tensor grad_of_x(const Tensor& grad, const variable_list& saved) {
+    const Tensor& x = saved[0];
+    const auto given = [](const Tensor& t) { return t.defined() ? OptionalTensor(t) : std::nullopt; };
+    return std::get<0>(at::native_layer_norm_backward(grad, x, x.sizes().slice(x.dim() - 1), saved[3], saved[4], given(saved[1]),
+                                                      given(saved[2]), {true, false, false}));
+  }
+
+  // Those of scale and shift by a call that was recorded of both, or of one where the norm has one alone.
+  static bool recorded_way(const Use& use, const Tensor& grad, const variable_list& saved, const std::array<bool, 3>& needs,
+                           std::array<Tensor, 3>& found) {
+    const Known& known = *use.known;
+    const Plan& plan = known.plan;
+    const Weights& weights = known.weights;
+    if (!plan.vectors || needs[1] != (weights[0] != nullptr) || needs[2] != (weights[1] != nullptr) ||
+        !at_once(use, grad, saved, needs[1], needs[2]) || !plan.is_for(known.state->examples, *known.state))
+      return false;
+    const Plain plain;
+    const int64_t E = known.state->examples;
+    const auto each = [&](const Tensor& t) { return rows(t, E).squeeze(-1); };
+    const Recorded::Operands operands = {rows(saved[0], E),     rows(grad, E),           each(saved[3]),
+                                         each(saved[4]),        along(weights[0], true), along(weights[1], true)};
+    if (!plan.vectors->fits(operands)) return false;
+    const Recorded::Results results = plan.vectors->run(operands);
+    size_t k = 0;
+    for (size_t i = 0; i < 2; ++i) {
+      if (!weights[i]) continue;
+      found[i + 1] = weights[i]->keep(sums_of(results, k), known.dtypes[i]);
+      k += 8;
+    }
+    return true;
   }
 };
 
@@ -344,12 +452,14 @@ class Call {
  public:
   // `function`, `names` of keywords and the arguments are those of the call.
   Call(const std::string& kind, std::shared_ptr<State> state, py::object function, py::tuple names, const py::tuple& args,
-       const std::vector<std::shared_ptr<Weight>>& weights, std::array<int, 3> places, py::object backward)
+       const std::vector<std::shared_ptr<Weight>>& weights, std::array<int, 3> places, py::object backward,
+       std::optional<at::ScalarType> autocast)
       : known_(std::make_shared<Known>()), function_(std::move(function)), names_(std::move(names)), places_(places) {
     known_->kind = kind == "linear" ? Kind::linear : kind == "addmm" ? Kind::addmm : Kind::layer_norm;
     known_->state = std::move(state);
     TORCH_CHECK(weights.size() == 2, "weights: expected two, got ", weights.size());
     known_->weights = {weights[0], weights[1]};
+    known_->autocast = autocast;
     known_->backward = std::make_unique<Object>(std::move(backward));
     for (py::handle x : args) {
       Argument argument;
@@ -364,6 +474,8 @@ class Call {
       }
       arguments_.push_back(std::move(argument));
     }
+    for (size_t k = 0; k < 2; ++k)
+      if (weights[k]) known_->dtypes[k] = arguments_.at(places_[k + 1]).dtype;
   }
 
   // The result of the call in the mode, or nothing where it is not like the one before.
@@ -376,7 +488,10 @@ class Call {
     for (const auto& w : known_->weights)
       if (w && !w->stands_alone()) return {};
     const Tensor x = at(given, 0), weight = at(given, 1), bias = at(given, 2);
-    if (at::autocast::is_autocast_enabled(x.device().type())) return {};
+    const auto device = x.device().type();
+    if (at::autocast::is_autocast_enabled(device) != known_->autocast.has_value() ||
+        (known_->autocast && at::autocast::get_autocast_dtype(device) != *known_->autocast))
+      return {};
     const size_t index = static_cast<size_t>(PyList_GET_SIZE(mode.attr("sites").ptr()));
     UsePtr use = c10::make_intrusive<Use>(known_, mode.attr("begin")(), index);
     for (const auto& w : known_->weights)
@@ -388,17 +503,27 @@ class Call {
     Tensor y;
     {
       py::gil_scoped_release release;
-      y = norm ? LayerNorm::apply(x, given_or_not(weight), given_or_not(bias), eps, anchor, use)
-               : Linear::apply(x, weight, given_or_not(bias), anchor, use);
+      // As autocast does: products in the lower precision, and norms, of devices, in float32.
+      const auto as = known_->autocast && x.scalar_type() != at::kDouble
+                          ? std::optional<at::ScalarType>(norm ? at::kFloat : *known_->autocast)
+                          : std::nullopt;
+      const Tensor operand = as ? x.to(*as) : x;
+      y = norm ? LayerNorm::apply(operand, given_or_not(weight), given_or_not(bias), eps, anchor, use)
+               : Linear::apply(operand, weight, given_or_not(bias), anchor, use);
     }
     return py::cast(y);
   }
 
   // Whether it is known, for E examples and as threads and kernels are now, if the backward pass has a short way.
-  bool planned(int64_t examples) const { return known_->plan.is_for(examples); }
+  bool planned(int64_t examples) const { return known_->plan.is_for(examples, *known_->state); }
   // That way's tile; an empty one: there is none.
   void plan(int64_t examples, int64_t tile_o, int64_t tile_k) {
-    known_->plan = {examples, tile_o, tile_k, at::get_num_threads(), active()};
+    known_->plan = {examples, tile_o, tile_k, at::get_num_threads(), known_->state->setting, active(), nullptr, nullptr};
+  }
+  // The calls that it repeats on a device: of the product, and of the bias, or of scale and shift. None: there is none.
+  void record(int64_t examples, std::shared_ptr<Recorded> product, std::shared_ptr<Recorded> vectors) {
+    plan(examples, 0, 0);
+    known_->plan.product = std::move(product), known_->plan.vectors = std::move(vectors);
   }
 
  private:
@@ -553,6 +678,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
       .def_readwrite("epoch", &State::epoch)
       .def_readwrite("at_once", &State::at_once)
       .def_readwrite("examples", &State::examples)
+      .def_readwrite("setting", &State::setting)
       .def_readwrite("forward", &State::forward)
       .def_readwrite("thread", &State::thread)
       .def_property(
@@ -575,9 +701,10 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
       .def("__call__", &on_gradient);
   py::class_<Call>(m, "Call")
       .def(py::init<const std::string&, std::shared_ptr<State>, py::object, py::tuple, const py::tuple&,
-                    const std::vector<std::shared_ptr<Weight>>&, std::array<int, 3>, py::object>())
+                    const std::vector<std::shared_ptr<Weight>>&, std::array<int, 3>, py::object, std::optional<at::ScalarType>>())
       .def("planned", &Call::planned)
-      .def("plan", &Call::plan);
+      .def("plan", &Call::plan)
+      .def("record", &Call::record);
   m.def("run_known",
         [](py::handle mode, py::handle function, const py::tuple& args, const py::dict& kwargs, const py::dict& sources) {
           const py::object found = run_known(mode, function.ptr(), args.ptr(), kwargs.ptr(), sources.ptr());

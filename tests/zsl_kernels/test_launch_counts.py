@@ -11,7 +11,7 @@ ENDED = ("slab_gram", "add_partials")
 PREPARED = {
     "interference": (("hopper",), 4),
     "interference, direction": (("hopper",), 4),
-    "interference, Gram": (("hopper", *ENDED), 5),
+    "interference, Gram": (("hopper", *ENDED), 4),
 }
 HOPPER = {
     "gram": (("hopper", *ENDED), 4),
@@ -20,8 +20,8 @@ HOPPER = {
     "weighted_grad": (("hopper",), 2),
 }
 ROWS = {
-    "dense_interference": (("dense", "add_partials"), 6),
-    "dense_interference, Gram": (("dense", *ENDED), 7),
+    "dense_interference": (("dense", "add_partials"), 4),
+    "dense_interference, Gram": (("dense", *ENDED), 4),
     "scale_bias_grad": (("scale_bias", "add_partials"), 3),
     "embedding_interference": (("embedding_keys", "embedding_places", "embedding", "embedding_finish"), 13),
     "embedding_interference, Gram": (

@@ -18,6 +18,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import zerosum
 import zsl_kernels as zk
 from tests import error_budgets, simt
 from tests.inputs import (
@@ -34,6 +35,8 @@ from tests.inputs import (
     gradients,
     ways_of_cuda,
 )
+from zerosum.probe import rules
+from zerosum.probe.rules import linear, norm
 from zsl_kernels.backends import dispatch
 from zsl_kernels.backends.cuda import backend as cuda_backend
 from zsl_kernels.backends.cuda import embedding, hopper, module, persistent
@@ -43,6 +46,7 @@ from zsl_kernels.ops import scale_bias_grad
 from zsl_kernels.planning import gpu_cost
 from zsl_kernels.planning.devices import GPUS, of_device
 from zsl_kernels.planning.tiles import CUDA_SUMS_HELD, CUDA_TILES
+from zsl_kernels.weight_uses import recorded
 
 CHECKS = simt.ROOT / "tests" / "native" / "simt_checks.py"
 SUITES = ("interference", "gram", "dot_norm_weighted", "autograd", "ragged", "tied", "embedding", "integer_operands")
@@ -846,3 +850,67 @@ def test_weights_and_directions_may_lie_anywhere(emulated, monkeypatch):
         assert torch.equal(zk.weighted_grad(x.a, x.b, weights, impl="cuda"), want)
     for u in (x.direction.T.contiguous().T, x.direction.float()._neg_view(), x.direction[:1].expand(13, -1).double()):
         assert torch.equal(zk.dot(x.a, x.b, u, impl="cuda"), zk.dot(x.a, x.b, u.clone(), impl="reference"))
+
+
+# Uses of weights under a probe ---------------------------------------------------------------------------------------------------
+
+
+class _Model(torch.nn.Module):
+    """A matrix, a transposed one and a head, all with biases, and a norm."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.norm, self.head = torch.nn.Linear(24, 16), torch.nn.LayerNorm(16), torch.nn.Linear(40, 8)
+        self.weight, self.bias = torch.nn.Parameter(torch.randn(16, 40) / 4), torch.nn.Parameter(torch.randn(40))
+
+    def forward(self, x):
+        h = self.norm(self.first(x))
+        h = torch.addmm(self.bias, h.reshape(-1, 16), self.weight).view(*h.shape[:-1], 40)
+        return self.head(torch.tanh(h))
+
+
+@pytest.mark.parametrize("autocast", [False, True], ids=["", "autocast"])
+@pytest.mark.parametrize("gram", [False, True], ids=["", "gram"])
+@pytest.mark.parametrize("along", [False, True], ids=["", "direction"])
+def test_a_probed_step_repeats_recorded_calls(along, gram, autocast, emulated, monkeypatch):
+    """As on a device: after the pass that records them no rule's Python runs in a backward pass. Results are those of the CPU."""
+    monkeypatch.setenv("ZSL_GPU_ARCH", "90")
+    torch.manual_seed(0)
+    model, x = _Model(), torch.randn(4, 10, 24)
+    direction = {name: torch.randn_like(p) for name, p in model.named_parameters()} if along else None
+    ran = []
+    for rule, name in ((linear, "_backward"), (norm, "layer_norm_backward")):
+        function = getattr(rule, name)
+        monkeypatch.setattr(rule, name, lambda *x, function=function: ran.append(function) or function(*x))
+    monkeypatch.setitem(
+        rules.KNOWN,
+        torch.nn.functional.layer_norm,
+        rules.KNOWN[torch.nn.functional.layer_norm]._replace(backward=norm.layer_norm_backward),
+    )
+
+    def measured(probe):
+        model.zero_grad()
+        ran.clear()
+        with probe, torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+            losses = model(x).float().square().flatten(1).mean(1)
+            losses.sum().backward()
+        return probe.report()
+
+    expected_report = measured(zerosum.Probe(model, gram=gram, direction=direction))
+    expected_report = {name: expected_report[name] for name in expected_report}
+    monkeypatch.setattr(recorded, "IMPL", "cuda")
+    made, record = [], recorded._record
+    monkeypatch.setattr(recorded, "_record", lambda *x: made.append(record(*x)) or made[-1])
+    probe = zerosum.Probe(model, gram=gram, direction=direction)
+    for _ in range(5):
+        found = measured(probe)
+    assert not ran
+    assert len(made) == 6 + (not autocast)  # three products and their biases, and the norm, which has a rule under autocast there
+    assert all(x is not None for x in made)
+    rtol = 2e-2 if autocast else 1e-5
+    for name, want in expected_report.items():
+        for field in ("grad_sum", "abs_sum", "sq_sum", "l1", "sq_norm", "dot", "abs_dot", "gram"):
+            got, wanted = getattr(found[name], field), getattr(want, field)
+            assert (got is None) == (wanted is None)
+            assert got is None or (got - wanted).norm() <= rtol * max(wanted.norm(), 1e-3), (name, field)
+        assert torch.equal(found[name].grad_sum, dict(model.named_parameters())[name].grad)

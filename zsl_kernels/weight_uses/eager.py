@@ -29,6 +29,7 @@ else:
         epoch: int = 0  # counts what runs forward between backward passes
         at_once: bool = False  # whether a backward pass runs whose regular uses may be computed at once
         examples: int = 0  # of that pass
+        setting: int = 0  # what torch was told about products, where calls are recorded
         forward: bool = False  # whether what runs is the training's forward pass, in the epoch that its first use has begun
         thread: int = 0  # that it runs in
         regular: bytes = b""  # for each use of the epoch, in order: whether its rows are regular

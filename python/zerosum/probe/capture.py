@@ -30,6 +30,7 @@ from zerosum.probe.proof import Proof, Prover, Short, Structures, Tree, reentran
 from zerosum.probe.results import Pass, add_up
 from zerosum.probe.rules import APPLIED, KNOWN, RULES, again, broadcast, embedding, linear, norm
 from zerosum.probe.rules.site import Phase, Site
+from zsl_kernels.weight_uses import recorded
 from zsl_kernels.weight_uses.eager import NotCopied, Weight, only_for_weights, run_known
 
 _ACCESSORS = {"__get__", "__set__", "__delete__"}
@@ -73,6 +74,7 @@ class Capture(TorchFunctionMode):
         self.state = structures.state
         self.state.epoch += 1
         self.state.forward, self.state.thread = True, threading.get_ident()
+        self.state.setting = recorded.setting()
         if not KNOWN.keys() >= {call.func for call in structures.calls.values() if call.short is not None}:
             structures.calls.clear()  # a rule has been registered for what was known
             structures.known.clear()
@@ -377,8 +379,8 @@ class Capture(TorchFunctionMode):
             # (What is looked up alike for all examples is a function of one weight.)
             lookup = (refs[0].source.parameters[0].name,) if alone and func is F.embedding else ()
             self.keys.append((func, tuple(x.shape for x in tensors), tensors[0].dtype, autocast, alone, *lookup))
-            if autocast is None and not alone:
-                self.structures.remember(len(self.keys) - 1, func, args, kwargs, refs, self.keys[-1])
+            if not alone:
+                self.structures.remember(len(self.keys) - 1, func, args, kwargs, refs, self.keys[-1], autocast)
         if alone:
             result = func(*args, **kwargs)
             self._derive(func, args, kwargs, refs, result)
@@ -396,7 +398,7 @@ class Capture(TorchFunctionMode):
         call = self.structures.calls.get(len(self.keys))
         if call is None or call.func is not func or not call.by_rule:
             return None
-        if torch.is_autocast_enabled(call.device):
+        if (torch.get_autocast_dtype(call.device) if torch.is_autocast_enabled(call.device) else None) != call.autocast:
             return None
         if torch._C._functorch.maybe_current_level() is not None or self.elsewhere or torch.autograd.forward_ad._current_level >= 0:
             return None
@@ -414,6 +416,7 @@ class Capture(TorchFunctionMode):
         self.keys.append(call.key)
         for source in call.sources:
             source.used = True
+            source.eps = max(source.eps, call.eps)
         for k in range(before, len(sites)):
             sites[k].label = call.label
             sites[k].known = call.short and call.short.native

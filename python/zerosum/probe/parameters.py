@@ -54,6 +54,7 @@ class GradSource:
     """A tensor whose per-example gradient is gathered: a parameter, or a function of parameters alone."""
 
     gram = False  # whether the inner products of examples are asked for
+    direction: Tensor | None = None
 
     def __init__(self, context: Context, tensor: Tensor) -> None:
         self.context = context
@@ -131,6 +132,10 @@ class GradSource:
     def gradient_of_product(self, b: Tensor, a: Tensor) -> Tensor:
         """:meth:`gradient` of ``torch.einsum("nto,ntk->nok", b, a)``, where it is :attr:`ready`."""
         raise NotImplementedError
+
+    @property
+    def flat_direction(self) -> Tensor | None:
+        return None if self.direction is None else self.direction.reshape(-1)
 
     def gradient_of_dense(self, g: Tensor) -> Tensor:
         """:meth:`gradient` of each example's gradient (E, …), where it is :attr:`ready`."""
@@ -397,8 +402,8 @@ class ParameterProbe(GradSource):
 
     def gradient_of_dense(self, g: Tensor) -> Tensor:
         shape = self.parameter.shape
-        u = None if self.direction is None else self.direction.reshape(-1)
-        sums = Sums(*zk.dense_interference(g.reshape(g.shape[0], shape.numel()), direction=u, gram=self.gram))
+        g = g.reshape(g.shape[0], shape.numel())
+        sums = Sums(*zk.dense_interference(g, direction=self.flat_direction, gram=self.gram))
         if len(shape) != 1:
             sums.grad_sum, sums.abs_sum, sums.sq_sum = (x.view(shape) for x in (sums.grad_sum, sums.abs_sum, sums.sq_sum))
         return self._measure(sums)

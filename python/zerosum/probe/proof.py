@@ -196,7 +196,7 @@ class Proof:
 class Call:
     """A call that has weights among its operands, to be known again by its function, its weights and its operands' shapes."""
 
-    __slots__ = ("by_rule", "device", "func", "key", "label", "names", "shapes", "short", "sources", "weights")
+    __slots__ = ("autocast", "by_rule", "device", "eps", "func", "key", "label", "names", "shapes", "short", "sources", "weights")
 
     def __init__(
         self,
@@ -206,8 +206,11 @@ class Call:
         sources: list[ParameterProbe],
         label: str,
         key: Any,
+        autocast: torch.dtype | None,
     ) -> None:
         self.sources = sources
+        self.autocast = autocast  # to what the operands are cast
+        self.eps = 0.0 if autocast is None else torch.finfo(autocast).eps
         self.by_rule = False  # whether the rule of its function covered it
         self.short: Short | None = None  # how it runs without Python
         weights = {id(source.parameter) for source in sources}
@@ -256,6 +259,7 @@ class Short:
         capture.keys.append(call.key)
         for source, how in self.covers:
             source.used = True
+            source.eps = max(source.eps, call.eps)
             source.covered_by(how)
         return site
 
@@ -269,6 +273,8 @@ class Short:
             return None  # keywords in another order, or none of a use's
         if known.kind == "layer_norm" and (len(args) < len(bound) or len(args[1]) != 1):
             return None
+        if known.kind == "layer_norm" and call.autocast is not None and call.device != "cuda":
+            return None  # it is computed in float32 on a device alone
         by_id = {id(source.parameter): source for source in call.sources}
         found = [by_id.get(id(args[place])) if place < len(args) else None for place in known.places[1:]]
         if sum(source is not None for source in found) != len(call.sources):
@@ -277,7 +283,7 @@ class Short:
         covers = [(source, how) for source, how in zip(found, names, strict=True) if source is not None]
         alone = sum(1 << k for k, source in enumerate(found) if source is not None)
         marks = [None if source is None else source.marks for source in found]
-        native = uses.Call(known.kind, state, call.func, tuple(kwargs), args, marks, known.places, known.backward)
+        native = uses.Call(known.kind, state, call.func, tuple(kwargs), args, marks, known.places, known.backward, call.autocast)
         return cls(native, found, args[known.places[0]].shape[:-1], covers, alone)
 
 
@@ -340,7 +346,16 @@ class Structures:
         self.compiled: CompiledSteps | None = None  # None: no step stays compiled
         self.passes = 0
 
-    def remember(self, place: int, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], refs: Sequence[Any], key: Any) -> None:
+    def remember(
+        self,
+        place: int,
+        func: Any,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        refs: Sequence[Any],
+        key: Any,
+        autocast: torch.dtype | None,
+    ) -> None:
         """Keeps a call whose weights are whole parameters."""
         self.known.pop(place, None)
         weights = {id(ref.source.tensor) for ref in refs if ref.source.tensor is ref.source.parameters[0].tensor}
@@ -350,7 +365,7 @@ class Structures:
         if flat and len(found) == len(refs):
             name = getattr(func, "__name__", str(func))
             label = f"{name} ({', '.join(t.name for t in refs[0].source.parameters)})"
-            self.calls[place] = Call(func, args, kwargs, [ref.source.parameters[0] for ref in refs], label, key)
+            self.calls[place] = Call(func, args, kwargs, [ref.source.parameters[0] for ref in refs], label, key, autocast)
         else:
             self.calls.pop(place, None)
 

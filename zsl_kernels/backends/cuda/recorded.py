@@ -8,19 +8,24 @@ What it returns (csrc/bindings/recorded.cpp) allocates and launches the same for
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from zsl_kernels.backends import cpu
 from zsl_kernels.backends.cuda import module
+
+Recorded: Any = None
+if cpu.MISSING is None:
+    from zsl_kernels._cpu import Recorded  # type: ignore[no-redef]
 
 Results = tuple[Tensor | None, ...]
 Call = Callable[..., Results]
 
 _ALLOCATIONS = {"empty", "new_empty", "empty_strided", "empty_like"}
+_VIEWS = {"detach", "_reshape_alias", "_unsafe_view", "lift_fresh"}  # beside those that PyTorch calls so
 _ALIGNMENT = 256  # bytes, of what shares an allocation
 _NUMBER = 4  # bytes of what is allocated
 
@@ -43,24 +48,30 @@ class _Launch(NamedTuple):
     streams: list[int]  # the places of those that are the stream
 
 
-class _Recorder(TorchDispatchMode):
-    """Notes what is allocated, and stands for the compiled module."""
+class _Operations(TorchDispatchMode):
+    """Notes what is allocated."""
 
-    def __init__(self, compiled: Any, stream: int) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self.compiled, self.stream = compiled, stream
         self.allocations: list[_Allocation] = []
-        self.launches: list[_Launch] = []
-        self.other = ""  # an operation of PyTorch's that is no allocation
+        self.other = ""  # an operation that is neither an allocation nor a view
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         found = function(*args, **(kwargs or {}))
         name = function.overloadpacket.__name__
         if name in _ALLOCATIONS:
             self.allocations.append(_Allocation(found))
-        elif not function.is_view and name not in ("detach", "_reshape_alias", "_unsafe_view", "lift_fresh"):
+        elif not function.is_view and name not in _VIEWS:
             self.other = self.other or name
         return found
+
+
+class _Recorder:
+    """Stands for the compiled module, and notes what is launched."""
+
+    def __init__(self, compiled: Any, stream: int) -> None:
+        self.compiled, self.stream = compiled, stream
+        self.launches: list[_Launch] = []
 
     def __getattr__(self, name: str) -> Callable[..., None]:
         function = getattr(self.compiled, name)
@@ -95,41 +106,35 @@ def _with_stream(x: Any, stream: int) -> Any:
     return stream if x is module.STREAM else x
 
 
-@contextmanager
-def _recording(device: torch.device) -> Iterator[_Recorder]:
-    recorder = _Recorder(module.compiled(), module.current_stream(device))
-    with module.standing_in(recorder), recorder:
-        yield recorder
-
-
 def record(call: Call, operands: Sequence[Tensor | None]) -> tuple[Any, Any]:
     """The results of ``call(*operands)``, which are float32, and the call as it was recorded: None where it cannot be repeated.
 
     It cannot where an operation of PyTorch's ran, or where the extension for the CPU, which repeats it, was not built.
     """
     device = next(x.device for x in operands if x is not None)
-    with _recording(device) as recorder:
+    recorder, operations = _Recorder(module.compiled(), module.current_stream(device)), _Operations()
+    with module.standing_in(recorder), operations:
         results = call(*operands)
-    return results, _repeated(recorder, operands, results, device)
+    if Recorded is None or operations.other or any(x is not None and x.is_neg() for x in operands):
+        return results, None
+    return results, _repeated(recorder, operations.allocations, operands, results, device)
 
 
-def _repeated(recorder: _Recorder, operands: Sequence[Tensor | None], results: Results, device: torch.device) -> Any:
-    flat = getattr(recorder.compiled, "flat", None)
-    try:
-        from zsl_kernels._cpu import Recorded
-    except ImportError:
-        return None
-    if recorder.other or flat is None or any(x is not None and x.is_neg() for x in operands):
-        return None
-    groups = _grouped(recorder.allocations, results)
+def _repeated(
+    recorder: _Recorder,
+    allocations: Sequence[_Allocation],
+    operands: Sequence[Tensor | None],
+    results: Results,
+    device: torch.device,
+) -> Any:
     places = [_Place(x.data_ptr(), _bytes(x), k, 0) for k, x in enumerate(operands) if x is not None and _bytes(x)]
     sizes: list[list[int]] = []
-    views: dict[int, tuple[int, int]] = {}  # of a storage's address: its group, and where it begins there, in bytes
-    for k, group in enumerate(groups):
+    held: dict[int, tuple[int, int]] = {}  # of what was allocated at an address: what it shares, and its place there, in bytes
+    for k, group in enumerate(_grouped(allocations, results)):
         total = 0
         for allocation in group:
             places.append(_Place(allocation.begin, allocation.bytes, len(operands) + k, total))
-            views[allocation.begin] = k, total
+            held[allocation.begin] = k, total
             total += allocation.bytes + -allocation.bytes % (_ALIGNMENT if len(group) > 1 else _NUMBER)
         sizes.append([total // _NUMBER])
     found: list[Any] = []
@@ -137,10 +142,11 @@ def _repeated(recorder: _Recorder, operands: Sequence[Tensor | None], results: R
         if x is None:
             found.append(None)
             continue
-        if x.dtype != torch.float32 or x.untyped_storage().data_ptr() not in views:
+        if x.dtype != torch.float32 or x.untyped_storage().data_ptr() not in held:
             return None
-        k, start = views[x.untyped_storage().data_ptr()]
+        k, start = held[x.untyped_storage().data_ptr()]
         found.append((k, list(x.shape), list(x.stride()), start // _NUMBER + x.storage_offset()))
+    flat = recorder.compiled.flat
     launches = [(flat.get(launch.name), launch.numbers, _addresses(launch, places)) for launch in recorder.launches]
     return Recorded(list(operands), device, sizes, launches, found)
 

@@ -13,6 +13,7 @@ import zsl_kernels as zk
 from zerosum.probe.contributions import Dense, OuterProduct
 from zerosum.probe.layout import Layout, Uncovered
 from zerosum.probe.rules.site import RuleContext, Site
+from zsl_kernels.weight_uses import recorded
 
 
 def rule(context: RuleContext, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
@@ -155,33 +156,48 @@ def _backward(site: Site, grad: Tensor, saved: Sequence[Tensor], needs: Sequence
                 grad_x = grad_x.to(x.dtype)
         if site.named(grad):
             return grad_x, None, None
-        grad_weight = grad_bias = None
+        grad_weight = grad_bias = of_product = of_bias = None
         if needs_weight:
             left, right = (x, grad) if transposed else (grad, x)
             if (source := site.at_once(product=True)) is not None:
                 b, a = site.rows(left, grad.dtype), site.rows(right, grad.dtype)
                 grad_weight = source.gradient_of_product(b, a)
-                if site.known is not None and grad.is_cpu:
-                    _plan(site.known, source.gram, a, b)
+                of_product = a, b
             else:
                 grad_weight = _product_of(site, left, right, grad.dtype, weight.dtype)
         if needs_bias:
             if (source := site.at_once(1)) is not None:
+                of_bias = site.rows(grad, grad.dtype)
                 grad_bias = source.gradient_of_dense(bias_gradients(site.layout, grad))
             else:
                 if site.plain(1):
                     grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0)
                 own = site.leave(lambda layout: Dense(bias_gradients(layout, grad.detach())), 1)
                 grad_bias = grad_bias if own is None else own
+        if site.known is not None and (needs_weight, needs_bias) == (of_product is not None, of_bias is not None):
+            _plan(site, of_product, of_bias)
         return grad_x, grad_weight, grad_bias
 
 
-def _plan(known: Any, gram: bool, a: Tensor, b: Tensor) -> None:
-    """Tells a known call how its next backward pass goes without Python, if the CPU's direct kernel is the choice."""
-    if known.planned(len(a)):
+def _plan(site: Site, of_product: tuple[Tensor, Tensor] | None, of_bias: Tensor | None) -> None:
+    """Tells a known call how its next backward pass goes without Python: on a device by calls that are recorded here, on the CPU
+    by the direct kernel, where that is the choice."""
+    known, layout = site.known, site.layout
+    if layout is None or not layout.plain or known.planned(N := layout.examples):
         return
-    N, T, K = a.shape
-    plan = zk.plan("interference", N=N, T=T, K=K, O=b.shape[-1], gram=gram, dtype=a.dtype)
+    product = vectors = None
+    if of_product is not None:
+        source = site.sources[0]
+        product = recorded.product(*of_product, source.direction, source.gram)
+    if of_bias is not None:
+        source = site.sources[-1]
+        vectors = recorded.of_bias(of_bias, source.flat_direction, source.gram)
+    if product is not None or vectors is not None or of_product is None or not of_product[0].is_cpu:
+        known.record(N, product, vectors)
+        return
+    a, b = of_product
+    gram = site.sources[0].gram
+    plan = zk.plan("interference", N=N, T=a.shape[1], K=a.shape[2], O=b.shape[2], gram=gram, dtype=a.dtype)
     known.plan(N, *(plan.tile if plan.impl == "cpu" else (0, 0)))
 
 

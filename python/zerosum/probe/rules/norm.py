@@ -18,6 +18,7 @@ from zerosum.probe.parameters import Ref
 from zerosum.probe.rules.broadcast import scale_gradients
 from zerosum.probe.rules.linear import bias_gradients
 from zerosum.probe.rules.site import Rows, RuleContext, Site
+from zsl_kernels.weight_uses import recorded
 
 
 def layer_norm_rule(context: RuleContext, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
@@ -206,15 +207,29 @@ def layer_norm_backward(
             if scale:
                 # One pass for both; a bias that is not wanted costs nothing to speak of.
                 each = _layer_norm_gradients(site.layout, x.detach(), grad.detach(), mean, rstd)
+                once = 0
                 for k in range(1 + shift):
                     if (source := site.at_once(k)) is not None:
                         grads[k + 1] = source.gradient_of_dense(each[k])
+                        once += 1
                     elif (own := site.leave(partial(_found, each[k]), k)) is not None:
                         grads[k + 1] = own
+                if site.known is not None and once == len(site.sources):
+                    _plan(site, x, grad, mean, rstd)
             elif shift:
                 own = site.leave(lambda layout: Dense(bias_gradients(layout, grad.detach())), 1)
                 grads[2] = grads[2] if own is None else own
         return grads[0], grads[1], grads[2]
+
+
+def _plan(site: Site, x: Tensor, grad: Tensor, mean: Tensor, rstd: Tensor) -> None:
+    """Records for a known call how its next backward pass goes without Python on a device. (The CPU's needs no plan.)"""
+    known, layout = site.known, site.layout
+    if layout is None or not layout.plain or known.planned(layout.examples):
+        return
+    wanted = [None if ref is None else (ref.source.flat_direction, ref.source.gram) for ref in site.refs]
+    mean, rstd = (layout.rows(y).squeeze(-1) for y in (mean, rstd))
+    known.record(layout.examples, None, recorded.of_norm(layout.rows(x), layout.rows(grad), mean, rstd, *wanted))
 
 
 def scale_backward(site: Site, grad: Tensor, y: Tensor, needs: Sequence[bool]) -> tuple[Tensor | None, Tensor | None]:
