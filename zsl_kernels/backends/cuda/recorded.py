@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from zsl_kernels.backends import cpu
 from zsl_kernels.backends.cuda import module
@@ -25,7 +26,6 @@ Results = tuple[Tensor | None, ...]
 Call = Callable[..., Results]
 
 _ALLOCATIONS = {"empty", "new_empty", "empty_strided", "empty_like"}
-_VIEWS = {"detach", "_reshape_alias", "_unsafe_view", "lift_fresh"}  # beside those that PyTorch calls so
 _ALIGNMENT = 256  # bytes, of what shares an allocation
 _NUMBER = 4  # bytes of what is allocated
 
@@ -54,16 +54,21 @@ class _Operations(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.allocations: list[_Allocation] = []
-        self.other = ""  # an operation that is neither an allocation nor a view
+        self.other = ""  # an operation that makes something new without being an allocation, or writes
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         found = function(*args, **(kwargs or {}))
         name = function.overloadpacket.__name__
         if name in _ALLOCATIONS:
             self.allocations.append(_Allocation(found))
-        elif not function.is_view and name not in _VIEWS:
+        elif not _storages(found) <= _storages((args, kwargs)) or function._schema.is_mutable:
             self.other = self.other or name
         return found
+
+
+def _storages(x: Any) -> set[int]:
+    """Whose memory tensors have. An operation that may return a view, such as ``to``, has returned one if it is an operand's."""
+    return {y.untyped_storage()._cdata for y in tree_leaves(x) if isinstance(y, Tensor)}
 
 
 class _Recorder:
