@@ -21,6 +21,7 @@ class GpuBackend(Backend):
         # Its library is loaded by the first call that may use it, for looking for a device would tie a process that forks to it.
         self._loaded = False
         self._missing: str | None = None
+        self._live: set[torch.device] = set()  # devices of which nothing is missing, for asking takes longer than a launch
 
     @abstractmethod
     def load(self) -> str | None:
@@ -34,6 +35,8 @@ class GpuBackend(Backend):
         return device.type == "cuda" or (device.type == "cpu" and self.emulated())
 
     def why_not(self, device: torch.device | None = None) -> str | None:
+        if device in self._live:
+            return None
         if not self.emulated():
             if torch.version.hip is not None:
                 return "the kernels are for NVIDIA devices; this torch is built for ROCm"
@@ -49,6 +52,8 @@ class GpuBackend(Backend):
             except ImportError as error:
                 self._missing = f"{error}; install {self.name}"
             self._loaded = True
+        if self._missing is None and device is not None and device.type == "cuda" and not torch.compiler.is_compiling():
+            self._live.add(device)
         return self._missing
 
 
