@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from zerosum.changes import eval_mode
+from zerosum.distributed import check_whole
 from zerosum.probe import Probe, Report
 from zerosum.probe.parameters import UNREACHED
 
@@ -45,6 +46,7 @@ def gram_between(
 
     Raises:
         TypeError, ValueError: an argument is not of these; the message names it.
+        NotImplementedError: the model's parameters are sharded.
         RuntimeError: a parameter's per-example gradients are not known; the message names it, and the reason.
     """
     n = check_batch("first", first)
@@ -57,6 +59,7 @@ def gram_between(
         raise ValueError(f"block: expected a positive integer, got {block!r}")
     if not callable(losses):
         raise TypeError(f"losses: expected a function of (model, *batch), got {type(losses).__name__}")
+    check_whole(model, "gram_between")
     found = torch.zeros(n, m, dtype=torch.float64)
     blocks, others = torch.arange(n).split(block), torch.arange(m).split(block)
     with trainable_alone(model, parameters), eval_mode(model), torch.enable_grad():

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from zerosum.changes import eval_mode
+from zerosum.distributed import check_whole
 from zerosum.grams import check_batch, check_covered, losses_of_each, trainable_alone
 from zerosum.probe import Probe, Report
 from zerosum.probe.capture import Capture
@@ -43,6 +44,7 @@ class Sketch:
 
     Raises:
         TypeError, ValueError: an argument is not of these; the message names it.
+        NotImplementedError: the model's parameters are sharded.
     """
 
     def __init__(
@@ -60,6 +62,7 @@ class Sketch:
             raise ValueError(f"width: expected a positive integer, got {width!r}")
         if not isinstance(seed, int) or isinstance(seed, bool):
             raise TypeError(f"seed: expected an integer, got {type(seed).__name__}")
+        check_whole(model, "Sketch")
         self._losses, self._parameters = losses, None if parameters is None else list(parameters)
         with trainable_alone(model, self._parameters):
             self._probe = _SketchProbe(model, width, seed)

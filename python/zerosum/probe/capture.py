@@ -98,14 +98,15 @@ class Capture(TorchFunctionMode):
             structures.ddps = ddp.wrappers(tree.modules)
             structures.calls.clear()
             structures.known.clear()
-        self.modules, names = tree.modules, tree.names
+        self.modules, self.shards, names = tree.modules, tree.shards, tree.names
         self.copies = bool(structures.ddps)
         self.parameters: list[ParameterProbe] = []
         for p, known in names.items():
             if p.requires_grad:
                 t = tree.probes.get(p)
                 if t is None:
-                    t = tree.probes[p] = parameter_type(self, known, p)
+                    t = parameter_type(self, known, p) if self.shards is None else self.shards.probe(self, known, p)
+                    tree.probes[p] = t
                 t.renew(self, direction(known), gram)
                 self.parameters.append(t)
         for t in self.parameters:
@@ -143,6 +144,8 @@ class Capture(TorchFunctionMode):
         self.open = True
         with ExitStack() as stack:
             stack.callback(self._remove_hooks)
+            if self.shards is not None:
+                stack.enter_context(self.shards.watched(lambda: self.unnoticed, self.parameters))
             for t in self.parameters:
                 # (As register_hook does, without its handle.)
                 hooks: dict[Any, Any] | None = t.parameter._backward_hooks
@@ -493,7 +496,9 @@ class Capture(TorchFunctionMode):
 
     def differentiate_whole(self, t: ParameterProbe, reason: str) -> None:
         """Covers a weight by differentiating the whole loss for each example, where nothing cheaper does."""
-        if self.inseparable:
+        if self.shards is not None:
+            t.refuse(f"{reason}; the whole loss is not differentiated again for each example where weights are sharded")
+        elif self.inseparable:
             t.refuse(f"{reason}; {self.inseparable}" if self.inseparable not in reason else reason)
         elif t not in self.whole:
             self.whole[t] = reason
@@ -634,6 +639,8 @@ class Capture(TorchFunctionMode):
         if proof is None:
             return self._run(engine, outputs, inputs, kwargs, Phase.PLAIN, self.current if self._depth else None)
         self._find_whole(proof)
+        if proof.apart and self.shards is not None:
+            raise NotImplementedError("zerosum.auxiliary: a model that fully_shard has sharded is not supported: leave the term in")
         if proof.apart:
             # Part of the loss is no example's: what is measured is not what is accumulated.
             self._measure_apart(proof)
@@ -679,7 +686,8 @@ class Capture(TorchFunctionMode):
             return None
         self._proving = True
         try:
-            proof = self.prover.attribute(self, roots, grads)
+            with self._differentiable(roots):
+                proof = self.prover.attribute(self, roots, grads)
         finally:
             self._proving = False
         if proof is not None:
@@ -687,6 +695,12 @@ class Capture(TorchFunctionMode):
             if proof.of not in self.passes:
                 self.passes.append(proof.of)
         return proof
+
+    def _differentiable(self, roots: list[GradientEdge]) -> AbstractContextManager[None]:
+        """In which the step may be differentiated again: shards of weights are gathered, on all ranks if one needs it."""
+        if self.shards is None or not self.shards.any(self.prover.differentiates(self, roots)):
+            return nullcontext()
+        return self.shards.gathered()
 
     def extra_backward(
         self, outputs: Sequence[GradientEdge], inputs: Sequence[Any], grads: Sequence[Tensor | None], phase: Phase
@@ -810,6 +824,8 @@ class Capture(TorchFunctionMode):
 
     def add_up(self) -> None:
         """The sums over coordinates of what was measured."""
+        if self.shards is not None:
+            return  # those of the whole batch, at the end of the block
         add_up((t.results, t.direction) for t in self.parameters if t.results is not None)
 
     def _begin_epoch(self) -> None:

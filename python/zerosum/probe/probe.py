@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from zerosum.distributed.sharded import check_whole
+from zerosum.distributed import check_supported
 from zerosum.probe.capture import Capture, open_captures
 from zerosum.probe.compiled import CompiledSteps
 from zerosum.probe.loss_scale import Loss, check_loss_reduction, check_shape
@@ -94,7 +94,7 @@ class Probe:
             isinstance(verify, (bool, str)) or not isinstance(verify, int) or verify < 1
         ):
             raise ValueError(f"verify: expected 'once', 'always', 'never' or a positive integer, got {verify!r}")
-        check_whole(model)
+        check_supported(model)
         self._model: nn.Module = model
         self._positions = examples == "position"
         self.direction = direction
@@ -223,6 +223,8 @@ class Probe:
             capture.add_up()
         self._structures.tracks = self._structures.tracks and not capture.proofs
         report = Report(capture.parameters, passes, capture.proofs)
+        if capture.shards is not None:
+            report = capture.shards.joint(report.settled(), passes, capture.parameters)
         self._look_for_views(report.coverage)
         if self._strict and (report := report.settled()).coverage.not_covered:
             name, reason = next(iter(report.coverage.not_covered.items()))

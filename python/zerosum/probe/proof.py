@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, Node
 from torch.nn.parallel import DistributedDataParallel
 
+from zerosum.distributed import shards_of
 from zerosum.probe import attribution
 from zerosum.probe.attribution import MIXED, UNREACHED, Cut, Signature, along, find_cut, layout_of, shape_of
 from zerosum.probe.compiled import UNPROVED, CompiledSteps
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
     from zerosum.probe.capture import Capture
 
 MIXED_CHECKPOINT = "a reentrant checkpoint's result has rows of several examples, or in no regular order"
+ANOTHER_END = "its step has uses as one that was proved, but another loss; it is proved when it comes again"
 BESIDE_CHECKPOINT = "its gradient comes partly through a reentrant checkpoint, and partly beside it"
 PADDING = "rows that belong to no example have a loss: ignore their targets (-100), or give them to an example"
 STRANGE = "a row's loss reaches rows of other examples than zerosum.example_ids says"
@@ -291,6 +293,8 @@ class Tree:
     """A model's modules, and its parameters with all of their names."""
 
     def __init__(self, model: nn.Module) -> None:
+        self.shards = shards_of(model)
+        whole = {} if self.shards is None else self.shards.whole
         modules: dict[nn.Module, None] = {}
         self.names: dict[nn.Parameter, list[str]] = {}
         for prefix, module in model.named_modules(remove_duplicate=False):
@@ -303,7 +307,7 @@ class Tree:
                     raise ValueError(
                         f"model: expected initialized parameters, got {name!r} of a lazy module; run the model once before"
                     )
-                self.names.setdefault(parameter, []).append(name)
+                self.names.setdefault(whole.get((module, key), parameter), []).append(name)
         self.modules = list(modules)
         self.probes: dict[nn.Parameter, ParameterProbe] = {}  # of the blocks so far
         self._parts = self._parts_of(model)
@@ -490,8 +494,7 @@ class Prover:
             return self._compiled(capture, roots, grads)
         key = self._key(capture, roots)
         stored = self.structures.found.get(key)
-        due = self.verify == "always" or (isinstance(self.verify, int) and stored is not None and stored.used % self.verify == 0)
-        if stored is not None and stored.regular and stored.proofs >= _enough(stored.examples) and not due:
+        if stored is not None and self._holds(stored):
             now = stored.of_rows(capture.sites, self.declared)
             proof = self._again(capture, roots, grads, now)
             if proof is not None:
@@ -499,6 +502,11 @@ class Prover:
                 self._settle(capture, roots, grads, proof, now)
                 self._note(proof, now, roots)
                 return proof
+            if capture.shards is not None:
+                del self.structures.found[key]
+                for t in capture.parameters:
+                    t.refuse(ANOTHER_END)
+                return None
         try:
             finding = self._trust(capture) if self.verify == "never" else self._find(capture, roots, grads)
         finally:
@@ -518,6 +526,16 @@ class Prover:
         self._settle(capture, roots, grads, proof, stored)
         self._note(proof, stored, roots)
         return proof
+
+    def _holds(self, stored: Stored) -> bool:
+        """Whether what is known of a structure is not to be proved again."""
+        due = self.verify == "always" or (isinstance(self.verify, int) and stored.used % self.verify == 0)
+        return stored.regular and stored.proofs >= _enough(stored.examples) and not due
+
+    def differentiates(self, capture: Capture, roots: list[GradientEdge]) -> bool:
+        """Whether the step has to be differentiated again to attribute its rows."""
+        stored = self.structures.found.get(self._key(capture, roots))
+        return bool(roots) and self.verify != "never" and (stored is None or not self._holds(stored))
 
     def _note(self, proof: Proof, stored: Stored, roots: list[GradientEdge]) -> None:
         """Keeps what is needed to leave a step compiled, where that may be."""

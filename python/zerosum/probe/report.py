@@ -37,11 +37,16 @@ class ParameterReport:
         self.how = how
         self._results = results
         self._sums = results.sums
-        self._shape = shape
+        self.shape = shape
 
     def reread(self, is_current: Callable[[], bool] | None, version: int, memo: dict[Any, Any]) -> ParameterReport:
         """See :meth:`Report.reread`."""
-        return ParameterReport(self.name, self.how, self._results.reread(is_current, version, memo), self._shape)
+        return ParameterReport(self.name, self.how, self._results.reread(is_current, version, memo), self.shape)
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether its sums are DTensors, of which each rank has a part."""
+        return self._results.placed is not None
 
     @property
     def version(self) -> int:
@@ -109,11 +114,11 @@ class ParameterReport:
     @cached_property
     def metrics(self) -> dict[str, Metric]:
         """The parameter's own metrics; see :func:`zerosum.metrics.gradient_metrics`."""
-        return gradient_metrics(self.coordinates, self.l1, self.sq_norm, self.dot, self.gram_blocks, size=self._shape.numel())
+        return gradient_metrics(self.coordinates, self.l1, self.sq_norm, self.dot, self.gram_blocks, size=self.shape.numel())
 
     @property
     def is_embedding(self) -> bool:
-        return is_embedding(self.how.split(" + "), self._shape)
+        return is_embedding(self.how.split(" + "), self.shape)
 
     @property
     def finite(self) -> bool:
@@ -131,7 +136,7 @@ class ParameterReport:
             tensors["rows"] = self._sums.rows
         about = {
             "how": self.how,
-            "shape": list(self._shape),
+            "shape": list(self.shape),
             "coordinates": list(self.coordinates),
             "padded": self._sums.padded,
             "grams": None if self.gram_blocks is None else len(self.gram_blocks),
@@ -145,7 +150,9 @@ class ParameterReport:
 
     def _weight_shaped(self, x: Tensor, power: int) -> Tensor:
         """Of an embedding only the rows that some example touched are kept: the others are zero."""
-        return self._scaled(self._sums.spread(x, self._shape).view(self._shape), power)
+        if (placed := self._results.placed) is not None:
+            return placed(self._scaled(x, power))
+        return self._scaled(self._sums.spread(x, self.shape).view(self.shape), power)
 
     def _scaled(self, x: Tensor, power: int) -> Tensor:
         self._results.check_current(self.name)
@@ -437,9 +444,9 @@ class Report(ByName[ParameterReport]):
             RuntimeError: no process group is initialized, or a rank's gradient was overwritten before.
             ValueError: the ranks have reports of different models.
         """
-        from zerosum.probe import stored
+        from zerosum.distributed import reports
 
-        return stored.all_reduce(self, group, direction)
+        return reports.all_reduce(self, group, direction)
 
     def to_dict(self, parameters: bool = False) -> dict[str, float]:
         """Every metric as a float by its name, as loggers take them: ``D_grad``, ``D_grad_null`` (under random signs),
@@ -457,7 +464,7 @@ class Report(ByName[ParameterReport]):
     def table(self) -> list[dict[str, Any]]:
         """A row for each covered parameter: its name, rule, shape and size, and its metrics. ``pandas.DataFrame`` takes it."""
         return [
-            {"name": name, "how": p.how, "shape": tuple(p._shape), "size": p._shape.numel(), **_floats(p.metrics)}
+            {"name": name, "how": p.how, "shape": tuple(p.shape), "size": p.shape.numel(), **_floats(p.metrics)}
             for name, p in self._parameters.items()
         ]
 

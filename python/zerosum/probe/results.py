@@ -94,6 +94,7 @@ class Results:
         self.hold(sums.grad_sum)
         self.coordinates: tuple[_Table, int] | None = None
         self._is_current: Callable[[], bool] | None = None
+        self.placed: Callable[[Tensor], Tensor] | None = None  # makes a DTensor of a shard
         self._grams: list[Tensor] | None = None  # of several passes
         self._absent = False  # whether grad_sum was lost before the results came here
 
@@ -113,6 +114,7 @@ class Results:
         mine._shape, mine._dtype, mine._is_current, mine._grams = shape, sums.abs_sum.dtype, None, grams
         mine.hold(sums.grad_sum)
         mine._absent = absent
+        mine.placed = None
         mine.coordinates = None
         if coordinates is not None:
             mine.coordinates = _Table(torch.tensor([coordinates], dtype=torch.float64)), 0
@@ -224,8 +226,11 @@ def common_scale(passes: Iterable[Pass]) -> Scale:
     return Scale.of_factors(count, total)
 
 
-def add_up(results: Iterable[tuple[Results, Tensor | None]]) -> None:
-    """The sums over coordinates of all that have none yet, in one call. They stay on the device."""
+def add_up(results: Iterable[tuple[Results, Tensor | None]], total: Callable[[Tensor], Tensor] = lambda rows: rows) -> None:
+    """The sums over coordinates of all that have none yet, in one call. They stay on the device.
+
+    ``total`` makes those of all coordinates of the sums of this process's.
+    """
     waiting = [(r, u) for r, u in results if r.coordinates is None]
     if not waiting:
         return
@@ -241,7 +246,7 @@ def add_up(results: Iterable[tuple[Results, Tensor | None]]) -> None:
         directions.append(u)
     with torch.no_grad():
         found = zk.coordinate_sums_of_many(grads, sizes, squares, None if all(u is None for u in directions) else directions)
-    table = _Table(found)
+    table = _Table(total(found))
     for k, (r, _) in enumerate(waiting):
         r.coordinates = table, k
 

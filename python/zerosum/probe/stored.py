@@ -1,4 +1,4 @@
-"""Reports as data: in files and pickles, several as one, and those of all processes as one."""
+"""Reports as data: in files and pickles, and several as one."""
 
 from __future__ import annotations
 
@@ -10,12 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
-from zerosum.probe.contributions import SCALARS, Sums
+from zerosum.probe.contributions import Sums
 from zerosum.probe.report import Coverage, Evidence, ParameterReport, Report
-from zerosum.probe.results import Pass, Results, add_up, common_scale
+from zerosum.probe.results import Results, add_up
 from zsl_kernels import CoordinateSums
 
 FORMAT = 1  # of files; one more whenever what is in them changes
@@ -31,6 +30,7 @@ State = tuple[dict[str, Any], dict[str, Tensor]]
 def state_of(report: Report) -> State:
     """What JSON can say of a report, and its tensors by ``parameter/field``, in memory of their own."""
     report = report.settled()
+    refuse_sharded(report, "save")
     tensors: dict[str, Tensor] = {}
     parameters: dict[str, Any] = {}
     for name in report:
@@ -179,6 +179,7 @@ class ReportSum:
         if not isinstance(report, Report):
             raise TypeError(f"report: expected a zerosum.Report, got {type(report).__name__}")
         report = report.settled()
+        refuse_sharded(report, "report")
         fields = [field for field in _SCALARS if getattr(report, field) is not None]
         self._check_like(report, fields)
         if report.dot is not None and self._direction is None:
@@ -248,7 +249,7 @@ class ReportSum:
         reasons = {**self._not_covered, **unreached}
         not_covered = {name: reasons[name] for name in self._first.coverage.sizes if name in reasons}
         evidence, n = self._proofs, self.num_examples
-        return _report(found, self._first, self._how, not_covered, evidence, n, self._direction, frozenset(unreached))
+        return joined(found, self._first, self._how, not_covered, evidence, n, self._direction, frozenset(unreached))
 
     def _check_like(self, report: Report, fields: list[str]) -> None:
         if self._first is None:
@@ -297,7 +298,7 @@ def merge(reports: Iterable[Report], direction: Mapping[str, Tensor] | None = No
     return total.report()
 
 
-def _report(
+def joined(
     found: dict[str, Results],
     like: Report,
     how: Mapping[str, Iterable[str]],
@@ -319,9 +320,24 @@ def _report(
         return mine
 
     add_up((results, along(name)) for name, results in found.items())
-    joined = {name: " + ".join(how[name]) for name in found}
-    parameters = {name: ParameterReport(name, joined[name], r, r.sums.abs_sum.shape) for name, r in found.items()}
-    coverage = Coverage(joined, not_covered, like.coverage.sizes)
+    shapes = {name: results.sums.abs_sum.shape for name, results in found.items()}
+    return report_of_results(found, shapes, like, how, not_covered, proofs, num_examples, unreached)
+
+
+def report_of_results(
+    found: dict[str, Results],
+    shapes: Mapping[str, torch.Size],
+    like: Report,
+    how: Mapping[str, Iterable[str]],
+    not_covered: dict[str, str],
+    proofs: Iterable[Evidence],
+    num_examples: int,
+    unreached: frozenset[str],
+) -> Report:
+    """As :func:`joined`, of results that have their sums over coordinates."""
+    rules = {name: " + ".join(how[name]) for name in found}
+    parameters = {name: ParameterReport(name, rules[name], r, shapes[name]) for name, r in found.items()}
+    coverage = Coverage(rules, not_covered, like.coverage.sizes)
     proofs = list(proofs)
     proof = Evidence(
         sum(p.passes for p in proofs),
@@ -332,134 +348,10 @@ def _report(
     return Report.of(parameters, like.names, coverage, num_examples, proof, unreached)
 
 
-# All processes -------------------------------------------------------------------------------------------------------------------
-
-
-def all_reduce(report: Report, group: dist.ProcessGroup | None, direction: Mapping[str, Tensor] | None) -> Report:
-    """See :meth:`Report.all_reduce`."""
-    if not (dist.is_available() and dist.is_initialized()):
-        raise RuntimeError("all_reduce: expected an initialized process group, got none: call torch.distributed.init_process_group")
-    report = report.settled()
-    mine, error = _about(report, direction)
-    everyone: list[Any] = [None] * dist.get_world_size(group)
-    dist.all_gather_object(everyone, mine, group=group)
-    if error is not None:
-        raise error  # the others find it in `everyone`, so that none waits
-    for rank, about in enumerate(everyone):
-        if "error" in about:
-            raise RuntimeError(f"all_reduce: rank {rank} of the group has no report to add: {about['error']}")
-    fields: list[str] = next((about["fields"] for about in everyone if about["covered"]), [])
-    for rank, about in enumerate(everyone):
-        if about["sizes"] != mine["sizes"] or (about["covered"] and about["fields"] != fields):
-            raise ValueError(f"report: expected the same parameters and fields on every rank, got others on rank {rank}")
-    covered, not_covered = _joint_coverage(everyone)
-    counts = [about["num_examples"] for about in everyone]
-    blocks = [about["blocks"] for about in everyone]
-    # (What its own factors give is in each rank's results already.)
-    factor = _common(about["factors"] for about in everyone) / next((report[name].common.value for name in report), 1.0)
-    found: dict[str, Results] = {}
-    waiting = []
-    for name, like in covered.items():
-        sums, own, grams = _own_parts(report, name, like, mine["blocks"], factor)
-        waiting.append(dist.all_reduce(sums, group=group, async_op=True))
-        scalars = _gathered(own, counts, group)
-        scalars_of: dict[str, Any] = {**dict.fromkeys(_SCALARS), **dict(zip(like["fields"], scalars, strict=True))}
-        joined = None
-        if grams is not None:
-            (flat,) = _gathered(grams[None], [sum(n * n for n in sizes) for sizes in blocks], group)
-            sides = [n for sizes in blocks for n in sizes]
-            joined = [x.view(n, n) for x, n in zip(flat.split([n * n for n in sides]), sides, strict=True)]
-        grad_sum, abs_sum, sq_sum = sums.unbind()
-        all_of = Sums(grad_sum, abs_sum, sq_sum, **scalars_of, gram=None)
-        found[name] = Results.held(all_of, joined, abs_sum.shape)
-    for work in waiting:
-        work.wait()
-    for results in found.values():
-        results.hold(results.sums.grad_sum)  # written to until now
-    uses = {name: [use for about in everyone for use in about["covered"].get(name, "").split(" + ") if use] for name in covered}
-    how = {name: list(dict.fromkeys(mine)) for name, mine in uses.items()}
-    proofs = [Evidence(*about["proof"]) for about in everyone]
-    unreached = frozenset.intersection(*(about["unreached"] for about in everyone))
-    return _report(found, report, how, not_covered, proofs, sum(counts), direction, unreached)
-
-
-def _about(report: Report, direction: Mapping[str, Tensor] | None) -> tuple[dict[str, Any], Exception | None]:
-    """What every rank has to know of a report, and why it cannot be added."""
-    try:
-        if report.dot is not None and direction is None:
-            raise ValueError("direction: expected the probe's, whose metrics need it again; got none")
-        for name in report:
-            report[name].grad_sum  # noqa: B018 (raises where it was overwritten)
-    except (RuntimeError, ValueError) as error:
-        return {"error": str(error)}, error
-    proof, first = report.proof, next(iter(report), None)
-    grams = None if first is None else report[first].gram_blocks
-    fields = [field for field in _SCALARS if first is not None and getattr(report[first], field) is not None]
-    factors = None if first is None else report[first].common.factors
-    return {
-        "num_examples": report.num_examples,
-        "covered": report.coverage.covered,
-        "not_covered": report.coverage.not_covered,
-        "unreached": report.unreached,
-        "sizes": report.coverage.sizes,
-        "fields": fields,
-        "factors": None if factors is None else tuple(map(float, factors)),
-        "like": {
-            name: {"shape": x.shape, "dtype": x.dtype, "device": x.device.type, "fields": fields, "gram": grams is not None}
-            for name in report
-            for x in [report[name].abs_sum]
-        },
-        "blocks": [report.num_examples] if first is None else [len(block) for block in grams or []],
-        "proof": (proof.passes, proof.proved, proof.extra, proof.trusted),
-    }, None
-
-
-def _joint_coverage(everyone: list[Any]) -> tuple[dict[str, Any], dict[str, str]]:
-    """What is known of each parameter that is covered, and why the others are not. A rank none of whose examples reach a parameter
-    has zeros for it."""
-    covered, not_covered = {}, {}
-    for name in everyone[0]["sizes"]:
-        refused = [
-            f"not covered on rank {rank}: {about['not_covered'][name]}"
-            for rank, about in enumerate(everyone)
-            if name in about["not_covered"] and name not in about["unreached"]
-        ]
-        like = next((about["like"][name] for about in everyone if name in about["like"]), None)
-        if refused:
-            not_covered[name] = "; ".join(refused)
-        elif like is None:
-            not_covered[name] = everyone[0]["not_covered"][name]
-        else:
-            covered[name] = like
-    return covered, not_covered
-
-
-def _common(factors: Iterable[tuple[float, float] | None]) -> float:
-    """By what the results are multiplied of passes with these factors."""
-    known = [torch.tensor(pair, dtype=torch.float64) for pair in factors if pair is not None]
-    return common_scale(Pass(0, 0, factors=(count, total)) for count, total in known).value
-
-
-def _own_parts(
-    report: Report, name: str, like: dict[str, Any], blocks: list[int], factor: float
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """This rank's three sums (3, *shape), scalars (F, N) and Grams behind one another, of gradients times a factor."""
-    fields, shape, n = like["fields"], like["shape"], report.num_examples
-    if name not in report:
-        zeros = torch.zeros(len(fields) * n + sum(k * k for k in blocks), dtype=like["dtype"], device=like["device"])
-        scalars, grams = zeros[: len(fields) * n].view(len(fields), n), zeros[len(fields) * n :]
-        return zeros.new_zeros(3, *shape), scalars, grams if like["gram"] else None
-    p = report[name]
-    sums = torch.stack((p.grad_sum * factor, p.abs_sum * factor, p.sq_sum * factor**2))
-    powers = [SCALARS[field] for field in fields]
-    scalars = torch.stack([getattr(p, field) * factor**power for field, power in zip(fields, powers, strict=True)])
-    return sums, scalars, None if p.gram_blocks is None else torch.cat([block.reshape(-1) for block in p.gram_blocks]) * factor**2
-
-
-def _gathered(x: Tensor, counts: list[int], group: dist.ProcessGroup | None) -> Tensor:
-    """(F, N_r) of each rank r, as (F, Σ N_r) in the order of the ranks."""
-    padded = x.new_zeros(x.shape[0], max(counts))
-    padded[:, : x.shape[1]] = x
-    everyone = [torch.empty_like(padded) for _ in counts]
-    dist.all_gather(everyone, padded, group=group)
-    return torch.cat([part[:, :count] for part, count in zip(everyone, counts, strict=True)], 1)
+def refuse_sharded(report: Report, what: str) -> None:
+    """Raises where the sums of a report are shards."""
+    if any(report[name].is_sharded for name in report):
+        raise NotImplementedError(
+            f"{what}: the report's sums are shards, and it is of all ranks' examples already; take what you need of it, such as "
+            "report[name].abs_sum.full_tensor()"
+        )

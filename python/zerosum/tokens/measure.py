@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from zerosum.changes import IGNORED, POSITIONS, Losses, eval_mode, first_order_changes
+from zerosum.distributed import check_whole
 from zerosum.probe import check_direction
 from zerosum.probe.contributions import Contributions, Sums
 from zerosum.probe.parameters import ParameterProbe
@@ -103,6 +104,7 @@ def _check(
         raise ValueError(f"y: expected at least one target other than {IGNORED}, which no example has, got none")
     if not callable(losses):
         raise TypeError(f"losses: expected a function of (model, x, y), got {type(losses).__name__}")
+    check_whole(model, "token_report")
     check_direction(model, direction)
     if direction is not None:
         names: dict[nn.Parameter, list[str]] = {}

@@ -24,6 +24,21 @@ from zerosum.probe.capture import open_captures
 T = 5
 
 
+class Deep(models.TwoLayers):
+    """With a norm and another layer between the two."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(12)
+        self.middle = nn.Linear(12, 12)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.head(self.between(torch.tanh(self.first(self.embedding(tokens)))))
+
+    def between(self, x: Tensor) -> Tensor:
+        return x + torch.tanh(self.middle(self.norm(x)))
+
+
 def data(world: int, per_rank: Callable[[int], int] = lambda rank: 2 + rank) -> list[Tensor]:
     """Each rank's tokens: other numbers of examples on each, unless said otherwise."""
     generator = torch.Generator().manual_seed(1)
@@ -111,7 +126,7 @@ def case_sum(rank: int, world: int) -> None:
 
 def case_without_python(rank: int, world: int) -> None:
     """The uses that run as nodes in C++ from the third block on, where neither a direction nor a Gram is asked for."""
-    batches, model = data(world), model_of(models.Between)
+    batches, model = data(world), model_of(Deep)
     truth = per_example_gradients(square_losses(model(torch.cat(batches))), model, trainable(model))
     for options in ({}, {"gradient_as_bucket_view": True}):
         ddp = DistributedDataParallel(model, **options)  # type: ignore[arg-type]
@@ -149,7 +164,7 @@ def case_functions_of_weights(rank: int, world: int) -> None:
     check(rank, world, models.LoRAMerged)
 
 
-class Alternating(models.Between):
+class Alternating(Deep):
     """The tokens say which of two layers runs."""
 
     def __init__(self) -> None:
@@ -158,7 +173,7 @@ class Alternating(models.Between):
 
     def forward(self, tokens: Tensor) -> Tensor:
         x = torch.tanh(self.first(self.embedding(tokens)))
-        return self.head(self.middle(x) if tokens[0, 0] == 0 else self.other(x))
+        return self.head(self.between(x) if tokens[0, 0] == 0 else self.other(x))
 
 
 def case_unused_parameters(rank: int, world: int) -> None:
@@ -234,7 +249,7 @@ def case_accumulation(rank: int, world: int) -> None:
 def case_float32_metrics(rank: int, world: int) -> None:
     """All metrics are those of one process with the whole batch."""
     torch.manual_seed(2)
-    model = models.varied(models.Between())
+    model = models.varied(Deep())
     batches = data(world)
     direction = direction_for(model)
     with (one := zerosum.Probe(model, direction=direction)):
@@ -263,7 +278,7 @@ def case_float32_metrics(rank: int, world: int) -> None:
 def case_one_rank_alone(rank: int, world: int) -> None:
     """Measuring on one rank calls no collective: others step as ever, with the same gradients."""
     for options in ({}, {"static_graph": True}, {"find_unused_parameters": True}):
-        model = model_of(models.Between)
+        model = model_of(Deep)
         plain = DistributedDataParallel(copy.deepcopy(model), **options)  # type: ignore[arg-type]
         ddp = DistributedDataParallel(model, **options)  # type: ignore[arg-type]
         batches = data(world)
