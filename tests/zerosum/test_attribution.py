@@ -1088,32 +1088,6 @@ def test_a_head_of_the_library_is_no_hidden_one(tied: bool, n: int, t: int) -> N
     )
 
 
-# What is refused before anything runs.
-
-
-@pytest.fixture
-def process_group() -> Any:
-    if not torch.distributed.is_available() or torch.distributed.is_initialized():
-        pytest.skip("needs a process group of its own")
-    with quiet():
-        torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
-    yield
-    with quiet():
-        torch.distributed.destroy_process_group()
-
-
-def test_a_tensor_parallel_model_is_refused_by_name(process_group: Any) -> None:
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
-
-    with quiet():
-        model = parallelize_module(
-            nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)), init_device_mesh("cpu", (1,)), {"0": ColwiseParallel()}
-        )
-    with pytest.raises((TypeError, ValueError, NotImplementedError), match=r"0\.(weight|bias).*DTensor|DTensor.*0\.(weight|bias)"):
-        zerosum.Probe(model)
-
-
 # Verification: a structure is proved once, each time, or every k-th time, and the numbers do not depend on it.
 
 

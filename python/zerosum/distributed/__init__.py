@@ -1,6 +1,6 @@
 """The probe in training that runs in several processes: what it has to know of DistributedDataParallel
-(:mod:`~zerosum.distributed.ddp`) and of fully_shard (:mod:`~zerosum.distributed.fsdp`), and how ranks' reports become one
-(:mod:`~zerosum.distributed.reports`).
+(:mod:`~zerosum.distributed.ddp`), fully_shard (:mod:`~zerosum.distributed.fsdp`) and tensor parallelism
+(:mod:`~zerosum.distributed.tensor_parallel`), and how ranks' reports become one (:mod:`~zerosum.distributed.reports`).
 
 Reports of ranks that have whole parameters are added up by :meth:`zerosum.Report.all_reduce`.
 """
@@ -13,31 +13,7 @@ from typing import TYPE_CHECKING
 from torch import nn
 
 if TYPE_CHECKING:
-    from zerosum.distributed.fsdp import Shards
-
-
-def shards_of(model: nn.Module) -> Shards | None:
-    """The parameters of a model that fully_shard has sharded. All ranks call it, as parameters may be gathered for it."""
-    if "torch.distributed.fsdp" not in sys.modules:
-        return None  # (which takes long to import)
-    from zerosum.distributed import fsdp
-
-    return fsdp.Shards.find(model)
-
-
-def check_whole(model: nn.Module, caller: str) -> None:
-    """Raises where a model's parameters are parts of parameters, of which only a plain probe knows what to do.
-
-    Raises:
-        NotImplementedError: the message names the module or the parameter, and what to do instead.
-    """
-    _refuse_flat(model)
-    for name, p in model.named_parameters():
-        if type(p).__name__ == "DTensor" or type(p.data).__name__ == "DTensor":
-            raise NotImplementedError(
-                f"model: {name!r} is a DTensor, a part of a parameter; {caller} measures whole ones: give it a copy of the model "
-                "with full_tensor() of each"
-            )
+    from zerosum.distributed.shards import Shards
 
 
 def check_supported(model: nn.Module) -> None:
@@ -47,36 +23,61 @@ def check_supported(model: nn.Module) -> None:
         NotImplementedError: the message names the module or the parameter, and what to do instead.
     """
     _refuse_flat(model)
-    if "torch.distributed.tensor" not in sys.modules:
-        return
-    from torch.distributed.tensor import DTensor
+    if _is_sharded(model):
+        from zerosum.distributed import shards
 
-    sharded = frozenset[nn.Parameter]()
-    if "torch.distributed.fsdp" in sys.modules:
-        from zerosum.distributed import fsdp
+        if any(_is_a(module, "DistributedDataParallel") for module in model.modules()):
+            raise NotImplementedError("model: DTensors in a DistributedDataParallel are not supported: use fully_shard")
+        shards.check(model)
 
-        sharded = fsdp.check(model)
-    for name, p in model.named_parameters():
-        if isinstance(p, DTensor) and p not in sharded:
-            raise NotImplementedError(
-                f"model: {name!r} is a DTensor of {p.placements} that fully_shard has not made; tensor parallel parameters are not "
-                "supported: measure a copy of the model whose parameters are whole"
-            )
-        if p.requires_grad and sharded and p not in sharded:
-            raise NotImplementedError(
-                f"model: {name!r} is not sharded, and other parameters are: call fully_shard on the whole model last, as PyTorch "
-                "advises, without ignored_params that are trained"
-            )
+
+def check_whole(model: nn.Module, caller: str) -> None:
+    """Raises where a model's parameters are parts of parameters, of which only a plain probe knows what to do.
+
+    Raises:
+        NotImplementedError: the message names the module or the parameter, and what to do instead.
+    """
+    _refuse_flat(model)
+    if (name := _dtensor(model)) is not None:
+        raise NotImplementedError(
+            f"model: {name!r} is a DTensor, a part of a parameter; {caller} measures whole ones: give it a copy of the model with "
+            "full_tensor() of each"
+        )
+
+
+def shards_of(model: nn.Module) -> Shards | None:
+    """The parts of parameters in a model. All ranks call it, as parameters may be gathered for it."""
+    if not _is_sharded(model):
+        return None
+    from zerosum.distributed import shards  # (which takes long to import)
+
+    return shards.Shards(model)
 
 
 def _refuse_flat(model: nn.Module) -> None:
     for name, module in model.named_modules():
-        # By name: importing the class takes a second.
-        if any(kind.__name__ == "FullyShardedDataParallel" for kind in type(module).__mro__):
+        if _is_a(module, "FullyShardedDataParallel"):
             raise NotImplementedError(
                 f"model: {name or 'it'!r} is a FullyShardedDataParallel module (FSDP1), which flattens its parameters: shard the "
                 "model with torch.distributed.fsdp.fully_shard (FSDP2) instead"
             )
+
+
+def _is_sharded(model: nn.Module) -> bool:
+    # Between `unshard` and `reshard` the parameters of fully_shard are whole ones.
+    return _dtensor(model) is not None or any(_is_a(module, "FSDPModule") for module in model.modules())
+
+
+def _dtensor(model: nn.Module) -> str | None:
+    """The name of a parameter that is a part of one."""
+    if "torch.distributed.tensor" not in sys.modules:
+        return None
+    return next((name for name, p in model.named_parameters() if "DTensor" in (type(p).__name__, type(p.data).__name__)), None)
+
+
+def _is_a(module: nn.Module, name: str) -> bool:
+    """By name: importing the class takes a second."""
+    return any(kind.__name__ == name for kind in type(module).__mro__)
 
 
 __all__ = ["check_supported", "check_whole", "shards_of"]

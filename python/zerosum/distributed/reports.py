@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -93,8 +93,17 @@ class Joint:
                 covered[name] = like
         return covered, not_covered
 
-    def scalars(self, name: str) -> tuple[dict[str, Any], list[Tensor] | None]:
-        """A parameter's scalars by field, those of all ranks behind one another, and the Grams of all ranks' passes."""
+    def lose(self, missing: Mapping[str, str]) -> None:
+        """Takes that some parameters are not covered after all, and why."""
+        for name, why in missing.items():
+            self.covered.pop(name, None)
+            self.not_covered.setdefault(name, why)
+
+    def scalars(self, name: str, total: Callable[[Tensor], Tensor] = lambda x: x) -> tuple[dict[str, Any], list[Tensor] | None]:
+        """A parameter's scalars by field, those of all ranks behind one another, and the Grams of all ranks' passes.
+
+        ``total`` makes those of all coordinates of those of this rank's.
+        """
         like, n, fields = self.covered[name], self._report.num_examples, self._fields
         blocks: list[int] = self._mine["blocks"]
         if name in self._report:
@@ -104,12 +113,15 @@ class Joint:
         else:
             own = torch.zeros(len(fields), n, dtype=like["dtype"], device=like["device"])
             grams = [own.new_zeros(k, k) for k in blocks if like["gram"]]
-        found: dict[str, Any] = {**dict.fromkeys(VECTORS), **dict(zip(fields, self._ranks.joined(own, self._counts), strict=True))}
+        found: dict[str, Any] = {
+            **dict.fromkeys(VECTORS),
+            **dict(zip(fields, self._ranks.joined(total(own), self._counts), strict=True)),
+        }
         if not like["gram"]:
             return found, None
         sizes: list[int] = [k for about in self._everyone for k in about["blocks"]]
         flat = torch.cat([own.new_zeros(0), *(block.reshape(-1) for block in grams)])[None]
-        (flat,) = self._ranks.joined(flat, [sum(k * k for k in about["blocks"]) for about in self._everyone])
+        (flat,) = self._ranks.joined(total(flat), [sum(k * k for k in about["blocks"]) for about in self._everyone])
         return found, [x.view(k, k) for x, k in zip(flat.split([k * k for k in sizes]), sizes, strict=True)]
 
     @property

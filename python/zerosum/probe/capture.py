@@ -461,7 +461,10 @@ class Capture(TorchFunctionMode):
         covered = not any(x.is_complex() for x in tensors)
         if not covered:
             reason = f"used by {name} with complex numbers"
-        rule = RULES.get(func)
+        parallel = self.shards is not None and self.shards.is_parallel(tensors)
+        rule = self.shards.rule(func) if self.shards is not None and parallel else RULES.get(func)
+        if parallel:
+            reason = f"used by {name} on DTensors, which no rule covers"
         try:
             if rule is not None and covered:
                 try:
@@ -469,7 +472,7 @@ class Capture(TorchFunctionMode):
                 except Uncovered as problem:
                     reason = f"used by {name} on {problem}"
                 else:
-                    call = self.structures.calls.get(len(self.keys) - 1)
+                    call = None if parallel else self.structures.calls.get(len(self.keys) - 1)
                     if call is not None and not self._depth and call.key is self.keys[-1]:
                         call.by_rule = True
                         if (known := KNOWN.get(func)) is not None:
@@ -478,7 +481,7 @@ class Capture(TorchFunctionMode):
                                 self.known[len(self.keys) - 1] = call.short.native
                     return result
             self.refuse_if_strict(refs[0].source.parameters[0], reason)
-            if covered:
+            if covered and not parallel:
                 try:
                     return again.call(self, func, args, kwargs)
                 except Uncovered as problem:
@@ -526,6 +529,11 @@ class Capture(TorchFunctionMode):
                 continue
             parents = list(dict.fromkeys(t for ref in refs for t in ref.source.parameters))
             name = getattr(func, "__name__", func)
+            if self.shards is not None and self.shards.is_parallel([out]):
+                for t in parents:
+                    self.refuse_if_strict(t, f"used by {name}, a function of parameters that are DTensors")
+                    t.refuse(f"used by {name}, a function of parameters that are DTensors")
+                return
             if Piece.of(out).overlaps or out.is_complex() or not isinstance(result, Tensor) or again.writes(str(name)):
                 for t in parents:
                     self.refuse_if_strict(t, f"used by {name}, a function of parameters that no rule covers")
@@ -635,6 +643,8 @@ class Capture(TorchFunctionMode):
             steps.bar("a graph is differentiated again")
         proof = None
         if self._watching:
+            if self.shards is not None:
+                self.shards.check_loss(outputs)
             proof = self._prepare(_roots(outputs), _given(given, outputs))
         if proof is None:
             return self._run(engine, outputs, inputs, kwargs, Phase.PLAIN, self.current if self._depth else None)

@@ -1,6 +1,6 @@
 """What a probe keeps of one weight while the model runs.
 
-Every use of a weight takes the output of one autograd node, :class:`_Gather`, in its place. A use leaves its part of the weight's
+Every use of a weight takes the output of one autograd node, :class:`Gather`, in its place. A use leaves its part of the weight's
 gradient with the :class:`GradSource` and returns none to autograd; the engine runs the node when every use that this backward
 pass reaches has done so, and there the gradient and its statistics are computed together, in one pass. So a use that is detached
 or never reached does not count, and one more use costs no more products.
@@ -55,6 +55,7 @@ class GradSource:
 
     gram = False  # whether the inner products of examples are asked for
     direction: Tensor | None = None
+    gather: type[Gather]
 
     def __init__(self, context: Context, tensor: Tensor) -> None:
         self.context = context
@@ -74,7 +75,7 @@ class GradSource:
         """Stands for the tensor in every use of this epoch."""
         epoch = self.context.epoch
         if self._gathered is None or self._gathered[0] != epoch:
-            self._gathered = (epoch, _Gather.apply(self.tensor, self))
+            self._gathered = (epoch, self.gather.apply(self.tensor, self))
             self._count = 0
         self._count += 1
         return self._gathered[1]
@@ -151,7 +152,7 @@ class GradSource:
         raise NotImplementedError
 
 
-class _Gather(torch.autograd.Function):
+class Gather(torch.autograd.Function):
     """The identity. Its backward computes the gradient from what the uses left, and adds what came through autograd."""
 
     @staticmethod
@@ -168,6 +169,9 @@ class _Gather(torch.autograd.Function):
         with torch.no_grad(), torch._C.DisableTorchFunction(), ctx.source.context.current.unbatched():
             mine = ctx.source.gradient(left)
         return (mine if grad is None else grad + mine), None
+
+
+GradSource.gather = Gather
 
 
 @dataclass(frozen=True)
@@ -237,6 +241,7 @@ class ParameterProbe(GradSource):
         self.name = names[0]
         self.names = names
         self.parameter = parameter
+        self.like: Tensor = parameter  # what its gradients are laid out as
         self.marks = Weight(context.state)
         self.marks.owner = weakref.ref(self)
         self._several = False  # whether it has had more than one use in some pass
@@ -244,7 +249,7 @@ class ParameterProbe(GradSource):
     def renew(self, context: Context, direction: Tensor | None, gram: bool) -> None:
         """Starts a block."""
         self.context = context
-        if (base := Piece.of(self.parameter)) != self.base:
+        if (base := Piece.of(self.like)) != self.base:
             self.base, self.ref = base, Ref(self, base)
         self._barred = self.base.repeats or not self.immediate  # from being measured at once
         self.direction = direction
@@ -375,17 +380,17 @@ class ParameterProbe(GradSource):
 
     def gradient(self, contributions: Contributions) -> Tensor:
         if self.refused:
-            return contributions.grad_sum(self.parameter)
+            return contributions.grad_sum(self.like)
         if self._waits():
             if self._late is None:
                 self._late = Contributions(self.base)
             self._late.extend(contributions)
-            return contributions.grad_sum(self.parameter)
+            return contributions.grad_sum(self.like)
         sums = self._finish(contributions)
         # Autograd takes a gradient over without a copy only if it holds the sole reference to the tensor: the results keep another
         # tensor of the same memory.
-        grad = densified(sums, self.parameter.shape[0] if self.parameter.ndim else 1).grad_sum
-        grad = grad.view(self.parameter.shape).to(self.parameter.dtype)
+        grad = densified(sums, self.like.shape[0] if self.like.ndim else 1).grad_sum
+        grad = grad.view(self.like.shape).to(self.like.dtype)
         self._fused = (grad.data_ptr(), grad._version)
         return grad
 
@@ -401,7 +406,7 @@ class ParameterProbe(GradSource):
         return self._measure(Sums(*zk.interference(a, b, direction=self.direction, gram=self.gram)))
 
     def gradient_of_dense(self, g: Tensor) -> Tensor:
-        shape = self.parameter.shape
+        shape = self.like.shape
         g = g.reshape(g.shape[0], shape.numel())
         sums = Sums(*zk.dense_interference(g, direction=self.flat_direction, gram=self.gram))
         if len(shape) != 1:
@@ -412,10 +417,10 @@ class ParameterProbe(GradSource):
         """Keeps the sums until the gradient, which this returns, has come to the parameter."""
         now = self.context.current
         assert now is not None
-        self._measured = Results(sums, now, self.parameter)
-        grad = sums.grad_sum.view(self.parameter.shape)  # (another tensor: see `gradient`)
-        if grad.dtype != self.parameter.dtype:
-            grad = grad.to(self.parameter.dtype)
+        self._measured = Results(sums, now, self.like)
+        grad = sums.grad_sum.view(self.like.shape)  # (another tensor: see `gradient`)
+        if grad.dtype != self.like.dtype:
+            grad = grad.to(self.like.dtype)
         self._fused = (grad.data_ptr(), grad._version)
         return grad
 
@@ -450,7 +455,7 @@ class ParameterProbe(GradSource):
             self._mark()
             plain = None  # the sum as it was differentiated, where that is not the results'
             if now.denominators is not None:
-                plain = late.grad_sum(self.parameter)
+                plain = late.grad_sum(self.like)
             eps = max(late.eps, torch.finfo(grad.dtype).eps, self.eps)
             sums = self._finish(late)
             measured, self._measured = self._measured, None
@@ -465,7 +470,7 @@ class ParameterProbe(GradSource):
         if not self.problem:
             now = self.context.current
             assert now is not None
-            self.take_results(Results(Sums(*sums), now, self.parameter))  # type: ignore[arg-type]
+            self.take_results(Results(Sums(*sums), now, self.like))  # type: ignore[arg-type]
         return True
 
     def end_pass(self) -> None:
@@ -500,8 +505,8 @@ class ParameterProbe(GradSource):
     def _finish(self, contributions: Contributions) -> Sums:
         now = self.context.current
         assert now is not None
-        sums = contributions.combine(self.parameter, self._request())
-        self._measured = Results(sums, now, self.parameter)
+        sums = contributions.combine(self.like, self._request())
+        self._measured = Results(sums, now, self.like)
         return sums
 
     def take_results(self, results: Results) -> None:

@@ -105,6 +105,21 @@ def case_kept(rank: int, world: int) -> None:
     check(rank, world, reshard_after_forward=False)
 
 
+def case_unsharded_before(rank: int, world: int) -> None:
+    """Parameters that stay gathered after the backward pass, and so are no DTensors when a block begins."""
+    batches, model = data(world), model_of(Deep)
+    truth = per_example_gradients(square_losses(model(torch.cat(batches))), model, trainable(model))
+    model = shard(model)
+    assert isinstance(model, FSDPModule)
+    model.set_reshard_after_backward(False)
+    model.unshard()
+    probe = zerosum.Probe(model)
+    for _ in range(PASSES):
+        with probe:
+            square_losses(model(batches[rank])).sum().backward()
+        assert_truth(Whole(probe.report()), truth, gram=False)
+
+
 def case_tied(rank: int, world: int) -> None:
     check(rank, world, models.Tied, sharded=fully_shard)
 

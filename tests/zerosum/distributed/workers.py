@@ -1,4 +1,7 @@
-"""Runs cases in several processes that share one process group: each is a function ``case_…(rank, world)`` of a module."""
+"""Runs cases in several processes that share one process group: each is a function ``case_…(rank, world)`` of a module.
+
+``CASES="case_sum case_tied" pytest tests/zerosum/distributed`` runs those alone.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,7 @@ import os
 import tempfile
 import traceback
 import warnings
+from collections.abc import Sequence
 from datetime import timedelta
 from pathlib import Path
 
@@ -18,32 +22,33 @@ TIMEOUT = timedelta(seconds=30)  # of a collective that another rank does not jo
 
 
 def cases(module: str) -> list[str]:
-    return [name for name in vars(importlib.import_module(module)) if name.startswith("case_")]
+    mine = [name for name in vars(importlib.import_module(module)) if name.startswith("case_")]
+    return [name for name in mine if name in (os.environ.get("CASES") or name).split()]
 
 
-def run(module: str, world: int) -> None:
+def run(world: int, *modules: str) -> None:
     """Raises where a case fails on some rank, with what it said there. (All cases run, so that one run tells of all failures.)"""
-    names = [name for name in cases(module) if name in (os.environ.get("CASES") or name)]
+    count = sum(len(cases(module)) for module in modules)
     with tempfile.TemporaryDirectory() as folder:
-        mp.spawn(_worker, (world, module, names, folder), nprocs=world)
+        mp.spawn(_worker, (world, modules, folder), nprocs=world)
         said = sorted(path.read_text() for path in Path(folder).glob("*.failed"))
         done = len(list(Path(folder).glob("*.passed")))
     assert not said, "\n\n".join(said)
-    assert done == world * len(names) > 0
+    assert done == world * count
 
 
-def _worker(rank: int, world: int, module: str, names: list[str], folder: str) -> None:
+def _worker(rank: int, world: int, modules: Sequence[str], folder: str) -> None:
     torch.set_num_threads(1)
     warnings.simplefilter("error")
     warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")  # as a linear layer does without a probe
     dist.init_process_group("gloo", f"file://{folder}/store", TIMEOUT, world, rank)
-    found = importlib.import_module(module)
-    for name in names:
+    for module, name in [(place, name) for place in modules for name in cases(place)]:
         torch.manual_seed(0)
+        label = f"{module.rpartition('.')[2]}.{name}"
         try:
-            getattr(found, name)(rank, world)
+            getattr(importlib.import_module(module), name)(rank, world)
         except BaseException:
-            Path(folder, f"{name}.{rank}.failed").write_text(f"{name}, rank {rank} of {world}:\n{traceback.format_exc()}")
+            Path(folder, f"{label}.{rank}.failed").write_text(f"{label}, rank {rank} of {world}:\n{traceback.format_exc()}")
         else:
-            Path(folder, f"{name}.{rank}.passed").touch()
+            Path(folder, f"{label}.{rank}.passed").touch()
     dist.destroy_process_group()

@@ -34,8 +34,13 @@ def rule(context: RuleContext, func: Any, args: tuple[Any, ...], kwargs: dict[st
     ids, weight, *_ = lookup_arguments(*args, **kwargs)
     if context.ref(weight) is None or context.ref(ids) is not None or not plain(args, kwargs):
         raise Uncovered("max_norm, scale_grad_by_freq or sparse gradients")
+    return lookup(context, weight, ids, rows(*args, **kwargs))
+
+
+def lookup(context: RuleContext, weight: Tensor, ids: Tensor, counted: Tensor) -> Tensor:
+    """``F.embedding(ids, weight)``; rows of ``counted`` get a gradient, where they are not negative."""
     site, (table,) = Site.of(context, "embedding", ids.shape, weight)
-    return _Embedding.apply(table, ids, rows(*args, **kwargs), context.anchor, site)
+    return _Embedding.apply(table, ids, counted, context.anchor, site)
 
 
 def getitem_rule(context: RuleContext, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
