@@ -332,6 +332,30 @@ def case_groups(rank: int, world: int) -> None:
     assert_truth(probe.report().all_reduce(group), truth, gram=False)
 
 
+def case_bytes(rank: int, world: int) -> None:
+    """all_reduce sends three float32 numbers for each coordinate. A report of one rank's examples sends nothing."""
+    model = models.varied(Deep())
+    ddp = DistributedDataParallel(model)
+    with (probe := zerosum.Probe(model)):
+        square_losses(ddp(data(world)[rank])).sum().backward()
+    sent: list[int] = []
+    plain = dist.all_reduce
+
+    def all_reduce(x: Tensor, *rest: Any, **options: Any) -> Any:
+        sent.append(x.nbytes)
+        return plain(x, *rest, **options)
+
+    dist.all_reduce = all_reduce
+    try:
+        local = probe.report()
+        assert local.metrics
+        assert not sent
+        local.all_reduce()
+    finally:
+        dist.all_reduce = plain
+    assert sum(sent) == 12 * sum(p.numel() for p in model.parameters())
+
+
 def case_refusals(rank: int, world: int) -> None:
     """Errors come on all ranks alike, with the rank at fault."""
     batches, model = data(world), model_of(models.TwoLayers)

@@ -23,6 +23,7 @@ from tests.zerosum import models
 from tests.zerosum.distributed.ddp_cases import Deep, T, data, model_of, within
 from tests.zerosum.oracle import PASSES, assert_truth, direction_for, error, per_example_gradients, trainable
 from tests.zerosum.steps import square_losses
+from zerosum.distributed import fsdp
 
 
 class Whole:
@@ -382,6 +383,60 @@ def case_memory(rank: int, world: int) -> None:
     for name in report:
         mine = report[name].abs_sum.to_local()
         assert mine.untyped_storage().nbytes() <= 3 * max(mine.numel(), 1) * mine.element_size()
+
+
+def case_bytes(rank: int, world: int) -> None:
+    """Each backward pass sends three float32 numbers for each coordinate (here of even shards) by reduce_scatter."""
+    model = shard(models.varied(Even()))
+    probe, sent, plain = zerosum.Probe(model), [], fsdp._reduce_scatter
+
+    def reduce_scatter(part: Tensor, whole: Tensor, **options: Any) -> Any:
+        sent.append(whole.nbytes)
+        return plain(part, whole, **options)
+
+    fsdp._reduce_scatter = reduce_scatter
+    try:
+        with probe:
+            for _ in range(2):
+                square_losses(model(data(world)[rank])).sum().backward()
+    finally:
+        fsdp._reduce_scatter = plain
+    assert sum(sent) == 2 * 12 * sum(p.numel() for p in model.parameters())
+
+
+class Even(Deep):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding, self.head = nn.Embedding(12, models.WIDTH), nn.Linear(12, 4)
+
+
+def case_without_proof(rank: int, world: int) -> None:
+    """With verify="never" nothing is gathered beside FSDP's own, and the numbers are the same."""
+    batches, model = data(world), model_of(Deep)
+    truth = per_example_gradients(square_losses(model(torch.cat(batches))), model, trainable(model))
+    model = shard(model)
+    probe = zerosum.Probe(model, verify="never", loss_reduction="sum")
+    for _ in range(PASSES):
+        with probe:
+            square_losses(model(batches[rank])).sum().backward()
+        assert_truth(Whole(probe.report()), truth, gram=False)
+        assert probe.report().proof.extra == 0
+
+
+def case_hidden_uses(rank: int, world: int) -> None:
+    """A weight that a custom function uses is not covered, since the whole loss is not differentiated again for each example."""
+    model = models.CustomFunction().double()
+    names = trainable(model)
+    model = fully_shard(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with (probe := zerosum.Probe(model)):
+            square_losses(model(data(world)[rank])).sum().backward()
+    report = probe.report()
+    assert report.coverage.not_covered
+    assert any("is not differentiated again" in why for why in report.coverage.not_covered.values())
+    assert {*report, *report.coverage.not_covered} == set(names)
+    assert len(report) > 0
 
 
 def case_refusals(rank: int, world: int) -> None:
