@@ -1,4 +1,4 @@
-"""Measure a step of DistributedDataParallel: each rank probes its own examples, and all_reduce makes one report of all of them.
+"""Measure a step of DistributedDataParallel: each rank probes its own examples, and the report is of all of them.
 Run it with: python examples/ddp.py (two processes on a CPU), or torchrun --nproc-per-node 2 examples/ddp.py."""
 
 import os
@@ -20,7 +20,7 @@ def train() -> None:
     rank = dist.get_rank()
     torch.manual_seed(0)
     model = DistributedDataParallel(nn.Sequential(nn.Linear(16, 32), nn.GELU(), nn.Linear(32, 4)))
-    probe = zerosum.Probe(model, every=4)
+    probe = zerosum.Probe(model, every=4, process_group=dist.group.WORLD)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     data = torch.Generator().manual_seed(rank)
     for step in range(STEPS):
@@ -30,8 +30,8 @@ def train() -> None:
         with probe:
             losses = F.cross_entropy(model(x), y, reduction="none")  # (N,)
             losses.mean().backward()
-        if step % 4 == 0:  # all ranks measure in the same blocks, and all call all_reduce
-            report = probe.report().all_reduce()
+        if step % 4 == 0:  # the block was measured, on all ranks, and all of them ask for the report
+            report = probe.report()
             if rank == 0:
                 D = report.metrics["D_grad"]
                 print(f"step {step}: N = {report.num_examples}, D_grad {D.value:.3f} (random signs {D.null:.3f})")

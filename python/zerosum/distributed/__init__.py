@@ -23,7 +23,7 @@ def check_supported(model: nn.Module) -> None:
         NotImplementedError: the message names the module or the parameter, and what to do instead.
     """
     _refuse_flat(model)
-    if _is_sharded(model):
+    if is_sharded(model):
         from zerosum.distributed import shards
 
         if any(_is_a(module, "DistributedDataParallel") for module in model.modules()):
@@ -47,7 +47,7 @@ def check_whole(model: nn.Module, caller: str) -> None:
 
 def shards_of(model: nn.Module) -> Shards | None:
     """The parts of parameters in a model. All ranks call it, as parameters may be gathered for it."""
-    if not _is_sharded(model):
+    if not is_sharded(model):
         return None
     from zerosum.distributed import shards  # (which takes long to import)
 
@@ -63,7 +63,8 @@ def _refuse_flat(model: nn.Module) -> None:
             )
 
 
-def _is_sharded(model: nn.Module) -> bool:
+def is_sharded(model: nn.Module) -> bool:
+    """Whether this rank has parts of a model's parameters."""
     # Between `unshard` and `reshard` the parameters of fully_shard are whole ones.
     return _dtensor(model) is not None or any(_is_a(module, "FSDPModule") for module in model.modules())
 
@@ -80,4 +81,4 @@ def _is_a(module: nn.Module, name: str) -> bool:
     return any(kind.__name__ == name for kind in type(module).__mro__)
 
 
-__all__ = ["check_supported", "check_whole", "shards_of"]
+__all__ = ["check_supported", "check_whole", "is_sharded", "shards_of"]

@@ -7,9 +7,10 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
-from zerosum.distributed import check_supported
+from zerosum.distributed import check_supported, check_whole, is_sharded
 from zerosum.probe.capture import Capture, open_captures
 from zerosum.probe.compiled import CompiledSteps
 from zerosum.probe.loss_scale import Loss, check_loss_reduction, check_shape
@@ -55,6 +56,9 @@ class Probe:
             every k-th pass of a structure. "never": rows are taken to be (N, …), without proof. Rows in no regular order, such as
             those of experts, are attributed in every pass but with "never".
         every: measure in every k-th block alone; the others cost nothing, and :meth:`report` stays that of the last one measured.
+        process_group: processes that train the same model on other examples, as under DistributedDataParallel, such as
+            ``torch.distributed.group.WORLD`` (None before ``init_process_group``). :meth:`report` is then of all their examples.
+            None: of this process's, or of all ranks' where the model's parameters are sharded.
 
     Raises:
         TypeError, ValueError: an argument is not of these; the message names it.
@@ -75,6 +79,7 @@ class Probe:
         grad_scaler: torch.amp.GradScaler | None = None,
         verify: str | int = "once",
         every: int = 1,
+        process_group: dist.ProcessGroup | None = None,
     ) -> None:
         if not isinstance(model, nn.Module):
             raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
@@ -95,6 +100,7 @@ class Probe:
         ):
             raise ValueError(f"verify: expected 'once', 'always', 'never' or a positive integer, got {verify!r}")
         check_supported(model)
+        _check_process_group(model, process_group)
         self._model: nn.Module = model
         self._positions = examples == "position"
         self.direction = direction
@@ -104,11 +110,14 @@ class Probe:
         self._strict = strict
         self._grad_scaler = grad_scaler
         self._verify = verify
+        self._process_group = process_group
         self._structures = Structures()
         if verify == "once" and not strict and not self._positions:
             self._structures.compiled = CompiledSteps()
         self._capture: Capture | None = None
         self._report: Report | None = None
+        self._to_join = False  # whether it is of this process's examples, and is to be of all processes'
+        self._along: Mapping[str, Tensor] | None = None  # the direction that it was measured along
         self._blocks = 0
         self._skipping = False
         self.every = every
@@ -137,6 +146,10 @@ class Probe:
     @property
     def model(self) -> nn.Module:
         return self._model
+
+    @property
+    def process_group(self) -> dist.ProcessGroup | None:
+        return self._process_group
 
     @property
     def measuring(self) -> bool:
@@ -190,6 +203,7 @@ class Probe:
         try:
             if exception_type is None:
                 self._report = self._finish(capture)
+                self._to_join, self._along = self._process_group is not None, self._direction
         finally:
             capture.release()
 
@@ -201,7 +215,10 @@ class Probe:
             capture.release()
 
     def check_repeatable(self) -> None:
-        """Raises where blocks of the same step do not do the same."""
+        """Raises where blocks of the same step do not do the same, or wait for other processes."""
+        check_whole(self._model, "zerosum.capture")
+        if self._process_group is not None:
+            raise ValueError("probe: expected no process_group; call captured.report().all_reduce(group) instead")
         if self._every != 1:
             raise ValueError(f"probe: expected every=1, got every={self._every}; replay the step where it is to be measured")
         if self._verify not in ("once", "never"):
@@ -232,12 +249,19 @@ class Probe:
         return report
 
     def report(self) -> Report:
-        """The results of the last completed ``with`` block that was measured."""
+        """The results of the last completed ``with`` block that was measured.
+
+        With ``process_group`` its first call after a block is that of :meth:`Report.all_reduce`, which every process of the group
+        makes, and sends as much. Later calls send nothing, and return the same.
+        """
         if self._report is None:
             state = "is still open" if self._capture is not None else "has not completed a `with` block"
             raise RuntimeError(f"no report: the probe {state}")
         self._report = self._report.settled()
         self._look_for_views(self._report.coverage)
+        if self._to_join:
+            self._report = self._report.all_reduce(self._process_group, direction=self._along)
+            self._to_join, self._along = False, None
         return self._report
 
     def unsettled_report(self) -> Report:
@@ -267,3 +291,14 @@ def check_direction(model: nn.Module, direction: Mapping[str, Tensor] | None) ->
         if name not in parameters:
             raise ValueError(f"direction: {name!r} is not a parameter of the model")
         check_shape(f"direction[{name!r}]", u, parameters[name])
+
+
+def _check_process_group(model: nn.Module, group: dist.ProcessGroup | None) -> None:
+    if group is None:
+        return
+    if not isinstance(group, dist.ProcessGroup):
+        raise TypeError(f"process_group: expected a torch.distributed.ProcessGroup or None, got {type(group).__name__}")
+    if is_sharded(model):
+        raise ValueError(
+            "process_group: expected None for a model whose parameters are sharded: its reports are of all ranks' examples"
+        )

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -338,6 +338,17 @@ def case_bytes(rank: int, world: int) -> None:
     ddp = DistributedDataParallel(model)
     with (probe := zerosum.Probe(model)):
         square_losses(ddp(data(world)[rank])).sum().backward()
+    with reduced_bytes() as sent:
+        local = probe.report()
+        assert local.metrics
+        assert not sent
+        local.all_reduce()
+    assert sum(sent) == 12 * sum(p.numel() for p in model.parameters())
+
+
+@contextmanager
+def reduced_bytes() -> Iterator[list[int]]:
+    """The sizes of what ``dist.all_reduce`` is called with."""
     sent: list[int] = []
     plain = dist.all_reduce
 
@@ -347,13 +358,43 @@ def case_bytes(rank: int, world: int) -> None:
 
     dist.all_reduce = all_reduce
     try:
-        local = probe.report()
-        assert local.metrics
-        assert not sent
-        local.all_reduce()
+        yield sent
     finally:
         dist.all_reduce = plain
-    assert sum(sent) == 12 * sum(p.numel() for p in model.parameters())
+
+
+def case_process_group(rank: int, world: int) -> None:
+    """A probe that joins the ranks' reports by itself: the same as all_reduce, sent once, along the block's direction."""
+    batches, model = data(world), models.varied(Deep())
+    direction = direction_for(model)
+    ddp = DistributedDataParallel(model)
+    found = []
+    for group in (None, dist.group.WORLD):
+        probe = zerosum.Probe(model, direction=direction, gram=True, every=2, process_group=group)
+        ddp.zero_grad()
+        with probe:
+            square_losses(ddp(batches[rank])).sum().backward()
+        probe.direction = None  # of the blocks to come
+        with reduced_bytes() as sent:
+            report = probe.report()
+            assert (not sent) == (group is None)
+            report = report.all_reduce(direction=direction) if group is None else report
+            with probe:  # is not measured
+                square_losses(ddp(batches[rank])).sum().backward()
+            assert group is None or probe.report() is report
+        assert sum(sent) == 12 * sum(p.numel() for p in model.parameters())
+        found.append(report)
+    mine, expected = found[1], found[0]
+    assert mine.num_examples == sum(map(len, batches))
+    assert (mine.metrics, mine.coverage, mine.proof) == (expected.metrics, expected.coverage, expected.proof)
+    for name in expected:
+        for field in ("grad_sum", "abs_sum", "sq_sum", "l1", "sq_norm", "dot", "abs_dot"):
+            assert torch.equal(getattr(mine[name], field), getattr(expected[name], field)), (name, field)
+        assert all(map(torch.equal, mine[name].gram_blocks, expected[name].gram_blocks))
+    with pytest.raises(TypeError, match=r"process_group: expected a torch\.distributed\.ProcessGroup or None, got str"):
+        zerosum.Probe(model, process_group="world")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"expected no process_group; call captured\.report\(\)\.all_reduce"):
+        probe.check_repeatable()
 
 
 def case_refusals(rank: int, world: int) -> None:

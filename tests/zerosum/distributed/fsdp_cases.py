@@ -450,6 +450,10 @@ def case_refusals(rank: int, world: int) -> None:
     model = fully_shard(model_of(Deep))
     with (probe := zerosum.Probe(model)):
         square_losses(model(batches[rank])).sum().backward()
+    with pytest.raises(ValueError, match=r"process_group: expected None for a model whose parameters are sharded"):
+        zerosum.Probe(model, process_group=dist.group.WORLD)
+    with pytest.raises(NotImplementedError, match=r"DTensor, .* zerosum\.capture measures whole ones"):
+        probe.check_repeatable()
     report = probe.report()
     for call in (report.all_reduce, lambda: zerosum.merge([report]), lambda: pickle.dumps(report)):
         with pytest.raises(NotImplementedError, match="the report's sums are shards"):
