@@ -7,11 +7,12 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils._pytree import tree_leaves
 
-from zerosum.integrations.measuring import Direction, Measuring
-from zerosum.probe import Report
+from zerosum.integrations.measuring import Direction, StepsCallback
 
 # A script uses one of the two packages, and the callback is that one's.
 if "pytorch_lightning" in sys.modules and "lightning.pytorch" not in sys.modules:
@@ -23,7 +24,7 @@ else:
         from pytorch_lightning import Callback
 
 
-class ZeroSumCallback(Callback):
+class ZeroSumCallback(StepsCallback, Callback):
     """``with probe:`` around the micro-batches of some training steps, before gradients are unscaled and clipped::
 
         trainer = lightning.Trainer(callbacks=[ZeroSumCallback(every=100)])
@@ -31,11 +32,12 @@ class ZeroSumCallback(Callback):
     Step 1 and each multiple of ``every`` are measured, all their micro-batches together; validation never is. An example is one
     index of the batch's first dimension. Each measured step is logged by the trainer's loggers, whatever ``log_every_n_steps``
     is, under the names of :class:`zerosum.integrations.transformers.ZeroSumCallback`, and by ``pl_module.log_dict`` for
-    ``trainer.callback_metrics``. Loggers get Lightning's own count of steps, from 0.
+    ``trainer.callback_metrics``. Loggers get Lightning's own count of steps, from 0. Under DistributedDataParallel the metrics are
+    of the examples of all ranks.
 
     Args:
-        every, direction, gram, options: as there, with parameter names of the LightningModule.
-        out: as there. Losses are recorded at step 1 and each multiple of the trainer's ``log_every_n_steps``.
+        every, direction, gram, out, options: see :class:`zerosum.integrations.measuring.StepsCallback`. Parameter names are those
+            of the LightningModule. Losses are recorded at step 1 and each multiple of the trainer's ``log_every_n_steps``.
         backwards: with manual optimization, how many calls of ``manual_backward`` a measured step has: the block ends with the
             last of them. They may be in several batches, as in accumulation by hand.
 
@@ -44,8 +46,10 @@ class ZeroSumCallback(Callback):
 
     Raises:
         TypeError, ValueError: an argument is not of these, or ``out`` has another run; the message names it.
-        NotImplementedError: at the beginning of training, several processes or devices.
+        NotImplementedError: at the beginning of training, several processes that are not under DistributedDataParallel.
     """
+
+    writer = "zerosum.integrations.lightning"
 
     def __init__(
         self,
@@ -59,7 +63,7 @@ class ZeroSumCallback(Callback):
     ) -> None:
         if not isinstance(backwards, int) or isinstance(backwards, bool) or backwards < 1:
             raise ValueError(f"backwards: expected a positive integer, got {backwards!r}")
-        self._measuring = Measuring("zerosum.integrations.lightning", every, direction, gram, out, options)
+        super().__init__(every, direction, gram, out, **options)
         self._backwards = backwards
         self._seen = 0  # backward passes of the open block
         self._step = 0  # that is measured, or was last
@@ -67,16 +71,16 @@ class ZeroSumCallback(Callback):
         self._losses: list[Tensor] = []
         self._examples = 0
 
-    @property
-    def report(self) -> Report | None:
-        return self._measuring.report
-
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-        if trainer.world_size > 1:
-            raise NotImplementedError(f"ZeroSumCallback: expected one process and one device, got {trainer.world_size}")
+        several = trainer.world_size > 1
+        if several and not isinstance(trainer.strategy.model, DistributedDataParallel):
+            raise NotImplementedError(
+                "ZeroSumCallback: expected one process, or several under DistributedDataParallel (strategy='ddp'), "
+                f"got {trainer.world_size} under {type(trainer.strategy).__name__}"
+            )
         self._losses.clear()
         self._examples = 0
-        self._measuring.begin(pl_module, trainer.global_step)
+        self._measuring.begin(pl_module, trainer.global_step, writes=trainer.is_global_zero, joins=several)
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
         accumulated = trainer.accumulate_grad_batches
@@ -114,8 +118,11 @@ class ZeroSumCallback(Callback):
             return
         if self._losses and (step == 1 or step % trainer.log_every_n_steps == 0):
             # Lightning divides each by the number that it accumulates, also where an epoch's last step has fewer.
-            mean = float(sum(self._losses)) * trainer.accumulate_grad_batches / len(self._losses)
-            self._measuring.loss(step, mean, self._examples)
+            mean = torch.stack(self._losses).mean() * trainer.accumulate_grad_batches
+            examples = torch.tensor(float(self._examples), device=mean.device)
+            if trainer.world_size > 1:
+                mean, examples = (trainer.strategy.reduce(x, reduce_op=op) for x, op in ((mean, "mean"), (examples, "sum")))
+            self._measuring.loss(step, float(mean), int(examples))
         self._losses.clear()
         self._examples = 0
         if logs := self._measuring.take(self._step):

@@ -10,6 +10,7 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any
 
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from zerosum.metrics import Metric
@@ -19,7 +20,7 @@ from zerosum.records import RecordFile, encode, record, replace_text
 Direction = Mapping[str, Tensor] | Callable[[nn.Module], Mapping[str, Tensor] | None]
 PREFIX = "zerosum/"
 # The callbacks decide these themselves.
-OURS = ("model", "every", "direction", "gram", "grad_scaler")
+OURS = ("model", "every", "direction", "gram", "grad_scaler", "process_group")
 
 
 class Measuring:
@@ -27,10 +28,7 @@ class Measuring:
 
     Args:
         writer: the name of the callback's module, for ``config.json``.
-        every, direction, gram, out, options: see :class:`zerosum.integrations.transformers.ZeroSumCallback`.
-
-    Raises:
-        TypeError, ValueError: an argument is not of these; the message names it.
+        every, direction, gram, out, options: see :class:`StepsCallback`.
     """
 
     def __init__(
@@ -58,12 +56,12 @@ class Measuring:
         self._direction = direction
         self._gram = gram
         self._options = dict(options)
+        self.auto = options.get("loss_reduction", "auto") == "auto"
         self._out = None if out is None else Path(out)
         self._config = {"writer": writer, "update": None, "examples": options.get("examples", "sequence")}
         self._probe: Probe | None = None
         self._file: RunFile | None = None
         self._new = False  # a report that was not taken yet
-        self._joins = False
         self._seconds = 0.0
         self._asked = 0
 
@@ -71,11 +69,11 @@ class Measuring:
         """Training goes on after ``step`` steps, with the file of ``out`` if this process ``writes`` it. ``joins``: reports are of
         the examples of all processes, each of which measures the same steps."""
         self.close()
-        self._joins = joins
         self._new = False
         self._asked = step
-        if self._probe is None or self._probe.model is not model:
-            self._probe = Probe(model, gram=self._gram, **self._options)
+        group = dist.group.WORLD if joins else None
+        if self._probe is None or self._probe.model is not model or self._probe.process_group is not group:
+            self._probe = Probe(model, gram=self._gram, process_group=group, **self._options)
         if self._out is not None and writes:
             self._file = RunFile(self._out, self._config, step)
 
@@ -101,8 +99,7 @@ class Measuring:
         """The block ends, before anything changes the gradients."""
         assert self._probe is not None
         self._probe.__exit__(None)
-        report = self._probe.report()
-        self.report = report.all_reduce(direction=self._probe.direction) if self._joins else report
+        self.report = self._probe.report()
         self._seconds = perf_counter() - self._seconds
         self._new = True
 
@@ -142,6 +139,43 @@ class Measuring:
         """Records the training loss that the trainer logged at a step."""
         if self._file is not None:
             self._file.append(record("step", step, {"train.loss": Metric(loss, n)}))
+
+
+class StepsCallback:
+    """The part of a trainer's callback that does not depend on the trainer.
+
+    Attributes:
+        report: of the last measured step; None before the first.
+    """
+
+    writer: str  # the name of its module, for ``config.json``
+
+    def __init__(
+        self,
+        every: int = 100,
+        direction: Direction | None = None,
+        gram: bool = False,
+        out: str | Path | None = None,
+        **options: Any,
+    ) -> None:
+        """
+        Args:
+            every: how many steps there are for one that is measured.
+            direction: a tensor of the parameter's shape for each parameter name of the trainer's model, or a function of the model
+                that returns such a mapping, called before each measured step. Adds C_g, C_uG and C_ug.
+            gram: whether to compute the inner products of all pairs of examples of a micro-batch.
+            out: a folder for ``metrics.jsonl``, which ``zerosum plot`` reads: the metrics of measured steps, and the loss of the
+                steps that the trainer logs. A run that is resumed from a checkpoint goes on with it.
+            options: other arguments of :class:`zerosum.Probe`.
+
+        Raises:
+            TypeError, ValueError: an argument is not of these; the message names it.
+        """
+        self._measuring = Measuring(self.writer, every, direction, gram, out, options)
+
+    @property
+    def report(self) -> Report | None:
+        return self._measuring.report
 
 
 def flat(metrics: Mapping[str, Metric]) -> dict[str, float]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import sys
 import warnings
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,11 +13,10 @@ from torch import Tensor, nn
 from transformers import TrainerCallback
 
 import zerosum
-from zerosum.integrations.measuring import Direction, Measuring
-from zerosum.probe import Report
+from zerosum.integrations.measuring import StepsCallback
 
 
-class ZeroSumCallback(TrainerCallback):
+class ZeroSumCallback(StepsCallback, TrainerCallback):
     """``with probe:`` around the micro-batches of some training steps, before gradients are clipped::
 
         trainer = Trainer(model, args, train_dataset=data, callbacks=[ZeroSumCallback(every=100)])
@@ -31,40 +29,19 @@ class ZeroSumCallback(TrainerCallback):
     ``zerosum/examples``, ``zerosum/covered`` (the share of trainable coordinates) and ``zerosum/finite`` (0 or 1). Under
     DistributedDataParallel they are of the examples of all ranks.
 
-    Args:
-        every: how many steps there are for one that is measured.
-        direction: a tensor of the parameter's shape for each parameter name of ``trainer.model``, or a function of the model that
-            returns such a mapping, called before each measured step. Adds C_g, C_uG and C_ug.
-        gram: whether to compute the inner products of all pairs of examples of a micro-batch.
-        out: a folder for ``metrics.jsonl``, which ``zerosum plot`` reads: the metrics of measured steps, and the loss of each
-            ``Trainer.log``. A run that is resumed from a checkpoint goes on with it.
-        options: other arguments of :class:`zerosum.Probe`.
+    Its arguments are those of :class:`zerosum.integrations.measuring.StepsCallback`.
 
     Attributes:
         report: of the last measured step; None before the first.
 
     Raises:
-        TypeError, ValueError: an argument is not of these, or ``out`` has another run; the message names it.
-        NotImplementedError: at the beginning of training, several devices of one process, or several processes that are not under
-            DistributedDataParallel.
+        ValueError: at the beginning of training, ``out`` has another run.
+        NotImplementedError: there, several devices of one process, or several processes that are not under DistributedDataParallel.
     """
 
-    def __init__(
-        self,
-        every: int = 100,
-        direction: Direction | None = None,
-        gram: bool = False,
-        out: str | Path | None = None,
-        **options: Any,
-    ) -> None:
-        self._measuring = Measuring("zerosum.integrations.transformers", every, direction, gram, out, options)
-        self._trainer: transformers.Trainer | None = None
-        self._logged = 0
-        self._auto = options.get("loss_reduction", "auto") == "auto"
-
-    @property
-    def report(self) -> Report | None:
-        return self._measuring.report
+    writer = "zerosum.integrations.transformers"
+    _trainer: transformers.Trainer | None = None
+    _logged = 0
 
     def close(self) -> None:
         """Ends what an exception between two micro-batches left open. One inside of a step ends it by itself."""
@@ -75,7 +52,7 @@ class ZeroSumCallback(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.close()
         self._trainer = _calling_trainer()
-        _check_supported(self._trainer, auto=self._auto)
+        _check_supported(self._trainer, auto=self._measuring.auto)
         self._logged = state.global_step
         if "trl" in sys.modules:
             from zerosum.integrations import trl
@@ -124,7 +101,7 @@ class ZeroSumCallback(TrainerCallback):
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         if logs and "loss" in logs:
             batch = state.train_batch_size or args.train_batch_size
-            examples = batch * args.gradient_accumulation_steps * (state.global_step - self._logged)
+            examples = batch * args.gradient_accumulation_steps * args.world_size * (state.global_step - self._logged)
             self._measuring.loss(state.global_step, float(logs["loss"]), examples)
             self._logged = state.global_step
 

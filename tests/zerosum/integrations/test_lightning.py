@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -88,12 +91,20 @@ class Manual(Module):
             optimizer.zero_grad()
 
 
-def data(count: int = 12) -> DataLoader:
+def data(count: int = 12, batch: int = BATCH) -> DataLoader:
     rows = torch.tensor(list(TEXT[: count * (LENGTH + 1)])).view(count, LENGTH + 1)
-    return DataLoader(TensorDataset(rows), batch_size=BATCH)
+    return DataLoader(TensorDataset(rows), batch_size=batch)
 
 
-def trained(tmp_path: Path, module: Module, *callbacks: Any, validate: bool = False, resume: Any = None, **options: Any) -> Any:
+def trained(
+    tmp_path: Path,
+    module: Module,
+    *callbacks: Any,
+    validate: bool = False,
+    resume: Any = None,
+    batch: int = BATCH,
+    **options: Any,
+) -> Any:
     settings: dict[str, Any] = dict(
         accelerator="cpu",
         max_epochs=1,
@@ -105,7 +116,7 @@ def trained(tmp_path: Path, module: Module, *callbacks: Any, validate: bool = Fa
         default_root_dir=tmp_path,
     )
     trainer = lightning.Trainer(callbacks=list(callbacks), **(settings | options))
-    trainer.fit(module, data(), data() if validate else None, ckpt_path=resume)
+    trainer.fit(module, data(batch=batch), data() if validate else None, ckpt_path=resume)
     return trainer
 
 
@@ -201,14 +212,38 @@ def test_an_exception_closes_the_probe(tmp_path: Path) -> None:
     assert callback.report.num_examples == 2 * BATCH
 
 
-def test_arguments_are_checked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_arguments_are_checked() -> None:
     with pytest.raises(ValueError, match="backwards: expected a positive integer, got 0"):
         ZeroSumCallback(backwards=0)
     with pytest.raises(ValueError, match="every: expected a positive integer"):
         ZeroSumCallback(every=0)
+
+
+def test_several_processes_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lightning.Trainer, "world_size", 2)
-    with pytest.raises(NotImplementedError, match="got 2"):
-        ZeroSumCallback().on_train_start(lightning.Trainer(logger=False, enable_checkpointing=False, accelerator="cpu"), Module())
+    with pytest.raises(NotImplementedError, match=r"several under DistributedDataParallel .*, got 2 under SingleDevice"):
+        trained(tmp_path, Module(), ZeroSumCallback())
+
+
+def test_several_processes_have_one_report_of_all_examples(tmp_path: Path, project_environment: dict[str, str]) -> None:
+    """Of two ranks' micro-batches under DistributedDataParallel: that of one process with all of them."""
+    command = [sys.executable, "-m", "tests.zerosum.integrations.lightning_driver", str(tmp_path)]
+    done = subprocess.run(command, env=project_environment, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr[-3000:]
+    ranks = [json.loads((tmp_path / f"rank-{rank}.json").read_text()) for rank in range(2)]
+    assert ranks[0] == ranks[1]
+    report, logged = ranks[0]
+    # The same 12 sequences: of each rank 2 micro-batches of 3.
+    alone = ZeroSumCallback(out=tmp_path / "alone")
+    trainer = trained(tmp_path, Module(), alone, batch=2 * BATCH, gradient_clip_val=0.01, max_steps=1)
+    assert alone.report.num_examples == 4 * BATCH
+    assert report == pytest.approx(alone.report.to_dict(), rel=1e-9)
+    assert logged == pytest.approx({key: float(x) for key, x in trainer.callback_metrics.items()}, rel=1e-6)
+    files = [decode((tmp_path / name / "metrics.jsonl").read_text().splitlines(keepends=True)) for name in ("run", "alone")]
+    assert [sorted(entry["kind"] for entry in entries) for entries in files] == [["probe", "step"]] * 2
+    losses = [next(entry["metrics"] for entry in entries if entry["kind"] == "step")["train.loss"] for entries in files]
+    assert losses[0]["value"] == pytest.approx(losses[1]["value"], rel=1e-9)
+    assert losses[0]["n"] == losses[1]["n"] == 4 * BATCH
 
 
 def test_with_pytorch_lightning(tmp_path: Path) -> None:

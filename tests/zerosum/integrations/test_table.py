@@ -35,12 +35,12 @@ TESTS = {
     "manual optimization": {L: "test_manual_optimization"},
     "several processes under DDP: one report of all examples": {
         T: "test_several_processes_have_one_report_of_all_examples",
-        L: "test_arguments_are_checked",
+        L: "test_several_processes_have_one_report_of_all_examples",
     },
     "DataParallel, FSDP, DeepSpeed": {
         T: "test_several_devices_of_one_process_are_refused",
         S: "test_several_processes_are_refused",
-        L: "test_arguments_are_checked",
+        L: "test_several_processes_are_refused",
     },
 }
 

@@ -401,13 +401,20 @@ def test_several_processes_have_one_report_of_all_examples(tmp_path: Path, proje
     assert ranks[0] == ranks[1]
     # The same 8 sequences: of each rank 2 micro-batches of 2.
     model = without_key_bias(gpt2())
-    alone = trained(tmp_path, model, ZeroSumCallback(every=100), per_device_train_batch_size=4, max_grad_norm=0.01, max_steps=1)
+    callback = ZeroSumCallback(every=100, out=tmp_path / "alone")
+    alone = trained(tmp_path, model, callback, per_device_train_batch_size=4, max_grad_norm=0.01, max_steps=1)
     expected = {key: values[1] for key in ranks[0] if (values := logged(alone, key))}
     assert expected.keys() == ranks[0].keys()
     assert expected["zerosum/examples"] == 8
     for key, value in expected.items():
         assert ranks[0][key] == pytest.approx(value, rel=FLOAT32_LOSS), key
     assert [entry["kind"] for entry in recorded(tmp_path / "run")].count("probe") == 1
+    losses = [
+        next(entry["metrics"]["train.loss"] for entry in recorded(tmp_path / name) if entry["kind"] == "step")
+        for name in ("run", "alone")
+    ]
+    assert losses[0]["value"] == pytest.approx(losses[1]["value"], abs=1e-4)  # the Trainer rounds what it logs
+    assert losses[0]["n"] == losses[1]["n"] == 8
 
 
 def test_without_a_trainer_it_says_so() -> None:
