@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._pytree import tree_leaves
 
+from zerosum.distributed import is_sharded
 from zerosum.integrations.measuring import Direction, StepsCallback
 
 # A script uses one of the two packages, and the callback is that one's.
@@ -32,8 +33,8 @@ class ZeroSumCallback(StepsCallback, Callback):
     Step 1 and each multiple of ``every`` are measured, all their micro-batches together; validation never is. An example is one
     index of the batch's first dimension. Each measured step is logged by the trainer's loggers, whatever ``log_every_n_steps``
     is, under the names of :class:`zerosum.integrations.transformers.ZeroSumCallback`, and by ``pl_module.log_dict`` for
-    ``trainer.callback_metrics``. Loggers get Lightning's own count of steps, from 0. Under DistributedDataParallel the metrics are
-    of the examples of all ranks.
+    ``trainer.callback_metrics``. Loggers get Lightning's own count of steps, from 0. Under DistributedDataParallel, and
+    where ``configure_model`` calls ``fully_shard`` (``ModelParallelStrategy``), the metrics are of the examples of all ranks.
 
     Args:
         every, direction, gram, out, options: see :class:`zerosum.integrations.measuring.StepsCallback`. Parameter names are those
@@ -46,7 +47,7 @@ class ZeroSumCallback(StepsCallback, Callback):
 
     Raises:
         TypeError, ValueError: an argument is not of these, or ``out`` has another run; the message names it.
-        NotImplementedError: at the beginning of training, several processes that are not under DistributedDataParallel.
+        NotImplementedError: at the beginning of training, several processes of another strategy.
     """
 
     writer = "zerosum.integrations.lightning"
@@ -72,15 +73,15 @@ class ZeroSumCallback(StepsCallback, Callback):
         self._examples = 0
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-        several = trainer.world_size > 1
-        if several and not isinstance(trainer.strategy.model, DistributedDataParallel):
+        joins = isinstance(trainer.strategy.model, DistributedDataParallel)
+        if trainer.world_size > 1 and not (joins or is_sharded(pl_module)):
             raise NotImplementedError(
-                "ZeroSumCallback: expected one process, or several under DistributedDataParallel (strategy='ddp'), "
-                f"got {trainer.world_size} under {type(trainer.strategy).__name__}"
+                "ZeroSumCallback: expected one process, or several under DistributedDataParallel (strategy='ddp') or fully_shard "
+                f"(ModelParallelStrategy), got {trainer.world_size} under {type(trainer.strategy).__name__}"
             )
         self._losses.clear()
         self._examples = 0
-        self._measuring.begin(pl_module, trainer.global_step, writes=trainer.is_global_zero, joins=several)
+        self._measuring.begin(pl_module, trainer.global_step, writes=trainer.is_global_zero, joins=joins)
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
         accumulated = trainer.accumulate_grad_batches
@@ -116,13 +117,14 @@ class ZeroSumCallback(StepsCallback, Callback):
             self._examples += next((len(x) for x in tree_leaves(batch) if isinstance(x, Tensor) and x.ndim), 0)
         if self._measuring.is_open or (pl_module.automatic_optimization and not self._last):
             return
-        if self._losses and (step == 1 or step % trainer.log_every_n_steps == 0):
+        if self._measuring.records and self._losses and (step == 1 or step % trainer.log_every_n_steps == 0):
             # Lightning divides each by the number that it accumulates, also where an epoch's last step has fewer.
             mean = torch.stack(self._losses).mean() * trainer.accumulate_grad_batches
-            examples = torch.tensor(float(self._examples), device=mean.device)
+            ranks = 1
             if trainer.world_size > 1:
-                mean, examples = (trainer.strategy.reduce(x, reduce_op=op) for x, op in ((mean, "mean"), (examples, "sum")))
-            self._measuring.loss(step, float(mean), int(examples))
+                mean = trainer.strategy.reduce(mean, reduce_op="mean")
+                ranks = trainer.strategy.distributed_sampler_kwargs["num_replicas"]  # that have other examples
+            self._measuring.loss(step, float(mean), self._examples * ranks)
         self._losses.clear()
         self._examples = 0
         if logs := self._measuring.take(self._step):

@@ -58,6 +58,7 @@ class Measuring:
         self._options = dict(options)
         self.auto = options.get("loss_reduction", "auto") == "auto"
         self._out = None if out is None else Path(out)
+        self.records = out is not None  # in one of the processes
         self._config = {"writer": writer, "update": None, "examples": options.get("examples", "sequence")}
         self._probe: Probe | None = None
         self._file: RunFile | None = None

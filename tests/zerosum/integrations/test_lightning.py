@@ -225,9 +225,10 @@ def test_several_processes_are_refused(tmp_path: Path, monkeypatch: pytest.Monke
         trained(tmp_path, Module(), ZeroSumCallback())
 
 
-def test_several_processes_have_one_report_of_all_examples(tmp_path: Path, project_environment: dict[str, str]) -> None:
-    """Of two ranks' micro-batches under DistributedDataParallel: that of one process with all of them."""
-    command = [sys.executable, "-m", "tests.zerosum.integrations.lightning_driver", str(tmp_path)]
+@pytest.mark.parametrize("how", ["ddp", "fully_shard"])
+def test_several_processes_have_one_report_of_all_examples(how: str, tmp_path: Path, project_environment: dict[str, str]) -> None:
+    """Of two ranks' micro-batches: that of one process with all of them."""
+    command = [sys.executable, "-m", "tests.zerosum.integrations.lightning_driver", how, str(tmp_path)]
     done = subprocess.run(command, env=project_environment, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr[-3000:]
     ranks = [json.loads((tmp_path / f"rank-{rank}.json").read_text()) for rank in range(2)]

@@ -37,7 +37,13 @@ TESTS = {
         T: "test_several_processes_have_one_report_of_all_examples",
         L: "test_several_processes_have_one_report_of_all_examples",
     },
-    "DataParallel, FSDP, DeepSpeed": {
+    "`fully_shard` (FSDP2): the same": {
+        T: "test_several_processes_are_refused",
+        S: "test_several_processes_are_refused",
+        L: "test_several_processes_have_one_report_of_all_examples",
+    },
+    "tensor parallelism": {T: "test_several_processes_are_refused", S: "test_several_processes_are_refused"},
+    "DataParallel, FSDP1, DeepSpeed": {
         T: "test_several_devices_of_one_process_are_refused",
         S: "test_several_processes_are_refused",
         L: "test_several_processes_are_refused",
