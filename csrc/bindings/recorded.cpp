@@ -45,8 +45,7 @@ bool Recorded::fits(c10::ArrayRef<Tensor> operands) const {
     if (!x.defined()) continue;
     const Operand& as = *operands_[i];
     if (x.device() != device_ || x.scalar_type() != as.dtype || x.layout() != at::kStrided || x.is_neg() ||
-        x.sizes() != at::IntArrayRef(as.sizes) || x.strides() != at::IntArrayRef(as.strides) ||
-        address(x) % alignment != as.offset)
+        x.sizes() != at::IntArrayRef(as.sizes) || x.strides() != at::IntArrayRef(as.strides) || address(x) % alignment != as.offset)
       return false;
   }
   return true;
@@ -78,37 +77,38 @@ void bind_recorded(py::module_& m) {
   using Launched = std::tuple<py::object, Numbers, std::vector<std::array<int64_t, 3>>>;
   using Viewed = std::tuple<int64_t, Numbers, Numbers, int64_t>;
   py::class_<Recorded, std::shared_ptr<Recorded>>(m, "Recorded")
-      .def(py::init([](const std::vector<std::optional<Tensor>>& operands, at::Device device, std::vector<Numbers> allocations,
-                       const std::vector<Launched>& launches, const std::vector<std::optional<Viewed>>& results) {
-             std::vector<std::optional<Recorded::Operand>> given;
-             for (const auto& x : operands) {
-               if (x)
-                 given.push_back(Recorded::Operand{x->sizes().vec(), x->strides().vec(), x->scalar_type(), address(*x) % alignment});
-               else
-                 given.push_back(std::nullopt);
-             }
-             std::vector<Recorded::Launch> launched;
-             for (const auto& [function, numbers, addresses] : launches) {
-               Recorded::Launch launch{nullptr, numbers, {}};
-               if (!function.is_none()) {
-                 void* const found = PyCapsule_GetPointer(function.ptr(), launch_name);
-                 if (!found) throw py::error_already_set();
-                 launch.run = reinterpret_cast<void (*)(const int64_t*)>(found);
-               }
-               for (const auto& [at, from, offset] : addresses) launch.addresses.push_back({at, from, offset});
-               launched.push_back(std::move(launch));
-             }
-             std::vector<std::optional<Recorded::Result>> views;
-             for (const auto& x : results) {
-               if (x)
-                 views.push_back(Recorded::Result{std::get<0>(*x), std::get<1>(*x), std::get<2>(*x), std::get<3>(*x)});
-               else
-                 views.push_back(std::nullopt);
-             }
-             return std::make_shared<Recorded>(device, std::move(given), std::move(allocations), std::move(launched),
-                                               std::move(views));
-           }),
-           py::arg("operands"), py::arg("device"), py::arg("allocations"), py::arg("launches"), py::arg("results"))
+      .def(
+          py::init([](const std::vector<std::optional<Tensor>>& operands, at::Device device, std::vector<Numbers> allocations,
+                      const std::vector<Launched>& launches, const std::vector<std::optional<Viewed>>& results) {
+            std::vector<std::optional<Recorded::Operand>> given;
+            for (const auto& x : operands) {
+              if (x)
+                given.push_back(Recorded::Operand{x->sizes().vec(), x->strides().vec(), x->scalar_type(), address(*x) % alignment});
+              else
+                given.push_back(std::nullopt);
+            }
+            std::vector<Recorded::Launch> launched;
+            for (const auto& [function, numbers, addresses] : launches) {
+              Recorded::Launch launch{nullptr, numbers, {}};
+              if (!function.is_none()) {
+                void* const found = PyCapsule_GetPointer(function.ptr(), launch_name);
+                if (!found) throw py::error_already_set();
+                launch.run = reinterpret_cast<void (*)(const int64_t*)>(found);
+              }
+              for (const auto& [at, from, offset] : addresses) launch.addresses.push_back({at, from, offset});
+              launched.push_back(std::move(launch));
+            }
+            std::vector<std::optional<Recorded::Result>> views;
+            for (const auto& x : results) {
+              if (x)
+                views.push_back(Recorded::Result{std::get<0>(*x), std::get<1>(*x), std::get<2>(*x), std::get<3>(*x)});
+              else
+                views.push_back(std::nullopt);
+            }
+            return std::make_shared<Recorded>(device, std::move(given), std::move(allocations), std::move(launched),
+                                              std::move(views));
+          }),
+          py::arg("operands"), py::arg("device"), py::arg("allocations"), py::arg("launches"), py::arg("results"))
       .def_property_readonly("allocations", &Recorded::allocations)
       .def(
           "__call__",

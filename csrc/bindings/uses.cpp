@@ -199,7 +199,8 @@ bool short_way(const Use& use, const Tensor& grad, const variable_list& saved, b
   const auto same = [&](const Tensor& x) { return !x.defined() || (x.is_cpu() && x.scalar_type() == grad.scalar_type()); };
   if (!std::all_of(saved.begin(), saved.end(), same) || !at_once(use, grad, saved, first, second)) return false;
   const Plan& plan = use.known->plan;
-  return use.known->kind == Kind::layer_norm || !first || (plan.tile_o > 0 && plan.is_for(use.known->state->examples, *use.known->state));
+  return use.known->kind == Kind::layer_norm || !first ||
+         (plan.tile_o > 0 && plan.is_for(use.known->state->examples, *use.known->state));
 }
 
 Tensor along(const std::shared_ptr<Weight>& weight, bool flat) {
@@ -393,8 +394,8 @@ struct LayerNorm : torch::autograd::Function<LayerNorm> {
     const Plain plain;
     const int64_t E = known.state->examples;
     const auto each = [&](const Tensor& t) { return rows(t, E).squeeze(-1); };
-    const Recorded::Operands operands = {rows(saved[0], E),     rows(grad, E),           each(saved[3]),
-                                         each(saved[4]),        along(weights[0], true), along(weights[1], true)};
+    const Recorded::Operands operands = {rows(saved[0], E), rows(grad, E),           each(saved[3]),
+                                         each(saved[4]),    along(weights[0], true), along(weights[1], true)};
     if (!plan.vectors->fits(operands)) return false;
     const Recorded::Results results = plan.vectors->run(operands);
     size_t k = 0;

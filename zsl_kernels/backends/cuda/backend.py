@@ -59,7 +59,10 @@ class Cuda(GpuBackend):
     def prepare_interference(self, plan: Plan, a: Tensor, b: Tensor, direction: Tensor | None, call: Interference) -> Interference:
         if plan.way == "hopper" and plan.call.gram and not hopper.in_one_slab(plan, a.dtype):
             return call  # slabs that come one after the other would all be allocated at once
-        return Repeated(call, InterferenceSums._make, hopper.setting(a.dtype, plan.call.gram))
+        repeated = Repeated(call, InterferenceSums._make, hopper.setting(a.dtype, plan.call.gram))
+        if direction is None or direction.dtype == torch.float32:
+            return repeated
+        return lambda a, b, direction: repeated(a, b, None if direction is None else direction.float())  # as the kernels read it
 
     def prepare(self, call: Callable[..., Results], make: Callable[..., Results]) -> Callable[..., Results]:
         return Repeated(call, make)
