@@ -24,7 +24,7 @@ from zsl_kernels.ops import interference
 from zsl_kernels.planning.cpu_cost import TILE_O
 from zsl_kernels.tied import Embedding
 from zsl_kernels.types import InterferenceSums, sum_dtype
-from zsl_kernels.validation import check_tensor
+from zsl_kernels.validation import check_elements, check_integers, check_tensor
 
 # For the buffers of a chunk, unless so many rows meet that one tile of columns needs more.
 CHUNK_BYTES = 32 << 20
@@ -80,6 +80,7 @@ def output_gradients(
 
 def _columns(targets: Tensor, ignore_index: int) -> Tensor:
     """The targets as (N·T, 1), −1 where ignored."""
+    targets = targets.long()  # first: narrower ones would be compared with a narrowed ignore_index
     return targets.masked_fill(targets == ignore_index, -1).reshape(-1, 1)
 
 
@@ -163,14 +164,12 @@ def check_operands(h: Tensor, weight: Tensor, targets: Tensor, ignore_index: int
         check_tensor(name, x)
         if x.ndim != ndim:
             raise ValueError(f"{name}: expected a {ndim}-D tensor ({letters}), got shape {tuple(x.shape)}")
+        check_elements(name, *x.shape)
     if product_dtype(weight) != product_dtype(h):
         raise TypeError(f"weight: expected {h.dtype} as h, got {weight.dtype}")
     if weight.shape[1] != h.shape[2]:
         raise ValueError(f"weight: expected shape (V, {h.shape[2]}) to go with h, got {tuple(weight.shape)}")
-    if not isinstance(targets, Tensor):
-        raise TypeError(f"targets: expected a torch.Tensor, got {type(targets).__name__}")
-    if targets.dtype != torch.int64:
-        raise TypeError(f"targets: expected int64, got {targets.dtype}")
+    check_integers("targets", targets)
     if targets.shape != h.shape[:2]:
         raise ValueError(f"targets: expected shape {tuple(h.shape[:2])} to go with h, got {tuple(targets.shape)}")
     for name, x in (("weight", weight), ("targets", targets)):
@@ -178,9 +177,15 @@ def check_operands(h: Tensor, weight: Tensor, targets: Tensor, ignore_index: int
             raise ValueError(f"{name}: expected a tensor on {h.device} as h, got one on {x.device}")
     if not isinstance(ignore_index, int):
         raise TypeError(f"ignore_index: expected an integer, got {type(ignore_index).__name__}")
+    if not -(1 << 63) <= ignore_index < 1 << 63:
+        raise ValueError(f"ignore_index: expected an integer of 64 bits, got {ignore_index}")
     if h.device.type == "meta":
         return
-    wrong = ((targets < 0) | (targets >= weight.shape[0])) & (targets != ignore_index)
+    wide = targets.long()
+    ignored = wide == ignore_index
+    if targets.dtype == torch.uint64:  # past what int64 holds they are negative
+        ignored &= wide >= 0
+    wrong = ((wide < 0) | (wide >= weight.shape[0])) & ~ignored
     if wrong.any():
         at = tuple(wrong.nonzero()[0].tolist())
         expected = f"classes in [0, {weight.shape[0]}) or ignore_index = {ignore_index}"

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
 from zsl_kernels.types import INPUT_DTYPES
+
+# More than an address space holds; a tensor of stride 0 may claim them. csrc/bindings/workers.h has the same number: below it no
+# number of bytes overflows, whatever is made of the tensor.
+MOST_ELEMENTS = 1 << 48
 
 
 def check_tensor(name: str, x: object) -> None:
@@ -20,6 +26,14 @@ def check_integers(name: str, x: object) -> None:
         raise TypeError(f"{name}: expected a torch.Tensor, got {type(x).__name__}")
     if x.is_floating_point() or x.is_complex() or x.dtype == torch.bool:
         raise TypeError(f"{name}: expected integers, got {x.dtype}")
+
+
+def check_elements(name: str, *sizes: int | torch.SymInt) -> None:
+    """That a tensor of these sizes is not out of all bounds. An empty dimension counts as one: the others are looped over, too."""
+    if torch.compiler.is_compiling():  # a bound on a size that is a symbol would be a guard of the graph
+        return
+    if math.prod([size or 1 for size in sizes]) > MOST_ELEMENTS:
+        raise ValueError(f"{name}: expected at most 2**48 elements, got {' x '.join(map(str, sizes))}")
 
 
 def check_device(name: str, x: Tensor, like_name: str, like: Tensor) -> None:
@@ -40,7 +54,9 @@ def check_examples(x: Tensor, name: str, example_ids: object, num_examples: obje
     check_device("example_ids", example_ids, name, x)
     if num_examples is None:
         raise ValueError("num_examples: expected the number of examples, as example_ids are given; got None")
-    return check_size("num_examples", num_examples)
+    N = check_size("num_examples", num_examples)
+    check_elements("num_examples", N)
+    return N
 
 
 def check_size(name: str, size: object) -> int:
@@ -52,11 +68,14 @@ def check_size(name: str, size: object) -> int:
 
 
 def check_range(name: str, ids: Tensor | None, size: int, negative: bool = False) -> None:
-    """That ids are below ``size`` and, but for ``negative``, not below zero.
+    """That ids are integers below ``size`` and, but for ``negative``, not below zero.
 
     Reads their values, on the CPU alone: elsewhere it would wait. The ops call it, not the public functions.
     """
-    if ids is None or ids.device.type != "cpu" or ids.numel() == 0:
+    if ids is None:
+        return
+    check_integers(name, ids)
+    if ids.device.type != "cpu" or ids.numel() == 0:
         return
     least, most = (int(x) for x in ids.long().aminmax())
     if ids.dtype == torch.uint64 and least < 0:  # past what int64 holds

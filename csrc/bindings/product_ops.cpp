@@ -86,6 +86,7 @@ Shape shape_of(const Tensor& a, const Tensor& b, const OptionalTensor& begin, in
   TORCH_CHECK(a.scalar_type() == b.scalar_type(), "expected a and b of one dtype, got ", a.scalar_type(), " and ", b.scalar_type());
   TORCH_CHECK(a.device().is_cpu() && b.device().is_cpu(), "expected CPU tensors");
   TORCH_CHECK(tile_o > 0 && tile_k > 0, "expected a positive tile, got ", tile_o, " x ", tile_k);
+  check_elements("a", a.sizes()), check_elements("b", b.sizes()), check_elements("a, b: the weight", {b.size(-1), a.size(-1)});
   Shape shape = {a.size(0),
                  a.size(1),
                  a.size(-1),
@@ -151,8 +152,9 @@ Sums interference(const Tensor& a, const Tensor& b, const OptionalTensor& direct
                   const OptionalTensor& added_values) {
   const Plain plain;
   const Shape shape = shape_of(a, b, begin, tile_o, tile_k);
+  if (gram) check_elements("gram", {shape.N, shape.N});
   const auto options = sum_options(a);
-  const Held u(direction, options);
+  const Held u("direction", direction, options, shape.O * shape.K);
   Tensor sums[3];
   for (Tensor& sum : sums) sum = fresh({shape.O, shape.K}, options);
   const InterferenceArgs args = {shape,
@@ -191,7 +193,7 @@ Tensor scalars_direct(int64_t which, const Tensor& a, const Tensor& b, const Opt
                       int64_t tile_k, const OptionalTensor& begin) {
   const Plain plain;
   const Shape shape = shape_of(a, b, begin, tile_o, tile_k);
-  const Held u(direction, sum_options(a));
+  const Held u("direction", direction, sum_options(a), shape.O * shape.K);
   const InterferenceArgs args = {shape, operand(a), operand(b), u.data(), nullptr, nullptr, nullptr, false};
   const int64_t workers = worker_count(shape.tiles());
   Partials partials(workers, {3, shape.N});
@@ -213,14 +215,24 @@ Tensor dot_direct(const Tensor& a, const Tensor& b, const Tensor& direction, int
   return scalars_direct(1, a, b, direction, tile_o, tile_k, begin);
 }
 
+// The kernels read a2 and b2 (M, T, ·) by the sizes and in the dtype of a and b.
+void check_second(const Tensor& a, const Tensor& b, const Tensor& a2, const Tensor& b2) {
+  const auto alike = [](const Tensor& x, const Tensor& y) {
+    return x.dim() == y.dim() && x.sizes().slice(1) == y.sizes().slice(1) && x.scalar_type() == y.scalar_type() &&
+           x.device() == y.device();
+  };
+  TORCH_CHECK(alike(a2, a) && alike(b2, b) && a2.size(0) == b2.size(0),
+              "expected a2 and b2 like a and b but for the number of examples, got ", a2.sizes(), " and ", b2.sizes());
+}
+
 GramArgs gram_args(const Tensor& a, const Tensor& b, const Tensor& a2, const Tensor& b2, bool self, int64_t tile_o, int64_t tile_k,
                    const OptionalTensor& begin) {
   const Shape shape = shape_of(a, b, begin, tile_o, tile_k);
-  if (self) return {shape, shape.N, operand(a), operand(b), operand(a), operand(b), self};
+  const int64_t M = self ? shape.N : a2.size(0);
+  check_elements("gram", {shape.N, M});
+  if (self) return {shape, M, operand(a), operand(b), operand(a), operand(b), self};
   TORCH_CHECK(!begin, "expected one set of ragged rows, got two");
-  TORCH_CHECK(a2.size(1) == a.size(1) && a2.size(2) == a.size(2) && b2.size(2) == b.size(2) && a2.size(0) == b2.size(0) &&
-                  a2.scalar_type() == a.scalar_type() && b2.scalar_type() == a.scalar_type(),
-              "expected a2 and b2 like a and b but for the number of examples, got ", a2.sizes(), " and ", b2.sizes());
+  check_second(a, b, a2, b2);
   return {shape, a2.size(0), operand(a), operand(b), operand(a2), operand(b2), self};
 }
 
@@ -241,6 +253,7 @@ Tensor gram_direct(const Tensor& a, const Tensor& b, const Tensor& a2, const Ten
 // (N, M), or (N,) with `diagonal`.
 Tensor ghost(const Tensor& a, const Tensor& b, const Tensor& a2, const Tensor& b2, bool self, bool diagonal) {
   const Plain plain;
+  TORCH_CHECK(self || !diagonal, "expected norms of one set of examples, got two");
   const GramArgs args = gram_args(a, b, a2, b2, self, 1, 1, std::nullopt);
   const Shape& shape = args.shape;
   const bool empty = shape.N * args.M * shape.T * shape.K * shape.O == 0;
@@ -271,7 +284,9 @@ Tensor weighted_grad(const Tensor& a, const Tensor& b, const Tensor& weights, co
                      const OptionalTensor& direction, int64_t tile_o, int64_t tile_k, const OptionalTensor& begin) {
   const Plain plain;
   const Shape shape = shape_of(a, b, begin, tile_o, tile_k);
-  const Held w(weights, double_options(a)), v(abs_weights, double_options(a)), u(direction, sum_options(a));
+  TORCH_CHECK(!abs_weights || direction, "direction: expected with abs_weights, got none");
+  const Held w("weights", weights, double_options(a), shape.N), v("abs_weights", abs_weights, double_options(a), shape.N);
+  const Held u("direction", direction, sum_options(a), shape.O * shape.K);
   const Tensor out = fresh({shape.O, shape.K}, sum_options(a));
   weighted_grad_into({shape, operand(a), operand(b), w.doubles(), v.doubles(), u.data(), out.mutable_data_ptr()}, a);
   return out;
@@ -302,9 +317,12 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& a, const Tensor& b, co
   const Plain plain;
   const Shape shape = shape_of(a, b, begin, tile_o, tile_k);
   TORCH_CHECK(!begin || !mix || (a2.sizes() == a.sizes() && b2.sizes() == b.sizes()), "expected one set of ragged rows, got two");
+  if (mix) check_second(a, b, a2, b2), check_elements("mix", mix->sizes());
   const auto S = sum_options(a), D = double_options(a);
-  const Held u(direction, S), grad(c_grad, S), abs(c_abs, S), sq(c_sq, S);
-  const Held l1(c_l1, D), sqn(c_sqn, D), dot(c_dot, D), absdot(c_absdot, D), mixed(mix, D);
+  const int64_t N = shape.N, size = shape.O * shape.K, M = begin ? N : a2.size(0);
+  const Held u("direction", direction, S, size), grad("c_grad", c_grad, S, size), abs("c_abs", c_abs, S, size);
+  const Held sq("c_sq", c_sq, S, size), l1("c_l1", c_l1, D, N), sqn("c_sqn", c_sqn, D, N), dot("c_dot", c_dot, D, N);
+  const Held absdot("c_absdot", c_absdot, D, N), mixed("mix", mix, D, mix ? N * M : 0);
   const Tensor da = want_a ? at::zeros(a.sizes(), S) : at::empty({0}, S);
   const Tensor db = want_b ? at::zeros(b.sizes(), S) : at::empty({0}, S);
   const AddedRows added = added_rows(added_begin, added_index, added_values, shape, S);
@@ -321,7 +339,7 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& a, const Tensor& b, co
                              dot.doubles(),
                              absdot.doubles(),
                              mixed.doubles(),
-                             begin ? shape.N : a2.size(0),
+                             M,
                              operand(a2),
                              operand(b2),
                              added,

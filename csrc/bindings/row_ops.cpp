@@ -104,6 +104,20 @@ struct Longs {
   }
 };
 
+// b (N, T, ·), or (1, P, ·) with the example of each position.
+void check_positions(const Tensor& b, const OptionalTensor& example_ids, int64_t N) {
+  TORCH_CHECK(b.dim() == 3 && b.device().is_cpu(), "b: expected (N, T, K) on the CPU, got shape ", b.sizes());
+  check_elements("b", b.sizes());
+  const int64_t P = b.size(0) * b.size(1);
+  if (example_ids) {
+    TORCH_CHECK_VALUE(example_ids->numel() == P, "example_ids: expected ", P, ", one for each position of b, got ",
+                      example_ids->numel());
+    check_elements("num_examples", {N, b.size(2)});
+  } else {
+    TORCH_CHECK_VALUE(N == b.size(0), "num_examples: expected ", b.size(0), ", those of b, got ", N);
+  }
+}
+
 void mirror_upper(double* gram, int64_t N) {
   for (int64_t i = 0; i < N; ++i)
     for (int64_t j = 0; j < i; ++j) gram[i * N + j] = gram[j * N + i];
@@ -144,12 +158,13 @@ Scalars run_rows(RowArgs& args, const std::vector<double>& weights, int64_t elem
 Sums dense_interference(const Tensor& g, const OptionalTensor& direction, bool gram) {
   const Plain plain;
   TORCH_CHECK(g.dim() > 0 && g.device().is_cpu(), "expected a CPU tensor g (N, …), got ", g.sizes());
+  check_elements("g", g.sizes());
+  if (gram) check_elements("gram", {g.size(0), g.size(0)});
   const auto options = sum_options(g);
   const auto shape = g.sizes().slice(1);
   const int64_t N = g.size(0), d = c10::multiply_integers(shape);
   const Tensor flat = g.is_contiguous() ? g : g.reshape({N, d});
-  const Held u(direction, options);
-  TORCH_CHECK(!direction || u.tensor.numel() == d, "expected direction of the shape of one gradient");
+  const Held u("direction", direction, options, d);
   const Tensor grad_sum = fresh(shape, options), abs_sum = fresh(shape, options), sq_sum = fresh(shape, options);
   if (!N)
     for (const Tensor& sum : {grad_sum, abs_sum, sq_sum}) sum.zero_();
@@ -207,9 +222,16 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tenso
     const Tensor& ids, const Tensor& b, const OptionalTensor& example_ids, int64_t num_examples, int64_t num_embeddings,
     int64_t padding_idx, const OptionalTensor& direction, bool gram) {
   const Plain plain;
-  const int64_t P = ids.numel(), T = b.size(1), K = b.size(2), N = num_examples;
-  TORCH_CHECK(b.dim() == 3 && b.size(0) * T == P && (!example_ids || example_ids->numel() == P) && b.device().is_cpu(),
-              "expected ids of b's positions, got ", ids.sizes(), " and ", b.sizes());
+  check_positions(b, example_ids, num_examples);
+  const int64_t P = b.size(0) * b.size(1), T = b.size(1), K = b.size(2), N = num_examples;
+  TORCH_CHECK_VALUE(ids.numel() == P, "ids: expected ", P, ", one for each position of b, got ", ids.numel());
+  // A row's number and an example's make one key.
+  TORCH_CHECK_VALUE(num_embeddings >= 0 && num_embeddings <= std::numeric_limits<int64_t>::max() / std::max<int64_t>(N, 1),
+                    "num_embeddings: expected a size that times num_examples, ", N, ", is below 2^63, got ", num_embeddings);
+  if (gram) check_elements("gram", {N, N});
+  if (direction)
+    TORCH_CHECK_VALUE(direction->sizes() == at::IntArrayRef({num_embeddings, K}), "direction: expected shape (", num_embeddings,
+                      ", ", K, "), got ", direction->sizes());
   const Longs flat_ids("ids", ids, num_embeddings, true), example_of("example_ids", example_ids, N);
   const int64_t *id = flat_ids.data, *examples = example_of.data;
 
@@ -231,7 +253,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tenso
       touched.push_back(key / N), weights.push_back(0), of_row = 0;
       if (i) grouped.starts.push_back(static_cast<int64_t>(i));
     }
-    if (!of_row || entries[i - 1].first != key) weights.back() += gram ? ++of_row : (of_row = 1);
+    if (!of_row || entries[i - 1].first != key) ++of_row, weights.back() += gram ? of_row : 1;
     weights.back() += 8;
     most_examples = std::max(most_examples, of_row);
     grouped.order.push_back(p);
@@ -242,7 +264,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tenso
   const int64_t U = static_cast<int64_t>(touched.size());
   const Tensor rows = fresh({U}, at::kLong);
   std::copy(touched.begin(), touched.end(), rows.mutable_data_ptr<int64_t>());
-  const Held u(direction ? OptionalTensor(direction->index_select(0, rows)) : std::nullopt, options);
+  const Held u("direction", direction ? OptionalTensor(direction->index_select(0, rows)) : std::nullopt, options, U * K);
   const Tensor grad_sum = fresh({U, K}, options), abs_sum = fresh({U, K}, options), sq_sum = fresh({U, K}, options);
   RowArgs args = {};
   args.rows.sums = dtype_of(grad_sum);
@@ -262,15 +284,18 @@ std::tuple<Tensor, Tensor> scale_bias_grad(const OptionalTensor& x, const Tensor
                                            const OptionalTensor& rstd, const OptionalTensor& example_ids, int64_t num_examples,
                                            bool bias) {
   const Plain plain;
-  TORCH_CHECK(b.dim() == 3 && (!x || x->sizes() == b.sizes()) && b.device().is_cpu(), "expected x and b (N, T, K) on the CPU");
+  check_positions(b, example_ids, num_examples);
+  if (x)
+    TORCH_CHECK_VALUE(x->sizes() == b.sizes() && x->device().is_cpu(), "x: expected shape ", b.sizes(), " as b on the CPU, got ",
+                      x->sizes(), " on ", x->device());
   const int64_t T = b.size(1), K = b.size(2), P = b.size(0) * T, groups = num_examples;
   const auto options = sum_options(x && x->scalar_type() == at::kDouble ? *x : b);
-  const Held means(mean, options), rstds(rstd, options);
-  TORCH_CHECK((!mean || mean->numel() == P) && (!rstd || rstd->numel() == P), "expected mean and rstd for every position");
+  const Held means("mean", mean, options, P), rstds("rstd", rstd, options, P);
+  const Tensor scale = x ? fresh({groups, K}, options) : Tensor(), sum = bias ? fresh({groups, K}, options) : Tensor();
 
   Grouped grouped;
+  grouped.starts.reserve(static_cast<size_t>(groups) + 1);
   if (example_ids) {
-    TORCH_CHECK(example_ids->numel() == P, "expected example_ids for every position");
     const Longs ids("example_ids", example_ids, groups);
     const int64_t* example = ids.data;
     std::vector<Entry> entries;
@@ -286,9 +311,9 @@ std::tuple<Tensor, Tensor> scale_bias_grad(const OptionalTensor& x, const Tensor
     for (int64_t n = 1; n <= groups; ++n) grouped.starts.push_back(n * T);
   }
   std::vector<double> weights;
+  weights.reserve(static_cast<size_t>(groups));
   for (int64_t n = 0; n < groups; ++n) weights.push_back(static_cast<double>(grouped.size(n)) + 0.25);  // writing the results
 
-  const Tensor scale = x ? fresh({groups, K}, options) : Tensor(), sum = bias ? fresh({groups, K}, options) : Tensor();
   PositionArgs args = {};
   args.sums = options.dtype() == at::kDouble ? DType::f64 : DType::f32;
   args.T = T, args.K = K, args.starts = grouped.starts.data(), args.order = example_ids ? grouped.order.data() : nullptr;
@@ -315,17 +340,14 @@ struct Coordinates {
   int64_t count, blocks, workers;
 
   Coordinates(const Tensor& g, const Tensor& a, const Tensor& q, const OptionalTensor& u)
-      : grad_sum(g, g.options()),
-        abs_sum(a, g.options()),
-        sq_sum(q, g.options()),
-        direction(u, g.options()),
+      : grad_sum("grad_sum", g, g.options(), g.numel()),
+        abs_sum("abs_sum", a, g.options(), g.numel()),
+        sq_sum("sq_sum", q, g.options(), g.numel()),
+        direction("direction", u, g.options(), g.numel()),
         args{dtype_of(g), grad_sum.data(), abs_sum.data(), sq_sum.data(), direction.data()},
         count(g.numel()),
         blocks((count + block - 1) / block),
-        workers(worker_count(blocks)) {
-    TORCH_CHECK(g.device().is_cpu() && a.numel() == count && q.numel() == count && (!u || u->numel() == count),
-                "expected grad_sum, abs_sum, sq_sum and direction of one size on the CPU");
-  }
+        workers(worker_count(blocks)) {}
 };
 
 // The eight sums of CoordinateArgs for each weight, (weights, 8). A weight is cut as it would be alone, whatever the others are:
@@ -369,18 +391,9 @@ void add_coordinates(const std::vector<Coordinates>& weights, double* out) {
   }
 }
 
-// (8,)
-Tensor coordinate_sums(const Tensor& grad_sum, const Tensor& abs_sum, const Tensor& sq_sum, const OptionalTensor& direction) {
-  const Plain plain;
-  const Tensor out = fresh({8}, at::kDouble);
-  std::vector<Coordinates> weights;
-  weights.emplace_back(grad_sum, abs_sum, sq_sum, direction);
-  add_coordinates(weights, out.mutable_data_ptr<double>());
-  return out;
-}
-
-// All that zk.coordinate_sums_of_many promises: it asks here, and looks for what is wrong only if something is.
+// All that the public functions promise: zk.coordinate_sums_of_many asks here, and looks for what is wrong only if something is.
 void check_sums(const Tensor& g, const Tensor& a, const Tensor& q, const OptionalTensor& u) {
+  check_elements("grad_sum", g.sizes());
   for (const Tensor& x : {g, a, q})
     TORCH_CHECK(x.device().is_cpu() && x.sizes() == g.sizes() && (x.scalar_type() == at::kFloat || x.scalar_type() == at::kDouble),
                 "expected sums of one shape on the CPU, float32 or float64, got ", x.scalar_type(), " ", x.sizes());
@@ -388,6 +401,17 @@ void check_sums(const Tensor& g, const Tensor& a, const Tensor& q, const Optiona
   dtype_of(*u);  // refuses all but the floating ones
   TORCH_CHECK(u->device().is_cpu() && u->sizes() == g.sizes(), "expected a direction of the sums' shape on the CPU, got ",
               u->sizes());
+}
+
+// (8,)
+Tensor coordinate_sums(const Tensor& grad_sum, const Tensor& abs_sum, const Tensor& sq_sum, const OptionalTensor& direction) {
+  const Plain plain;
+  check_sums(grad_sum, abs_sum, sq_sum, direction);
+  const Tensor out = fresh({8}, at::kDouble);
+  std::vector<Coordinates> weights;
+  weights.emplace_back(grad_sum, abs_sum, sq_sum, direction);
+  add_coordinates(weights, out.mutable_data_ptr<double>());
+  return out;
 }
 
 // (weights, 8); no directions at all, or one or none for each weight.

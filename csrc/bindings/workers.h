@@ -68,11 +68,26 @@ inline Tensor fresh(at::IntArrayRef sizes, const at::TensorOptions& options) {
   return fresh(sizes, options.dtype().toScalarType());
 }
 
-// Keeps what a raw pointer points to alive, in the dtype and layout that the kernels want; the sign of a negated view too.
+// More than an address space holds; a tensor of stride 0 may claim them. Below it no number of bytes overflows, whatever is made of
+// the tensor for each worker.
+constexpr int64_t most_elements = int64_t{1} << 48;
+
+// An empty dimension counts as one: sizes of the others are looped over, too.
+inline void check_elements(const char* name, at::IntArrayRef sizes) {
+  int64_t count = 1;
+  for (const int64_t size : sizes) {
+    const bool over = __builtin_mul_overflow(count, std::max<int64_t>(size, 1), &count);
+    TORCH_CHECK_VALUE(size >= 0 && !over && count <= most_elements, name, ": expected 0 to 2^48 elements, got sizes ", sizes);
+  }
+}
+
+// Keeps what a raw pointer points to alive, in the dtype and layout that the kernels want; the sign of a negated view too. The
+// kernels read `count` elements.
 struct Held {
   Tensor tensor;
-  Held(const OptionalTensor& x, const at::TensorOptions& options) {
+  Held(const char* name, const OptionalTensor& x, const at::TensorOptions& options, int64_t count) {
     if (!x.has_value()) return;
+    TORCH_CHECK_VALUE(x->numel() == count, name, ": expected ", count, " elements, got shape ", x->sizes());
     tensor = x->dtype() == options.dtype() && x->device() == options.device() ? *x : x->to(options);
     if (!tensor.is_contiguous()) tensor = tensor.contiguous();
     if (tensor.is_neg()) tensor = tensor.resolve_neg();

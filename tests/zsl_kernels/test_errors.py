@@ -148,3 +148,204 @@ def test_bad_sums(change, error, words):
     arguments = {**SUMS, **change}
     tensors = [arguments.pop(name) for name in ("grad_sum", "abs_sum", "sq_sum")]
     assert_raises(error, words, zk.coordinate_sums, *tensors, **arguments)
+
+
+# Sizes past all bounds, which tensors of stride 0 may have, and operands shorter than what a kernel reads -------------------------
+
+BIG = 2**62
+
+
+def ones(*shape):
+    """That hold no memory."""
+    return torch.ones(1).expand(shape)
+
+
+def ids(*shape):
+    return torch.zeros(1, dtype=torch.int64).expand(shape)
+
+
+IDS = {"example_ids": ids(3), "num_examples": BIG}
+TOO_LARGE = {
+    "interference, N": ("a", lambda impl: zk.interference(ones(BIG, 1, 1), ones(BIG, 1, 1), impl=impl)),
+    "interference, T": ("a", lambda impl: zk.interference(ones(1, BIG, 1), ones(1, BIG, 1), impl=impl)),
+    "interference, K": ("a", lambda impl: zk.interference(ones(1, 1, BIG), ones(1, 1, 1), impl=impl)),
+    "interference, O": ("b", lambda impl: zk.interference(ones(1, 1, 1), ones(1, 1, BIG), impl=impl)),
+    "interference, weight": ("a, b", lambda impl: zk.interference(ones(1, 1, 2**31), ones(1, 1, 2**31), impl=impl)),
+    "interference, Gram": ("gram", lambda impl: zk.interference(ones(2**31, 1, 1), ones(2**31, 1, 1), gram=True, impl=impl)),
+    "interference, num_examples": ("num_examples", lambda impl: zk.interference(ones(3, 1), ones(3, 1), impl=impl, **IDS)),
+    "interference, embedding": (
+        "embedding",
+        lambda impl: zk.interference(ones(1, 1, 1), ones(1, 1, 1), embedding=(ids(1, BIG), ones(1, BIG, 1)), impl=impl),
+    ),
+    "interference, embedding's keys": (
+        "embedding",
+        lambda impl: zk.interference(
+            ones(0, 1), ones(0, 2**30), example_ids=ids(0), num_examples=2**40, embedding=(ids(1), ones(1, 1), ids(1)), impl=impl
+        ),
+    ),
+    "gram": ("gram", lambda impl: zk.gram(ones(2**32, 1, 1), ones(2**32, 1, 1), impl=impl)),
+    "gram, a2": ("a2", lambda impl: zk.gram(ones(1, 1, 1), ones(1, 1, 1), ones(BIG, 1, 1), ones(BIG, 1, 1), impl=impl)),
+    "gram, of two": (
+        "gram",
+        lambda impl: zk.gram(ones(2**31, 1, 1), ones(2**31, 1, 1), ones(2**31, 1, 1), ones(2**31, 1, 1), impl=impl),
+    ),
+    "dot": ("a", lambda impl: zk.dot(ones(1, BIG, 1), ones(1, BIG, 1), ones(1, 1), impl=impl)),
+    "sq_norm": ("a", lambda impl: zk.sq_norm(ones(1, BIG, 1), ones(1, BIG, 1), impl=impl)),
+    "weighted_grad": ("a", lambda impl: zk.weighted_grad(ones(BIG, 1, 1), ones(BIG, 1, 1), ones(BIG), impl=impl)),
+    "dense_interference": ("g", lambda impl: zk.dense_interference(ones(BIG), impl=impl)),
+    "dense_interference, of nothing": ("g", lambda impl: zk.dense_interference(ones(0, 2**31, 2**31), impl=impl)),
+    "dense_interference, Gram": ("gram", lambda impl: zk.dense_interference(ones(2**33, 1), gram=True, impl=impl)),
+    "bias_grad, N": ("b", lambda impl: zk.bias_grad(ones(BIG, 1, 1), impl=impl)),
+    "bias_grad, no positions": ("b", lambda impl: zk.bias_grad(torch.ones(BIG, 0, 1), impl=impl)),
+    "bias_grad, rows": ("b", lambda impl: zk.bias_grad(ones(BIG, 1), example_ids=ids(BIG), num_examples=1, impl=impl)),
+    "bias_grad, num_examples": ("num_examples", lambda impl: zk.bias_grad(ones(3, 1), impl=impl, **IDS)),
+    "bias_grad, result": (
+        "num_examples",
+        lambda impl: zk.bias_grad(ones(3, 2**9), example_ids=ids(3), num_examples=2**40, impl=impl),
+    ),
+    "scale_grad": ("x", lambda impl: zk.scale_grad(ones(1, BIG, 1), ones(1, BIG, 1), impl=impl)),
+    "embedding_interference, T": ("b", lambda impl: zk.embedding_interference(ids(1, BIG), ones(1, BIG, 1), 3, impl=impl)),
+    "embedding_interference, V": (
+        "num_embeddings",
+        lambda impl: zk.embedding_interference(ids(3, 1), ones(3, 1, 1), BIG, impl=impl),
+    ),
+    "embedding_interference, past int64": (
+        "num_embeddings",
+        lambda impl: zk.embedding_interference(ids(1, 1), ones(1, 1, 1), 2**64, impl=impl),
+    ),
+    "embedding_interference, num_examples": (
+        "num_examples",
+        lambda impl: zk.embedding_interference(ids(3), ones(3, 1), 1, impl=impl, **IDS),
+    ),
+    "embedding_interference, Gram": (
+        "gram",
+        lambda impl: zk.embedding_interference(ids(2**31, 1), ones(2**31, 1, 1), 1, gram=True, impl=impl),
+    ),
+    "embedding_interference, max_rows": (
+        "max_rows",
+        lambda impl: zk.embedding_interference(ids(1, 1), ones(1, 1, 1), 1, max_rows=2**64, impl=impl),
+    ),
+}
+
+
+@pytest.mark.parametrize("call", TOO_LARGE)
+@pytest.mark.parametrize("impl", ["auto", "chunked", "reference"])
+def test_sizes_past_all_bounds_are_refused(impl, call):
+    name, function = TOO_LARGE[call]
+    assert_raises(ValueError, [f"{name}:", "expected"], function, impl)
+
+
+def test_a_heads_and_sums_sizes_past_all_bounds_are_refused():
+    assert_raises(ValueError, ["h:", "2**48"], zk.linear_cross_entropy, ones(1, BIG, 1), ones(3, 1), ids(1, BIG))
+    assert_raises(ValueError, ["weight:", "2**48"], zk.linear_cross_entropy, ones(1, 1, 1), ones(BIG, 1), ids(1, 1))
+    assert_raises(ValueError, ["ignore_index:", "64 bits"], zk.linear_cross_entropy, ones(1, 1, 1), ones(2, 1), ids(1, 1), 2**64)
+    assert_raises(ValueError, ["grad_sum:", "2**48"], zk.coordinate_sums, ones(BIG), ones(BIG), ones(BIG))
+
+
+def test_a_number_of_examples_that_does_not_fit_the_memory_is_an_error():
+    """Not the end of the process, which growing until there is no more would be."""
+    for impl in ("auto", "chunked"):
+        with pytest.raises((RuntimeError, MemoryError)):
+            zk.bias_grad(ones(3, 1), example_ids=ids(3), num_examples=2**46, impl=impl)
+
+
+needs_kernels = pytest.mark.skipif(not zk.build_info()["cpu_isas"], reason="the CPU kernels are not live")
+kernels = cpu.kernels
+a, b, short = torch.randn(N, T, K), torch.randn(N, T, O), torch.randn(1)
+rows, positions = torch.randn(1, N * T, K), ids(N * T)
+
+
+def backward(**changes):
+    names = ("direction", "c_grad", "c_abs", "c_sq", "c_l1", "c_sqn", "c_dot", "c_absdot", "mix")
+    return kernels.backward(a, b, *(changes.get(name) for name in names), *changes.get("second", (a, b)), True, True, False, 64, 64)
+
+
+# What a kernel would read past an operand's end: they are called by names that are not public, but can be.
+SHORT = {
+    "interference": (["direction:", "30", "[1]"], lambda: kernels.interference(a, b, short, False, 64, 64)),
+    "interference, sizes": (["a:", "2^48"], lambda: kernels.interference(ones(1, BIG, 1), ones(1, BIG, 1), None, False, 64, 64)),
+    "interference, Gram": (["gram:"], lambda: kernels.interference(ones(2**32, 1, 1), ones(2**32, 1, 1), None, True, 64, 64)),
+    "interference, weight": (["a, b:"], lambda: kernels.interference(ones(1, 1, 2**40), ones(1, 1, 2**40), None, False, 64, 64)),
+    "dot": (["direction:", "30", "[1]"], lambda: kernels.dot_direct(a, b, short, 64, 64)),
+    "gram": (["a2", "[2, 1, 6]"], lambda: kernels.gram_direct(a, b, a[:2], b[:2, :1], False, 64, 64)),
+    "ghost": (["a2", "[2, 1, 6]"], lambda: kernels.ghost(a, b, a[:2], b[:2, :1], False, False)),
+    "ghost, of two": (["one set"], lambda: kernels.ghost(a, b, a[:2], b[:2], False, True)),
+    "weighted_grad": (["weights:", "3", "[1]"], lambda: kernels.weighted_grad(a, b, short, None, None, 64, 64)),
+    "weighted_grad, |g|": (["abs_weights:"], lambda: kernels.weighted_grad(a, b, torch.ones(N), short, torch.ones(O, K), 64, 64)),
+    "weighted_grad, u": (["direction:"], lambda: kernels.weighted_grad(a, b, torch.ones(N), torch.ones(N), short, 64, 64)),
+    "weighted_grad, no u": (["direction:"], lambda: kernels.weighted_grad(a, b, torch.ones(N), torch.ones(N), None, 64, 64)),
+    **{
+        f"backward, {name}": ([f"{name}:", "[1]"], lambda name=name: backward(**{name: short}))
+        for name in ("direction", "c_grad", "c_abs", "c_sq", "c_l1", "c_sqn", "c_dot", "c_absdot", "mix")
+    },
+    "backward, a2": (["a2", "[2, 1, 1]"], lambda: backward(mix=torch.ones(N, 2), second=(ones(2, 1, 1), ones(2, 1, 1)))),
+    "backward, dtype": (["a2"], lambda: backward(mix=torch.ones(N, N), second=(a.half(), b.half()))),
+    "dense": (["direction:", "6", "[1]"], lambda: kernels.dense_interference(torch.randn(3, 6), short, True)),
+    "dense, sizes": (["g:", "2^48"], lambda: kernels.dense_interference(ones(BIG), None, False)),
+    "embedding, ids": (
+        ["ids:", "expected 12", "got 3"],
+        lambda: kernels.embedding_interference(ids(3), rows, positions, N, 9, -1, None, True),
+    ),
+    "embedding, example ids": (
+        ["example_ids:", "12", "3"],
+        lambda: kernels.embedding_interference(positions, rows, ids(3), N, 9, -1, None, True),
+    ),
+    "embedding, range": (
+        ["ids: expected values in [0, 9), got 9"],
+        lambda: kernels.embedding_interference(positions + 9, rows, positions, N, 9, -1, None, True),
+    ),
+    "embedding, u": (
+        ["direction:", "(9, 5)", "[9, 1]"],
+        lambda: kernels.embedding_interference(positions, rows, positions, N, 9, -1, torch.ones(9, 1), True),
+    ),
+    "embedding, N": (["num_examples:", "3", "1"], lambda: kernels.embedding_interference(ids(N, T), a, None, 1, 9, -1, None, True)),
+    "embedding, N ragged": (
+        ["num_examples:"],
+        lambda: kernels.embedding_interference(positions, rows, positions, BIG, 9, -1, None, False),
+    ),
+    "embedding, V": (
+        ["num_embeddings:", "2^63"],
+        lambda: kernels.embedding_interference(positions, rows, positions, N, BIG, -1, None, False),
+    ),
+    "embedding, b": (
+        ["b:", "[12]"],
+        lambda: kernels.embedding_interference(positions, torch.ones(12), None, N, 9, -1, None, False),
+    ),
+    "scale, N": (["num_examples:", "3", "100000"], lambda: kernels.scale_bias_grad(None, b, None, None, None, 100_000, True)),
+    "scale, N ragged": (["num_examples:"], lambda: kernels.scale_bias_grad(None, rows, None, None, positions, BIG, True)),
+    "scale, negative N": (["num_examples:"], lambda: kernels.scale_bias_grad(None, rows, None, None, positions, -1, True)),
+    "scale, range": (
+        ["example_ids: expected values in [0, 3), got 3"],
+        lambda: kernels.scale_bias_grad(None, rows, None, None, positions + 3, N, True),
+    ),
+    "scale, floats": (
+        ["example_ids: expected integers"],
+        lambda: kernels.scale_bias_grad(None, rows, None, None, positions.float(), N, True),
+    ),
+    "scale, mean": (["mean:", "12", "[1]"], lambda: kernels.scale_bias_grad(a, a, short, None, None, N, True)),
+    "scale, rstd": (["rstd:", "12", "[1]"], lambda: kernels.scale_bias_grad(a, a, None, short, None, N, True)),
+    "scale, x": (["x:"], lambda: kernels.scale_bias_grad(a[:1], a, None, None, None, N, True)),
+    "coordinates": (["sums of one shape"], lambda: kernels.coordinate_sums(torch.ones(9), short, torch.ones(9), None)),
+    "coordinates, dtype": (["float32 or float64"], lambda: kernels.coordinate_sums(*[torch.ones(9).bfloat16()] * 3, None)),
+}
+
+
+@needs_kernels
+@pytest.mark.parametrize("call", SHORT)
+def test_kernels_read_no_further_than_their_operands(call):
+    words, function = SHORT[call]
+    assert_raises((RuntimeError, ValueError, IndexError), words, function)
+
+
+@pytest.mark.parametrize("impl", ["chunked", pytest.param("cpu", marks=needs_kernels)])
+def test_derivatives_called_by_themselves_check_ids(impl):
+    wrong, row = torch.full((N * T,), N), torch.ones(N, K)
+    with pytest.raises(IndexError, match=r"^example_ids: expected values"):
+        torch.ops.zsl.interference_backward(
+            rows[0], rows[0], None, row.T @ row, *[None] * 7, rows[0], rows[0], True, True, False, impl, wrong, N, None, None, None
+        )
+    for where, example_ids, name in ((positions[None] + 9, positions, "ids"), (positions[None], wrong, "example_ids")):
+        with pytest.raises(IndexError, match=f"^{name}: expected values"):
+            torch.ops.zsl.embedding_backward(
+                where, rows, example_ids, N, 9, -1, None, *[None] * 3, torch.ones(N), *[None] * 4, True, False
+            )

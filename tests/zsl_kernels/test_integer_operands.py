@@ -13,9 +13,9 @@ N, R, Q, K, O, V = 4, 30, 20, 7, 6, 9
 DTYPES = [torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.uint16, torch.uint32, torch.uint64]
 LAYOUTS = {
     "strided": lambda x: x.repeat_interleave(3, -1)[..., ::3],
-    "column": lambda x: torch.stack([x + 1000, x, x - 1000], -1)[..., 1],
+    "column": lambda x: torch.stack([torch.full_like(x, 100), x, torch.full_like(x, 101)], -1)[..., 1],
     "offset": lambda x: torch.cat([x, x], -1)[..., x.shape[-1] :],
-    "permuted": lambda x: x.mT.contiguous().mT if x.ndim > 1 else x.flip(0).contiguous().flip(0),
+    "permuted": lambda x: x.mT.contiguous().mT if x.ndim > 1 else x,
     "expanded": lambda x: x[..., :1].expand(x.shape),
 }
 

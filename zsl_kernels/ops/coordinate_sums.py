@@ -13,7 +13,7 @@ from zsl_kernels.backends import cpu
 from zsl_kernels.backends.dispatch import IMPLS, backend_for
 from zsl_kernels.ops.registration import define
 from zsl_kernels.types import INPUT_DTYPES, CoordinateSums
-from zsl_kernels.validation import check_tensor
+from zsl_kernels.validation import check_elements, check_tensor
 
 
 def coordinate_sums(
@@ -83,6 +83,8 @@ def _check_sums_of_many(*lists: list[Any]) -> None:
 def _check_sums(tensors: tuple[Any, ...], w: int | None = None) -> None:
     """Of the weight at place ``w`` of many."""
     like = tensors[0]
+    if isinstance(like, Tensor):
+        check_elements("grad_sum" if w is None else f"grad_sums[{w}]", *like.shape)
     for i, x in enumerate(tensors if tensors[3] is not None else tensors[:3]):
         dtypes = INPUT_DTYPES if i == 3 else _SUM_DTYPES
         good = isinstance(x, Tensor) and x.dtype in dtypes and x.shape == like.shape and x.device == like.device

@@ -13,7 +13,7 @@ from zsl_kernels.backends import cpu, dispatch, reference
 from zsl_kernels.backends.dispatch import CPU, backend_for
 from zsl_kernels.ops.registration import Grads, define, differentiable, empty, outside_autocast, sums_like
 from zsl_kernels.types import Cotangents, InterferenceSums, sum_dtype
-from zsl_kernels.validation import check_device, check_tensor
+from zsl_kernels.validation import check_device, check_elements, check_tensor
 
 
 def dense_interference(g: Tensor, *, direction: Tensor | None = None, gram: bool = False, impl: str = "auto") -> InterferenceSums:
@@ -36,6 +36,9 @@ def dense_interference(g: Tensor, *, direction: Tensor | None = None, gram: bool
     check_tensor("g", g)
     if g.ndim == 0:
         raise ValueError("g: expected a tensor (N, ...), one gradient for each example, got a scalar")
+    check_elements("g", *g.shape)
+    if gram:
+        check_elements("gram", g.shape[0], g.shape[0])
     if direction is not None:
         check_tensor("direction", direction)
         if direction.shape != g.shape[1:]:

@@ -15,7 +15,16 @@ from zsl_kernels.backends.chunked import embedding
 from zsl_kernels.backends.dispatch import backend_for
 from zsl_kernels.ops.registration import Grads, define, differentiable, differentiable_never, empty, sums_like
 from zsl_kernels.types import Cotangents, EmbeddingSums, InterferenceSums
-from zsl_kernels.validation import check_device, check_examples, check_integers, check_range, check_size, check_tensor, long
+from zsl_kernels.validation import (
+    check_device,
+    check_elements,
+    check_examples,
+    check_integers,
+    check_range,
+    check_size,
+    check_tensor,
+    long,
+)
 
 
 def embedding_interference(
@@ -80,6 +89,7 @@ def embedding_interference(
     if b.shape[:-1] != ids.shape or b.ndim == 1:
         raise ValueError(f"b: expected {tuple(ids.shape)}, the shape of ids, and a K behind, got {tuple(b.shape)}")
     check_device("ids", ids, "b", b)
+    check_elements("b", *b.shape)
     if b.device.type == "meta":
         raise ValueError("b: expected a tensor with data, for the touched rows depend on it; got one on meta")
     if padding_idx is not None and not isinstance(padding_idx, int | torch.SymInt):
@@ -92,8 +102,11 @@ def embedding_interference(
             raise ValueError(f"direction: expected shape ({V}, {b.shape[-1]}), that of the weight, got {tuple(direction.shape)}")
         check_device("direction", direction, "b", b)
     N = check_examples(ids, "ids", example_ids, num_examples)
+    _check_keys(V, N)
+    if gram:
+        check_elements("gram", N, N)
     if max_rows is not None:
-        check_size("max_rows", max_rows)
+        check_elements("max_rows", check_size("max_rows", max_rows), b.shape[-1])
         if b.device.type != "cpu" and max_rows < min(V, ids.numel()):
             most = min(V, ids.numel())
             raise ValueError(f"max_rows: expected at least {most} on {b.device}, rows that could be touched, got {max_rows}")
@@ -115,6 +128,14 @@ def embedding_interference(
     if impl == "reference":
         return reference.embedding_interference(*arguments).with_rows(max_rows)
     return _run(*arguments, impl, max_rows)
+
+
+def _check_keys(num_embeddings: int, num_examples: int) -> None:
+    """A row's number and an example's make one key, an int64."""
+    if not torch.compiler.is_compiling() and num_embeddings * max(num_examples, 1) >= 1 << 63:
+        raise ValueError(
+            f"num_embeddings: expected a size that times num_examples, {num_examples}, is below 2^63, got {num_embeddings}"
+        )
 
 
 def _run(*arguments: Any) -> EmbeddingSums:
@@ -150,6 +171,7 @@ def _embedding(
 ) -> tuple[Tensor, ...]:
     backend = backend_for("embedding_interference", b.device, impl, b.dtype)
     if not backend.checks_ids:
+        _check_keys(num_embeddings, num_examples)
         check_range("ids", ids, num_embeddings, negative=True)
         check_range("example_ids", example_ids, num_examples)
         ids, example_ids = ids.long(), long(example_ids)
@@ -203,6 +225,8 @@ differentiable(op, _embedding_setup, _embedding_grad)
 def _embedding_backward(ids: Tensor, b: Tensor, example_ids: Tensor | None, *rest: Any) -> tuple[Tensor, Tensor]:
     num_examples, num_embeddings, padding_idx, direction, *cotangents, mix, want_b, want_u = rest
     sizes = (num_examples, num_embeddings, padding_idx)
+    check_range("ids", ids, num_embeddings, negative=True)
+    check_range("example_ids", example_ids, num_examples)
     arguments = (ids.long(), b, long(example_ids), *sizes, direction, Cotangents(*cotangents), mix)
     db, du = embedding.embedding_backward(*arguments, (want_b, want_u))
     return b.new_empty(0) if db is None else db, b.new_empty(0) if du is None else du

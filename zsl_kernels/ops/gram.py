@@ -12,6 +12,7 @@ from zsl_kernels.ops.interference_backward import input_gradients
 from zsl_kernels.ops.operands import RAGGED, check_pair, count, grouped
 from zsl_kernels.ops.registration import Grads, define, differentiable, empty
 from zsl_kernels.types import Cotangents
+from zsl_kernels.validation import check_elements
 
 
 def gram(
@@ -48,6 +49,7 @@ def gram(
                 raise TypeError(f"{name}: expected {like.dtype} on {like.device} as a and b, got {x.dtype} on {x.device}")
             if x.shape[1:] != like.shape[1:]:
                 raise ValueError(f"{name}: expected (M, {like.shape[1]}, {like.shape[2]}) to go with a and b, got {tuple(x.shape)}")
+    check_elements("gram", N, N if a2 is None else a2.shape[0])
     if impl == "reference":
         return reference.gram(a, b, a2, b2, example_ids, N)
     return op(a, b, a2, b2, impl, example_ids, N)

@@ -17,6 +17,7 @@ from zsl_kernels.ops.operands import EMBEDDING, RAGGED, check_direction, check_e
 from zsl_kernels.ops.registration import Grads, define, differentiable, empty, outside_autocast, sums_like
 from zsl_kernels.tied import Embedding
 from zsl_kernels.types import Cotangents, InterferenceSums
+from zsl_kernels.validation import check_elements
 
 
 def interference(
@@ -71,6 +72,8 @@ def interference(
     N = check_pair("a", a, "b", b, impl, example_ids, num_examples)
     if direction is not None:
         check_direction(direction, a, b)
+    if gram:
+        check_elements("gram", N, N)
     if kind is not None:
         return call_cache.keep(kind, _call(a, b, direction, bool(gram), impl))(a, b, direction)
     tied = None if embedding is None else check_embedding(embedding, a, b, N, example_ids is not None)

@@ -50,7 +50,8 @@ def linear_cross_entropy(
     Args:
         h: (N, T, K) inputs of the head.
         weight: (V, K), of the dtype of ``h``, or any but float64 under autocast.
-        targets: (N, T) int64 classes, in [0, V) or ``ignore_index``. That they are is read from them: a CUDA device is waited for.
+        targets: (N, T) classes of any integer dtype, in [0, V) or ``ignore_index``. That they are is read from them: a CUDA device
+            is waited for.
         ignore_index: positions with this target have loss 0 and no gradient.
         statistics: called with the :class:`InterferenceSums` of the weight's per-example gradients, whether or not ``weight``
             itself requires a gradient. The backward pass must reach the losses.

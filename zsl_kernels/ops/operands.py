@@ -8,7 +8,7 @@ from torch import Tensor
 from zsl_kernels.backends.dispatch import impls_for
 from zsl_kernels.ragged import Groups, group
 from zsl_kernels.tied import Embedding
-from zsl_kernels.validation import check_device, check_examples, check_integers, check_tensor
+from zsl_kernels.validation import check_device, check_elements, check_examples, check_integers, check_tensor
 
 # The last arguments of the ops' schemas.
 RAGGED = "Tensor? example_ids=None, SymInt num_examples=0"
@@ -38,6 +38,9 @@ def check_pair(
     if b.shape[:-1] != a.shape[:-1]:
         sizes = ", ".join(map(str, a.shape[:-1]))
         raise ValueError(f"{b_name}: expected shape ({sizes}, O) to go with {a_name}, got {tuple(b.shape)}")
+    check_elements(a_name, *a.shape)
+    check_elements(b_name, *b.shape)
+    check_elements(f"{a_name}, {b_name}: the weight", b.shape[-1], a.shape[-1])
     impls_for(a.device, impl)
     return check_examples(a, a_name, example_ids, num_examples)
 
@@ -51,6 +54,8 @@ def check_embedding(embedding: tuple[Tensor, ...], a: Tensor, b: Tensor, N: int,
     ids, e = embedding[:2]
     check_tensor("embedding: e", e)
     K = a.shape[-1]
+    check_elements("embedding: e", *e.shape)
+    check_elements("embedding: examples of the weight's rows", N, b.shape[-1])
     if e.ndim != (2 if ragged else 3) or e.shape[-1] != K or (not ragged and e.shape[0] != N):
         raise ValueError(f"embedding: e: expected shape {f'(Q, {K})' if ragged else f'({N}, S, {K})'}, got {tuple(e.shape)}")
     check_device("embedding: e", e, "a", a)
@@ -86,6 +91,7 @@ def grouped(
     """a and b as the backends want them, and with ragged rows their offsets and how they were grouped."""
     if example_ids is None:
         return a, b, None, None
+    check_examples(a, "a", example_ids, num_examples)  # an op may be called by itself
     groups = group(example_ids, num_examples)
     return groups.gather(a), groups.gather(b), groups.begin, groups
 

@@ -12,7 +12,7 @@ from zsl_kernels import call_cache
 from zsl_kernels.backends import cpu, dispatch, reference
 from zsl_kernels.backends.dispatch import CPU, backend_for
 from zsl_kernels.ops.registration import Grads, define, differentiable, empty, outside_autocast
-from zsl_kernels.validation import check_device, check_examples, check_range, check_tensor, long
+from zsl_kernels.validation import check_device, check_elements, check_examples, check_range, check_tensor, long
 
 
 def bias_grad(b: Tensor, *, example_ids: Tensor | None = None, num_examples: int | None = None, impl: str = "auto") -> Tensor:
@@ -119,8 +119,11 @@ def _check_positions(name: str, x: Tensor, example_ids: Tensor | None, num_examp
     if x.ndim != (3 if example_ids is None else 2):
         wanted = "a 3-D tensor (N, T, K)" if example_ids is None else "a 2-D tensor (R, K), as example_ids are given"
         raise ValueError(f"{name}: expected {wanted}, got shape {tuple(x.shape)}")
+    check_elements(name, *x.shape)
     dispatch.impls_for(x.device, impl)
-    return check_examples(x, name, example_ids, num_examples)
+    N = check_examples(x, name, example_ids, num_examples)
+    check_elements("num_examples", N, x.shape[-1])
+    return N
 
 
 def _check_scale(

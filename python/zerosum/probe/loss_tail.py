@@ -73,7 +73,9 @@ class LossCall:
         weight = kwargs.get("weight", args[2] if len(args) > 2 and func in (F.cross_entropy, F.nll_loss) else None)
         if func is zk.linear_cross_entropy:
             weight = None
-        return cls(func.__name__, result.grad_fn, reduction, result.shape, targets.detach(), classes, distributions, ignore, weight)
+        # Narrow integers would be compared with a narrowed ignore_index.
+        targets = targets.detach().long() if classes else targets.detach()
+        return cls(func.__name__, result.grad_fn, reduction, result.shape, targets, classes, distributions, ignore, weight)
 
     def valid(self) -> Tensor | None:
         """Which rows count, of the targets' shape; None for all."""
