@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from zsl_kernels.backends.chunked.groups import sum_groups
 from zsl_kernels.types import sum_dtype
 from zsl_kernels.validation import check_range
 
@@ -73,7 +74,7 @@ class Embedding(NamedTuple):
         sums = keys.new_full((Q,), none).scatter_(0, group, keys)
         values = self.grads.to(sum_dtype(dtype))
         if Q and values.shape[1]:
-            values = F.embedding_bag(order, values, counts.cumsum(0) - counts, mode="sum")
+            values = sum_groups(values, order, counts)
         begin = torch.searchsorted(sums, torch.arange(num_examples + 1, device=keys.device) * num_rows)
         feature = torch.where(sums == none, num_rows, sums % max(num_rows, 1))
         member = torch.empty_like(order).scatter_(0, order, torch.where(keys == none, Q, group))

@@ -49,6 +49,7 @@ class GradientTile {
     rows_ = arena.take<Elem>(ceil_div(shape.tile_o, R::rows) * R::rows * steps * P::depth);
     cols_ = arena.take<Elem>(ceil_div(shape.tile_k, R::cols) * R::cols * steps * P::depth);
     carry_ = shape.T > chunk || P::matrix_unit || added.begin ? arena.take<S>(size(shape)) : nullptr;
+    carried_ = P::matrix_unit && shape.T > unit_run ? arena.take<S>(size(shape)) : nullptr;
   }
 
   // Values of a full tile, its padding included.
@@ -69,7 +70,9 @@ class GradientTile {
       if (first || !shared || tn != length) pack<P, R::cols>(a, n, at + t0, tn, rect.k0, rect.kn, cols_);
       if constexpr (P::matrix_unit) {
         pack_lines(b, n, at + t0, tn, rect.o0, rect.on, rows_, steps_of<P>(tn) * P::depth);
+        if (t0 && t0 % unit_run == 0) move_carry(t0 == unit_run, rect);
         multiply_chunk(t0, tn, rect);
+        if (t0 + tn == length && length > unit_run) move_carry(false, rect);
         if (t0 + tn == length) add_rows(rect), finish(rect, epilogue);
       } else {
         pack<P, R::rows>(b, n, at + t0, tn, rect.o0, rect.on, rows_);
@@ -88,6 +91,18 @@ class GradientTile {
   }
 
  private:
+  // The matrix unit adds on in its sums, so that they are one chain; after so many positions another one begins.
+  static constexpr int64_t unit_run = 64 * chunk;
+
+  // The sums of the runs before += the carry, or = with `first`, and the carry = these.
+  void move_carry(bool first, const Rect& rect) {
+    for (int64_t p = 0; p < count(rect) * R::size; p += lanes<S>) {
+      const Vec<S> sum = first ? load(carry_ + p) : load(carried_ + p) + load(carry_ + p);
+      store(carried_ + p, sum);
+      store(carry_ + p, sum);
+    }
+  }
+
   // Which of example n's added rows lie in the tile: [added_first_, added_end_).
   void find_added(int64_t n, const Rect& rect) {
     if (!added_.begin) return;
@@ -151,7 +166,8 @@ class GradientTile {
     for (int64_t kp = 0; kp < ceil_div(rect.kn, R::cols); ++kp) {
       S* sums = carry_ + kp * rows * R::cols;
       if (depth > 0)
-        matrix_unit->multiply(rect.on, R::cols, depth, depth, R::cols, R::cols, t0 > 0, rows_, cols_ + kp * depth * R::cols, sums);
+        matrix_unit->multiply(rect.on, R::cols, depth, depth, R::cols, R::cols, t0 % unit_run != 0, rows_,
+                              cols_ + kp * depth * R::cols, sums);
       else
         std::memset(sums, 0, static_cast<size_t>(rows * R::cols) * sizeof(S));
     }
@@ -174,7 +190,7 @@ class GradientTile {
   AddedRows added_;
   int64_t added_first_ = 0, added_end_ = 0;
   Elem *rows_, *cols_;
-  S* carry_;
+  S *carry_, *carried_;
 };
 
 // A tile of a contiguous (O, K) matrix, to and from register-tile order. Padding reads as zero and is not written back.

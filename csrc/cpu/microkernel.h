@@ -79,12 +79,13 @@ __attribute__((noinline)) void run_register_tile(const Step<P>& s, Epilogue& epi
   using R = RegisterTile<P>;
   using S = typename P::Sum;
   typename R::Acc acc = {};
+  contract<P>(s.row_panel, s.col_panel, s.steps, acc);
+  // After the product, so that a chunk's sum is one term: a chain through all positions would stand still at 2^24 ones.
   if (!s.first)
 #pragma GCC unroll 16
     for (int r = 0; r < R::rows; ++r)
 #pragma GCC unroll 8
-      for (int v = 0; v < R::vecs; ++v) acc[r][v] = load(s.carry + r * R::cols + v * lanes<S>);
-  contract<P>(s.row_panel, s.col_panel, s.steps, acc);
+      for (int v = 0; v < R::vecs; ++v) acc[r][v] += load(s.carry + r * R::cols + v * lanes<S>);
   if (!s.last) {
 #pragma GCC unroll 16
     for (int r = 0; r < R::rows; ++r)

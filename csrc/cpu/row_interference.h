@@ -67,7 +67,7 @@ class RowGram {
   int64_t stride_, count_ = 0;
 };
 
-// Folds a block of one example's row into the row's sums and the example's scalars; the first example of a row overwrites the sums.
+// Folds a block of one example's row into the row's sums and the example's scalars; the first example of a run overwrites the sums.
 template <class S, bool Direction>
 ZSL_INLINE void fold_row(const S* g, const S* u, int64_t features, bool first, S* grad, S* abs, S* sq, int64_t example,
                          const InterferencePartials& out) {
@@ -94,6 +94,17 @@ ZSL_INLINE void fold_row(const S* g, const S* u, int64_t features, bool first, S
   }
 }
 
+// Sums over examples are sums of sums over so many, as in gradient_tile.h.
+inline constexpr int64_t row_run = 64;
+
+// total += sum, or = with `first`.
+template <class S>
+void add_run_to(S* total, const S* sum, int64_t features, bool first) {
+  each_vector<S>(features, [&](int64_t k, int64_t n) {
+    store(total + k, first ? load(sum + k, n) : load(total + k, n) + load(sum + k, n), n);
+  });
+}
+
 // Items: (row, block of features), the blocks of one row side by side.
 template <class S, bool Direction, bool Gram>
 size_t row_interference_run(const RowArgs& args, int64_t begin, int64_t end, void* workspace, const InterferencePartials* out) {
@@ -102,6 +113,7 @@ size_t row_interference_run(const RowArgs& args, int64_t begin, int64_t end, voi
   PositionSums<S, false, true> sums(rows.block, arena);
   RowGram<S> gram(Gram ? args.most_examples : 0, rows.block, arena);
   S* buffer = arena.take<S>(rows.block);
+  S* totals = args.most_examples > row_run ? arena.take<S>(3 * rows.block) : nullptr;
   if (!workspace) return arena.used();
 
   const auto example_of = [&](int64_t i) {
@@ -112,7 +124,13 @@ size_t row_interference_run(const RowArgs& args, int64_t begin, int64_t end, voi
   for (int64_t item = begin; item < end; ++item) {
     const int64_t row = item / rows.blocks(), k0 = item % rows.blocks() * rows.block, kn = std::min(rows.block, rows.K - k0);
     const int64_t at = row * rows.K + k0, first = rows.starts[row], last = rows.starts[row + 1];
-    for (int64_t i = first, next; i < last; i = next) {
+    S* const to[] = {static_cast<S*>(args.grad_sum) + at, static_cast<S*>(args.abs_sum) + at, static_cast<S*>(args.sq_sum) + at};
+    int64_t folded = 0, runs = 0;  // examples in this run, and runs before it
+    for (int64_t i = first, next; i < last; i = next, ++folded) {
+      if (folded == row_run) {
+        for (int s = 0; s < 3; ++s) add_run_to(totals + s * rows.block, to[s], kn, runs == 0);
+        folded = 0, ++runs;
+      }
       const int64_t example = example_of(i);
       for (next = i + 1; next < last && example_of(next) == example;) ++next;
       // Rows lie anywhere in memory: the next one is on its way meanwhile.
@@ -127,10 +145,10 @@ size_t row_interference_run(const RowArgs& args, int64_t begin, int64_t end, voi
         if (g != own) std::memcpy(own, g, static_cast<size_t>(kn) * sizeof(S));
         gram.push(example);
       }
-      fold_row<S, Direction>(g, Direction ? static_cast<const S*>(args.u) + at : nullptr, kn, i == first,
-                             static_cast<S*>(args.grad_sum) + at, static_cast<S*>(args.abs_sum) + at,
-                             static_cast<S*>(args.sq_sum) + at, example, *out);
+      fold_row<S, Direction>(g, Direction ? static_cast<const S*>(args.u) + at : nullptr, kn, folded == 0, to[0], to[1], to[2],
+                             example, *out);
     }
+    for (int s = 0; runs && s < 3; ++s) add_run_to(to[s], totals + s * rows.block, kn, false);
     if constexpr (Gram) gram.finish(kn, args.N, out->gram);
   }
   return arena.used();

@@ -691,6 +691,8 @@ int main(int argc, char** argv) {
           if (layout == dtype)
             RowChecks(*kernels, c.N, c.T, c.K, static_cast<DType>(dtype), static_cast<Layout>(layout), threads).all();
         }
+      // More examples than are added in one chain.
+      for (int64_t N : {64, 65, 200}) RowChecks(*kernels, N, 1, 40, static_cast<DType>(dtype), Layout::spread, 2).all();
       for (int64_t count : {0, 1, 7, 64, 1000, 5000})
         for (bool direction : {false, true})
           if (dtype == 0 || dtype == 3) coordinates(*kernels, static_cast<DType>(dtype), direction, count);

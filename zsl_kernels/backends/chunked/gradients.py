@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from zsl_kernels.backends.chunked.groups import long_product
 from zsl_kernels.planning.cpu_cost import chunk_rows
 from zsl_kernels.tied import AddedRows
 from zsl_kernels.types import Cotangents, InterferenceSums, sum_dtype
@@ -47,7 +48,7 @@ class _Part(NamedTuple):
 
     def gradients(self, slab: slice, out: Tensor | None = None) -> Tensor:
         """g_i for the output rows of the slab: (n, rows, K)."""
-        return torch.bmm(self.b[:, :, slab].transpose(1, 2), self.a, out=out)
+        return long_product(self.b[:, :, slab].transpose(1, 2), self.a, out)
 
 
 def _parts(a: Tensor, b: Tensor, begin: Tensor | None) -> list[_Part]:
@@ -131,7 +132,9 @@ def rank_one(a: Tensor, b: Tensor, u: Tensor | None, gram: bool, sums: Sequence[
     """Of a (N, 1, K) and b (N, 1, O), with their three sums (O, K) if these are known."""
     a, b = _widen(a.squeeze(1)), _widen(b.squeeze(1))
     (u,) = _like(a, u)
-    grad_sum, abs_sum, sq_sum = (b.T @ a, b.abs().T @ a.abs(), b.square().T @ a.square()) if sums is None else sums
+    if sums is None:
+        sums = [long_product(y.T, x) for x, y in ((a, b), (a.abs(), b.abs()), (a.square(), b.square()))]
+    grad_sum, abs_sum, sq_sum = sums
     return InterferenceSums(
         grad_sum,
         abs_sum,
@@ -140,7 +143,7 @@ def rank_one(a: Tensor, b: Tensor, u: Tensor | None, gram: bool, sums: Sequence[
         sq_norm=b.square().sum(1) * a.square().sum(1),
         dot=None if u is None else ((b @ u) * a).sum(1),
         abs_dot=None if u is None else ((b.abs() @ u.abs()) * a.abs()).sum(1),
-        gram=(a @ a.T) * (b @ b.T) if gram else None,
+        gram=long_product(a, a.T) * long_product(b, b.T) if gram else None,
     )
 
 
@@ -149,7 +152,7 @@ def gram(a: Tensor, b: Tensor, a2: Tensor | None, b2: Tensor | None, begin: Tens
     itself = a2 is None or b2 is None
     a2, b2 = (a, b) if a2 is None or b2 is None else (_widen(a2), _widen(b2))
     if begin is None and a.shape[1] == 1:
-        return (a.squeeze(1) @ a2.squeeze(1).T) * (b.squeeze(1) @ b2.squeeze(1).T)
+        return long_product(a.squeeze(1), a2.squeeze(1).T) * long_product(b.squeeze(1), b2.squeeze(1).T)
     N, M, parts, parts2 = _count(a, begin), _count(a2, begin), _parts(a, b, begin), _parts(a2, b2, begin)
     total = a.new_zeros(N, M, dtype=torch.float64)
     for slab in _slabs(a, b, N + (0 if itself else M)):
@@ -193,7 +196,7 @@ def weighted_grad(
     v, u = _like(a, abs_weights, direction)
     w = weights.to(a.dtype)
     w = w[:, None, None] if begin is None else w.repeat_interleave(begin.diff(), output_size=a.shape[0])[:, None]
-    total = (b * w).flatten(0, -2).T @ a.flatten(0, -2)
+    total = long_product((b * w).flatten(0, -2).T, a.flatten(0, -2))
     if v is not None and u is not None:
         N, parts = _count(a, begin), _parts(a, b, begin)
         for slab in _slabs(a, b, N):

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from zsl_kernels.backends import cpu
+from zsl_kernels.backends.chunked.groups import long_product
 from zsl_kernels.types import sum_dtype
 
 # Of an operand that is widened for its product, where there is no product of its dtype with wider results.
@@ -59,7 +60,7 @@ def _within(target: Tensor, lo: int, hi: int) -> tuple[Tensor, Tensor]:
 def product(x: Tensor, y: Tensor, out: Tensor) -> Tensor:
     """``x @ y`` of one dtype, accumulated and returned in that of ``out``. Autocast leaves products with ``out`` alone."""
     if x.dtype == out.dtype:
-        return torch.mm(x, y, out=out)
+        return long_product(x, y, out)
     if x.device.type == "cuda":
         return torch.mm(x, y, out_dtype=out.dtype, out=out)
     if x.device.type == "cpu" and cpu.MISSING is None:
