@@ -1,6 +1,7 @@
 """What holds for every input: hypothesis draws sizes, dtypes, layouts and values."""
 
 import dataclasses
+import math
 
 import pytest
 import torch
@@ -12,8 +13,11 @@ from tests.inputs import (
     CALLS,
     DIFFERENTIATED,
     DTYPES,
+    IRREGULAR_CALLS,
     LAYOUTS,
+    OPERANDS,
     Inputs,
+    Irregular,
     Problem,
     assert_exact,
     assert_within_budget,
@@ -135,6 +139,72 @@ def test_fields_agree_with_each_other(problem, implementation):
     assert ((sums.gram.diagonal() - sums.sq_norm).abs() <= allowed).all()
     assert torch.allclose(sums.l1.sum().double(), sums.abs_sum.double().sum(), rtol=1e-4)
     assert torch.allclose(sums.sq_norm.sum().double(), sums.sq_sum.double().sum(), rtol=1e-4)
+
+
+# What is not finite. Zero times it is NaN, so that it reaches every product with an example's gradient, whatever way computes it.
+# (Infinity or NaN: that depends on the way, where both signs of infinity meet.)
+not_finite = st.sampled_from([math.nan, math.inf, -math.inf])
+
+
+def spoil(x, value, data):
+    """A copy with one number replaced."""
+    spoiled = x.clone(memory_format=torch.contiguous_format)
+    spoiled.view(-1)[data.draw(st.integers(0, x.numel() - 1))] = value
+    return spoiled
+
+
+def assert_finite_alike(found, want):
+    assert torch.equal(found.isfinite(), want.isfinite())
+
+
+@given(
+    drawn(values=("normal", "integers")),
+    st.sampled_from(["interference, gram", "gram", "cross gram"]),
+    everywhere,
+    not_finite,
+    st.data(),
+)
+def test_a_gram_is_finite_where_the_definitions_is(problem, call, implementation, value, data):
+    x = problem.make()
+    name = data.draw(st.sampled_from(OPERANDS[call]))
+    x = x.replace(**{name: spoil(getattr(x, name), value, data)})
+    want = CALLS[call](Inputs(**{name: y.double() for name, y in x.tensors().items()}), "reference")["gram"]
+    with running(implementation) as impl:
+        assert_finite_alike(CALLS[call](x, impl)["gram"], want)
+
+
+@given(
+    st.lists(st.integers(0, 6), min_size=1, max_size=9).filter(any),
+    st.integers(0, 3),
+    st.sampled_from(["interference, all", "gram"]),
+    everywhere,
+    not_finite,
+    st.data(),
+)
+def test_a_gram_of_ragged_rows_is_finite_where_the_definitions_is(lengths, S, call, implementation, value, data):
+    x = Irregular(tuple(lengths), 7, 5, S=S if call != "gram" else 0, seed=data.draw(st.integers(0, 99))).make()
+    name = data.draw(st.sampled_from([name for name in ("a", "b", "e") if name in x]))
+    x[name] = spoil(x[name], value, data)
+    wide = {name: y.double() if y.is_floating_point() else y for name, y in x.items()}
+    with running(implementation) as impl:
+        assert_finite_alike(IRREGULAR_CALLS[call](x, impl)["gram"], IRREGULAR_CALLS[call](wide, "reference")["gram"])
+
+
+@given(st.integers(1, 80), features, everywhere, not_finite, st.data())
+def test_a_gram_of_held_gradients_is_finite_where_the_definitions_is(N, K, implementation, value, data):
+    g = spoil(torch.randn(N, K, generator=torch.Generator().manual_seed(0)), value, data)
+    with running(implementation) as impl:
+        assert_finite_alike(zk.dense_interference(g, gram=True, impl=impl).gram, g.double() @ g.double().T)
+
+
+@given(st.integers(1, 9), st.integers(1, 6), st.integers(1, 5), everywhere, not_finite, st.data())
+def test_a_gram_of_an_embedding_is_finite_where_the_definitions_is(N, T, V, implementation, value, data):
+    generator = torch.Generator().manual_seed(data.draw(st.integers(0, 99)))
+    ids = torch.randint(-1, V, (N, T), generator=generator)
+    b = spoil(torch.randn(N, T, 5, generator=generator), value, data)
+    with running(implementation) as impl:
+        found = zk.embedding_interference(ids, b, V, gram=True, impl=impl).gram
+    assert_finite_alike(found, zk.embedding_interference(ids, b.double(), V, gram=True, impl="reference").gram)
 
 
 @given(drawn(values=("integers",), dtypes=(torch.float32, torch.float64)), everywhere)
