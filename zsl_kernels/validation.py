@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
@@ -32,7 +30,10 @@ def check_elements(name: str, *sizes: int | torch.SymInt) -> None:
     """That a tensor of these sizes is not out of all bounds. An empty dimension counts as one: the others are looped over, too."""
     if torch.compiler.is_compiling():  # a bound on a size that is a symbol would be a guard of the graph
         return
-    if math.prod([size or 1 for size in sizes]) > MOST_ELEMENTS:
+    count = 1
+    for size in sizes:
+        count *= size or 1
+    if count > MOST_ELEMENTS:
         raise ValueError(f"{name}: expected at most 2**48 elements, got {' x '.join(map(str, sizes))}")
 
 

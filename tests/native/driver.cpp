@@ -598,9 +598,10 @@ class RowChecks {
     expect("rows' abs_sum", abs, want[1]);
     expect("rows' sq_sum", sq, want[2]);
     expect("rows' scalars", total(scalars).data(), want_scalars);
+    const std::vector<double> products = total(pairs);
     for (int64_t m = 0; gram && m < members; ++m)
       for (int64_t j = m; j < members; ++j)
-        expect("rows' gram", total(pairs).data() + m * members + j, {inner(g.data() + m * U * K_, g.data() + j * U * K_, U * K_)});
+        expect("rows' gram", products.data() + m * members + j, {inner(g.data() + m * U * K_, g.data() + j * U * K_, U * K_)});
   }
 
   const Kernels& k_;
@@ -692,7 +693,7 @@ int main(int argc, char** argv) {
             RowChecks(*kernels, c.N, c.T, c.K, static_cast<DType>(dtype), static_cast<Layout>(layout), threads).all();
         }
       // More examples than are added in one chain.
-      for (int64_t N : {64, 65, 200}) RowChecks(*kernels, N, 1, 40, static_cast<DType>(dtype), Layout::spread, 2).all();
+      for (int64_t N : {64, 65, 130}) RowChecks(*kernels, N, 1, 40, static_cast<DType>(dtype), Layout::spread, 2).all();
       for (int64_t count : {0, 1, 7, 64, 1000, 5000})
         for (bool direction : {false, true})
           if (dtype == 0 || dtype == 3) coordinates(*kernels, static_cast<DType>(dtype), direction, count);

@@ -8,7 +8,7 @@ from torch import Tensor
 from zsl_kernels.backends.dispatch import impls_for
 from zsl_kernels.ragged import Groups, group
 from zsl_kernels.tied import Embedding
-from zsl_kernels.validation import check_device, check_elements, check_examples, check_integers, check_tensor
+from zsl_kernels.validation import MOST_ELEMENTS, check_device, check_elements, check_examples, check_integers, check_tensor
 
 # The last arguments of the ops' schemas.
 RAGGED = "Tensor? example_ids=None, SymInt num_examples=0"
@@ -38,9 +38,11 @@ def check_pair(
     if b.shape[:-1] != a.shape[:-1]:
         sizes = ", ".join(map(str, a.shape[:-1]))
         raise ValueError(f"{b_name}: expected shape ({sizes}, O) to go with {a_name}, got {tuple(b.shape)}")
-    check_elements(a_name, *a.shape)
-    check_elements(b_name, *b.shape)
-    check_elements(f"{a_name}, {b_name}: the weight", b.shape[-1], a.shape[-1])
+    # At once where they are small, for calls on them are short.
+    if not torch.compiler.is_compiling() and not 0 < a.numel() * b.numel() <= MOST_ELEMENTS:
+        check_elements(a_name, *a.shape)
+        check_elements(b_name, *b.shape)
+        check_elements(f"{a_name}, {b_name}: the weight", b.shape[-1], a.shape[-1])
     impls_for(a.device, impl)
     return check_examples(a, a_name, example_ids, num_examples)
 
@@ -91,7 +93,9 @@ def grouped(
     """a and b as the backends want them, and with ragged rows their offsets and how they were grouped."""
     if example_ids is None:
         return a, b, None, None
-    check_examples(a, "a", example_ids, num_examples)  # an op may be called by itself
+    # An op may be called by itself; what is right is not looked at twice.
+    if example_ids.shape != a.shape[:1] or not 0 <= num_examples <= MOST_ELEMENTS:
+        check_examples(a, "a", example_ids, num_examples)
     groups = group(example_ids, num_examples)
     return groups.gather(a), groups.gather(b), groups.begin, groups
 
