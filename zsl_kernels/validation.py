@@ -30,7 +30,7 @@ def check_elements(name: str, *sizes: int | torch.SymInt) -> None:
     """That a tensor of these sizes is not out of all bounds. An empty dimension counts as one: the others are looped over, too."""
     if torch.compiler.is_compiling():  # a bound on a size that is a symbol would be a guard of the graph
         return
-    count = 1
+    count: int | torch.SymInt = 1
     for size in sizes:
         count *= size or 1
     if count > MOST_ELEMENTS:
