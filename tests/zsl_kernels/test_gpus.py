@@ -310,6 +310,7 @@ class Device:
         for backend in (dispatch.TRITON, dispatch.CUDA):
             monkeypatch.setattr(backend, "_loaded", True)
             monkeypatch.setattr(backend, "_missing", None)
+            monkeypatch.setattr(backend, "_live", set())
 
 
 @pytest.mark.parametrize("capability", [(8, 6), (8, 9), (12, 0)], ids=str)

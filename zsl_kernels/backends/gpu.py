@@ -52,7 +52,7 @@ class GpuBackend(Backend):
             except ImportError as error:
                 self._missing = f"{error}; install {self.name}"
             self._loaded = True
-        if self._missing is None and device is not None and device.type == "cuda" and not torch.compiler.is_compiling():
+        if device is not None and device.type == "cuda" and not (self._missing or self.emulated() or torch.compiler.is_compiling()):
             self._live.add(device)
         return self._missing
 
