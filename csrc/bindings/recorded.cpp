@@ -21,12 +21,15 @@ constexpr int64_t alignment = 16;  // of addresses, on which launches depend
 
 int64_t address(const Tensor& x) { return reinterpret_cast<int64_t>(x.const_data_ptr()); }
 
-// That torch's operations go to now.
+// torch._C._cuda_getCurrentRawStream, where torch has CUDA. Looked up when the module is loaded: a lock of a static variable and
+// the interpreter's would wait for each other.
+PyObject* current_raw_stream = nullptr;
+
+// The stream that torch's operations go to now.
 int64_t current_stream(at::Device device) {
   if (!device.is_cuda()) return 0;
   py::gil_scoped_acquire gil;
-  static PyObject* const current = py::object(py::module_::import("torch._C").attr("_cuda_getCurrentRawStream")).release().ptr();
-  return py::cast<int64_t>(py::handle(current)(device.index()));
+  return py::cast<int64_t>(py::handle(current_raw_stream)(device.index()));
 }
 
 Tensor view(const Tensor& x, const Recorded::Result& as) {
@@ -73,6 +76,9 @@ Recorded::Results Recorded::run(c10::ArrayRef<Tensor> operands) const {
 }
 
 void bind_recorded(py::module_& m) {
+  const py::module_ torch = py::module_::import("torch._C");
+  if (py::hasattr(torch, "_cuda_getCurrentRawStream"))
+    current_raw_stream = py::object(torch.attr("_cuda_getCurrentRawStream")).release().ptr();
   using Numbers = std::vector<int64_t>;
   using Launched = std::tuple<py::object, Numbers, std::vector<std::array<int64_t, 3>>>;
   using Viewed = std::tuple<int64_t, Numbers, Numbers, int64_t>;

@@ -244,27 +244,29 @@ struct Linear : torch::autograd::Function<Linear> {
                         const Tensor& anchor, const UsePtr& use) {
     ctx->saved_data.emplace("use", at::IValue::make_capsule(use));
     ctx->saved_data.emplace("bias", bias.has_value());
-    if (const auto dtype = use->known->autocast) {
+    const bool addmm = use->known->kind == Kind::addmm;
+    const auto dtype = use->known->autocast;
+    Tensor w = weight;
+    OptionalTensor c = bias;
+    if (dtype) {
       // The weight is the node's operand as it is, so that its gradient is not rounded. What is kept is of the lower precision.
       const at::AutoDispatchBelowADInplaceOrView below;
-      const Tensor w = lower(weight, *dtype);
-      const OptionalTensor c = bias ? OptionalTensor(lower(*bias, *dtype)) : std::nullopt;
+      w = lower(weight, *dtype);
+      if (bias) c = lower(*bias, *dtype);
       ctx->saved_data.emplace("weight", weight);
-      ctx->save_for_backward({x, w});
-      return use->known->kind == Kind::addmm ? at::addmm(*c, x, w) : own(at::linear(x, w, c));
     }
-    ctx->save_for_backward({x, weight});
-    if (use->known->kind == Kind::addmm || in_order(x)) {
+    ctx->save_for_backward({x, w});
+    if (addmm || in_order(x)) {
       const at::AutoDispatchBelowADInplaceOrView below;
-      return use->known->kind == Kind::addmm ? at::addmm(*bias, x, weight) : at::linear(x, weight, bias);
+      return addmm ? at::addmm(*c, x, w) : at::linear(x, w, c);
     }
     // What torch does with other strides depends on whether the weight's transpose is to be differentiated, which is not known
     // below.
-    return own(at::linear(x, weight, bias));
+    if (dtype && weight.requires_grad()) w = w.detach().set_requires_grad(true);
+    const Tensor y = at::linear(x, w, c);
+    return y.is_view() ? at::_unsafe_view(y, y.sizes()) : y;  // as no view it may be written to
   }
 
-  // As no view it may be written to.
-  static Tensor own(const Tensor& y) { return y.is_view() ? at::_unsafe_view(y, y.sizes()) : y; }
   static Tensor lower(const Tensor& x, at::ScalarType dtype) { return x.scalar_type() == at::kDouble ? x : x.to(dtype); }
 
   static variable_list backward(AutogradContext* ctx, const variable_list& given) {

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import warnings
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -37,7 +38,7 @@ class Conv1D(nn.Module):
         self.bias = nn.Parameter(torch.randn(outputs))
 
     def forward(self, x: Tensor) -> Tensor:
-        return torch.addmm(self.bias, x.view(-1, x.shape[-1]), self.weight).view(*x.shape[:-1], -1)
+        return torch.addmm(self.bias, x.reshape(-1, x.shape[-1]), self.weight).view(*x.shape[:-1], -1)
 
 
 class Block(nn.Module):
@@ -329,6 +330,64 @@ def test_gradients_that_are_differentiated_again(calls: list[str]) -> None:
     assert model.last.weight.grad is not None
     assert model.last.weight.grad.requires_grad
     assert_truth(probe.report(), per_example_gradients(losses_of(model(x)), model, trainable(model)))
+
+
+def autocast_step(probe: zerosum.Probe | None, model: nn.Module, x: Tensor, layout: str) -> dict[str, Tensor]:
+    """Losses and gradients, of rows of other strides too."""
+    model.zero_grad()
+    leaf = x.clone().requires_grad_()
+    given = leaf.transpose(0, 1).contiguous().transpose(0, 1) if layout == "transposed" else leaf
+    with nullcontext() if probe is None else probe, torch.autocast("cpu", dtype=torch.bfloat16):
+        losses = losses_of(model(given).float())
+        losses.sum().backward()
+    assert leaf.grad is not None
+    return {"losses": losses.detach(), "x": leaf.grad, **gradients(model)}
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "transposed"])
+def test_under_autocast(monkeypatch: pytest.MonkeyPatch, layout: str) -> None:
+    """What the model computes is what it computes without a probe, to the bit. Statistics are those of the Python functions."""
+    model, x = setup(torch.float32)
+    model.norm = model.scale_alone = nn.Identity()  # type: ignore[assignment] # norms of the CPU go by their rule there
+    direction = direction_for(model)
+    plain = autocast_step(None, model, x, layout)
+    found: list[dict[str, Tensor]] = []
+    for known in (True, False):
+        if not known:
+            monkeypatch.setattr(uses, "Call", None)
+        probe = zerosum.Probe(model, gram=True, direction=direction)
+        for _ in range(PASSES + 1):
+            got = autocast_step(probe, model, x, layout)
+        assert torch.equal(got["losses"], plain["losses"])
+        assert torch.equal(got["x"], plain["x"])
+        report = probe.report()
+        fields = ("grad_sum", "abs_sum", "sq_sum", "l1", "sq_norm", "dot", "abs_dot", "gram")
+        found.append({f"{name}.{field}": getattr(report[name], field).clone() for name in report for field in fields} | got)
+        shorts = [call.short for call in probe._structures.calls.values()]
+        assert any(shorts) == known
+    assert found[0].keys() == found[1].keys()
+    assert [key for key in found[0] if not torch.equal(found[0][key], found[1][key])] == []
+
+
+@pytest.mark.filterwarnings("ignore:Using backward:UserWarning")
+def test_gradients_under_autocast_that_are_differentiated_again() -> None:
+    """The gradient of the input is a product with the weight, of which a penalty has a derivative."""
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(WIDTH, 10), nn.Tanh(), nn.Linear(10, 5)), torch.randn(N, T, WIDTH)
+    probe = zerosum.Probe(model)
+    for _ in range(PASSES):
+        autocast_step(probe, model, x, "contiguous")
+    found = []
+    for context in (nullcontext(), probe):
+        model.zero_grad()
+        leaf = x.clone().requires_grad_()
+        with context, torch.autocast("cpu", dtype=torch.bfloat16):
+            losses_of(model(leaf).float()).sum().backward(create_graph=True)
+        assert leaf.grad is not None
+        found.append(torch.autograd.grad(leaf.grad.square().sum(), list(model.parameters()), allow_unused=True))
+    for got, want in zip(found[1], found[0], strict=True):
+        assert (got is None) == (want is None)
+        assert got is None or (got - want).norm() <= 2**-7 * want.norm()  # of bfloat16 products, once more rounded
 
 
 class Operand(nn.Module):

@@ -487,6 +487,28 @@ def test_what_a_call_was_not_recorded_for_goes_the_long_way(emulated, monkeypatc
     assert after_a_first(wide, b, gram=True)(wide, b, None)
 
 
+@pytest.mark.parametrize("arch", [80, 90])
+def test_operands_that_share_memory_are_not_recorded(arch, emulated, monkeypatch):
+    """One tensor twice, and two of one buffer: nothing says which of them an address is of. Later calls have other ones."""
+    monkeypatch.setenv("ZSL_GPU_ARCH", str(arch))
+    draw = torch.Generator().manual_seed(0)
+    one, *others = (torch.randn(3, 16, 40, generator=draw) for _ in range(3))
+    packed = torch.randn(3, 16, 80, generator=draw)
+    apart = torch.cat([packed, packed], -1)
+    plan = dispatch.plan_call("interference", one, one, impl="cuda")
+    for first, second in (((one, one), others), (packed.chunk(2, -1), (apart[..., :40], apart[..., 80:120]))):
+        run, ran = partial(_interference, plan, False), []
+        repeated = dispatch.CUDA.prepare_interference(plan, *first, None, partial(_noted, ran, run))
+        for operands in (first, second, second, others):
+            assert_same_bits(repeated(*operands, None), run(*operands, None))
+    assert len(ran) >= 3
+    repeated = dispatch.CUDA.prepare_interference(plan, one, one, None, partial(_noted, ran, run))
+    ran.clear()
+    for operands in ((one, one), others, others, (one, one)):
+        assert_same_bits(repeated(*operands, None), run(*operands, None))
+    assert len(ran) == 2  # the first of all, and the first of two tensors, which was recorded
+
+
 def test_what_a_repeated_call_keeps(emulated, monkeypatch):
     """The gradient holds no other result's memory, and the sums hold none of the workspace's."""
     monkeypatch.setenv("ZSL_GPU_ARCH", "90")

@@ -275,8 +275,11 @@ class Short:
             return None  # keywords in another order, or none of a use's
         if known.kind == "layer_norm" and (len(args) < len(bound) or len(args[1]) != 1):
             return None
-        if known.kind == "layer_norm" and call.autocast is not None and call.device != "cuda":
-            return None  # it is computed in float32 on a device alone
+        if known.kind == "layer_norm" and call.autocast is not None:
+            # It is computed in float32 on a device alone, to which the use casts its input but no weight.
+            weights = [x for x in args[2:4] if x is not None]
+            if call.device != "cuda" or any(x.dtype != torch.float32 for x in weights):
+                return None
         by_id = {id(source.parameter): source for source in call.sources}
         found = [by_id.get(id(args[place])) if place < len(args) else None for place in known.places[1:]]
         if sum(source is not None for source in found) != len(call.sources):

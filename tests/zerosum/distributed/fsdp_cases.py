@@ -274,16 +274,21 @@ def case_a_structure_that_one_rank_meets(rank: int, world: int) -> None:
     assert probe.report().proof.extra == 0
 
 
+def refusing(model: nn.Module, tokens: Tensor) -> zerosum.Report:
+    """Of one step, in which the probe warns."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with (probe := zerosum.Probe(model)):
+            square_losses(model(tokens)).sum().backward()
+    return probe.report()
+
+
 def case_refused_on_one_rank(rank: int, world: int) -> None:
     batches, model = data(world, lambda rank: 3), model_of(models.TwoLayers)
     model.mixes = rank == 1
     model.forward = partial(_mixing, model)
     model = fully_shard(model)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        with (probe := zerosum.Probe(model)):
-            square_losses(model(batches[rank])).sum().backward()
-    report = probe.report()
+    report = refusing(model, batches[rank])
     assert list(report) == ["head.weight"]
     assert report.coverage.not_covered["first.weight"].startswith("not covered on rank 1: ")
     assert report.num_examples == 3 * world
@@ -473,10 +478,6 @@ def case_reentrant_checkpoint(rank: int, world: int) -> None:
 
     batches, model = data(world, lambda rank: 3), model_of(Reentrant)
     model = fully_shard(model)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        with (probe := zerosum.Probe(model)):
-            square_losses(model(batches[rank])).sum().backward()
-    report = probe.report()
+    report = refusing(model, batches[rank])
     assert "with fully_shard use checkpoint(..., use_reentrant=False)" in report.coverage.not_covered["middle.weight"]
     assert "head.weight" in report

@@ -71,7 +71,8 @@ class Launches(Protocol):
 
 
 _NOT_EVERYWHERE = {"hopper", "pack"}
-_REQUIRED = [name for name in vars(Launches) if not name.startswith("_") and name not in _NOT_EVERYWHERE]
+LAUNCHES = frozenset(name for name in vars(Launches) if not name.startswith("_")) - {"versions"}
+_REQUIRED = sorted(LAUNCHES - _NOT_EVERYWHERE | {"flat", "versions"})
 _emulation: Launches | None = None
 
 

@@ -7,6 +7,7 @@ What it returns (csrc/bindings/recorded.cpp) allocates and launches the same for
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -78,8 +79,10 @@ class _Recorder:
         self.compiled, self.stream = compiled, stream
         self.launches: list[_Launch] = []
 
-    def __getattr__(self, name: str) -> Callable[..., None]:
+    def __getattr__(self, name: str) -> Any:
         function = getattr(self.compiled, name)
+        if name not in module.LAUNCHES:
+            return function
 
         def launch(*arguments: Any) -> None:
             numbers: list[int] = []
@@ -114,15 +117,21 @@ def _with_stream(x: Any, stream: int) -> Any:
 def record(call: Call, operands: Sequence[Tensor | None]) -> tuple[Any, Any]:
     """The results of ``call(*operands)``, which are float32, and the call as it was recorded: None where it cannot be repeated.
 
-    It cannot where an operation of PyTorch's ran, or where the extension for the CPU, which repeats it, was not built.
+    It cannot where an operation of PyTorch's ran, where operands share memory, so that an address may be of either, or where the
+    extension for the CPU, which repeats it, was not built.
     """
     device = next(x.device for x in operands if x is not None)
     recorder, operations = _Recorder(module.compiled(), module.current_stream(device)), _Operations()
     with module.standing_in(recorder), operations:
         results = call(*operands)
-    if Recorded is None or operations.other or any(x is not None and x.is_neg() for x in operands):
+    if Recorded is None or operations.other or any(x is not None and x.is_neg() for x in operands) or _overlap(operands):
         return results, None
     return results, _repeated(recorder, operations.allocations, operands, results, device)
+
+
+def _overlap(operands: Sequence[Tensor | None]) -> bool:
+    ranges = sorted((x.data_ptr(), x.data_ptr() + _bytes(x)) for x in operands if x is not None and _bytes(x))
+    return any(begin < end for (_, end), (begin, _) in itertools.pairwise(ranges))
 
 
 def _repeated(
@@ -200,8 +209,11 @@ def _grouped(allocations: Sequence[_Allocation], results: Results) -> list[list[
 
 
 class Repeated:
-    """A call that is recorded when it runs first. Operands of another layout go through ``call``, as do all where it cannot be
-    repeated, and where ``setting()`` is not what it was: what torch was told about products."""
+    """A call that is recorded when it first runs on operands that share no memory.
+
+    Operands of another layout go through ``call``, as do all where it cannot be repeated, and where ``setting()``, which is what
+    torch was told about products, is not what it was.
+    """
 
     def __init__(self, call: Call, make: Callable[[Results], Any], setting: Callable[[], object] | None = None) -> None:
         self._call, self._make, self._setting = call, make, setting
@@ -214,7 +226,7 @@ class Repeated:
             found = self._native(*operands)
             if found is not None:
                 return self._make(found)
-        elif not self._tried:
+        elif not self._tried and not _overlap(operands):
             self._tried = True
             self._set = None if self._setting is None else self._setting()
             found, self._native = record(self._call, operands)
