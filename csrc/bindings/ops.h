@@ -2,6 +2,8 @@
 #pragma once
 
 #include <tuple>
+#include <utility>
+#include <vector>
 
 #include "workers.h"
 
@@ -13,6 +15,9 @@ using Sums = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, 
 Sums interference(const Tensor& a, const Tensor& b, const OptionalTensor& direction, bool gram, int64_t tile_o, int64_t tile_k,
                   const OptionalTensor& begin, const OptionalTensor& added_begin, const OptionalTensor& added_index,
                   const OptionalTensor& added_values);
+
+// (weights, 8): the sums over coordinates of each, along a direction or none.
+Tensor coordinate_sums_of_many(const std::vector<std::pair<const Sums*, OptionalTensor>>& weights);
 
 Sums dense_interference(const Tensor& g, const OptionalTensor& direction, bool gram);
 

@@ -415,8 +415,8 @@ Tensor coordinate_sums(const Tensor& grad_sum, const Tensor& abs_sum, const Tens
 }
 
 // (weights, 8); no directions at all, or one or none for each weight.
-Tensor coordinate_sums_of_many(at::TensorList grad_sums, at::TensorList abs_sums, at::TensorList sq_sums,
-                               const c10::List<OptionalTensor>& directions) {
+Tensor coordinate_sums_of_lists(at::TensorList grad_sums, at::TensorList abs_sums, at::TensorList sq_sums,
+                                const c10::List<OptionalTensor>& directions) {
   const Plain plain;
   const size_t count = grad_sums.size();
   TORCH_CHECK(abs_sums.size() == count && sq_sums.size() == count && (directions.empty() || directions.size() == count),
@@ -433,10 +433,28 @@ Tensor coordinate_sums_of_many(at::TensorList grad_sums, at::TensorList abs_sums
   return out;
 }
 
+}  // namespace
+
+Tensor coordinate_sums_of_many(const std::vector<std::pair<const Sums*, OptionalTensor>>& weights) {
+  const Plain plain;
+  const Tensor out = fresh({static_cast<int64_t>(weights.size()), 8}, at::kDouble);
+  std::vector<Coordinates> found;
+  found.reserve(weights.size());
+  for (const auto& [sums, direction] : weights) {
+    const auto& [grad_sum, abs_sum, sq_sum, l1, sq_norm, dot, abs_dot, gram] = *sums;
+    check_sums(grad_sum, abs_sum, sq_sum, direction);
+    found.emplace_back(grad_sum, abs_sum, sq_sum, direction);
+  }
+  add_coordinates(found, out.mutable_data_ptr<double>());
+  return out;
+}
+
+namespace {
+
 TORCH_LIBRARY_FRAGMENT(zsl_cpu, m) {
   m.def("coordinate_sums(Tensor grad_sum, Tensor abs_sum, Tensor sq_sum, Tensor? direction) -> Tensor", &coordinate_sums);
   m.def("coordinate_sums_of_many(Tensor[] grad_sums, Tensor[] abs_sums, Tensor[] sq_sums, Tensor?[] directions) -> Tensor",
-        &coordinate_sums_of_many);
+        &coordinate_sums_of_lists);
   m.def(
       "dense_interference(Tensor g, Tensor? direction, bool gram) -> "
       "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",

@@ -64,16 +64,26 @@ struct State {
   bool is_regular(size_t use) const { return use < regular.size() && regular[use]; }
 };
 
+// What a weight's only use has left: the sums of its gradient. Python makes tensors of them when they are read.
+struct Left {
+  Sums sums;
+  OptionalTensor direction;  // that they are along
+  const Tensor& grad_sum() const { return std::get<0>(sums); }
+};
+
 struct Weight {
   explicit Weight(std::shared_ptr<State> state) : state(std::move(state)) {}
 
   std::shared_ptr<State> state;
   bool single = false;                   // it has had one use in a pass, and never more
   bool refused = false;                  // nothing is to be computed of it, or not here
+  bool barred = false;                   // for as long as it lies in memory as it does
   int64_t alone = -1;                    // the epoch in which one use was taken for the only one
   int64_t gathered = -1, deferred = -1;  // the epochs in which uses went through its node, or its statistics come late
   OptionalTensor direction;
   bool gram = false;
+  std::vector<int64_t> sizes, strides;  // as it lay in memory when last looked at
+  int64_t offset = -1;
 
   // What the last pass has left: the sums of a gradient, and where that lay.
   bool waiting = false, arrived = false;
@@ -82,6 +92,16 @@ struct Weight {
   std::unique_ptr<Object> owner;  // a weak reference
   const void* place = nullptr;
   uint32_t version = 0;
+
+  // Starts a block. Whether the parameter lies in memory as it did at the last one's start.
+  bool renew(const Tensor& like, OptionalTensor along, bool with_gram, bool merging) {
+    direction = std::move(along), gram = with_gram, merges = merging, refused = barred;
+    drop();
+    if (like.storage_offset() == offset && like.sizes() == at::IntArrayRef(sizes) && like.strides() == at::IntArrayRef(strides))
+      return true;
+    sizes = like.sizes().vec(), strides = like.strides().vec(), offset = like.storage_offset();
+    return false;
+  }
 
   // Whether a use is to be taken for the only one of this epoch.
   bool stands_alone() const {
@@ -599,18 +619,28 @@ void register_node(const char* name) {
   registerCppFunction(typeid(CppNode<Function>), _initFunctionPyTypeObject(type, name, properties, methods));
 }
 
-// The sums whose gradient has come to the parameter, or None; whatever was left is gone then.
-py::object take(Weight& weight) {
-  if (!weight.waiting) return py::none();
-  if (!weight.arrived) {
-    weight.drop();
-    return py::none();
-  }
-  const auto& s = weight.sums;
-  py::object sums = py::make_tuple(std::get<0>(s), std::get<1>(s), std::get<2>(s), std::get<3>(s), std::get<4>(s), std::get<5>(s),
-                                   std::get<6>(s), std::get<7>(s));
+// The sums whose gradient has come to the parameter, or none; whatever was left is gone then.
+std::unique_ptr<Left> take(Weight& weight) {
+  if (!weight.waiting) return nullptr;
+  auto left = weight.arrived ? std::make_unique<Left>(Left{std::move(weight.sums), weight.direction}) : nullptr;
   weight.drop();
-  return sums;
+  return left;
+}
+
+py::tuple tensors_of(const Left& left) {
+  return std::apply([](const auto&... x) { return py::make_tuple(x...); }, left.sums);
+}
+
+// The sums over coordinates of what was left with several weights, (weights, 8); None where these are not all on the CPU.
+py::object coordinate_sums_of_left(const std::vector<const Left*>& weights) {
+  std::vector<std::pair<const Sums*, OptionalTensor>> found;
+  found.reserve(weights.size());
+  for (const Left* left : weights) {
+    if (!left->grad_sum().is_cpu()) return py::none();
+    const auto along = left->direction ? OptionalTensor(left->direction->reshape(left->grad_sum().sizes())) : std::nullopt;
+    found.emplace_back(&left->sums, along);
+  }
+  return py::cast(coordinate_sums_of_many(found));
 }
 
 void on_gradient(Weight& weight, const Tensor& grad) {
@@ -691,6 +721,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
       .def(py::init<std::shared_ptr<State>>())
       .def_readwrite("single", &Weight::single)
       .def_readwrite("refused", &Weight::refused)
+      .def_readwrite("barred", &Weight::barred)
       .def_readwrite("alone", &Weight::alone)
       .def_readwrite("gathered", &Weight::gathered)
       .def_readwrite("deferred", &Weight::deferred)
@@ -699,9 +730,14 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
       .def_readwrite("merges", &Weight::merges)
       .def_property("owner", nullptr, [](Weight& w, py::object owner) { w.owner = std::make_unique<Object>(std::move(owner)); })
       .def_readonly("waiting", &Weight::waiting)
+      .def("renew", &Weight::renew)
       .def("stands_alone", &Weight::stands_alone)
       .def("take", &take)
       .def("__call__", &on_gradient);
+  py::class_<Left>(m, "Left").def("tensors", &tensors_of).def_property_readonly("version", [](const Left& left) {
+    return left.grad_sum()._version();
+  });
+  m.def("coordinate_sums_of_left", &coordinate_sums_of_left);
   py::class_<Call>(m, "Call")
       .def(py::init<const std::string&, std::shared_ptr<State>, py::object, py::tuple, const py::tuple&,
                     const std::vector<std::shared_ptr<Weight>>&, std::array<int, 3>, py::object, std::optional<at::ScalarType>>())

@@ -17,10 +17,23 @@ from zsl_kernels.backends import cpu
 Call: Any
 
 if cpu.MISSING is None and not TYPE_CHECKING:
-    from zsl_kernels._cpu import Call, State, only_for_weights, run_known
+    from zsl_kernels._cpu import Call, Left, State, coordinate_sums_of_left, only_for_weights, run_known
     from zsl_kernels._cpu import Weight as _Weight
 else:
     Call = None
+
+    class Left:
+        """What a weight's only use has left with it: the sums of its gradient, of which tensors are made when they are read."""
+
+        version: int  # of the memory of the gradient's sum
+
+        def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
+            """The fields of :class:`zsl_kernels.InterferenceSums`."""
+            raise NotImplementedError
+
+    def coordinate_sums_of_left(weights: list[Left]) -> Tensor | None:
+        """:func:`zsl_kernels.coordinate_sums_of_many` of what was left; None where it is not all on the CPU."""
+        raise NotImplementedError
 
     @dataclass
     class State:
@@ -39,6 +52,7 @@ else:
         state: State
         single: bool = False
         refused: bool = False
+        barred: bool = False
         alone: int = -1
         gathered: int = -1
         deferred: int = -1
@@ -51,7 +65,12 @@ else:
         def stands_alone(self) -> bool:
             return self.single and self.state.epoch not in (self.alone, self.gathered, self.deferred)
 
-        def take(self) -> tuple[Tensor | None, ...] | None:
+        def renew(self, like: Tensor, direction: Tensor | None, gram: bool, merges: bool) -> bool:
+            """Starts a block. Returns whether the parameter is known to lie in memory as it did at the last one's start."""
+            self.direction, self.gram, self.merges, self.refused = direction, gram, merges, self.barred
+            return False
+
+        def take(self) -> Left | None:
             return None
 
         def __call__(self, grad: Tensor) -> None:
@@ -82,11 +101,12 @@ class NotCopied:
 class Weight(NotCopied, _Weight):
     """What a probe notes of one parameter, and the parameter's hook.
 
-    ``single``: it has had one use in a pass, and never more. ``refused``: nothing is computed of it at once. ``alone``,
-    ``gathered`` and ``deferred``: the epoch in which one use was taken for the only one, in which uses went through its gathering
-    node, and in which its statistics come late. ``waiting``: sums were left that nobody has taken. ``merges``: there are those of
-    earlier passes, to whose memory autograd is about to add. ``owner``: a weak reference to what has ``on_gradient``, which is
-    called with each gradient but those that a use has left, and ``take_marked``, which is called for these where they are merged.
+    ``single``: it has had one use in a pass, and never more. ``refused``: nothing is computed of it at once; ``barred``: in no
+    block, as it lies in memory. ``alone``, ``gathered`` and ``deferred``: the epoch in which one use was taken for the only one, in
+    which uses went through its gathering node, and in which its statistics come late. ``waiting``: sums were left that nobody has
+    taken. ``merges``: there are those of earlier passes, to whose memory autograd is about to add. ``owner``: a weak reference to
+    what has ``on_gradient``, which is called with each gradient but those that a use has left, and ``take_marked``, which is called
+    for these where they are merged.
     """
 
 

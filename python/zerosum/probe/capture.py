@@ -108,10 +108,9 @@ class Capture(TorchFunctionMode):
                     t = parameter_type(self, known, p) if self.shards is None else self.shards.probe(self, known, p)
                     tree.probes[p] = t
                 t.renew(self, direction(known), gram)
+                if p.is_complex():
+                    t.refuse("its numbers are complex")
                 self.parameters.append(t)
-        for t in self.parameters:
-            if t.parameter.is_complex():
-                t.refuse("its numbers are complex")
         self.sources: dict[int, GradSource] = {id(t.parameter): t for t in self.parameters}
         self._derived: list[DerivedWeight] = []
         self.whole: dict[ParameterProbe, str] = {}  # weights whose gradients the loss is differentiated for, example by example
@@ -222,7 +221,6 @@ class Capture(TorchFunctionMode):
         """Lets go of what refers to each other."""
         for t in self.parameters:
             t.release()
-            t.results = None
         for proof in self.proofs:
             proof.release()
         self.proofs.clear()

@@ -249,9 +249,11 @@ class ParameterProbe(GradSource):
     def renew(self, context: Context, direction: Tensor | None, gram: bool) -> None:
         """Starts a block."""
         self.context = context
-        if (base := Piece.of(self.like)) != self.base:
-            self.base, self.ref = base, Ref(self, base)
-        self._barred = self.base.repeats or not self.immediate  # from being measured at once
+        marks = self.marks
+        if not marks.renew(self.like, direction, gram, context.copies):
+            if (base := Piece.of(self.like)) != self.base:
+                self.base, self.ref = base, Ref(self, base)
+            marks.barred = marks.refused = self.base.repeats or not self.immediate
         self.direction = direction
         self.gram = gram
         self.how: list[str] = []  # the rules that cover it
@@ -270,13 +272,9 @@ class ParameterProbe(GradSource):
         self._partial: Tensor | None = None  # the gradient of the backward passes in this one
         self._measured: Results | None = None  # what was computed of a gradient that has not come to the parameter yet
         self._fused: tuple[int, int] | None = None  # where the gradient lies that the node returned, and its version
-        marks = self.marks
-        marks.take()
-        marks.direction, marks.gram, marks.merges = direction, gram, context.copies
-        self._mark()
 
     def _mark(self) -> None:
-        self.marks.refused = self._barred or self.refused
+        self.marks.refused = self.marks.barred or self.refused
 
     @property
     def parameters(self) -> list[ParameterProbe]:
@@ -465,12 +463,12 @@ class ParameterProbe(GradSource):
 
     def take_marked(self) -> bool:
         """Takes what the only use has left with ``marks``, if its gradient has come."""
-        if (sums := self.marks.take()) is None:
+        if (left := self.marks.take()) is None:
             return False
         if not self.problem:
             now = self.context.current
             assert now is not None
-            self.take_results(Results(Sums(*sums), now, self.like))  # type: ignore[arg-type]
+            self.take_results(Results(left, now, self.like))
         return True
 
     def end_pass(self) -> None:
@@ -529,7 +527,7 @@ class ParameterProbe(GradSource):
         """Lets go of the graph, whose nodes hold this: nothing should wait for the garbage collector."""
         self.drop()
         self.marks.take()
-        self._gathered = self._partial = self._late = self._measured = None
+        self._gathered = self._partial = self._late = self._measured = self.results = None
 
     def finish(self) -> None:
         """Says what became of it, after the block's last backward pass."""

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from zerosum.metrics import Metric, add_coordinates, block_diagonal, gradient_metrics
-from zerosum.probe.contributions import WEIGHT_SHAPED
+from zerosum.probe.contributions import WEIGHT_SHAPED, Sums
 from zerosum.probe.parameters import UNSEEN, ParameterProbe
 from zerosum.probe.proof import Proof
 from zerosum.probe.results import Pass, Results, Scale, coordinate_sums
@@ -36,8 +36,11 @@ class ParameterReport:
         self.name = name
         self.how = how
         self._results = results
-        self._sums = results.sums
         self.shape = shape
+
+    @property
+    def _sums(self) -> Sums:
+        return self._results.sums
 
     def reread(self, is_current: Callable[[], bool] | None, version: int, memo: dict[Any, Any]) -> ParameterReport:
         """See :meth:`Report.reread`."""

@@ -16,6 +16,7 @@ import zsl_kernels as zk
 from zerosum.probe.contributions import SCALARS, WEIGHT_SHAPED, Sums, densified
 from zsl_kernels import CoordinateSums
 from zsl_kernels.types import sum_dtype
+from zsl_kernels.weight_uses.eager import Left, coordinate_sums_of_left
 
 
 @dataclass(eq=False)
@@ -72,7 +73,7 @@ class _Scalars(NamedTuple):
     gram: Tensor | None
 
     @classmethod
-    def of(cls, sums: Sums | _Scalars) -> _Scalars:
+    def of(cls, sums: Sums) -> _Scalars:
         return cls(sums.l1, sums.sq_norm, sums.dot, sums.abs_dot, sums.gram)
 
 
@@ -83,20 +84,25 @@ class Results:
     whether someone has written to it since.
     """
 
-    def __init__(self, sums: Sums, of: Pass, parameter: Tensor) -> None:
-        self.sums = sums
+    left: Left | None = None  # what was left of sums that nobody has read yet
+    common = ONE  # what all of the block's results are multiplied by
+    coordinates: tuple[_Table, int] | None = None
+    placed: Callable[[Tensor], Tensor] | None = None  # makes a DTensor of a shard
+    _scale: float | None = None  # None: that of its one pass
+    _is_current: Callable[[], bool] | None = None
+    _grams: list[Tensor] | None = None  # of several passes
+    _absent = False  # whether grad_sum was lost before the results came here
+
+    def __init__(self, sums: Sums | Left, of: Pass, parameter: Tensor) -> None:
+        if isinstance(sums, Left):
+            self.left, self._version = sums, sums.version
+        else:
+            self.sums = sums
+            self.hold(sums.grad_sum)
         self.latest = of
         self.passes = {of}
         self._shape, self._dtype = parameter.shape, parameter.dtype
-        self._scalars: dict[Pass, Sums | _Scalars] = {of: sums}
-        self._scale: float | None = None  # None: that of its one pass
-        self.common = ONE  # what all of the block's results are multiplied by
-        self.hold(sums.grad_sum)
-        self.coordinates: tuple[_Table, int] | None = None
-        self._is_current: Callable[[], bool] | None = None
-        self.placed: Callable[[Tensor], Tensor] | None = None  # makes a DTensor of a shard
-        self._grams: list[Tensor] | None = None  # of several passes
-        self._absent = False  # whether grad_sum was lost before the results came here
+        self._scalars: dict[Pass, _Scalars] = {}  # of several passes
 
     @classmethod
     def held(
@@ -110,15 +116,24 @@ class Results:
         """Of no step: the sums and scalars of the losses themselves, in memory that nobody else writes to. ``absent``: Σ g is not
         among them, as it had been overwritten."""
         mine = cls.__new__(cls)
-        mine.sums, mine.passes, mine._scalars, mine._scale, mine.common = sums, set(), {}, 1.0, ONE
-        mine._shape, mine._dtype, mine._is_current, mine._grams = shape, sums.abs_sum.dtype, None, grams
+        mine.sums, mine.passes, mine._scalars, mine._scale = sums, set(), {}, 1.0
+        mine._shape, mine._dtype, mine._grams = shape, sums.abs_sum.dtype, grams
         mine.hold(sums.grad_sum)
         mine._absent = absent
-        mine.placed = None
-        mine.coordinates = None
         if coordinates is not None:
             mine.coordinates = _Table(torch.tensor([coordinates], dtype=torch.float64)), 0
         return mine
+
+    @cached_property
+    def sums(self) -> Sums:
+        assert self.left is not None
+        sums, self.left = Sums(*self.left.tensors()), None
+        self.grad_sum = sums.grad_sum
+        return sums
+
+    @cached_property
+    def grad_sum(self) -> Tensor:
+        return self.sums.grad_sum
 
     @property
     def grams(self) -> list[Tensor] | None:
@@ -140,7 +155,7 @@ class Results:
     @property
     def version(self) -> int:
         """Of the memory that ``grad_sum`` is in."""
-        return self.grad_sum._version
+        return self.grad_sum._version if self.left is None else self.left.version
 
     @property
     def written_to(self) -> bool:
@@ -178,8 +193,8 @@ class Results:
         self.hold(mine.grad_sum)
         self.passes |= other.passes
         # Without the passes' own sums, which are as large as the weight. (Earlier passes' are gone already.)
-        kept = self._scalars | other._scalars if first else other._scalars
-        self._scalars |= {of: _Scalars.of(sums) for of, sums in kept.items()}
+        for one in (self, other) if first else (other,):
+            self._scalars[one.latest] = _Scalars.of(one.sums)
         self.latest = other.latest
         self.coordinates = None
 
@@ -192,9 +207,10 @@ class Results:
 
     def finish(self, passes: Sequence[Pass]) -> None:
         """Scalars of all of the block's passes behind one another; zeros for those that did not reach the weight."""
-        if len(passes) == 1 and self._scale is None:
-            self._scalars.clear()
-            return
+        if self._scale is None:
+            if len(passes) == 1:
+                return
+            self._scalars[self.latest] = _Scalars.of(self.sums)
         blocks: dict[str, list[Tensor | None]] = {name: [] for name in SCALARS}
         dtype, device = sum_dtype(self._dtype), self.sums.l1.device
         scaled = self._scale is not None
@@ -226,12 +242,20 @@ def common_scale(passes: Iterable[Pass]) -> Scale:
     return Scale.of_factors(count, total)
 
 
-def add_up(results: Iterable[tuple[Results, Tensor | None]], total: Callable[[Tensor], Tensor] = lambda rows: rows) -> None:
-    """The sums over coordinates of all that have none yet, in one call. They stay on the device.
+def add_up(results: Iterable[tuple[Results, Tensor | None]], total: Callable[[Tensor], Tensor] | None = None) -> None:
+    """The sums over coordinates of all that have none yet, in one call, and in one more for what nobody has read yet. They stay on
+    the device.
 
     ``total`` makes those of all coordinates of the sums of this process's.
     """
     waiting = [(r, u) for r, u in results if r.coordinates is None]
+    if total is None:
+        left = [(r, r.left) for r, _ in waiting if r.left is not None]
+        if left and (rows := coordinate_sums_of_left([x for _, x in left])) is not None:
+            table = _Table(rows)
+            for k, (r, _) in enumerate(left):
+                r.coordinates = table, k
+            waiting = [(r, u) for r, u in waiting if r.left is None]
     if not waiting:
         return
     grads, sizes, squares, directions = [], [], [], []
@@ -246,7 +270,7 @@ def add_up(results: Iterable[tuple[Results, Tensor | None]], total: Callable[[Te
         directions.append(u)
     with torch.no_grad():
         found = zk.coordinate_sums_of_many(grads, sizes, squares, None if all(u is None for u in directions) else directions)
-    table = _Table(total(found))
+    table = _Table(found if total is None else total(found))
     for k, (r, _) in enumerate(waiting):
         r.coordinates = table, k
 

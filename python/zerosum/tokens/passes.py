@@ -326,7 +326,7 @@ class _TailParameter(_Kept):
             sums = densified(results.sums, self.parameter.shape[0] if self.parameter.ndim else 1)
             for name in WEIGHT_SHAPED:
                 setattr(sums, name, getattr(sums, name).to(self.kept_on))
-            results.sums, results._scalars[results.latest] = sums, sums
+            results.sums = sums
             results.hold(sums.grad_sum)
         super().take_results(results)
 
