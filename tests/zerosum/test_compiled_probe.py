@@ -389,6 +389,21 @@ def test_micro_batches(uses: list[str]) -> None:
     assert len(uses) == 4 * COUNTS[Norms]
 
 
+def test_asking_what_a_weight_is_like(uses: list[str]) -> None:
+    """Compiled code of torch 2.11 asks its weights' numel() before it runs."""
+    model = make(Small)
+    compiled = torch.compile(model, backend="aot_eager")
+    probe = zerosum.Probe(model)
+    for _ in range(6):
+        tokens = tokens_of()
+        with probe:
+            if uses_compiled := bool(uses):
+                assert all(p.numel() for p in model.parameters())
+            losses_of(compiled(tokens)).sum().backward()
+        assert len(probe.report()) == len(list(model.parameters())), probe.report().coverage
+    assert uses_compiled
+
+
 def test_every_other_block(uses: list[str]) -> None:
     steps, tokens = Steps(make(Small), every=2), tokens_of()
     for k in range(8):

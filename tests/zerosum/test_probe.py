@@ -405,12 +405,16 @@ def test_evaluation_without_gradients_does_not_count_as_use() -> None:
     torch.testing.assert_close(probe.report()["head.weight"].abs_sum, truth["head.weight"].abs().sum(0), rtol=1e-10, atol=0)
 
 
-def test_a_second_backward_through_the_same_graph_is_not_reported_as_one() -> None:
+@pytest.mark.parametrize("between", [Tensor.dim, Tensor.numel, Tensor.is_contiguous, Tensor.size, None])
+def test_a_second_backward_through_the_same_graph_is_not_reported_as_one(between: Callable[[Tensor], object] | None) -> None:
+    """Nor where it was asked in between what a weight is like, which is no use of it."""
     model, tokens = setup(TwoLayers)
     probe = zerosum.Probe(model)
     with probe:
         losses = losses_of(model, tokens)
         losses.sum().backward(retain_graph=True)
+        if between is not None:
+            between(model.head.weight)
         losses.sum().backward()
     assert len(probe.report()) == 0
     assert "twice" in probe.report().coverage.not_covered["head.weight"]

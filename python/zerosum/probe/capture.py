@@ -361,12 +361,16 @@ class Capture(TorchFunctionMode):
         refs = [ref for ref in map(self.ref, tensors) if ref is not None]
         if not refs:
             return func(*args, **kwargs)
+        others = [x for x in tensors if self.ref(x) is None]
+        if not others:
+            result = func(*args, **kwargs)
+            if not any(isinstance(x, Tensor) for x in again.leaves(result)):
+                return result  # numel() and its kin tell what a weight is like, and use it for nothing
         if not self._depth and self._over:
             self._begin_epoch()
         for ref in refs:
             for t in ref.source.parameters:
                 t.used = True
-        others = [x for x in tensors if self.ref(x) is None]
         key = (
             func,
             tuple(id(ref.source.parameters[0].parameter) for ref in refs),
@@ -383,7 +387,8 @@ class Capture(TorchFunctionMode):
             if not alone:
                 self.structures.remember(len(self.keys) - 1, func, args, kwargs, refs, self.keys[-1], autocast)
         if alone:
-            result = func(*args, **kwargs)
+            if others:
+                result = func(*args, **kwargs)
             self._derive(func, args, kwargs, refs, result)
             return result
         if autocast is not None:
