@@ -767,14 +767,17 @@ class Capture(TorchFunctionMode):
                 t.refuse(f"{self.whole[t]}; behind it is a reentrant checkpoint, which cannot be differentiated for one example")
             return
         E = proof.of.examples
-        found = [t.parameter.new_empty(E, *t.parameter.shape) for t in wanted]
+        found = [t.parameter.new_zeros(E, *t.parameter.shape) for t in wanted]
+        reached = set()
         for i in range(E):
             gs = self.extra_backward(proof.cut.edges, [t.parameter for t in wanted], proof.part(i), Phase.PLAIN)
-            for mine, g in zip(found, gs, strict=True):
-                # Copied at once: a function may return the same memory in each pass, as graphed callables do.
-                mine[i] = 0 if g is None else (g.to_dense() if g.is_sparse else g).detach()
+            for t, mine, g in zip(wanted, found, gs, strict=True):
+                if g is not None:
+                    # Copied at once: a function may return the same memory in each pass, as graphed callables do.
+                    mine[i] = (g.to_dense() if g.is_sparse else g).detach()
+                    reached.add(t)
         for t, mine in zip(wanted, found, strict=True):
-            if bool(mine.any()):
+            if t in reached:
                 t.covered_by("the loss, differentiated again for each example")
                 t.give(mine)
                 t.defer()
