@@ -1,6 +1,9 @@
 """Builds the CPU kernels with ninja through torch's extension builder, and the CUDA kernels where nvcc is.
 
 ZSL_BUILD_NATIVE=0 leaves both out, ZSL_BUILD_CUDA=0 the CUDA kernels.
+
+ZSL_EMULATE_AMX=32 adds the instruction set "amx_emulated", for tests on a processor without AMX: the kernels for AMX with loops in
+place of the tile instructions, and with AVX2's vectors of 32 bytes. With 16 any processor runs them.
 """
 
 import os
@@ -72,8 +75,15 @@ def native_extensions():
         if not path.name.startswith("cuda_")
     )
     headers = sorted(str(path.relative_to(root)) for path in (root / "csrc").rglob("*.h"))
+    emulated = os.environ.get("ZSL_EMULATE_AMX")
+    if emulated not in (None, "16", "32"):
+        sys.exit(f"zsl_kernels: ZSL_EMULATE_AMX: expected 16 or 32, the bytes of a vector, got {emulated!r}")
+    if emulated:
+        sources.append("tests/native/kernels_amx_emulated.cpp")
+        headers.append("tests/native/amx_instructions.h")
     # -g0: debug information would be most of the wheel. No -march: the kernels enable their instruction sets themselves.
     flags = ["-O3", "-g0", "-Wall", "-Wextra", "-Wno-unused-parameter", "-fvisibility=hidden", "-fno-math-errno"]
+    flags += [f"-DZSL_EMULATE_AMX={emulated}"] if emulated else []
     # at::parallel_for is inline: without OpenMP here it would silently run on one thread. It binds to the runtime torch loaded.
     openmp = [] if sys.platform == "darwin" else ["-fopenmp"]
     extension = CppExtension(

@@ -14,7 +14,6 @@
 #include <tuple>
 #include <vector>
 
-#include "matrix_unit.h"
 #include "ops.h"
 #include "workers.h"
 
@@ -30,17 +29,14 @@ std::vector<const Kernels*> supported() {
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
   const bool avx512_bf16 = avx512 && __builtin_cpu_supports("avx512bf16");
-  const bool amx = avx512_bf16 && __builtin_cpu_supports("amx-bf16");
-  matrix_unit = avx512_bf16 ? find_matrix_unit() : nullptr;
-  if (amx && matrix_unit) found.push_back(kernels_amx());
+  if (avx512 && kernels_amx()) found.push_back(kernels_amx());
   if (avx512_bf16) found.push_back(kernels_avx512_bf16());
   if (avx512) found.push_back(kernels_avx512());
   if (avx2) found.push_back(kernels_avx2());
 #endif
   found.push_back(kernels_generic());
-#if defined(__x86_64__)
-  // Without AMX the same code runs on AVX-512 BF16: not the fastest way there, but one that tests can take.
-  if (!amx && matrix_unit) found.push_back(kernels_amx());
+#ifdef ZSL_EMULATE_AMX
+  found.push_back(kernels_amx_emulated());
 #endif
   return found;
 }

@@ -104,7 +104,6 @@ void run_workers(int64_t workers, int64_t count, size_t workspace_bytes, Body bo
   char* base = static_cast<char*>(workspace.mutable_data_ptr());
   at::parallel_for(0, workers, 1, [&](int64_t first, int64_t last) {
     for (int64_t w = first; w < last; ++w) body(w, count * w / workers, count * (w + 1) / workers, base + w * stride);
-    if (active() == kernels_amx()) matrix_unit->release();
   });
 }
 

@@ -8,6 +8,9 @@ namespace zsl::ZSL_ISA {
 // Positions contracted at a time: a column panel of a chunk stays in the first-level cache, and no workspace grows with T.
 inline constexpr int64_t chunk = 256;
 
+// Sums over examples are sums of sums over so many: one chain of N float additions would err by √N.
+inline constexpr int64_t sum_run = 64;
+
 // A tile of the (O, K) output.
 struct Rect {
   int64_t o0, on, k0, kn;
@@ -45,41 +48,59 @@ class GradientTile {
   using Elem = typename P::Elem;
 
   GradientTile(const Shape& shape, Arena& arena, const AddedRows& added = {}) : shape_(shape), added_(added) {
-    const int64_t steps = steps_of<P>(std::min(chunk, shape.T));
+    // group() gives no more examples than fit in a chunk.
+    const int64_t examples = std::max<int64_t>(1, std::min<int64_t>(P::together, shape.N));
+    const int64_t steps = std::min(chunk / P::depth, examples * steps_of<P>(std::min(chunk, shape.T)));
     rows_ = arena.take<Elem>(ceil_div(shape.tile_o, R::rows) * R::rows * steps * P::depth);
     cols_ = arena.take<Elem>(ceil_div(shape.tile_k, R::cols) * R::cols * steps * P::depth);
-    carry_ = shape.T > chunk || P::matrix_unit || added.begin ? arena.take<S>(size(shape)) : nullptr;
-    carried_ = P::matrix_unit && shape.T > unit_run ? arena.take<S>(size(shape)) : nullptr;
+    carry_ = shape.T > chunk || added.begin ? arena.take<S>(size(shape)) : nullptr;
   }
 
   // Values of a full tile, its padding included.
   static int64_t size(const Shape& s) { return ceil_div(s.tile_o, R::rows) * ceil_div(s.tile_k, R::cols) * R::size; }
   static int64_t count(const Rect& rect) { return ceil_div(rect.on, R::rows) * ceil_div(rect.kn, R::cols); }
 
-  // `first` says that this is the worker's first example of this tile.
+  // How many examples from n on run forms together.
+  int64_t group(int64_t n) const {
+    int64_t count = 1, steps = steps_of<P>(shape_.length(n));
+    if (P::together == 1 || steps == 0 || added_.begin) return 1;
+    for (; count < P::together && n + count < shape_.N && (n + count) % sum_run != 0; ++count) {
+      const int64_t more = steps_of<P>(shape_.length(n + count));
+      if (more == 0 || more > chunk / P::depth - steps) break;
+      steps += more;
+    }
+    return count;
+  }
+
+  // The gradients of `count` examples from n on, at most group(n), each to its epilogue. `first` says that these are the worker's
+  // first examples of this tile.
   template <class Epilogue>
-  void run(const Operand& a, const Operand& b, int64_t n, bool first, const Rect& rect, Epilogue& epilogue) {
-    const int64_t at = shape_.first(n), length = shape_.length(n);
+  void run(const Operand& a, const Operand& b, int64_t n, int64_t count, bool first, const Rect& rect, Epilogue* epilogues) {
+    const int64_t length = shape_.length(n);
     const bool shared = a.sn == 0 && !shape_.begin;
     find_added(n, rect);
-    if constexpr (!P::matrix_unit) start_carry(rect);
+    start_carry(rect);
     int64_t t0 = 0;
     do {  // once even without positions: the gradient is then zero, or the added rows alone
       const int64_t tn = std::min(chunk, length - t0);
-      // Inputs shared by all examples are packed once for each tile.
-      if (first || !shared || tn != length) pack<P, R::cols>(a, n, at + t0, tn, rect.k0, rect.kn, cols_);
-      if constexpr (P::matrix_unit) {
-        pack_lines(b, n, at + t0, tn, rect.o0, rect.on, rows_, steps_of<P>(tn) * P::depth);
-        if (t0 && t0 % unit_run == 0) move_carry(t0 == unit_run, rect);
-        multiply_chunk(t0, tn, rect);
-        if (t0 + tn == length && length > unit_run) move_carry(false, rect);
-        if (t0 + tn == length) add_rows(rect), finish(rect, epilogue);
-      } else {
-        pack<P, R::rows>(b, n, at + t0, tn, rect.o0, rect.on, rows_);
-        run_chunk(t0, tn, t0 + tn == length, rect, epilogue);
+      Elem *rows = rows_, *cols = cols_;
+      for (int64_t e = 0; e < count; ++e) {
+        const int64_t at = shape_.first(n + e) + t0, en = e == 0 ? tn : shape_.length(n + e), steps = steps_of<P>(en);
+        parts_[e] = {rows, cols, steps};
+        // Inputs shared by all examples are packed once for each tile.
+        if (!shared || (e == 0 && (first || tn != length))) pack_columns<P>(a, n + e, at, en, rect.k0, rect.kn, cols);
+        pack_rows<P>(b, n + e, at, en, rect.o0, rect.on, rows);
+        rows += ceil_div(rect.on, R::rows) * R::rows * steps * P::depth;
+        if (!shared) cols += ceil_div(rect.kn, R::cols) * R::cols * steps * P::depth;
       }
+      run_chunk(t0, t0 + tn == length, count, rect, epilogues);
       t0 += tn;
     } while (t0 < length);
+  }
+
+  template <class Epilogue>
+  void run(const Operand& a, const Operand& b, int64_t n, bool first, const Rect& rect, Epilogue& epilogue) {
+    run(a, b, n, 1, first, rect, &epilogue);
   }
 
   // Calls body(p, k, at, count) for the pieces of example n's added rows in the tile: columns [k, k + count) of row p, which in
@@ -91,17 +112,11 @@ class GradientTile {
   }
 
  private:
-  // The matrix unit adds on in its sums, so that they are one chain; after so many positions another one begins.
-  static constexpr int64_t unit_run = 64 * chunk;
-
-  // The sums of the runs before += the carry, or = with `first`, and the carry = these.
-  void move_carry(bool first, const Rect& rect) {
-    for (int64_t p = 0; p < count(rect) * R::size; p += lanes<S>) {
-      const Vec<S> sum = first ? load(carry_ + p) : load(carried_ + p) + load(carry_ + p);
-      store(carried_ + p, sum);
-      store(carry_ + p, sum);
-    }
-  }
+  // An example's panels of a chunk.
+  struct Part {
+    const Elem *rows, *cols;
+    int64_t steps;
+  };
 
   // Which of example n's added rows lie in the tile: [added_first_, added_end_).
   void find_added(int64_t n, const Rect& rect) {
@@ -140,57 +155,38 @@ class GradientTile {
   }
 
   template <class Epilogue>
-  void run_chunk(int64_t t0, int64_t tn, bool last, const Rect& rect, Epilogue& epilogue) {
-    const int64_t steps = steps_of<P>(tn), row_panels = ceil_div(rect.on, R::rows), col_panels = ceil_div(rect.kn, R::cols);
-    Step<P> s;
-    s.steps = steps;
-    s.last = last;
-    s.index = 0;
-    for (int64_t kp = 0; kp < col_panels; ++kp) {
-      s.col_panel = cols_ + kp * steps * R::cols * P::depth;
-      s.cols = rect.kn - kp * R::cols;
-      for (int64_t op = 0, p = added_first_; op < row_panels; ++op, ++s.index) {
-        s.row_panel = rows_ + op * steps * R::rows * P::depth;
-        s.rows = rect.on - op * R::rows;
-        s.first = t0 == 0;
-        for (; p < added_end_ && added_.index[p] < rect.o0 + (op + 1) * R::rows; ++p) s.first = false;
-        s.carry = carry_ + s.index * R::size;
-        run_register_tile<P>(s, epilogue);
+  void run_chunk(int64_t t0, bool last, int64_t count, const Rect& rect, Epilogue* epilogues) {
+    using Runner = BlockRunner<P, Epilogue>;
+    const int64_t row_panels = ceil_div(rect.on, R::rows), col_panels = ceil_div(rect.kn, R::cols);
+    Runner runner;
+    for (int64_t kp = 0; kp < col_panels; ++kp)
+      for (int64_t op = 0, p = added_first_; op < row_panels; op += Runner::height) {
+        const int height = static_cast<int>(std::min<int64_t>(Runner::height, row_panels - op));
+        Step<P> steps[Runner::height];
+        for (int64_t e = 0; e < count; ++e) {
+          for (int i = 0; i < height; ++i) {
+            Step<P>& s = steps[i];
+            s.steps = parts_[e].steps;
+            s.row_panel = parts_[e].rows + (op + i) * s.steps * R::rows * P::depth;
+            s.col_panel = parts_[e].cols + kp * s.steps * R::cols * P::depth;
+            s.rows = rect.on - (op + i) * R::rows, s.cols = rect.kn - kp * R::cols;
+            s.index = kp * row_panels + op + i;
+            s.carry = carry_ + s.index * R::size;
+            s.first = t0 == 0, s.last = last;
+            for (; p < added_end_ && added_.index[p] < rect.o0 + (op + i + 1) * R::rows; ++p) s.first = false;
+          }
+          runner.run(steps, height, epilogues[e]);
+        }
       }
-    }
-  }
-
-  // The matrix unit leaves a column panel's sums where register tiles would carry them, ...
-  void multiply_chunk(int64_t t0, int64_t tn, const Rect& rect) {
-    const int64_t depth = steps_of<P>(tn) * P::depth, rows = ceil_div(rect.on, R::rows) * R::rows;
-    for (int64_t kp = 0; kp < ceil_div(rect.kn, R::cols); ++kp) {
-      S* sums = carry_ + kp * rows * R::cols;
-      if (depth > 0)
-        matrix_unit->multiply(rect.on, R::cols, depth, depth, R::cols, R::cols, t0 % unit_run != 0, rows_,
-                              cols_ + kp * depth * R::cols, sums);
-      else
-        std::memset(sums, 0, static_cast<size_t>(rows * R::cols) * sizeof(S));
-    }
-  }
-
-  // ... and they meet the epilogue as a carry to which nothing is added.
-  template <class Epilogue>
-  void finish(const Rect& rect, Epilogue& epilogue) {
-    Step<P> s = {};
-    s.last = true;
-    for (int64_t kp = 0; kp < ceil_div(rect.kn, R::cols); ++kp)
-      for (int64_t op = 0; op < ceil_div(rect.on, R::rows); ++op, ++s.index) {
-        s.rows = rect.on - op * R::rows, s.cols = rect.kn - kp * R::cols;
-        s.carry = carry_ + s.index * R::size;
-        run_register_tile<P>(s, epilogue);
-      }
+    runner.finish();
   }
 
   Shape shape_;
   AddedRows added_;
   int64_t added_first_ = 0, added_end_ = 0;
   Elem *rows_, *cols_;
-  S *carry_, *carried_;
+  S* carry_;
+  Part parts_[P::together];
 };
 
 // A tile of a contiguous (O, K) matrix, to and from register-tile order. Padding reads as zero and is not written back.
@@ -288,9 +284,6 @@ class TileGram {
   int64_t N_, M_, band_;
   S* lanes_;
 };
-
-// Sums over examples are sums of sums over so many: one chain of N float additions would err by √N.
-inline constexpr int64_t sum_run = 64;
 
 // Before example n of N: moves the sums on into the totals (`count` of each, apart), where there are any, once a run is over.
 template <class S>

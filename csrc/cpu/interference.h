@@ -62,7 +62,7 @@ size_t interference_run(const InterferenceArgs& args, int64_t begin, int64_t end
   const int64_t size = Tile::size(shape);
   Arena arena(workspace);
   Tile tile(shape, arena, args.added);
-  InterferenceEpilogue<P, Sums, Direction, Gram> epilogue = {};
+  InterferenceEpilogue<P, Sums, Direction, Gram> epilogue = {}, epilogues[P::together];
   S* sums = Sums ? arena.take<S>(3 * size) : nullptr;
   S* totals = Sums && shape.N > sum_run ? arena.take<S>(3 * size) : nullptr;
   S* u = Direction ? arena.take<S>(size) : nullptr;
@@ -77,19 +77,21 @@ size_t interference_run(const InterferenceArgs& args, int64_t begin, int64_t end
     if constexpr (Sums) std::memset(sums, 0, static_cast<size_t>(3 * size) * sizeof(S));
     if constexpr (Direction) gather_tile<P>(static_cast<const S*>(args.u), shape.K, rect, u);
     const double nothing = Direction && shape.begin ? sum_zero_times(u, Tile::count(rect) * Tile::R::size) : 0;
-    for (int64_t n = 0; n < shape.N; ++n) {
+    for (int64_t n = 0, count; n < shape.N; n += count) {
+      count = tile.group(n);
       if constexpr (Sums) move_sums(n, sums, totals, 3 * size);
       // An example without rows costs nothing, but for the Gram, which reads its zeros.
       if (!Gram && shape.begin && shape.length(n) == 0 && !args.added.any(n)) {
         if constexpr (Direction) out->dot[n] += nothing, out->abs_dot[n] += nothing;
         continue;
       }
-      epilogue.example = n;
-      epilogue.l1 = epilogue.sq_norm = epilogue.dot = epilogue.abs_dot = 0;
-      tile.run(args.a, args.b, n, n == 0, rect, epilogue);
-      out->sq_norm[n] += epilogue.sq_norm;
-      if constexpr (Sums) out->l1[n] += epilogue.l1;
-      if constexpr (Direction) out->dot[n] += epilogue.dot, out->abs_dot[n] += epilogue.abs_dot;
+      for (int64_t e = 0; e < count; ++e) epilogues[e] = epilogue, epilogues[e].example = n + e;
+      tile.run(args.a, args.b, n, count, n == 0, rect, epilogues);
+      for (int64_t e = 0; e < count; ++e) {
+        out->sq_norm[n + e] += epilogues[e].sq_norm;
+        if constexpr (Sums) out->l1[n + e] += epilogues[e].l1;
+        if constexpr (Direction) out->dot[n + e] += epilogues[e].dot, out->abs_dot[n + e] += epilogues[e].abs_dot;
+      }
     }
     if constexpr (Gram) tile_gram.run(stored.data(), stored.data(), Tile::count(rect), true, out->gram);
     if constexpr (Sums) {

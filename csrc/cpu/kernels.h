@@ -129,8 +129,6 @@ struct RowArgs {
 // One instruction set's kernels. "worker" functions handle tiles [begin, end) with a workspace of their own.
 struct Kernels {
   const char* isa;
-  int64_t rows, cols;  // of the register tile, float
-  int64_t bf16_depth;  // positions that one bf16 instruction contracts; 1 if bf16 is widened to float
 
   size_t (*interference_workspace)(const InterferenceArgs&);
   void (*interference_worker)(const InterferenceArgs&, int64_t begin, int64_t end, void* workspace, const InterferencePartials&);
@@ -162,20 +160,13 @@ struct Kernels {
   void (*row_interference_worker)(const RowArgs&, int64_t begin, int64_t end, void* workspace, const InterferencePartials&);
 };
 
-// A bf16 product on the processor's matrix unit, with float sums: c (rows × cols) = [c +] a · b, where a (rows × depth) has its
-// rows at ld_a, b holds pairs of rows side by side (depth/2 × cols × 2, pair rows at ld_b), and depth is even.
-struct MatrixUnit {
-  void (*multiply)(int64_t rows, int64_t cols, int64_t depth, int64_t ld_a, int64_t ld_b, int64_t ld_c, bool add, const uint16_t* a,
-                   const uint16_t* b, float* c);
-  void (*release)();  // by each thread, when its products are done
-};
-
-extern const MatrixUnit* matrix_unit;  // set by the binding; null without one
-
 const Kernels* kernels_generic();
 const Kernels* kernels_avx2();  // null where the compiler does not target x86-64
 const Kernels* kernels_avx512();
 const Kernels* kernels_avx512_bf16();
-const Kernels* kernels_amx();  // needs matrix_unit
+const Kernels* kernels_amx();  // null, too, where the processor has no matrix unit or the system does not let the process use it
+#ifdef ZSL_EMULATE_AMX
+const Kernels* kernels_amx_emulated();  // the same kernels with loops for the tile instructions, for tests
+#endif
 
 }  // namespace zsl

@@ -10,6 +10,4 @@
 #define ZSL_COL_VECS 2
 #include "ops.h"
 
-const zsl::MatrixUnit* zsl::matrix_unit = nullptr;
-
 const zsl::Kernels* zsl::kernels_generic() { return &zsl::generic::table; }

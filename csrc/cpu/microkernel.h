@@ -97,4 +97,25 @@ __attribute__((noinline)) void run_register_tile(const Step<P>& s, Epilogue& epi
   epilogue(s, acc);
 }
 
+// Output gradients as row panels, and inputs as column panels.
+template <class P>
+void pack_rows(const Operand& b, int64_t n, int64_t t0, int64_t tn, int64_t o0, int64_t on, typename P::Elem* dst) {
+  pack<P, RegisterTile<P>::rows>(b, n, t0, tn, o0, on, dst);
+}
+
+template <class P>
+void pack_columns(const Operand& a, int64_t n, int64_t t0, int64_t tn, int64_t k0, int64_t kn, typename P::Elem* dst) {
+  pack<P, RegisterTile<P>::cols>(a, n, t0, tn, k0, kn, dst);
+}
+
+// Runs blocks of register tiles that lie one above the other in a column panel, `height` at most. What is handed to an epilogue is
+// there after finish() at the latest.
+template <class P, class Epilogue>
+struct BlockRunner {
+  static constexpr int height = 1;
+
+  ZSL_INLINE void run(const Step<P>* steps, int, Epilogue& epilogue) { run_register_tile<P>(*steps, epilogue); }
+  ZSL_INLINE void finish() {}
+};
+
 }  // namespace zsl::ZSL_ISA

@@ -2,6 +2,9 @@
 #include "vec.h"
 #include "pack.h"
 #include "microkernel.h"
+#ifdef ZSL_AMX
+#include "amx_tile.h"
+#endif
 #include "gradient_tile.h"
 #include "interference.h"
 #include "weighted_grad.h"

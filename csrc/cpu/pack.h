@@ -28,13 +28,14 @@ ZSL_INLINE float widen(f16 x) {
   return __builtin_bit_cast(float, sign | scaled | special);
 }
 
-// How panels are stored and contracted. Elem is what a panel holds, Sum what the register tile accumulates.
+// How panels are stored and contracted. Elem is what a panel holds, Sum what the register tile accumulates; `together` examples at
+// most are formed side by side.
 template <class S>
 struct Dense {
   using Elem = S;
   using Sum = S;
   static constexpr int depth = 1;
-  static constexpr bool matrix_unit = false;
+  static constexpr int together = 1;
 };
 
 // bf16 kept as it is, two positions side by side: what vdpbf16ps contracts.
@@ -42,12 +43,7 @@ struct Bf16Pairs {
   using Elem = uint16_t;
   using Sum = float;
   static constexpr int depth = 2;
-  static constexpr bool matrix_unit = false;
-};
-
-// The same, multiplied by the matrix unit: column panels as above, rows each in one piece (pack_lines).
-struct Bf16Lines : Bf16Pairs {
-  static constexpr bool matrix_unit = true;
+  static constexpr int together = 1;
 };
 
 template <class P>
@@ -130,17 +126,6 @@ void pack(const Operand& x, int64_t n, int64_t t0, int64_t tn, int64_t f0, int64
         return pack_as<f16, P, W>(x, n, t0, tn, f0, fn, dst);
     }
   }
-}
-
-// The same block for the matrix unit: feature f's positions in one line, dst[f * ld + t], filled up to whole pairs.
-inline void pack_lines(const Operand& x, int64_t n, int64_t t0, int64_t tn, int64_t f0, int64_t fn, uint16_t* dst, int64_t ld) {
-  const bf16* base = static_cast<const bf16*>(x.data) + n * x.sn + t0 * x.st + f0 * x.sf;
-  constexpr int64_t block = 32;  // lines written at a time: they stay in the first-level cache
-  for (int64_t b0 = 0; b0 < fn; b0 += block)
-    for (int64_t t = 0; t < tn; ++t)
-      for (int64_t f = b0; f < std::min(fn, b0 + block); ++f) dst[f * ld + t] = base[t * x.st + f * x.sf].bits;
-  if (tn % 2)
-    for (int64_t f = 0; f < fn; ++f) dst[f * ld + tn] = 0;
 }
 
 // The transposed block: W rows side by side, contracted along the features [f0, f0+fn). Rows are flattened (example, position)

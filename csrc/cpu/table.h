@@ -7,8 +7,11 @@ namespace zsl::ZSL_ISA {
 template <class F>
 auto with_panels(const Operand& a, F body) {
   if (a.dtype == DType::f64) return body(Dense<double>{});
-#if defined(ZSL_MATRIX_UNIT)
-  if (a.dtype == DType::bf16) return body(Bf16Lines{});
+#if defined(ZSL_AMX)
+  if (a.dtype == DType::bf16) {
+    const TileUnit unit;
+    return body(Bf16Tiles{});
+  }
 #elif defined(ZSL_NATIVE_BF16)
   if (a.dtype == DType::bf16) return body(Bf16Pairs{});
 #endif
@@ -98,13 +101,6 @@ const Kernels table = {
 #define ZSL_STRING_(x) #x
 #define ZSL_STRING(x) ZSL_STRING_(x)
     ZSL_STRING(ZSL_ISA),
-    RegisterTile<Dense<float>>::rows,
-    RegisterTile<Dense<float>>::cols,
-#ifdef ZSL_NATIVE_BF16
-    2,
-#else
-    1,
-#endif
     interference_workspace,
     interference_worker,
     gram_workspace,

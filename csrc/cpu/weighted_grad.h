@@ -37,16 +37,17 @@ size_t weighted_run(const WeightedArgs& args, int64_t begin, int64_t end, void* 
   S* u = Abs ? arena.take<S>(size) : nullptr;
   if (!workspace) return arena.used();
 
-  WeightedEpilogue<P, Abs> epilogue = {sums, sums + size, 0, 0};
+  WeightedEpilogue<P, Abs> epilogues[P::together];
   for (int64_t index = begin; index < end; ++index) {
     const Rect rect = tile_rect(shape, index);
     std::memset(sums, 0, static_cast<size_t>(count) * sizeof(S));
-    for (int64_t n = 0; n < shape.N; ++n) {
+    for (int64_t n = 0, examples; n < shape.N; n += examples) {
+      examples = tile.group(n);
       move_sums(n, sums, totals, count);
       if (shape.begin && shape.length(n) == 0) continue;
-      epilogue.w = static_cast<S>(args.w[n]);
-      if constexpr (Abs) epilogue.v = static_cast<S>(args.v[n]);
-      tile.run(args.a, args.b, n, n == 0, rect, epilogue);
+      for (int64_t e = 0; e < examples; ++e)
+        epilogues[e] = {sums, sums + size, static_cast<S>(args.w[n + e]), Abs ? static_cast<S>(args.v[n + e]) : S(0)};
+      tile.run(args.a, args.b, n, examples, n == 0, rect, epilogues);
     }
     add_totals(sums, totals, count);
     if constexpr (Abs) {

@@ -18,6 +18,10 @@
 
 #include "../../csrc/cpu/kernels.h"
 
+#ifdef ZSL_EMULATE_AMX
+int check_amx_instructions();
+#endif
+
 namespace {
 
 using namespace zsl;
@@ -611,25 +615,6 @@ class RowChecks {
   Input x_, b_;
 };
 
-// The binding's matrix unit is torch's; this one is a loop with the same contract.
-void multiply(int64_t rows, int64_t cols, int64_t depth, int64_t ld_a, int64_t ld_b, int64_t ld_c, bool add, const uint16_t* a,
-              const uint16_t* b, float* c) {
-  const auto widen = [](uint16_t bits) {
-    const uint32_t wide = static_cast<uint32_t>(bits) << 16;
-    float x;
-    std::memcpy(&x, &wide, 4);
-    return x;
-  };
-  for (int64_t r = 0; r < rows; ++r)
-    for (int64_t col = 0; col < cols; ++col) {
-      float sum = add ? c[r * ld_c + col] : 0;
-      for (int64_t d = 0; d < depth; ++d) sum += widen(a[r * ld_a + d]) * widen(b[(d / 2 * ld_b + col) * 2 + d % 2]);
-      c[r * ld_c + col] = sum;
-    }
-}
-
-constexpr MatrixUnit loops = {multiply, [] {}};
-
 std::vector<const Kernels*> supported() {
   std::vector<const Kernels*> found = {kernels_generic()};
 #if defined(__x86_64__)
@@ -639,9 +624,13 @@ std::vector<const Kernels*> supported() {
     if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
         __builtin_cpu_supports("avx512dq")) {
       found.push_back(kernels_avx512());
-      if (__builtin_cpu_supports("avx512bf16")) found.push_back(kernels_avx512_bf16()), found.push_back(kernels_amx());
+      if (__builtin_cpu_supports("avx512bf16")) found.push_back(kernels_avx512_bf16());
+      if (kernels_amx()) found.push_back(kernels_amx());
     }
   }
+#endif
+#ifdef ZSL_EMULATE_AMX
+  found.push_back(kernels_amx_emulated());
 #endif
   return found;
 }
@@ -667,8 +656,10 @@ int main(int argc, char** argv) {
     if (!std::strcmp(argv[i], "--dtype")) only_dtype = argv[i + 1];
     if (!std::strcmp(argv[i], "--short")) short_by = std::atoll(argv[i + 1]);
   }
-  matrix_unit = &loops;
   int runs = 0;
+#ifdef ZSL_EMULATE_AMX
+  std::printf("%d tiles compared with the processor's\n", check_amx_instructions());
+#endif
   for (const Kernels* kernels : supported()) {
     if (!only.empty() && only != kernels->isa) continue;
     for (int dtype = 0; dtype < 4; ++dtype) {

@@ -147,14 +147,15 @@ def test_overflow_of_half_precision_inputs_is_none():
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_every_half_precision_number_is_widened_exactly(dtype, cpu_isa):
-    """All 65536 of them, subnormals too, times one. But the processors' bf16 product takes subnormals as zero."""
+    """All 65536 of them, subnormals too, times one. But the processors' bf16 products take subnormals as zero."""
     numbers = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype)
     got = zk.interference(numbers.view(1, 1, -1), torch.ones(1, 1, 1, dtype=dtype), impl="cpu").grad_sum.view(-1)
     want = numbers.float()
     if dtype == torch.bfloat16:
         tiny = want.abs() < torch.finfo(torch.float32).tiny
-        assert ((got == want) | (got == 0))[tiny].all()
-        got, want = got[~tiny], want[~tiny]
+        assert tiny.sum() == 2**8  # 127 of each sign, and the zeros
+        if cpu_isa in ("cpu-avx512_bf16", "cpu-amx", "cpu-amx_emulated"):
+            want = torch.where(tiny, 0.0, want)
     torch.testing.assert_close(got, want, rtol=0, atol=0, equal_nan=True)
 
 
