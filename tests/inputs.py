@@ -125,7 +125,7 @@ class Problem:
         )
 
 
-# Sizes around every edge of the kernels: the register tiles (rows 6 and 12, columns 4 to 32), the output tile (192 × 384), the
+# Sizes around every edge of the kernels: the register tiles (rows 6, 12 and 16, columns 4 to 32), the output tile (192 × 384), the
 # chunk of positions (256), the Gram's blocks of 3 and 4 examples, the ghost's blocks of 96 rows.
 SIZES: dict[str, tuple[int, int, int, int]] = {
     "one number": (1, 1, 1, 1),

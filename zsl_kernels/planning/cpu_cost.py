@@ -11,7 +11,7 @@ from zsl_kernels.planning import gpu_cost
 from zsl_kernels.planning.call import Call, Candidate
 
 # Output rows and columns of a tile. Larger ones pack the operands less often; smaller ones keep the sums closer. Multiples of
-# every register tile (csrc/cpu).
+# every register tile (csrc/cpu), that of AMX with its 16 rows too. A tile that is cut to 12s of rows leaves some of those empty.
 TILE_O, TILE_K = 192, 384
 ROWS, COLS = 12, 32
 CHUNK = 256  # positions packed at a time
@@ -23,7 +23,9 @@ CHUNKED_BYTES = 32 << 20
 GHOST_SIDE = 96  # rows of a ghost block
 
 # Costs relative to one operation of the direct kernel's products, as benchmarks/costs.py fits them on x86-64, halfway between AVX2
-# and AVX-512. First of folding one element of one g_i: in registers, and from memory with a pass for each result.
+# and AVX-512. AMX multiplies bfloat16 several times as fast: its ratios would be others, and were not measured since its kernels
+# multiply by tile instructions of their own. First of folding one element of one g_i: in registers, and from memory with a pass
+# for each result.
 _FOLD = {"interference": 35.0, "gram": 5.0, "dot": 16.0, "sq_norm": 5.5, "weighted_grad": 6.0}
 _FOLD["interference_backward"] = _FOLD["interference"]
 _CHUNKED_FOLD = {"interference": 220.0, "interference_backward": 220.0, "gram": 60.0, "sq_norm": 45.0}
