@@ -170,9 +170,9 @@ inline void pack_columns<Bf16Tiles>(const Operand& x, int64_t n, int64_t t0, int
   });
 }
 
-// Blocks of one or two register tiles, one above the other. The unit is given half of a block's products, then the first register
-// tile of the block before is folded, then come the other half and the second register tile: the processor executes the fold while
-// the unit multiplies.
+// Blocks of one or two register tiles, one above the other. What is handed to an epilogue is there after finish(). The unit is
+// given half of a block's products, then the first register tile of the block before is folded, then come the other half and the
+// second register tile: the processor executes the fold while the unit multiplies.
 template <class Epilogue>
 class BlockRunner<Bf16Tiles, Epilogue> {
  public:

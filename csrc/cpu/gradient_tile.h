@@ -40,6 +40,10 @@ class Arena {
   size_t used_ = 0;
 };
 
+// Runs blocks of register tiles for panels that a matrix unit multiplies (amx_tile.h).
+template <class P, class Epilogue>
+class BlockRunner;
+
 template <class P>
 class GradientTile {
  public:
@@ -72,35 +76,34 @@ class GradientTile {
     return count;
   }
 
-  // The gradients of `count` examples from n on, at most group(n), each to its epilogue. `first` says that these are the worker's
-  // first examples of this tile.
+  // `first` says that this is the worker's first example of this tile.
   template <class Epilogue>
-  void run(const Operand& a, const Operand& b, int64_t n, int64_t count, bool first, const Rect& rect, Epilogue* epilogues) {
-    const int64_t length = shape_.length(n);
+  void run(const Operand& a, const Operand& b, int64_t n, bool first, const Rect& rect, Epilogue& epilogue) {
+    run_group(a, b, n, 1, first, rect, &epilogue);
+  }
+
+  // The same for `count` examples from n on, at most group(n), each with an epilogue.
+  template <class Epilogue>
+  void run_group(const Operand& a, const Operand& b, int64_t n, int64_t count, bool first, const Rect& rect, Epilogue* epilogues) {
+    const int64_t at = shape_.first(n), length = shape_.length(n);
     const bool shared = a.sn == 0 && !shape_.begin;
     find_added(n, rect);
     start_carry(rect);
     int64_t t0 = 0;
     do {  // once even without positions: the gradient is then zero, or the added rows alone
       const int64_t tn = std::min(chunk, length - t0);
-      Elem *rows = rows_, *cols = cols_;
-      for (int64_t e = 0; e < count; ++e) {
-        const int64_t at = shape_.first(n + e) + t0, en = e == 0 ? tn : shape_.length(n + e), steps = steps_of<P>(en);
-        parts_[e] = {rows, cols, steps};
-        // Inputs shared by all examples are packed once for each tile.
-        if (!shared || (e == 0 && (first || tn != length))) pack_columns<P>(a, n + e, at, en, rect.k0, rect.kn, cols);
-        pack_rows<P>(b, n + e, at, en, rect.o0, rect.on, rows);
-        rows += ceil_div(rect.on, R::rows) * R::rows * steps * P::depth;
-        if (!shared) cols += ceil_div(rect.kn, R::cols) * R::cols * steps * P::depth;
+      // Inputs shared by all examples are packed once for each tile.
+      if (first || !shared || tn != length) pack_columns<P>(a, n, at + t0, tn, rect.k0, rect.kn, cols_);
+      pack_rows<P>(b, n, at + t0, tn, rect.o0, rect.on, rows_);
+      if constexpr (P::together == 1) {
+        run_chunk(t0, tn, t0 + tn == length, rect, *epilogues);
+      } else {
+        parts_[0] = {rows_, cols_, steps_of<P>(tn)};
+        for (int64_t e = 1; e < count; ++e) pack_beside(a, b, n, e, shared, rect);
+        run_blocks(t0, t0 + tn == length, count, rect, epilogues);
       }
-      run_chunk(t0, t0 + tn == length, count, rect, epilogues);
       t0 += tn;
     } while (t0 < length);
-  }
-
-  template <class Epilogue>
-  void run(const Operand& a, const Operand& b, int64_t n, bool first, const Rect& rect, Epilogue& epilogue) {
-    run(a, b, n, 1, first, rect, &epilogue);
   }
 
   // Calls body(p, k, at, count) for the pieces of example n's added rows in the tile: columns [k, k + count) of row p, which in
@@ -114,9 +117,20 @@ class GradientTile {
  private:
   // An example's panels of a chunk.
   struct Part {
-    const Elem *rows, *cols;
+    Elem *rows, *cols;
     int64_t steps;
   };
+
+  // Example n + e of the group that begins with n, after the one before.
+  void pack_beside(const Operand& a, const Operand& b, int64_t n, int64_t e, bool shared, const Rect& rect) {
+    const Part& before = parts_[e - 1];
+    const int64_t at = shape_.first(n + e), length = shape_.length(n + e), depth = before.steps * P::depth;
+    Elem* rows = before.rows + ceil_div(rect.on, R::rows) * R::rows * depth;
+    Elem* cols = shared ? cols_ : before.cols + ceil_div(rect.kn, R::cols) * R::cols * depth;
+    if (!shared) pack_columns<P>(a, n + e, at, length, rect.k0, rect.kn, cols);
+    pack_rows<P>(b, n + e, at, length, rect.o0, rect.on, rows);
+    parts_[e] = {rows, cols, steps_of<P>(length)};
+  }
 
   // Which of example n's added rows lie in the tile: [added_first_, added_end_).
   void find_added(int64_t n, const Rect& rect) {
@@ -155,7 +169,29 @@ class GradientTile {
   }
 
   template <class Epilogue>
-  void run_chunk(int64_t t0, bool last, int64_t count, const Rect& rect, Epilogue* epilogues) {
+  void run_chunk(int64_t t0, int64_t tn, bool last, const Rect& rect, Epilogue& epilogue) {
+    const int64_t steps = steps_of<P>(tn), row_panels = ceil_div(rect.on, R::rows), col_panels = ceil_div(rect.kn, R::cols);
+    Step<P> s;
+    s.steps = steps;
+    s.last = last;
+    s.index = 0;
+    for (int64_t kp = 0; kp < col_panels; ++kp) {
+      s.col_panel = cols_ + kp * steps * R::cols * P::depth;
+      s.cols = rect.kn - kp * R::cols;
+      for (int64_t op = 0, p = added_first_; op < row_panels; ++op, ++s.index) {
+        s.row_panel = rows_ + op * steps * R::rows * P::depth;
+        s.rows = rect.on - op * R::rows;
+        s.first = t0 == 0;
+        for (; p < added_end_ && added_.index[p] < rect.o0 + (op + 1) * R::rows; ++p) s.first = false;
+        s.carry = carry_ + s.index * R::size;
+        run_register_tile<P>(s, epilogue);
+      }
+    }
+  }
+
+  // The same by blocks of register tiles that lie one above the other, each block for all examples of a group.
+  template <class Epilogue>
+  void run_blocks(int64_t t0, bool last, int64_t count, const Rect& rect, Epilogue* epilogues) {
     using Runner = BlockRunner<P, Epilogue>;
     const int64_t row_panels = ceil_div(rect.on, R::rows), col_panels = ceil_div(rect.kn, R::cols);
     Runner runner;

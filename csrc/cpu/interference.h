@@ -86,7 +86,7 @@ size_t interference_run(const InterferenceArgs& args, int64_t begin, int64_t end
         continue;
       }
       for (int64_t e = 0; e < count; ++e) epilogues[e] = epilogue, epilogues[e].example = n + e;
-      tile.run(args.a, args.b, n, count, n == 0, rect, epilogues);
+      tile.run_group(args.a, args.b, n, count, n == 0, rect, epilogues);
       for (int64_t e = 0; e < count; ++e) {
         out->sq_norm[n + e] += epilogues[e].sq_norm;
         if constexpr (Sums) out->l1[n + e] += epilogues[e].l1;

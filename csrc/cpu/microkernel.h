@@ -108,14 +108,4 @@ void pack_columns(const Operand& a, int64_t n, int64_t t0, int64_t tn, int64_t k
   pack<P, RegisterTile<P>::cols>(a, n, t0, tn, k0, kn, dst);
 }
 
-// Runs blocks of register tiles that lie one above the other in a column panel, `height` at most. What is handed to an epilogue is
-// there after finish() at the latest.
-template <class P, class Epilogue>
-struct BlockRunner {
-  static constexpr int height = 1;
-
-  ZSL_INLINE void run(const Step<P>* steps, int, Epilogue& epilogue) { run_register_tile<P>(*steps, epilogue); }
-  ZSL_INLINE void finish() {}
-};
-
 }  // namespace zsl::ZSL_ISA

@@ -2,10 +2,10 @@
 #include "vec.h"
 #include "pack.h"
 #include "microkernel.h"
+#include "gradient_tile.h"
 #ifdef ZSL_AMX
 #include "amx_tile.h"
 #endif
-#include "gradient_tile.h"
 #include "interference.h"
 #include "weighted_grad.h"
 #include "gram.h"

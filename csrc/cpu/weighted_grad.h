@@ -47,7 +47,7 @@ size_t weighted_run(const WeightedArgs& args, int64_t begin, int64_t end, void* 
       if (shape.begin && shape.length(n) == 0) continue;
       for (int64_t e = 0; e < examples; ++e)
         epilogues[e] = {sums, sums + size, static_cast<S>(args.w[n + e]), Abs ? static_cast<S>(args.v[n + e]) : S(0)};
-      tile.run(args.a, args.b, n, examples, n == 0, rect, epilogues);
+      tile.run_group(args.a, args.b, n, examples, n == 0, rect, epilogues);
     }
     add_totals(sums, totals, count);
     if constexpr (Abs) {
