@@ -34,6 +34,7 @@ std::vector<const Kernels*> supported() {
   if (avx512) found.push_back(kernels_avx512());
   if (avx2) found.push_back(kernels_avx2());
 #endif
+  if (kernels_neon()) found.push_back(kernels_neon());
   found.push_back(kernels_generic());
 #ifdef ZSL_EMULATE_AMX
   found.push_back(kernels_amx_emulated());

@@ -161,6 +161,7 @@ struct Kernels {
 };
 
 const Kernels* kernels_generic();
+const Kernels* kernels_neon();  // null where the compiler does not target 64-bit Arm
 const Kernels* kernels_avx2();  // null where the compiler does not target x86-64
 const Kernels* kernels_avx512();
 const Kernels* kernels_avx512_bf16();

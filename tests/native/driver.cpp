@@ -617,6 +617,7 @@ class RowChecks {
 
 std::vector<const Kernels*> supported() {
   std::vector<const Kernels*> found = {kernels_generic()};
+  if (kernels_neon()) found.push_back(kernels_neon());
 #if defined(__x86_64__)
   __builtin_cpu_init();
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) {
