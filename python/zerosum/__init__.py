@@ -13,6 +13,7 @@ from zerosum.probe import Coverage, ParameterReport, Probe, Report, auxiliary, e
 from zerosum.probe.stored import ReportSum, load_report, merge
 from zerosum.sketches import Sketch
 from zerosum.tokens import SampledReport, token_report
+from zsl_kernels import __version__
 
 __all__ = [
     "CapturedStep",
@@ -24,6 +25,7 @@ __all__ = [
     "ReportSum",
     "SampledReport",
     "Sketch",
+    "__version__",
     "auxiliary",
     "capture",
     "changes",
