@@ -20,15 +20,15 @@ by 12 % at 3 times and 1 % at 8 times the null.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import NamedTuple, TypeVar
 
 import numpy as np
-import torch
 from torch import Tensor
 
-from zsl_kernels import CoordinateSums, InterferenceSums
+from zsl_kernels import CoordinateSums
 
 SIGN_FLIP = math.sqrt(2 / math.pi)
 
@@ -102,40 +102,6 @@ def add_coordinates(parts: Iterable[CoordinateSums]) -> CoordinateSums:
     return CoordinateSums(*(math.fsum(column) for column in zip(none, *parts, strict=True)))
 
 
-def merge_sums(*parts: InterferenceSums) -> InterferenceSums:
-    """The results of micro-batches as those of one batch: ``zk.interference(torch.cat([a, a2]), torch.cat([b, b2]), …)`` from the
-    results for (a, b) and (a2, b2), but for the Gram's entries between micro-batches, which nobody computed: they are NaN.
-
-    Sums add and scalars come one after another, so that merging is associative (to rounding). The parts are left as they are.
-
-    Raises:
-        ValueError: no part was given, or a part's weight has another shape, or a field that another lacks.
-    """
-    if not parts:
-        raise ValueError("parts: expected at least one micro-batch's sums, got none")
-    for k, part in enumerate(parts):
-        if part.grad_sum.shape != parts[0].grad_sum.shape:
-            shapes = tuple(parts[0].grad_sum.shape), tuple(part.grad_sum.shape)
-            raise ValueError(f"parts[{k}]: expected sums of shape {shapes[0]} as parts[0], got {shapes[1]}")
-        for name in ("dot", "abs_dot", "gram"):
-            if (getattr(part, name) is None) != (getattr(parts[0], name) is None):
-                had, got = ("none", "one") if getattr(parts[0], name) is None else ("one", "none")
-                raise ValueError(f"parts[{k}].{name}: expected {had} as parts[0], got {got}")
-    columns = dict(zip(InterferenceSums._fields, zip(*parts, strict=True), strict=True))
-    merged: dict[str, Tensor | None] = {}
-    for name, column in columns.items():
-        tensors = [x for x in column if x is not None]
-        if not tensors:
-            merged[name] = None
-        elif name == "gram":
-            merged[name] = block_diagonal(tensors)
-        elif name in ("grad_sum", "abs_sum", "sq_sum"):
-            merged[name] = torch.stack(tensors).sum(0)
-        else:
-            merged[name] = torch.cat(tensors)
-    return InterferenceSums(**merged)  # type: ignore[arg-type]
-
-
 def block_diagonal(blocks: Sequence[Tensor]) -> Tensor:
     """The Gram of micro-batches' Grams. Inner products of examples in different ones are not known: NaN."""
     if len(blocks) == 1:
@@ -149,6 +115,111 @@ def block_diagonal(blocks: Sequence[Tensor]) -> Tensor:
     return out
 
 
+@dataclass(frozen=True)
+class Gradients:
+    """What the gradient metrics of a set of parameters are computed from.
+
+    Letters: examples i and k of N, coordinates j, g_ij the gradients, u a direction, p_ij = g_ij u_j.
+
+    Attributes:
+        sums: over coordinates. size: the number of coordinates, where it is known.
+        l1, sq_norm: ‖g_i‖₁ and ‖g_i‖², (N,).
+        dot: Σ_j p_ij, (N,); None without a direction.
+        grams: the Gram of each micro-batch; empty without one. NaN stands for an inner product that was not computed.
+    """
+
+    sums: CoordinateSums
+    l1: Tensor
+    sq_norm: Tensor
+    dot: Tensor | None = None
+    grams: tuple[Tensor, ...] = ()
+    size: int | None = None
+
+    @property
+    def n(self) -> int:
+        return self.l1.numel()
+
+    @property
+    def mean_sq(self) -> float:
+        """mean_i ‖g_i‖²"""
+        return ratio(self.sums.sq, self.n)
+
+    @property
+    def pair_dot(self) -> float:
+        """mean_{i≠k} ⟨g_i, g_k⟩: the unbiased |G|²."""
+        return ratio(self.sums.grad_sq - self.sums.sq, self.n * (self.n - 1))
+
+    @cached_property
+    def changes(self) -> NumberSums:
+        """Of the examples' first-order changes Σ_j p_ij."""
+        assert self.dot is not None
+        return NumberSums.of(self.dot)
+
+    @cached_property
+    def _known(self) -> list[tuple[Tensor, Tensor]]:
+        """Each Gram in float64, and which of its entries were computed."""
+        found = []
+        for gram in self.grams:
+            gram = gram.double()
+            # By Cauchy and Schwarz an inner product that was computed is a number where both norms are.
+            unknown = gram.diagonal().isnan()
+            found.append((gram, ~(gram.isnan() & ~(unknown[:, None] | unknown[None, :]))))
+        return found
+
+    @cached_property
+    def pairs(self) -> tuple[np.ndarray, np.ndarray]:
+        """The inner products and the cosines of the pairs i < k whose inner product is known."""
+        dots, cosines = [np.empty(0)], [np.empty(0)]
+        for gram, known in self._known:
+            chosen = known.triu(1)
+            norms = gram.diagonal().clamp(min=0).sqrt()
+            dots.append(gram[chosen].cpu().numpy())
+            cosines.append((gram / (norms[:, None] * norms[None, :]))[chosen].cpu().numpy())
+        return np.concatenate(dots), np.concatenate(cosines)
+
+    @cached_property
+    def cosine_quantiles(self) -> dict[float, Metric]:
+        """The null's are those of the cosines with either sign."""
+        _, cosines = self.pairs
+        levels = (0.05, 0.5, 0.95)
+        if not cosines.size:
+            return {level: Metric(math.nan, self.n) for level in levels}
+        found = (np.quantile(x, levels).tolist() for x in (cosines, np.concatenate([cosines, -cosines])))
+        return {level: Metric(value, self.n, null) for level, value, null in zip(levels, *found, strict=True)}
+
+
+class Definition(NamedTuple):
+    """A gradient metric: how it is computed, what it needs, and where it is shown besides reports, records and loggers.
+
+    ``compute`` returns None where the metric has no meaning. ``needs`` is "", "direction" or "gram". With ``outside_embeddings``
+    it is over the coordinates outside of embeddings, and once more over all as ``…_all``. ``label`` names its row in the table of
+    ``zerosum demo``, and ``column`` puts it into the table of ``zerosum measure``.
+    """
+
+    compute: Callable[[Gradients], Metric | None]
+    needs: str
+    outside_embeddings: bool
+    label: str
+    column: bool
+
+
+# By name, in the order in which they are shown.
+METRICS: dict[str, Definition] = {}
+Compute = TypeVar("Compute", bound=Callable[[Gradients], Metric | None])
+
+
+def gradient_metric(
+    needs: str = "", *, outside_embeddings: bool = False, label: str = "", column: bool = False
+) -> Callable[[Compute], Compute]:
+    """Enters the decorated function in ``METRICS`` under its own name; see :class:`Definition`."""
+
+    def enter(compute: Compute) -> Compute:
+        METRICS[compute.__name__] = Definition(compute, needs, outside_embeddings, label, column)
+        return compute
+
+    return enter
+
+
 def gradient_metrics(
     sums: CoordinateSums,
     l1: Tensor,
@@ -159,101 +230,177 @@ def gradient_metrics(
     size: int | None = None,
     non_embedding: tuple[CoordinateSums, int] | None = None,
 ) -> dict[str, Metric]:
-    """Every gradient metric of a set of parameters, from its summed coordinates and the examples' (N,) scalars over the set.
+    """Compute every metric of ``METRICS`` for a set of parameters, from its summed coordinates and the examples' (N,) scalars.
 
-    ``size`` is the number of the set's coordinates, and ``non_embedding`` the sums and the number of those outside of embeddings,
-    which the paper's D(∇ℓ) is the mean over. Without it D_grad is over the whole set. The Gram may come as one for each
+    ``size`` is the number of the set's coordinates. ``non_embedding`` has the sums and the number of the coordinates outside of
+    embeddings: the paper's D(∇ℓ) is the mean over these. Without it D_grad is over the whole set. The Gram may come as one for each
     micro-batch, or lack inner products, NaN between examples of different micro-batches: those pairs do not count.
 
-    ========================  ==============================================================================================
-    ``D_grad``                D over examples for each coordinate, then the plain mean over touched non-embedding coordinates
-    ``touched``, ``untouched``  of D_grad's coordinates, those that some example's gradient touches, and those that have 0/0
-    ``…_all``                 the same three over the whole set, with ``non_embedding``
-    ``grad_norm``             ‖Σ_i g_i‖₂ / N, the norm of the mean gradient; debiased
-    ``example_norm``          √(mean_i ‖g_i‖²)
-    ``example_l1``            mean_i ‖g_i‖₁
-    ``noise_trace``           tr Σ = Σ_i ‖g_i − Ḡ‖² / (N − 1), Ḡ the mean gradient: the trace of the examples' covariance; unbiased
-    ``grad_norm_sq``          |G|², estimated by mean_{i≠k} ⟨g_i, g_k⟩, so that it may be negative; unbiased
-    ``noise_scale``           tr Σ / |G|², the simple noise scale of McCandlish et al. (2018), in examples. A ratio of unbiased
-                              numbers is biased: over a run, average the two above, and then divide
-    ``mean_dot_ratio``        mean_{i≠k} ⟨g_i, g_k⟩ / mean_i ‖g_i‖², both parts unbiased
-    ``C_g``                   Σ_j |Σ_i p_ij| / Σ_j Σ_i |p_ij|, with p_ij = g_ij u_j along the direction u
-    ``C_uG``                  |Σ_j Σ_i p_ij| / Σ_j |Σ_i p_ij|
-    ``C_ug``                  Σ_i |Σ_j p_ij| / Σ_i Σ_j |p_ij|
-    ``C``, ``D``, ``M``       of the examples' first-order changes Σ_j p_ij; exactly C = C_g · C_uG / C_ug; C and D debiased
-    ``mean_cosine``           mean over pairs i < k of ⟨g_i, g_k⟩ / (‖g_i‖ ‖g_k‖), from the Gram; unbiased
-    ``cosine_std``            the standard deviation of the pairs' cosines; ``cosine_q05``, ``cosine_median``, ``cosine_q95``:
-                              their quantiles
-    ``negative_pairs``        the share of pairs i < k with ⟨g_i, g_k⟩ < 0
-    ========================  ==============================================================================================
-
     D_grad, C_g and C_uG have no debiased value: it would need the U-statistic of each coordinate, which these sums do not tell.
-    They depend on N, as their nulls do: compare them at one N, or against the null. Nulls are exact expectations, but for those
-    with √(2/π) (see above), grad_norm's, which is the root of the mean square and so a little high where few directions carry the
-    gradients, C_uG's, which is a ratio of expectations, and the quantiles', which are those of the cosines with either sign.
+    They depend on N, as their nulls do: compare them at one N, or against the null. Nulls are exact expectations, with these
+    exceptions: those with √(2/π) (see above); grad_norm's, which is the root of the mean square and so a little high where few
+    directions carry the gradients; C_uG's, which is a ratio of expectations; and the quantiles'.
     """
-    n = l1.numel()
-    mean_sq, mean_grad_sq = ratio(sums.sq, n), ratio(sums.grad_sq, n * n)
-    pair_dot = ratio(sums.grad_sq - sums.sq, n * (n - 1))  # mean ⟨g_i, g_k⟩ over i ≠ k: the unbiased |G|²
-    if non_embedding is None:
-        found = _coordinate_metrics(sums, size, n)
-    else:
-        found = _coordinate_metrics(*non_embedding, n)
-        found |= {f"{name}_all": metric for name, metric in _coordinate_metrics(sums, size, n).items()}
-    found |= {
-        "grad_norm": Metric(root(mean_grad_sq), n, root(mean_sq / n) if n else None, debiased=root(pair_dot) if n > 1 else None),
-        "example_norm": Metric(root(mean_sq), n),
-        "example_l1": Metric(l1.double().mean().item() if n else math.nan, n),
-        "noise_trace": Metric(mean_sq - pair_dot, n, mean_sq),
-        "grad_norm_sq": Metric(pair_dot, n, 0.0),
-        "noise_scale": Metric(ratio(mean_sq - pair_dot, pair_dot), n),
-        "mean_dot_ratio": Metric(ratio(pair_dot, mean_sq), n, 0.0),
-    }
-    if dot is not None:
-        numbers = NumberSums.of(dot)
-        null_total = SIGN_FLIP * math.sqrt(numbers.sq)
-        found["C_g"] = Metric(ratio(sums.p_sum, sums.p_abs), n, ratio(SIGN_FLIP * sums.p_root, sums.p_abs))
-        found["C_uG"] = Metric(ratio(abs(numbers.total), sums.p_sum), n, ratio(null_total, SIGN_FLIP * sums.p_root))
-        found["C_ug"] = Metric(ratio(numbers.abs, sums.p_abs), n)
-        found |= {key: metric for key, metric in numbers.metrics().items() if key != "mean"}
-    return found if gram is None else found | _cosine_metrics([gram] if isinstance(gram, Tensor) else gram)
+    grams = () if gram is None else (gram,) if isinstance(gram, Tensor) else tuple(gram)
+    whole = Gradients(sums, l1, sq_norm, dot, grams, size)
+    outside = whole if non_embedding is None else replace(whole, sums=non_embedding[0], size=non_embedding[1])
+    there = {"": True, "direction": dot is not None, "gram": gram is not None}
+    found: dict[str, Metric | None] = {}
+    special = {name: metric for name, metric in METRICS.items() if metric.outside_embeddings}
+    found |= {name: metric.compute(outside) for name, metric in special.items()}
+    if non_embedding is not None:
+        found |= {f"{name}_all": metric.compute(whole) for name, metric in special.items()}
+    found |= {name: metric.compute(whole) for name, metric in METRICS.items() if name not in special and there[metric.needs]}
+    return {name: metric for name, metric in found.items() if metric is not None}
 
 
-def _coordinate_metrics(sums: CoordinateSums, size: int | None, n: int) -> dict[str, Metric]:
-    d_grad = 1 - ratio(sums.ratio, sums.touched)
-    found = {
-        "D_grad": Metric(d_grad, n, 1 - ratio(SIGN_FLIP * sums.root_ratio, sums.touched)),
-        "touched": Metric(sums.touched, n),
-    }
-    return found if size is None else found | {"untouched": Metric(size - sums.touched, n)}
+@gradient_metric(outside_embeddings=True, label="D_grad, gradient interference", column=True)
+def D_grad(g: Gradients) -> Metric:
+    """D over examples for each coordinate, then the plain mean over touched coordinates."""
+    null = 1 - ratio(SIGN_FLIP * g.sums.root_ratio, g.sums.touched)
+    return Metric(1 - ratio(g.sums.ratio, g.sums.touched), g.n, null)
 
 
-def _pairs(gram: Tensor) -> tuple[np.ndarray, np.ndarray]:
-    """The inner products and the cosines of the pairs i < k whose inner product is known."""
-    gram = gram.double()
-    diagonal = gram.diagonal()
-    norms = diagonal.clamp(min=0).sqrt()
-    # By Cauchy and Schwarz an inner product that was computed is a number where both norms are.
-    known = ~(gram.isnan() & ~(diagonal[:, None].isnan() | diagonal[None, :].isnan()))
-    pairs = known.triu(1)
-    return gram[pairs].cpu().numpy(), (gram / (norms[:, None] * norms[None, :]))[pairs].cpu().numpy()
+@gradient_metric(outside_embeddings=True)
+def touched(g: Gradients) -> Metric:
+    """Of D_grad's coordinates, those that some example's gradient touches."""
+    return Metric(g.sums.touched, g.n)
 
 
-def _cosine_metrics(grams: Sequence[Tensor]) -> dict[str, Metric]:
-    n = sum(map(len, grams))
-    dots, cosines = (np.concatenate(parts) for parts in zip(*map(_pairs, grams), strict=True))
+@gradient_metric(outside_embeddings=True)
+def untouched(g: Gradients) -> Metric | None:
+    """Of D_grad's coordinates, those that no example touches: their D is 0/0."""
+    return None if g.size is None else Metric(g.size - g.sums.touched, g.n)
+
+
+@gradient_metric()
+def grad_norm(g: Gradients) -> Metric:
+    """‖Σ_i g_i‖₂ / N, the norm of the mean gradient; debiased."""
+    value, null = root(ratio(g.sums.grad_sq, g.n * g.n)), root(g.mean_sq / g.n) if g.n else None
+    return Metric(value, g.n, null, debiased=root(g.pair_dot) if g.n > 1 else None)
+
+
+@gradient_metric()
+def example_norm(g: Gradients) -> Metric:
+    """√(mean_i ‖g_i‖²)"""
+    return Metric(root(g.mean_sq), g.n)
+
+
+@gradient_metric()
+def example_l1(g: Gradients) -> Metric:
+    """mean_i ‖g_i‖₁"""
+    return Metric(g.l1.double().mean().item() if g.n else math.nan, g.n)
+
+
+@gradient_metric()
+def noise_trace(g: Gradients) -> Metric:
+    """tr Σ = Σ_i ‖g_i − Ḡ‖² / (N − 1), Ḡ the mean gradient: the trace of the examples' covariance; unbiased."""
+    return Metric(g.mean_sq - g.pair_dot, g.n, g.mean_sq)
+
+
+@gradient_metric()
+def grad_norm_sq(g: Gradients) -> Metric:
+    """|G|², estimated by mean_{i≠k} ⟨g_i, g_k⟩, so that it may be negative; unbiased."""
+    return Metric(g.pair_dot, g.n, 0.0)
+
+
+@gradient_metric()
+def noise_scale(g: Gradients) -> Metric:
+    """tr Σ / |G|², the simple noise scale of McCandlish et al. (2018), in examples.
+
+    A ratio of unbiased numbers is biased: over a run, average noise_trace and grad_norm_sq, and then divide.
+    """
+    return Metric(ratio(g.mean_sq - g.pair_dot, g.pair_dot), g.n)
+
+
+@gradient_metric()
+def mean_dot_ratio(g: Gradients) -> Metric:
+    """mean_{i≠k} ⟨g_i, g_k⟩ / mean_i ‖g_i‖², both parts unbiased."""
+    return Metric(ratio(g.pair_dot, g.mean_sq), g.n, 0.0)
+
+
+@gradient_metric("direction", label="C_g along the update", column=True)
+def C_g(g: Gradients) -> Metric:
+    """Σ_j |Σ_i p_ij| / Σ_j Σ_i |p_ij|"""
+    return Metric(ratio(g.sums.p_sum, g.sums.p_abs), g.n, ratio(SIGN_FLIP * g.sums.p_root, g.sums.p_abs))
+
+
+@gradient_metric("direction", column=True)
+def C_uG(g: Gradients) -> Metric:
+    """|Σ_j Σ_i p_ij| / Σ_j |Σ_i p_ij|"""
+    null_total = SIGN_FLIP * math.sqrt(g.changes.sq)
+    return Metric(ratio(abs(g.changes.total), g.sums.p_sum), g.n, ratio(null_total, SIGN_FLIP * g.sums.p_root))
+
+
+@gradient_metric("direction", column=True)
+def C_ug(g: Gradients) -> Metric:
+    """Σ_i |Σ_j p_ij| / Σ_i Σ_j |p_ij|"""
+    return Metric(ratio(g.changes.abs, g.sums.p_abs), g.n)
+
+
+@gradient_metric("direction")
+def C(g: Gradients) -> Metric:
+    """C of the examples' first-order changes Σ_j p_ij: exactly C_g · C_uG / C_ug; debiased."""
+    return g.changes.metrics()["C"]
+
+
+@gradient_metric("direction")
+def D(g: Gradients) -> Metric:
+    """1 − C; debiased."""
+    return g.changes.metrics()["D"]
+
+
+@gradient_metric("direction")
+def M(g: Gradients) -> Metric:
+    """mean_i |Σ_j p_ij|"""
+    return g.changes.metrics()["M"]
+
+
+@gradient_metric("gram")
+def mean_cosine(g: Gradients) -> Metric:
+    """Mean over pairs i < k of ⟨g_i, g_k⟩ / (‖g_i‖ ‖g_k‖); unbiased."""
+    _, cosines = g.pairs
+    return Metric(float(cosines.mean()), g.n, 0.0) if cosines.size else Metric(math.nan, g.n)
+
+
+@gradient_metric("gram")
+def cosine_std(g: Gradients) -> Metric:
+    """The standard deviation of the pairs' cosines."""
+    _, cosines = g.pairs
     if not cosines.size:
-        names = ("mean_cosine", "cosine_std", "cosine_q05", "cosine_median", "cosine_q95", "negative_pairs")
-        return {name: Metric(math.nan, n) for name in names}
+        return Metric(math.nan, g.n)
     # Signs of the examples make the pairs' signs uncorrelated, though not independent.
     std = float(cosines.std(ddof=1)) if cosines.size > 1 else math.nan
-    found = {
-        "mean_cosine": Metric(float(cosines.mean()), n, 0.0),
-        "cosine_std": Metric(std, n, math.sqrt(float(np.square(cosines).mean()))),
-    }
-    levels = {"cosine_q05": 0.05, "cosine_median": 0.5, "cosine_q95": 0.95}
-    both = np.concatenate([cosines, -cosines])
-    for name, value, null in zip(levels, *(np.quantile(x, list(levels.values())) for x in (cosines, both)), strict=True):
-        found[name] = Metric(float(value), n, float(null))
-    negative, either = (float(np.where(np.isnan(dots), math.nan, x).mean()) for x in (dots < 0, dots != 0))
-    return found | {"negative_pairs": Metric(negative, n, either / 2)}
+    return Metric(std, g.n, math.sqrt(float(np.square(cosines).mean())))
+
+
+@gradient_metric("gram")
+def cosine_q05(g: Gradients) -> Metric:
+    """The 5 % quantile of the pairs' cosines."""
+    return g.cosine_quantiles[0.05]
+
+
+@gradient_metric("gram")
+def cosine_median(g: Gradients) -> Metric:
+    """The median of the pairs' cosines."""
+    return g.cosine_quantiles[0.5]
+
+
+@gradient_metric("gram")
+def cosine_q95(g: Gradients) -> Metric:
+    """The 95 % quantile of the pairs' cosines."""
+    return g.cosine_quantiles[0.95]
+
+
+@gradient_metric("gram")
+def negative_pairs(g: Gradients) -> Metric:
+    """The share of pairs i < k with ⟨g_i, g_k⟩ < 0."""
+    return share_below_zero(g.pairs[0], g.n)
+
+
+def share_below_zero(x: np.ndarray, n: int) -> Metric:
+    """The share of negative numbers; signs at random make half of those negative that are not zero. NaNs come through."""
+    if not x.size:
+        return Metric(math.nan, n)
+    negative, either = (float(np.where(np.isnan(x), math.nan, found).mean()) for found in (x < 0, x != 0))
+    return Metric(negative, n, either / 2)

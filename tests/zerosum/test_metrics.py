@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import zerosum
 import zsl_kernels as zk
-from zerosum.metrics import Metric, NumberSums, add_coordinates, block_diagonal, gradient_metrics, merge_sums, number_interference
+from zerosum.metrics import Metric, NumberSums, add_coordinates, block_diagonal, gradient_metrics, number_interference
 
 
 def metrics_of(g: Tensor, u: Tensor | None = None, gram: bool = False) -> dict[str, Metric]:
@@ -291,38 +291,6 @@ def test_sums_of_numbers_add_in_any_grouping() -> None:
         assert (metric.value, metric.null or 0, metric.debiased or 0) == pytest.approx(
             (expected.value, expected.null or 0, expected.debiased or 0), rel=1e-12
         )
-
-
-@pytest.mark.parametrize("full", [False, True])
-def test_sums_of_micro_batches_merge_to_those_of_the_batch_in_any_grouping(full: bool) -> None:
-    generator = torch.Generator().manual_seed(11)
-    a, b, u = (torch.randn(*size, generator=generator, dtype=torch.float64) for size in ((9, 4, 5), (9, 4, 3), (3, 5)))
-    asked = {"direction": u, "gram": True} if full else {}
-    whole = zk.interference(a, b, **asked)
-    parts = [zk.interference(x, y, **asked) for x, y in zip(a.split([2, 3, 4]), b.split([2, 3, 4]), strict=True)]
-    before = [x.clone() for x in parts[0] if x is not None]
-    mine = torch.block_diag(*(torch.ones(n, n) for n in (2, 3, 4))).bool()
-    for merged in (
-        merge_sums(*parts),
-        merge_sums(merge_sums(parts[0], parts[1]), parts[2]),
-        merge_sums(parts[0], merge_sums(parts[1], parts[2])),
-    ):
-        for name, found, expected in zip(whole._fields, merged, whole, strict=True):
-            if name == "gram" and expected is not None:
-                expected = expected.where(mine, math.nan)
-            torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12, equal_nan=True, msg=name)
-    for x, y in zip([x for x in parts[0] if x is not None], before, strict=True):
-        assert torch.equal(x, y)
-
-
-def test_sums_that_do_not_belong_together_are_named() -> None:
-    x = zk.interference(torch.ones(2, 3, 4), torch.ones(2, 3, 5), gram=True)
-    with pytest.raises(ValueError, match="parts: expected at least one"):
-        merge_sums()
-    with pytest.raises(ValueError, match=r"parts\[1\]: expected sums of shape \(5, 4\) as parts\[0\], got \(5, 3\)"):
-        merge_sums(x, zk.interference(torch.ones(2, 3, 3), torch.ones(2, 3, 5), gram=True))
-    with pytest.raises(ValueError, match=r"parts\[1\].gram: expected one as parts\[0\], got none"):
-        merge_sums(x, x._replace(gram=None))
 
 
 def test_pairs_in_different_micro_batches_do_not_count() -> None:

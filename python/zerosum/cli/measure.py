@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from zerosum.cli.arguments import add_autocast, add_command, add_device, chosen, memory, missing, positive, refuse, span, whole
+from zerosum.metrics import METRICS
 
 if TYPE_CHECKING:
     from zerosum.checkpoints import Checkpoint, Loaded
@@ -60,7 +61,7 @@ examples:
     zerosum measure out/ --data val.bin --examples token --sample 2000
 """
 
-COLUMNS = ("loss", "D_grad", "C_g", "C_uG", "C_ug", "train.D", "held_out.D", "interval.D")
+COLUMNS = ("loss", *(name for name, metric in METRICS.items() if metric.column), "train.D", "held_out.D", "interval.D")
 
 
 def add(commands: Any) -> None:

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from zerosum import tables
+from zerosum.metrics import METRICS
 from zerosum.records import Curve, Record, Slope, curve, slopes
 
 # D and C below count as unchanged, or as equal to their null, within this much.
@@ -67,6 +68,7 @@ def summarize(records: Sequence[Record]) -> Summary:
     rows = [
         Row(label, [float(probes[name].values[i]) for i in chosen], float(probes[name].nulls[-1]), f"{probes[name].n} {examples}")
         for label, name, examples in _ROWS
+        if len(probes[name]) == len(steps)  # an older run has fewer metrics
     ]
     findings = [
         _loss(records, probes),
@@ -91,22 +93,21 @@ def ratio(above: Curve, below: Curve) -> Curve:
         return replace(above, values=values, nulls=above.nulls / below.values, errors=np.where(errors > 0, errors, np.nan))
 
 
+# The gradient metrics that say in their definition how a row of theirs is named, and C_uG / C_ug, which is no metric of its own.
+_GRADIENTS = {name: metric.label for name, metric in METRICS.items() if metric.label} | {
+    "C_uG / C_ug": "C_uG / C_ug along the update"
+}
 _ROWS = (
     ("loss before the step, training batch", "train.loss", "tokens"),
     ("loss before the step, held-out text", "held_out.loss", "tokens"),
-    ("D_grad, gradient interference", "D_grad", "sequences"),
     ("D of loss changes, training batch", "train.D", "tokens"),
     ("D of loss changes, held-out text", "held_out.D", "tokens"),
     ("M of loss changes, training batch", "train.M", "tokens"),
     ("M of loss changes, held-out text", "held_out.M", "tokens"),
-    ("C_g along the update", "C_g", "sequences"),
-    ("C_uG / C_ug along the update", "C_uG / C_ug", "sequences"),
+    *((label, name, "sequences") for name, label in _GRADIENTS.items()),
 )
 _NAMES = (
-    "D_grad",
-    "C_g",
-    "C_uG",
-    "C_ug",
+    *METRICS,
     *(f"{where}.{key}" for where in ("train", "held_out") for key in ("loss", "D", "M", "mean")),
 )
 
