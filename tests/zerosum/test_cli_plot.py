@@ -15,8 +15,8 @@ from matplotlib.figure import Figure
 from tests.zerosum.test_runs import checkpoints, write
 from tests.zerosum.test_training import run_records
 from zerosum import cli
-from zerosum.cli.plot import FIGURES
 from zerosum.plots import paper
+from zerosum.plots.paper import FIGURES
 
 Captured = pytest.CaptureFixture[str]
 
@@ -30,8 +30,11 @@ def measured(tmp_path: Path) -> Path:
     return write(tmp_path / "14M.jsonl", checkpoints())
 
 
-def test_the_command_offers_every_figure() -> None:
-    assert tuple(paper.FIGURES) == FIGURES
+def test_the_help_lists_every_figure(capsys: Captured) -> None:
+    with pytest.raises(SystemExit):
+        plot("--help")
+    said = " ".join(capsys.readouterr().out.split())
+    assert all(f"{name} {figure.shows}" in said for name, figure in FIGURES.items())
 
 
 def test_every_figure_is_written_as_png_and_svg(measured: Path, tmp_path: Path, capsys: Captured) -> None:

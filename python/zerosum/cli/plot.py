@@ -8,22 +8,19 @@ from pathlib import Path
 from typing import Any
 
 from zerosum.cli.arguments import add_command, missing, positive, refuse
+from zerosum.plots import paper
+from zerosum.runs import read_runs
 
-FIGURES = ("loss", "interference", "plane", "gradients", "decomposition")
 DESCRIPTION = """\
 Draws the figures of the paper on zero-sum learning, with all the runs in each of them.
 
-  loss           log-log loss, the two straight segments of its fit and the break between them
-  interference   D and M of the tokens' loss changes against steps: over one step, between checkpoints
-  plane          D against M, with lines of equal |change of the mean loss| = M (1 - D)
-  gradients      D of the gradients against steps, on an axis that shows the last per cent
-  decomposition  C_g and C_(u,G) / C_(u,g) along the update against steps
+{figures}
 
 A RUN is a folder of `zerosum demo`, or a folder of such folders, a file of `zerosum measure`,
 or a loss curve: CSV, JSON lines, NumPy or TensorBoard, which the loss figure alone can use.
 Dashed lines are what random signs would give. Each panel says what it is over; runs that
 differ in that are told apart. What a run lacks is said, and the rest of it is drawn.
-"""
+""".format(figures="\n".join(f"  {name:<14} {figure.shows}" for name, figure in paper.FIGURES.items()))
 
 EXAMPLES = """\
 examples:
@@ -39,7 +36,9 @@ def add(commands: Any) -> None:
     add = parser.add_argument
     add("runs", nargs="+", type=Path, metavar="RUN", help="a run's folder, a file of records, or a loss curve")
     add("--out", type=Path, default=Path("figures"), metavar="DIR", help="folder of the figures (%(default)s)")
-    add("--figures", nargs="+", choices=FIGURES, default=FIGURES, metavar="NAME", help="which of the above (all)")
+    add(
+        "--figures", nargs="+", choices=paper.FIGURES, default=tuple(paper.FIGURES), metavar="NAME", help="which of the above (all)"
+    )
     add("--format", nargs="+", choices=("png", "svg"), default=("png", "svg"), metavar="KIND", help="png, svg or both (both)")
     add("--labels", nargs="+", default=(), metavar="LABEL", help="a name for each RUN (what its file says)")
     add("--first", type=positive, default=100.0, metavar="STEP", help="fit the loss of later steps than this (100)")
@@ -51,10 +50,6 @@ def add(commands: Any) -> None:
 def run(options: argparse.Namespace) -> int:
     if absent := missing("matplotlib", "scipy"):
         return refuse("plot", absent)
-    # Here, not above: `zerosum doctor` must work without them.
-    from zerosum.plots import paper
-    from zerosum.runs import read_runs
-
     try:
         chosen = {"smoothed": options.smoothed, "step": options.step, "loss": options.loss}
         runs, notes = read_runs(options.runs, options.labels, **chosen)

@@ -1,4 +1,7 @@
-"""What the figures share: colours, panels, axes, legends, and how a figure gets into a file."""
+"""What the figures share: colours, panels, axes, legends, and how a figure gets into a file.
+
+matplotlib is imported when something is drawn, so that ``zerosum plot --help`` can list the figures without it.
+"""
 
 from __future__ import annotations
 
@@ -8,17 +11,17 @@ from collections.abc import Callable, Sequence
 from itertools import pairwise
 from pathlib import Path
 from textwrap import wrap
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
-from matplotlib import rc_context
-from matplotlib.artist import Artist
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.layout_engine import ConstrainedLayoutEngine
-from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
 
 from zerosum.records import Curve
+
+if TYPE_CHECKING:
+    from matplotlib.artist import Artist
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
 
 # Okabe and Ito's colours, which colour-blind readers can tell apart; without yellow, which is hard to see on white. The order
 # keeps the first four apart in grey as well. Markers tell apart what colours do not: their number is prime to that of the
@@ -46,6 +49,9 @@ def styles(count: int) -> list[Style]:
 
 def panels(rows: int, columns: int, width: float, height: float) -> tuple[Figure, list[list[Axes]]]:
     """Panels in a grid; those above each other share their steps, those beside each other what they show."""
+    from matplotlib.figure import Figure
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
+
     figure = Figure(figsize=(width, height), layout=ConstrainedLayoutEngine(w_pad=0.12, wspace=0.03))
     grid = figure.subplots(rows, columns, squeeze=False)
     for axes in grid.flat:
@@ -53,6 +59,13 @@ def panels(rows: int, columns: int, width: float, height: float) -> tuple[Figure
         axes.set_axisbelow(True)
         axes.spines[["top", "right"]].set_visible(False)
     return figure, [list(row) for row in grid]
+
+
+def sample(**style: Any) -> Line2D:
+    """A line for a legend, which is in no panel."""
+    from matplotlib.lines import Line2D
+
+    return Line2D([], [], **style)
 
 
 def measured(axes: Axes, c: Curve, style: Style, label: str | None = None) -> None:
@@ -85,7 +98,7 @@ def step_axis(axes: Axes, steps: np.ndarray, label: str = "optimizer step") -> N
     marks = (powers[:, None] * np.array([1, 2, 5] if decades < 2.5 else [1])).ravel()
     if decades < 0.7:
         own = np.unique(steps)
-        marks = own if 0 < len(own) <= 6 else np.asarray(MaxNLocator(7, integer=True, steps=[1, 2, 5, 10]).tick_values(first, high))
+        marks = own if 0 < len(own) <= 6 else _round(first, high, 7, integer=True)
     _fix(axes, "x", np.append(marks, 0.0) if low == 0 else marks, lambda step, _: count(step))
     axes.set_xlabel(label)
 
@@ -110,7 +123,7 @@ def value_axis(axes: Axes, values: np.ndarray, along: str = "y") -> None:
     low, high = values.min() / margin, values.max() * margin
     (axes.set_ylim if along == "y" else axes.set_xlim)(low, high)
     decades = 10.0 ** np.arange(np.floor(np.log10(low)), np.ceil(np.log10(high)) + 1)
-    marks = np.asarray(MaxNLocator(6, steps=[1, 2, 5, 10]).tick_values(low, high))
+    marks = _round(low, high)
     if high / low >= 3:
         spaced = [(decades[:, None] * np.array(parts)).ravel() for parts in ((1, 1.5, 2, 3, 4, 5, 7), (1, 2, 5), (1, 3), (1,))]
         room = 8 if along == "y" else 6
@@ -129,7 +142,7 @@ def interference_axis(axes: Axes, values: np.ndarray, label: str) -> None:
     axes.set_ylim(1 - high, 1 - low)
     decades = 10.0 ** np.arange(np.floor(np.log10(low)), 1)
     if high / low < 4:
-        marks = np.asarray(MaxNLocator(6, steps=[1, 2, 5, 10]).tick_values(1 - high, 1 - low))
+        marks = _round(1 - high, 1 - low)
     else:
         parts = [1, 2, 3, 5, 7] if high / low < 30 else [1, 2, 5] if high / low < 1e4 else [1]
         marks = 1 - (decades[:, None] * np.array(parts)).ravel()
@@ -142,8 +155,17 @@ def _nines(d: np.ndarray) -> np.ndarray:
     return -np.log10(np.maximum(1 - np.asarray(d), 1e-300))
 
 
+def _round(low: float, high: float, most: int = 6, integer: bool = False) -> np.ndarray:
+    """Round numbers between the two, and one beyond each."""
+    from matplotlib.ticker import MaxNLocator
+
+    return np.asarray(MaxNLocator(most, integer=integer, steps=[1, 2, 5, 10]).tick_values(low, high))
+
+
 def _fix(axes: Axes, along: str, marks: np.ndarray, words: Callable[[float, int | None], str]) -> None:
     """Ticks at those of the marks that are in sight, and nowhere else."""
+    from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
+
     axis, (low, high) = (axes.yaxis, axes.get_ylim()) if along == "y" else (axes.xaxis, axes.get_xlim())
     axis.set_major_locator(FixedLocator([float(mark) for mark in np.unique(marks) if low <= mark <= high]))
     axis.set_major_formatter(FuncFormatter(words))
@@ -204,6 +226,8 @@ def save(figure: Figure, path: Path) -> None:
     Raises:
         OSError: the file cannot be written; ``filename`` is its path.
     """
+    from matplotlib import rc_context
+
     new = path.with_name(f"{path.name}.new")
     kind = path.suffix.removeprefix(".")
     metadata = {"Date": None} if kind == "svg" else None

@@ -11,12 +11,9 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
 
 from zerosum.curves import CurveError
 from zerosum.deceleration import STRONG, Deceleration, fit
@@ -30,6 +27,7 @@ from zerosum.plots.axes import (
     measured,
     panels,
     positive,
+    sample,
     save,
     step_axis,
     styles,
@@ -39,6 +37,10 @@ from zerosum.plots.axes import (
 from zerosum.records import Curve, smooth
 from zerosum.runs import Run
 from zerosum.training.summary import ratio
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 WIDTH = 4.9  # inches of a panel
 # The three ways in which the change of the tokens' losses is measured.
@@ -94,25 +96,23 @@ def loss(runs: Sequence[Run], first: float = 100) -> Figure:
                 found.add(deceleration.found)
             entries.append(
                 Entry(
-                    Line2D([], [], color=style.color, linewidth=2, marker=style.marker),
+                    sample(color=style.color, linewidth=2, marker=style.marker),
                     f"{run.name}: {said}{'' if common else f'; {over[run.name]}'}",
                 )
             )
         if run.has("loss"):
             c = run.curve("loss")
             axes.plot(c.steps, positive(c.values), style.marker, color=style.color, markersize=6, fillstyle="none")
-            open_marker = Line2D([], [], color=style.color, linestyle="none", marker=style.marker, fillstyle="none")
+            open_marker = sample(color=style.color, linestyle="none", marker=style.marker, fillstyle="none")
             entries.append(Entry(open_marker, f"{run.name}: checkpoints, {run.over('loss', runs)[0]}"))
             steps.append(c.steps)
             shown.append(c.values)
     if any(run.loss is not None and not run.smoothed for run in runs):
-        entries.append(
-            Entry(Line2D([], [], color=GREY, linewidth=0.8, alpha=0.5), "every step; the strong line is its moving average")
-        )
+        entries.append(Entry(sample(color=GREY, linewidth=0.8, alpha=0.5), "every step; the strong line is its moving average"))
     if False in found:
-        entries.append(Entry(Line2D([], [], color=BLACK, linestyle=":", linewidth=1.4), "the fit, where no deceleration was found"))
+        entries.append(Entry(sample(color=BLACK, linestyle=":", linewidth=1.4), "the fit, where no deceleration was found"))
     if True in found:
-        entries.append(Entry(Line2D([], [], color=BLACK, linestyle=DASHES, linewidth=1.2), "the fit's two straight segments"))
+        entries.append(Entry(sample(color=BLACK, linestyle=DASHES, linewidth=1.2), "the fit's two straight segments"))
     step_axis(axes, np.concatenate(steps))
     value_axis(axes, np.concatenate(shown))
     axes.set_ylabel("loss (nats per token)")
@@ -170,7 +170,7 @@ def plane(runs: Sequence[Run]) -> Figure:
         axes.grid(False)
         _iso_lines(axes)
         axes.set_xlabel("M = mean |Δℓ| (nats)")
-    iso = Entry(Line2D([], [], color="#aaaaaa", linewidth=0.8), "equal |ΔL| = M (1 − D), in nats")
+    iso = Entry(sample(color="#aaaaaa", linewidth=0.8), "equal |ΔL| = M (1 − D), in nats")
     ends = {name: f"steps {min(steps):,} (hollow) to {max(steps):,} (large)" for name, steps in spans.items()}
     shown = [Panel(axes, CHANGES[kind], f"{kind}.D") for axes, kind in zip(row, kinds, strict=True)]
     _explain(figure, runs, shown, ends, [iso], gap=16)  # above the lines' values
@@ -216,18 +216,30 @@ def decomposition(runs: Sequence[Run]) -> Figure:
 
 
 class Drawing(NamedTuple):
-    """A figure, and the sets of metrics of which a run needs one to be in it; none at all where it needs a training loss."""
+    """A figure; the sets of metrics of which a run needs one to be in it, none at all where it needs a training loss; and what
+    it shows, for ``zerosum plot --help``."""
 
     draw: Callable[[Sequence[Run]], Figure]
     needs: tuple[tuple[str, ...], ...]
+    shows: str
 
 
 FIGURES = {
-    "loss": Drawing(loss, (("loss",),)),
-    "interference": Drawing(interference, tuple((f"{kind}.D", f"{kind}.M") for kind in CHANGES)),
-    "plane": Drawing(plane, tuple((f"{kind}.D", f"{kind}.M") for kind in CHANGES)),
-    "gradients": Drawing(gradients, (("D_grad",),)),
-    "decomposition": Drawing(decomposition, tuple(part.metrics for part in PARTS)),
+    "loss": Drawing(loss, (("loss",),), "log-log loss, the two straight segments of its fit and the break between them"),
+    "interference": Drawing(
+        interference,
+        tuple((f"{kind}.D", f"{kind}.M") for kind in CHANGES),
+        "D and M of the tokens' loss changes against steps: over one step, between checkpoints",
+    ),
+    "plane": Drawing(
+        plane,
+        tuple((f"{kind}.D", f"{kind}.M") for kind in CHANGES),
+        "D against M, with lines of equal |change of the mean loss| = M (1 - D)",
+    ),
+    "gradients": Drawing(gradients, (("D_grad",),), "D of the gradients against steps, on an axis that shows the last per cent"),
+    "decomposition": Drawing(
+        decomposition, tuple(part.metrics for part in PARTS), "C_g and C_(u,G) / C_(u,g) along the update against steps"
+    ),
 }
 
 
@@ -320,14 +332,14 @@ def _explain(
     for run, style in zip(runs, styles(len(runs)), strict=True):
         if run.name in added:
             said = "; ".join([*([notes[run.name]] if notes and run.name in notes else []), *added[run.name]])
-            handle = Line2D([], [], color=style.color, marker=style.marker, markersize=5)
+            handle = sample(color=style.color, marker=style.marker, markersize=5)
             entries.append(Entry(handle, f"{run.name}: {said}" if said else run.name))
     drawn = [panel.axes for panel in shown]
     if any(line.get_linestyle() == "--" and np.isfinite(line.get_ydata()).any() for axes in drawn for line in axes.lines):
-        entries.append(Entry(Line2D([], [], color=GREY, linestyle="--", linewidth=1.2), "what random signs would give (null)"))
+        entries.append(Entry(sample(color=GREY, linestyle="--", linewidth=1.2), "what random signs would give (null)"))
     if any(axes.containers for axes in drawn):
         entries.append(
-            Entry(Line2D([], [], color=GREY, linestyle="none", marker="|", markersize=9), "± one standard error of the sampling")
+            Entry(sample(color=GREY, linestyle="none", marker="|", markersize=9), "± one standard error of the sampling")
         )
     legend(figure, [*entries, *others])
 

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-from matplotlib.figure import Figure
 
 from zerosum.plots.axes import BLACK, BLUE, VERMILION, Style, legend_of, measured, panels, positive, save, step_axis, value_axis
 from zerosum.records import Record, curve, slopes, smooth
 from zerosum.training.summary import ratio, signed
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 def loss(records: Sequence[Record]) -> Figure:
