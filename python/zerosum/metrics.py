@@ -26,6 +26,7 @@ from functools import cached_property
 from typing import NamedTuple, TypeVar
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from zsl_kernels import CoordinateSums
@@ -176,6 +177,15 @@ class Gradients:
             dots.append(gram[chosen].cpu().numpy())
             cosines.append((gram / (norms[:, None] * norms[None, :]))[chosen].cpu().numpy())
         return np.concatenate(dots), np.concatenate(cosines)
+
+    @cached_property
+    def others(self) -> np.ndarray:
+        """⟨g_i, Σ_{k≠i} g_k⟩ of each example i, over its pairs that are known; without the examples that have none."""
+        found = [np.empty(0)]
+        for gram, known in self._known:
+            pairs = known.clone().fill_diagonal_(False)
+            found.append(torch.where(pairs, gram, 0).sum(1)[pairs.any(1)].cpu().numpy())
+        return np.concatenate(found)
 
     @cached_property
     def cosine_quantiles(self) -> dict[float, Metric]:
@@ -396,6 +406,12 @@ def cosine_q95(g: Gradients) -> Metric:
 def negative_pairs(g: Gradients) -> Metric:
     """The share of pairs i < k with ⟨g_i, g_k⟩ < 0."""
     return share_below_zero(g.pairs[0], g.n)
+
+
+@gradient_metric("gram", label="opposed_examples, hurt by the others' step")
+def opposed_examples(g: Gradients) -> Metric:
+    """The share of examples i with ⟨g_i, Σ_{k≠i} g_k⟩ < 0: a small step along the others' gradient raises their losses."""
+    return share_below_zero(g.others, g.n)
 
 
 def share_below_zero(x: np.ndarray, n: int) -> Metric:

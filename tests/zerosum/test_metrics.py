@@ -55,6 +55,7 @@ def test_each_metric_is_its_definition() -> None:
         "cosine_median": cosine.quantile(0.5),
         "cosine_q95": cosine.quantile(0.95),
         "negative_pairs": (cosine < 0).double().mean(),
+        "opposed_examples": ((g * (g.sum(0) - g)).sum(1) < 0).double().mean(),
         "noise_trace": g.var(0).sum(),  # with Bessel's correction
         "grad_norm_sq": pair_dot,
         # tr Σ over |G|² less its own noise
@@ -102,7 +103,16 @@ APPROXIMATE = {
     "cosine_q05": 0.06,
     "cosine_q95": 0.06,
 }
-EXACT = ("noise_trace", "grad_norm_sq", "mean_dot_ratio", "mean_cosine", "cosine_median", "negative_pairs", "cosine_std")
+EXACT = (
+    "noise_trace",
+    "grad_norm_sq",
+    "mean_dot_ratio",
+    "mean_cosine",
+    "cosine_median",
+    "negative_pairs",
+    "cosine_std",
+    "opposed_examples",
+)
 
 
 @pytest.mark.parametrize("n", [16, 40])
@@ -303,6 +313,8 @@ def test_pairs_in_different_micro_batches_do_not_count() -> None:
     assert found["mean_cosine"].value == pytest.approx(known.mean().item(), rel=1e-9)
     assert found["cosine_std"].value == pytest.approx(known.std().item(), rel=1e-9)
     assert found["negative_pairs"].value == pytest.approx((known < 0).double().mean().item())
+    others = torch.cat([(x * (x.sum(0) - x)).sum(1) for x in (g[:4], g[5:])])  # without the fifth example, which is alone
+    assert found["opposed_examples"].value == pytest.approx((others < 0).double().mean().item())
     alone = gradient_metrics(
         zk.coordinate_sums(*[g.abs().sum(0)] * 3), g[:, 0], g[:, 0], gram=block_diagonal([x[:1, :1] for x in blocks])
     )
@@ -313,7 +325,15 @@ def test_an_example_that_is_not_a_number_shows_in_the_cosines() -> None:
     g, _ = draw(4)
     g[2, 0] = math.nan
     found = metrics_of(g, gram=True)
-    assert all(math.isnan(found[name].value) for name in ("mean_cosine", "cosine_std", "cosine_q95", "negative_pairs"))
+    names = ("mean_cosine", "cosine_std", "cosine_q95", "negative_pairs", "opposed_examples")
+    assert all(math.isnan(found[name].value) for name in names)
+
+
+def test_examples_that_the_others_step_hurts_are_counted() -> None:
+    x = torch.tensor([[1.0, 0.0], [1.0, 0.1], [1.0, -0.1], [-1.0, 0.0]], dtype=torch.float64)
+    assert metrics_of(x, gram=True)["opposed_examples"].value == 0.25
+    apart = metrics_of(torch.eye(3, dtype=torch.float64), gram=True)["opposed_examples"]
+    assert (apart.value, apart.null) == (0, 0)  # no example helps or hurts another, whatever the signs are
 
 
 def test_enormous_numbers_overflow_to_no_exception() -> None:
