@@ -202,6 +202,29 @@ def test_the_decomposition_has_c_g_and_the_ratio_with_errors(three: list[Run]) -
     assert [bar[1, 1] - bar[0, 1] for bar in bars] == pytest.approx(2 * ratio * relative)
 
 
+def test_pairs_have_a_band_of_cosines_and_the_share_of_opposed_examples(three: list[Run]) -> None:
+    left, right = paper.pairs(three).axes
+    assert xy(*lines_of(left, "-"))[1] == pytest.approx([0.1, 0.08, 0.06, 0.04])
+    assert xy(*lines_of(left, "--"))[1] == [0] * 4
+    corners = left.collections[0].get_paths()[0].vertices
+    at_first, at_last = (sorted(set(corners[corners[:, 0] == step, 1])) for step in (64, 512))
+    assert at_first == pytest.approx([-0.2, 0.4])
+    assert at_last == pytest.approx([-0.23, 0.31])
+    assert xy(*lines_of(right, "-"))[1] == pytest.approx([0.2, 0.3, 0.4, 0.5])
+    assert xy(*lines_of(right, "--"))[1] == [0.5] * 4
+
+
+def test_runs_without_a_gram_are_in_no_panel_of_pairs(tmp_path: Path) -> None:
+    without = checkpoints("a")
+    for entry in without:
+        entry["metrics"] = {name: metric for name, metric in entry["metrics"].items() if not name.startswith("cosine")}
+    runs = measured_runs(tmp_path, without, checkpoints("b"))
+    left, right = paper.pairs(runs).axes
+    assert not lines_of(left, "-", 0)
+    assert len(lines_of(right, "-", 0)) == 1
+    assert paper.lacking("pairs", runs[0]) == ["cosine_median", "cosine_q05", "cosine_q95"]
+
+
 def test_a_panel_says_what_it_is_over(three: list[Run]) -> None:
     assert texts(paper.gradients(three)) == ["N = 256 tokens of C4 validation (8 × 32), 100 sampled"]
     assert texts(paper.decomposition(three))[0] == (

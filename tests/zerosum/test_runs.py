@@ -28,6 +28,10 @@ def checkpoints(run: str = "14M", steps: tuple[int, ...] = STEPS, **changed: Any
             "C_g": {"value": 0.03 - 0.005 * i, "n": 256, "null": 0.004, "error": 0.001},
             "C_uG": {"value": 0.6, "n": 256, "null": 0.06},
             "C_ug": {"value": 0.1 - 0.01 * i, "n": 256, "null": None, "error": 0.01},
+            "cosine_q05": {"value": -0.2 - 0.01 * i, "n": 256, "null": -0.3},
+            "cosine_median": {"value": 0.1 - 0.02 * i, "n": 256, "null": 0.0},
+            "cosine_q95": {"value": 0.4 - 0.03 * i, "n": 256, "null": 0.35},
+            "opposed_examples": {"value": 0.2 + 0.1 * i, "n": 256, "null": 0.5},
         }
         for k, name in enumerate(("train", "held_out", *(["interval"] if i else []))):
             metrics[f"{name}.D"] = {"value": 0.3 + 0.1 * i + 0.01 * k, "n": 256, "null": 0.95}

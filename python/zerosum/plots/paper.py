@@ -63,6 +63,7 @@ PARTS = (
     Part("Agreement of examples", "C_g (no unit)", ("C_g",)),
     Part("Agreement of coordinates", "C_(u,G) / C_(u,g) (no unit)", ("C_uG", "C_ug")),
 )
+COSINES = ("cosine_median", "cosine_q05", "cosine_q95")
 DASHES = (0, (4, 1.5))
 POINTS = 3000  # of a raw loss curve: more cannot be seen, and make an SVG large
 
@@ -215,6 +216,31 @@ def decomposition(runs: Sequence[Run]) -> Figure:
     return figure
 
 
+def pairs(runs: Sequence[Run]) -> Figure:
+    """Cosines of pairs of examples' gradients against steps, their median with the band from the 5 % to the 95 % quantile, and the
+    share of examples whose loss rises by a small step along the others' gradient."""
+    shown = [metrics for metrics in (COSINES, ("opposed_examples",)) if any(run.has(*metrics) for run in runs)]
+    _expect(shown, "the quantiles of the pairs' cosines, or opposed_examples")
+    figure, (row,) = panels(1, len(shown), WIDTH * len(shown) + 1, 4.6)
+    explained = []
+    for axes, metrics in zip(row, shown, strict=True):
+        steps = []
+        for run, style in _with(runs, *metrics):
+            middle, *band = run.curves(*metrics)
+            measured(axes, middle, style)
+            if band:
+                axes.fill_between(middle.steps, band[0].values, band[1].values, color=style.color, alpha=0.15, linewidth=0)
+            steps.append(middle.steps)
+        step_axis(axes, np.concatenate(steps))
+        of_cosines = len(metrics) > 1
+        axes.set_ylim((-1.03, 1.03) if of_cosines else (-0.03, 1.03))
+        axes.set_ylabel("cosine of two gradients" if of_cosines else "share of the examples")
+        title = "Pairs of examples: median, 5 % to 95 %" if of_cosines else "Examples that the others' step hurts"
+        explained.append(Panel(axes, title, metrics[0]))
+    _explain(figure, runs, explained)
+    return figure
+
+
 class Drawing(NamedTuple):
     """A figure; the sets of metrics of which a run needs one to be in it, none at all where it needs a training loss; and what
     it shows, for ``zerosum plot --help``."""
@@ -239,6 +265,11 @@ FIGURES = {
     "gradients": Drawing(gradients, (("D_grad",),), "D of the gradients against steps, on an axis that shows the last per cent"),
     "decomposition": Drawing(
         decomposition, tuple(part.metrics for part in PARTS), "C_g and C_(u,G) / C_(u,g) along the update against steps"
+    ),
+    "pairs": Drawing(
+        pairs,
+        (COSINES, ("opposed_examples",)),
+        "cosines of pairs of gradients, and the share of examples that the others' step hurts",
     ),
 }
 
