@@ -740,6 +740,20 @@ class Scalars(Between):
         return self.scale * x * self.alpha.exp() / self.divisor + torch.tanh(x * self.gamma) * self.one
 
 
+class LearnedSlopes(Between):
+    """PReLU with a slope for each channel, of (N, channels, T) and of (N, K), with one slope, and by keyword."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.of_channels, self.one = nn.PReLU(12), nn.PReLU()
+        self.slopes, self.of_mean = parameter(12), parameter(12)
+
+    def middle(self, x: Tensor) -> Tensor:
+        y = self.one(self.of_channels(x.mT).mT)
+        y = F.prelu(input=(y - 0.2).transpose(1, 2), weight=self.slopes).transpose(1, 2)
+        return y + torch.prelu(x.mean(1), self.of_mean)[:, None]
+
+
 class Temperature(Between):
     """A factor for each head on attention's scores: a parameter (heads, 1, 1) against (N, heads, T, T)."""
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 import zerosum
-from tests.zerosum.models import ZOO, Packed, Tied, TwoLayers, TwoNames
+from tests.zerosum.models import ZOO, LearnedSlopes, Packed, Tied, TwoLayers, TwoNames
 from tests.zerosum.oracle import (
     PASSES,
     assert_covers,
@@ -103,6 +103,18 @@ def test_the_step_is_the_plain_one_and_the_model_stays_as_it_was(kind: type[TwoL
     torch.testing.assert_close(watched, plain, rtol=0, atol=0)
     # The sums are the same, taken in another order; in float32 where the model casts its parameters.
     torch.testing.assert_close(gradients(model), plain_gradients, rtol=kind.rtol, atol=1e-3 * kind.rtol)
+
+
+def test_learned_slopes_have_a_rule() -> None:
+    """They are not differentiated again for each example."""
+    model, tokens = setup(LearnedSlopes, 3, 6)
+    probe = zerosum.Probe(model)
+    with probe:
+        losses_of(model(tokens)).sum().backward()
+    covered = probe.report().coverage.covered
+    assert {name: covered[name] for name in ("of_channels.weight", "one.weight", "slopes", "of_mean")} == dict.fromkeys(
+        ("of_channels.weight", "one.weight", "slopes", "of_mean"), "prelu"
+    )
 
 
 @pytest.mark.parametrize("reduction", ["sum", "mean"])

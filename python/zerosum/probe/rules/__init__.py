@@ -50,6 +50,7 @@ RULES: dict[Callable[..., Any], Rule] = {
         (torch.mul, torch.multiply, Tensor.mul, Tensor.multiply, Tensor.__mul__, Tensor.__rmul__), broadcast.scale_rule
     ),
     **dict.fromkeys(broadcast.FUNCTIONS, broadcast.rule),
+    **dict.fromkeys((torch.prelu, Tensor.prelu), broadcast.prelu_rule),
     **dict.fromkeys(grouped_mm.FUNCTIONS, grouped_mm.rule),
     zk.linear_cross_entropy: linear_cross_entropy.rule,
 }

@@ -53,6 +53,24 @@ def scale_rule(context: RuleContext, func: Any, args: tuple[Any, ...], kwargs: d
     return _Scale.apply(x, ref.tensor(), context.anchor, Site(context, "scale", (ref,), x.shape[:-1]))
 
 
+def prelu_rule(context: RuleContext, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    """``F.prelu(input, weight)``, with a slope for all features or one for each of those along dimension 1."""
+    x, weight = _prelu_arguments(*args, **kwargs)
+    ref = context.ref(weight)
+    if ref is None or context.ref(x) is not None:
+        raise Uncovered("operands other than an activation and a weight")
+    if x.dtype != weight.dtype or weight.ndim != 1 or (len(weight) > 1 and (x.ndim < 2 or x.shape[1] != len(weight))):
+        raise Uncovered("operands that torch refuses, or that autocast converts")
+    if len(weight) == 1:
+        return torch._prelu_kernel(x, lift(context, ref, x.shape, "prelu"))
+    x = x.movedim(1, -1)  # where a vector broadcasts
+    return torch._prelu_kernel(x, lift(context, ref, x.shape, "prelu")).movedim(-1, 1)
+
+
+def _prelu_arguments(input: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    return input, weight
+
+
 def lift(context: RuleContext, ref: Ref, shape: torch.Size, how: str) -> Tensor:
     """The weight, expanded to the result's shape."""
     ref.covered_by(how)
