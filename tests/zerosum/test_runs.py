@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from tests.zerosum.test_training import run_records
+from zerosum.metrics import METRICS
 from zerosum.records import Record, encode
 from zerosum.runs import Run, RunError, read_runs
 
@@ -22,7 +23,8 @@ def checkpoints(run: str = "14M", steps: tuple[int, ...] = STEPS, **changed: Any
     """Made-up records of ``zerosum measure``, every value another one. ``changed`` replaces fields."""
     found: list[Record] = []
     for i, step in enumerate(steps):
-        metrics: dict[str, dict[str, Any]] = {
+        metrics: dict[str, dict[str, Any]] = {name: {"value": 0.3 + 0.01 * i, "n": 256, "null": 0.2} for name in METRICS}
+        metrics |= {
             "loss": {"value": 8 - 0.5 * i, "n": 256, "null": None},
             "D_grad": {"value": 0.98 + 0.003 * i, "n": 256, "null": 0.99, "error": 0.0005},
             "C_g": {"value": 0.03 - 0.005 * i, "n": 256, "null": 0.004, "error": 0.001},
