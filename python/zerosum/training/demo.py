@@ -23,6 +23,7 @@ from zerosum.records import Record, record
 from zerosum.runs import read_runs
 from zerosum.training.data import Corpus, standard_library
 from zerosum.training.loop import HEAD_SIZE, Settings, Trainer, probe_steps
+from zerosum.training.optimizers import recipe
 from zerosum.training.run import Folder, Refused, RunFolder, fingerprint
 from zerosum.training.sizes import FIRST, compare_sizes
 from zerosum.training.summary import Summary, summarize
@@ -171,7 +172,8 @@ def configuration(settings: Settings, corpus: Corpus, device: torch.device) -> d
     named = asdict(settings)
     if not settings.autocast:  # as before there was a choice
         del named["autocast"]
-    return {**named, "text": corpus.digest, "threads": torch.get_num_threads(), **there, **versions}
+    rules = {"optimizer_rules": str(recipe(settings.optimizer))}
+    return {**named, **rules, "text": corpus.digest, "threads": torch.get_num_threads(), **there, **versions}
 
 
 def train(trainer: Trainer, folder: RunFolder, keep_checkpoints: bool = False) -> int:

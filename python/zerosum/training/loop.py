@@ -13,17 +13,16 @@ from torch import Tensor
 from zerosum.changes import Step
 from zerosum.metrics import Metric
 from zerosum.probe import Probe
-from zerosum.probe.report import Coverage
+from zerosum.probe.report import Coverage, Report
 from zerosum.tokens import token_report
 from zerosum.training.data import VOCAB, Corpus, draw
 from zerosum.training.model import GPT, GPTConfig, token_losses, under_autocast
+from zerosum.training.optimizers import build
 
 HEAD_SIZE = 32
 HELD_OUT_SEQUENCES = 64
 TOKEN_SEQUENCES = 4  # of the held-out ones, whose tokens' own gradients are measured
 CLIP = 1.0
-BETAS = (0.9, 0.95)
-WEIGHT_DECAY = 0.1
 WARMUP = 20
 PROBES_PER_DECADE = 8
 
@@ -45,6 +44,7 @@ class Settings:
     positions: int = 128
     learning_rate: float = 3e-3
     autocast: bool = False  # the steps' products in bfloat16; losses and their changes are measured in float32
+    optimizer: str = "adamw"  # a key of OPTIMIZERS
 
     @property
     def model(self) -> GPTConfig:
@@ -67,6 +67,11 @@ class ProbedStep:
     around_seconds: float  # spent on measuring before and after the step
 
 
+def by_parameter(report: Report, metric: str) -> Metrics:
+    """The metric of each parameter by itself, as ``METRIC/PARAMETER``."""
+    return {f"{metric}/{name}": report[name].metrics[metric] for name in report}
+
+
 def probe_steps(steps: int) -> list[int]:
     """Equally spaced on a log axis, from the first step to the last."""
     spaced = {round(10 ** (i / PROBES_PER_DECADE)) for i in range(PROBES_PER_DECADE * len(str(steps)))}
@@ -84,9 +89,7 @@ class Trainer:
             torch.manual_seed(settings.seed)
             self.model = GPT(settings.model)  # the same weights on every device
         self.model.to(device)
-        self.optimizer = torch.optim.AdamW(
-            self.model.parameters(), lr=settings.learning_rate, betas=BETAS, weight_decay=WEIGHT_DECAY, fused=True
-        )
+        self.optimizer = build(settings.optimizer, self.model, settings.learning_rate)
         # For all of the run's steps: what is found out about the first holds for the others.
         self.probe, self.directed = Probe(self.model, gram=True), Probe(self.model)
         self.held_out = self._there(draw(corpus.held_out, HELD_OUT_SEQUENCES, settings.positions, settings.seed, 0))
@@ -120,8 +123,8 @@ class Trainer:
         """The same step, with measurements in and around it.
 
         Gradient metrics are over the batch's sequences; ``train.*`` and ``held_out.*`` are over tokens, of losses before the step
-        and of their change by it; C_g, C_uG and C_ug go along the step's own update. After the last step, ``tokens.D_grad`` is over
-        the gradients of held-out tokens' own losses.
+        and of their change by it; C_g, C_uG and C_ug go along the step's own update. ``D_grad/NAME`` and ``C_g/NAME`` are of the
+        parameter NAME alone. After the last step, ``tokens.D_grad`` is over the gradients of held-out tokens' own losses.
         """
         start = self._now()
         batch = self.batch(step)
@@ -132,7 +135,7 @@ class Trainer:
             report = self.probe.report()
             trained = self._update(step, losses)
             step_seconds = self._now() - step_start
-        found = report.metrics | change.metrics | self._along_update(batch, change)
+        found = report.metrics | by_parameter(report, "D_grad") | change.metrics | self._along_update(batch, change)
         if step == self.settings.steps:
             x, y = self.held_out
             tokens = token_report(self.model, x[:TOKEN_SEQUENCES], y[:TOKEN_SEQUENCES])
@@ -181,8 +184,9 @@ class Trainer:
         self.directed.direction = change.update
         with self._at(list(change.weights.values())), self.directed:
             self._backward(batch)
-        found = self.directed.report().metrics
-        decomposition = {name: found[name] for name in ("C_g", "C_uG", "C_ug")}
+        report = self.directed.report()
+        found = report.metrics
+        decomposition = {name: found[name] for name in ("C_g", "C_uG", "C_ug")} | by_parameter(report, "C_g")
         return decomposition | {f"first_order.{name}": found[name] for name in ("C", "D", "M")}
 
     @contextmanager

@@ -1,0 +1,103 @@
+"""The optimizers that the demo trains with: all of them torch's own."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+
+class Part(NamedTuple):
+    """One of torch's optimizers, its options, and the parameters that it gets: "all", "hidden" weights, or the "others"."""
+
+    kind: type[Optimizer]
+    options: dict[str, Any]
+    gets: str = "all"
+
+    def __str__(self) -> str:
+        options = ", ".join(f"{key}={value!r}" for key, value in self.options.items() if key != "fused")
+        where = {"all": "every parameter", "hidden": "the 2-D weights of the blocks", "others": "the other parameters"}[self.gets]
+        return f"{self.kind.__name__}({options}) for {where}"
+
+
+class Recipe(NamedTuple):
+    """An optimizer by name: its default learning rate and its parts, which share the rate."""
+
+    rate: float
+    parts: tuple[Part, ...]
+
+    def __str__(self) -> str:
+        return "; ".join(map(str, self.parts))
+
+
+_ADAM = {"betas": (0.9, 0.95), "weight_decay": 0.1, "fused": True}
+OPTIMIZERS = {
+    "adamw": Recipe(3e-3, (Part(torch.optim.AdamW, _ADAM),)),
+    # With this adjustment a Muon update has about the root mean square of an AdamW update at the same rate, so one rate serves both.
+    "muon": Recipe(
+        3e-3,
+        (
+            Part(torch.optim.Muon, {"momentum": 0.95, "weight_decay": 0.1, "adjust_lr_fn": "match_rms_adamw"}, "hidden"),
+            Part(torch.optim.AdamW, _ADAM, "others"),
+        ),
+    ),
+    "sgd": Recipe(0.1, (Part(torch.optim.SGD, {"momentum": 0.9}),)),
+    "rmsprop": Recipe(1e-3, (Part(torch.optim.RMSprop, {"alpha": 0.95}),)),
+    "adafactor": Recipe(3e-2, (Part(torch.optim.Adafactor, {}),)),
+}
+
+
+def recipe(name: str) -> Recipe:
+    """The recipe of an optimizer.
+
+    Raises:
+        ValueError: there is none of this name; the message lists the names.
+    """
+    if name not in OPTIMIZERS:
+        raise ValueError(f"optimizer: expected one of {', '.join(OPTIMIZERS)}, got {name!r}")
+    return OPTIMIZERS[name]
+
+
+def build(name: str, model: nn.Module, rate: float) -> Optimizer:
+    """The optimizer of a model: one of torch's, or several of them as one.
+
+    "hidden" parameters are the matrices inside of ``model.blocks``; embeddings and heads are matrices too, but Muon is not for them.
+
+    Raises:
+        ValueError: there is no optimizer of this name.
+    """
+    parts = recipe(name).parts
+    hidden = {key for key, p in model.named_parameters() if p.ndim == 2 and key.startswith("blocks.")}
+    built = []
+    for part in parts:
+        chosen = [p for key, p in model.named_parameters() if part.gets == "all" or (key in hidden) == (part.gets == "hidden")]
+        built.append(part.kind(chosen, lr=rate, **part.options))  # type: ignore[call-arg]
+    return built[0] if len(built) == 1 else Together(built)
+
+
+class Together(Optimizer):
+    """Several optimizers as one: their groups one after another, one ``state_dict()``, and one ``step()``."""
+
+    def __init__(self, parts: Sequence[Optimizer]) -> None:
+        self.parts = list(parts)
+        super().__init__([group for part in self.parts for group in part.param_groups], {})
+        self._share()
+
+    def _share(self) -> None:
+        """The parts read and write this optimizer's groups and state, which loading a state replaces."""
+        groups = iter(self.param_groups)
+        for part in self.parts:
+            part.param_groups = [next(groups) for _ in part.param_groups]
+            part.state = self.state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._share()
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        for part in self.parts:
+            part.step()
