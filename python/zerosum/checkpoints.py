@@ -29,6 +29,7 @@ from torch import Tensor, nn
 
 from zerosum.training.loop import Settings
 from zerosum.training.model import GPT, logits_of
+from zerosum.training.optimizers import build
 from zerosum.training.run import KEPT, Refused
 
 Losses = Callable[[nn.Module, Tensor, Tensor], Tensor]
@@ -85,6 +86,7 @@ class Loaded:
         vocab: how many token ids there are, None where only the losses know.
         positions: the longest sequence, None where the model does not say.
         optimizer: its optimizer's ``state_dict()``, None where there is none.
+        build_optimizer: makes the optimizer of a model that the state is of, None where the state alone has to tell.
     """
 
     model: nn.Module
@@ -92,6 +94,7 @@ class Loaded:
     vocab: int | None
     positions: int | None
     optimizer: dict[str, Any] | None
+    build_optimizer: Callable[[nn.Module], torch.optim.Optimizer] | None = None
 
     def weights(self) -> dict[str, Tensor]:
         """The trainable parameters' values, not copied."""
@@ -125,7 +128,11 @@ class Checkpoint(ABC):
             raise Refused(f"{self.path}: cannot read: {error.strerror or error}") from error
         model.eval()
         losses = next_token_losses if self.options.losses is None else _own_losses(self.options.losses)
-        return Loaded(model, losses, self._vocab(model), _positions(model), state)
+        return Loaded(model, losses, self._vocab(model), _positions(model), state, self._builder())
+
+    def _builder(self) -> Callable[[nn.Module], torch.optim.Optimizer] | None:
+        """What makes the optimizer that the state is of, where that is known."""
+        return None
 
     @abstractmethod
     def _load(self, optimizer: bool) -> tuple[nn.Module, dict[str, Any] | None]: ...
@@ -161,6 +168,9 @@ class DemoCheckpoint(Checkpoint):
             for group in state["optimizer"]["param_groups"]:
                 group["lr"] = self.settings.rate(self.step + 1)  # the state holds the rate of the step that was done
         return model, state["optimizer"] if optimizer else None
+
+    def _builder(self) -> Callable[[nn.Module], torch.optim.Optimizer]:
+        return lambda model: build(self.settings.optimizer, model, self.settings.learning_rate)
 
 
 @dataclass(frozen=True)
@@ -386,10 +396,12 @@ def _demo_run(path: Path) -> tuple[Path, Settings] | None:
     """The folder and the settings of the run of ``zerosum demo`` that a path is in."""
     for folder in (path, path.parent, path.parent.parent) if path.name != KEPT else (path, path.parent):
         config = _json(folder / "config.json")
-        names = {f.name for f in fields(Settings)} - {"autocast"}  # written where it is asked for alone
-        one = isinstance(config.get("width"), int)  # runs of several sizes have a folder each, in one that has a list
+        known = {f.name: config[f.name] for f in fields(Settings) if f.name in config}
+        names = {f.name for f in fields(Settings)} - {"autocast", "optimizer"}  # which not every run's configuration has
+        # Runs of several sizes or seeds have a folder each, in one whose configuration has a list of them.
+        one = all(isinstance(config.get(name), int) for name in ("width", "seed"))
         if one and names | {"zsl_kernels"} <= config.keys() and (folder == path or _is_of_demo(path, folder)):
-            return folder, Settings(**{name: config[name] for name in names}, autocast=config.get("autocast", False))
+            return folder, Settings(**known)
     return None
 
 

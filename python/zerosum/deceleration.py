@@ -118,12 +118,12 @@ class Deceleration:
     def __str__(self) -> str:
         if not self.found:
             return f"{self.verdict}; RSLE {self.rsle:.4f} over {self.n} points"
-        parts = (f"{name} = {_with_error(getattr(self, name), self.errors[name])}" for name in ("L_d", "t_d", "r_d"))
+        parts = (f"{name} = {with_error(getattr(self, name), self.errors[name])}" for name in ("L_d", "t_d", "r_d"))
         return f"{self.verdict}: {', '.join(parts)}; RSLE {self.rsle:.4f} over {self.n} points"
 
     def cells(self) -> list[str]:
         """Its line of a table under ``HEAD``. Without a deceleration its parameters would say nothing: they are left out."""
-        broken = [_with_error(getattr(self, key), self.errors[key]) for key in ("L_d", "t_d", "r_d")] + [f"{self.L_T_hat:.4g}"]
+        broken = [with_error(getattr(self, key), self.errors[key]) for key in ("L_d", "t_d", "r_d")] + [f"{self.L_T_hat:.4g}"]
         verdict = "deceleration" if self.found else self.verdict.split(":")[0]
         return [*(broken if self.found else ["–"] * 4), f"{self.L_T:.4g}", f"{self.rsle:.4f}", str(self.n), verdict]
 
@@ -235,7 +235,7 @@ def _jacobian(x: np.ndarray, log_b: float, c0: float, c1: float, log_d1: float, 
     return np.stack((np.ones_like(x), -x, -f1 * bend, c1 * after, -c1 * (bend - z * after)), axis=1)
 
 
-def _with_error(value: float, error: float) -> str:
+def with_error(value: float, error: float) -> str:
     """Both to the error's second digit, where that is no long row of digits."""
     if not (math.isfinite(error) and error > 0):
         return f"{value:.4g}"
@@ -380,7 +380,7 @@ def _verdict(
     if c0 + c1 < -2 * errors["r_d"]:
         return False, f"no deceleration: the loss rises after the break, {slopes}"
     if not errors["log_d1"] < LOCATED:
-        step = _with_error(math.exp(log_d1), errors["t_d"])
+        step = with_error(math.exp(log_d1), errors["t_d"])
         return False, f"no break located: the loss decelerates, but too gradually for this curve to say where, t_d = {step}"
     return True, "deceleration found"
 

@@ -5,7 +5,8 @@ are such: the fields of :class:`zerosum.metrics.Metric`. JSON has no NaN: a valu
 
 =========  =====================================================================================================================
 ``step``   every training step: ``train.loss`` before it and ``train.grad_norm`` before clipping
-``probe``  what was measured around one: gradient metrics over sequences, ``train.*`` and ``held_out.*`` over tokens
+``probe``  what was measured around one: gradient metrics over sequences, ``train.*`` and ``held_out.*`` over tokens;
+           ``D_grad/NAME`` and ``C_g/NAME`` are of the parameter NAME alone
 ``cost``   at the run's end: the seconds of forward and backward passes, plain and probed in turns
 =========  =====================================================================================================================
 
@@ -17,9 +18,10 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import reduce
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -165,6 +167,17 @@ def curve(records: Iterable[Record], kind: str, name: str) -> Curve:
     columns = [[math.nan if m.get(key) is None else m[key] for _, m in found] for key in ("value", "null", "error")]
     values, nulls, errors = (np.array(column, dtype=float) for column in columns)
     return Curve(np.array([step for step, _ in found], dtype=int), values, nulls, found[-1][1]["n"] if found else 0, errors)
+
+
+def mean_curve(curves: Sequence[Curve]) -> Curve:
+    """The mean of the same curve from several seeds, at the steps that all of them have. Its errors are standard errors of the mean
+    over the seeds, NaN for one seed alone."""
+    steps = reduce(np.intersect1d, [c.steps for c in curves])
+    chosen = [np.isin(c.steps, steps) for c in curves]
+    values, nulls = (np.stack([getattr(c, key)[at] for c, at in zip(curves, chosen, strict=True)]) for key in ("values", "nulls"))
+    k = len(curves)
+    errors = values.std(axis=0, ddof=1) / math.sqrt(k) if k > 1 else np.full(len(steps), math.nan)
+    return Curve(steps, values.mean(axis=0), nulls.mean(axis=0), curves[0].n, errors)
 
 
 def smooth(values: np.ndarray) -> np.ndarray:

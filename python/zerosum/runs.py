@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from zerosum.curves import read_curve
-from zerosum.records import Curve, Record, curve
+from zerosum.records import Curve, Record, curve, mean_curve
 
 KINDS = ("step", "probe", "cost", "checkpoint")
 UPDATES = {"optimizer": "the optimizer's step", "gradient": "a gradient step", "next": "the change to the next checkpoint"}
@@ -76,6 +76,8 @@ class Run:
         loss: of every training step, if it is known. smoothed: it is a moving average already.
         points: the records of the kind "probe" or "checkpoint", by step.
         setting: of the points; None where there are none.
+        repeats: the same run from several seeds, of which this one is the mean; empty for a run by itself. ``loss`` and every curve
+            are means with their standard errors, and ``points`` those of the first.
     """
 
     name: str
@@ -84,6 +86,11 @@ class Run:
     smoothed: bool = False
     points: tuple[Record, ...] = ()
     setting: Setting | None = None
+    repeats: tuple[Run, ...] = ()
+
+    def each(self, of: Callable[[Run], Curve]) -> Curve:
+        """``of(run)``; the mean over the seeds where there are several."""
+        return mean_curve([of(run) for run in self.repeats]) if self.repeats else of(self)
 
     def curve(self, metric: str) -> Curve:
         """At the steps where the metric was measured. The change between two checkpoints stands at the first of the two."""
@@ -91,10 +98,17 @@ class Run:
 
     def curves(self, *metrics: str) -> list[Curve]:
         """The same for several, at the steps where all of them were measured."""
+        if self.repeats:
+            return [mean_curve(column) for column in zip(*(run.curves(*metrics) for run in self.repeats), strict=True)]
         found = [entry for entry in self.points if all(metric in entry["metrics"] for metric in metrics)]
         if any(metric.startswith("interval.") for metric in metrics):
             found = [{**entry, "step": entry["interval"][0]} if entry.get("interval") else entry for entry in found]
         return [curve(found, found[0]["kind"] if found else "", metric) for metric in metrics]
+
+    def parameters(self, metric: str) -> list[str]:
+        """Those that the metric was recorded for one by one, as ``METRIC/PARAMETER``, in their order."""
+        names = (name for entry in self.points for name in entry["metrics"])
+        return list(dict.fromkeys(name.removeprefix(f"{metric}/") for name in names if name.startswith(f"{metric}/")))
 
     def has(self, *metrics: str) -> bool:
         """At some step every one of the metrics has a finite value."""
@@ -167,6 +181,7 @@ def read_runs(
             else:
                 steps, losses = read_curve(file, step=step, loss=loss)
                 runs.append(Run(file.stem, file, Curve(steps, losses, np.full(len(steps), math.nan), 0), smoothed))
+        runs = _of_seeds(path, runs)
         if labels:
             names = {run.name for run in runs}
             runs = [replace(run, name=labels[i] if len(names) == 1 else f"{labels[i]}, {run.name}") for run in runs]
@@ -304,6 +319,25 @@ def _runs_of(file: Path, entries: Sequence[Record]) -> list[Run]:
     return runs
 
 
+def _of_seeds(path: Path, runs: Sequence[Run]) -> list[Run]:
+    """The runs below ``path``, those of a folder of several seeds as one: its configuration has a list of them."""
+    found: list[Run] = []
+    groups: dict[Path, list[Run]] = {}
+    for run in runs:
+        folder = run.source.parent.parent
+        below = run.source.name == "metrics.jsonl" and folder.is_relative_to(path)
+        if below and isinstance(_configuration(folder).get("seed"), list):
+            groups.setdefault(folder, []).append(run)
+        else:
+            found.append(run)
+    for folder, group in groups.items():
+        losses = [run.loss for run in group if run.loss is not None]
+        loss = mean_curve(losses) if len(losses) == len(group) else None
+        setting = _demo_setting(folder / "metrics.jsonl") if group[0].points else None
+        found.append(Run(folder.resolve().name, folder, loss, points=group[0].points, setting=setting, repeats=tuple(group)))
+    return found
+
+
 def _with_their_update(groups: dict[tuple[str, Setting], list[Record]]) -> dict[tuple[str, Setting], list[Record]]:
     """Checkpoints without an update, as the last one is where the update is the change to the next, join the others of their
     kind."""
@@ -337,16 +371,22 @@ def _data(found: dict[str, Any]) -> Data:
 def _demo_setting(file: Path) -> Setting:
     """The demo measures held-out text and the step's own batch; its ``config.json`` fixes which these are. A trainer's callback
     (:mod:`zerosum.integrations`) measures the step's batch alone, along a direction of the user's."""
-    config: dict[str, Any] = {}
-    if (there := file.parent / "config.json").is_file():
-        try:
-            config = json.loads(there.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise RunError(f"{there}: expected JSON: {error}") from None
+    config = _configuration(file.parent)
     digest = " ".join(str(config.get(key, "")) for key in ("text", "seed", "positions")).strip()
     train = Data("training batches", digest=digest)
     update = config.get("update", "optimizer")
     return Setting(Data("held-out text", digest=digest), train, train, config.get("examples", "sequence"), False, update)
+
+
+def _configuration(folder: Path) -> dict[str, Any]:
+    """What a folder's ``config.json`` says; empty where there is none."""
+    if not (there := folder / "config.json").is_file():
+        return {}
+    try:
+        content = json.loads(there.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise RunError(f"{there}: expected JSON: {error}") from None
+    return content if isinstance(content, dict) else {}
 
 
 def _distinct(runs: Sequence[Run]) -> list[Run]:

@@ -28,9 +28,10 @@ def optimizer_update(loaded: Loaded, batch: Sample, clip: float, learning_rate: 
     The gradient is clipped to the norm ``clip``. The rate is the one in the state unless one is given. The model is left as it was.
 
     Raises:
-        Refused: the state is not of Adam or AdamW, does not fit the model, or moves nothing.
+        Refused: there is no state; or the state is of an optimizer that is neither Adam nor AdamW nor known from the run, does not
+            fit the model, or moves nothing.
     """
-    optimizer = _adam(loaded)
+    optimizer = _optimizer(loaded)
     for group in optimizer.param_groups:
         # Where and how it ran is of the machine that trained.
         group |= {"foreach": None, "fused": None, "capturable": False, "differentiable": False}
@@ -79,10 +80,18 @@ def _gradient(loaded: Loaded, batch: Sample) -> Iterator[None]:
         loaded.model.zero_grad()
 
 
-def _adam(loaded: Loaded) -> torch.optim.Optimizer:
+def _optimizer(loaded: Loaded) -> torch.optim.Optimizer:
+    """The checkpoint's own, with its state."""
     state = loaded.optimizer
     if state is None:
         raise Refused("no optimizer state there: --update gradient needs none")
+    optimizer = _adam(loaded, state) if loaded.build_optimizer is None else loaded.build_optimizer(loaded.model)
+    optimizer.load_state_dict(copy.deepcopy(state))  # it would keep, and change, what it is given
+    return optimizer
+
+
+def _adam(loaded: Loaded, state: dict[str, Any]) -> torch.optim.Optimizer:
+    """The Adam or AdamW that a state is of, with the parameters in its order."""
     if not all({"lr", "betas", "eps", "params"} <= group.keys() for group in state["param_groups"]) or not all(
         {"step", "exp_avg", "exp_avg_sq"} <= entry.keys() for entry in state["state"].values()
     ):
@@ -91,9 +100,7 @@ def _adam(loaded: Loaded) -> torch.optim.Optimizer:
     groups = _groups(loaded.model, state)
     decoupled = all(group.get("decoupled_weight_decay", True) for group in state["param_groups"])
     kind = torch.optim.AdamW if decoupled else torch.optim.Adam
-    optimizer = kind([{"params": [parameters[name] for name in group]} for group in groups])
-    optimizer.load_state_dict(copy.deepcopy(state))  # it would keep, and change, what it is given
-    return optimizer
+    return kind([{"params": [parameters[name] for name in group]} for group in groups])
 
 
 def _groups(model: nn.Module, state: dict[str, Any]) -> list[list[str]]:

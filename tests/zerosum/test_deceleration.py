@@ -13,7 +13,7 @@ import pytest
 pytest.importorskip("scipy")
 
 from zerosum.curves import CurveError, read_curve, thin
-from zerosum.deceleration import FEWEST, Deceleration, _autocorrelation_time, _with_error, fit
+from zerosum.deceleration import FEWEST, Deceleration, _autocorrelation_time, with_error, fit
 
 TRUTH = {"b": 20.0, "c0": 0.2, "c1": -0.17, "log_d1": math.log(5000), "f1": 0.3}
 OWN_CURVE = Path(__file__).parent.parent / "data" / "tiny_gpt_loss.csv"
@@ -278,11 +278,11 @@ def test_the_correlation_of_neighbours_is_the_sum_of_its_definition() -> None:
 
 
 def test_numbers_with_errors_are_short() -> None:
-    assert _with_error(5877.4, 906.3) == "5877 ± 906"
-    assert _with_error(0.0125, 0.0062) == "0.0125 ± 0.0062"
-    assert _with_error(3.6411284, 1e-15) == "3.64113 ± 1e-15"
-    assert _with_error(3.6e300, 1.4e298) == "3.6e+300 ± 1.4e+298"
-    assert _with_error(5.0, math.nan) == "5"
+    assert with_error(5877.4, 906.3) == "5877 ± 906"
+    assert with_error(0.0125, 0.0062) == "0.0125 ± 0.0062"
+    assert with_error(3.6411284, 1e-15) == "3.64113 ± 1e-15"
+    assert with_error(3.6e300, 1.4e298) == "3.6e+300 ± 1.4e+298"
+    assert with_error(5.0, math.nan) == "5"
 
 
 GOOD = np.arange(1.0, 2001), 9 * np.arange(1.0, 2001) ** -0.1

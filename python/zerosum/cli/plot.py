@@ -18,7 +18,8 @@ Draws the figures of the paper on zero-sum learning, with all the runs in each o
 
 A RUN is a folder of `zerosum demo`, or a folder of such folders, a file of `zerosum measure`,
 or a loss curve: CSV, JSON lines, NumPy or TensorBoard, which the loss figure alone can use.
-Dashed lines are what random signs would give. Each panel says what it is over; runs that
+A folder of `zerosum demo --seeds` is one run: the mean over its seeds, in a band of ± one
+standard error. Dashed lines are what random signs would give. Each panel says what it is over; runs that
 differ in that are told apart. What a run lacks is said, and the rest of it is drawn.
 """.format(figures="\n".join(f"  {name:<14} {figure.shows}" for name, figure in paper.FIGURES.items()))
 

@@ -68,14 +68,22 @@ def sample(**style: Any) -> Line2D:
     return Line2D([], [], **style)
 
 
-def measured(axes: Axes, c: Curve, style: Style, label: str | None = None) -> None:
-    """The values with their standard errors, and their null."""
+def measured(axes: Axes, c: Curve, style: Style, label: str | None = None, banded: bool = False) -> None:
+    """The values with their standard errors, as bars or as a band, and their null."""
     axes.plot(c.steps, c.values, "-", color=style.color, marker=style.marker, markersize=4, label=label)
     axes.plot(
         c.steps, c.nulls, "--", color=style.color, linewidth=1.2, alpha=0.8, label=label and f"{label.split(' (')[0]}, random signs"
     )
-    if c.errors is not None and np.isfinite(c.errors).any():
+    if banded:
+        band(axes, c, style)
+    elif c.errors is not None and np.isfinite(c.errors).any():
         axes.errorbar(c.steps, c.values, yerr=c.errors, fmt="none", ecolor=style.color, elinewidth=1.0, capsize=2.5)
+
+
+def band(axes: Axes, c: Curve, style: Style) -> None:
+    """From one standard error below the values to one above."""
+    if c.errors is not None and np.isfinite(c.errors).any():
+        axes.fill_between(c.steps, c.values - c.errors, c.values + c.errors, color=style.color, alpha=0.2, linewidth=0)
 
 
 def positive(values: np.ndarray) -> np.ndarray:

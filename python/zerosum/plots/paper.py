@@ -9,7 +9,10 @@ it: :func:`lacking` says which.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -22,6 +25,7 @@ from zerosum.plots.axes import (
     GREY,
     Entry,
     Style,
+    band,
     interference_axis,
     legend,
     measured,
@@ -36,6 +40,7 @@ from zerosum.plots.axes import (
 )
 from zerosum.records import Curve, smooth
 from zerosum.runs import Run
+from zerosum.training.comparison import mean_and_error
 from zerosum.training.summary import ratio
 
 if TYPE_CHECKING:
@@ -64,6 +69,9 @@ PARTS = (
     Part("Agreement of coordinates", "C_(u,G) / C_(u,g) (no unit)", ("C_uG", "C_ug")),
 )
 COSINES = ("cosine_median", "cosine_q05", "cosine_q95")
+# What a figure of parameters one by one needs, for people.
+LAYERS = "D_grad of single parameters"
+DEPTHS = "D_grad of single parameters at several depths"
 DASHES = (0, (4, 1.5))
 POINTS = 3000  # of a raw loss curve: more cannot be seen, and make an SVG large
 
@@ -88,7 +96,7 @@ def loss(runs: Sequence[Run], first: float = 100) -> Figure:
     common, found = len(set(over.values())) == 1, set()
     for run, style in zip(runs, styles(len(runs)), strict=True):
         if run.loss is not None:
-            deceleration, said = _fit(run, first)
+            deceleration, said = _fit(run, first) if not run.repeats else _fits(run, first)
             average = _draw_training(axes, run, style)
             steps.append(run.loss.steps)
             shown.append(average)
@@ -108,6 +116,8 @@ def loss(runs: Sequence[Run], first: float = 100) -> Figure:
             entries.append(Entry(open_marker, f"{run.name}: checkpoints, {run.over('loss', runs)[0]}"))
             steps.append(c.steps)
             shown.append(c.values)
+    if axes.collections:
+        entries.append(_band())
     if any(run.loss is not None and not run.smoothed for run in runs):
         entries.append(Entry(sample(color=GREY, linewidth=0.8, alpha=0.5), "every step; the strong line is its moving average"))
     if False in found:
@@ -133,8 +143,8 @@ def interference(runs: Sequence[Run]) -> Figure:
         steps = []
         for run, style in _with(runs, f"{kind}.D", f"{kind}.M"):
             d, m = run.curves(f"{kind}.D", f"{kind}.M")
-            measured(d_axes, d, style)
-            measured(m_axes, m, style)
+            measured(d_axes, d, style, banded=bool(run.repeats))
+            measured(m_axes, m, style, banded=bool(run.repeats))
             steps += [d.steps, m.steps]
             sizes[_scale(kind)] += _seen(m)
         for axes in (d_axes, m_axes):
@@ -186,7 +196,7 @@ def gradients(runs: Sequence[Run]) -> Figure:
     shown, steps = [], []
     for run, style in _with(runs, "D_grad"):
         c = run.curve("D_grad")
-        measured(axes, c, style)
+        measured(axes, c, style, banded=bool(run.repeats))
         shown += _seen(c)
         steps.append(c.steps)
     step_axis(axes, np.concatenate(steps))
@@ -204,9 +214,8 @@ def decomposition(runs: Sequence[Run]) -> Figure:
     for axes, part in zip(row, shown, strict=True):
         seen, steps = [], []
         for run, style in _with(runs, *part.metrics):
-            curves = run.curves(*part.metrics)
-            c = ratio(*curves) if len(curves) == 2 else curves[0]
-            measured(axes, c, style)
+            c = run.each(partial(_part, part=part))
+            measured(axes, c, style, banded=bool(run.repeats))
             seen += _seen(c)
             steps.append(c.steps)
         step_axis(axes, np.concatenate(steps))
@@ -241,6 +250,124 @@ def pairs(runs: Sequence[Run]) -> Figure:
     return figure
 
 
+def _band() -> Entry:
+    from matplotlib.patches import Patch
+
+    return Entry(Patch(color=GREY, alpha=0.3, linewidth=0), "mean over the seeds ± one standard error")
+
+
+def _part(run: Run, part: Part) -> Curve:
+    curves = run.curves(*part.metrics)
+    return ratio(*curves) if len(curves) == 2 else curves[0]
+
+
+def layers(runs: Sequence[Run]) -> Figure:
+    """D(∇ℓ) of each kind of parameter against steps, with its null: the mean over the depths at which the model has one."""
+    _expect(_with(runs, LAYERS), LAYERS)
+    kinds = _kinds(runs)
+    figure, shown = _grid(len(kinds))
+    seen, panels_of = [], []
+    for axes, (kind, title) in zip(shown, kinds.items(), strict=True):
+        steps = []
+        for run, style in _with(runs, LAYERS):
+            if names := [name for name in run.parameters("D_grad") if _place(name)[0] == kind]:
+                c = run.each(partial(_mean_of, names=names))
+                measured(axes, c, style, banded=bool(run.repeats))
+                seen += _seen(c)
+                steps.append(c.steps)
+                metric = f"D_grad/{names[0]}"
+        step_axis(axes, np.concatenate(steps))
+        panels_of.append(Panel(axes, title, metric))
+    for axes in shown:
+        interference_axis(axes, np.concatenate(seen), "D(∇ℓ), spaced by log(1 − D)")
+    _outer_labels(shown)
+    _explain(figure, runs, panels_of)
+    return figure
+
+
+def depths(runs: Sequence[Run]) -> Figure:
+    """D(∇ℓ) of each kind of parameter against its depth in the model: at the first measured step (hollow) and at the last one, with
+    the null of the last."""
+    _expect(_with(runs, DEPTHS), DEPTHS)
+    kinds = {kind: title for kind, title in _kinds(runs).items() if any(len(_at_depths(run, kind)) > 1 for run in runs)}
+    figure, shown = _grid(len(kinds))
+    seen, panels_of, spans = [], [], {}
+    for axes, (kind, title) in zip(shown, kinds.items(), strict=True):
+        for run, style in _with(runs, DEPTHS):
+            if names := _at_depths(run, kind):
+                steps = run.curve(f"D_grad/{names[0]}").steps
+                first, last = (run.each(partial(_over_depth, names=names, step=step)) for step in (steps[0], steps[-1]))
+                axes.plot(first.steps, first.values, ":", color=style.color, marker=style.marker, markersize=5, fillstyle="none")
+                measured(axes, last, style, banded=bool(run.repeats))
+                seen += [first.values, *_seen(last)]
+                spans[run.name] = f"steps {steps[0]:,} (hollow) and {steps[-1]:,}"
+                metric = f"D_grad/{names[0]}"
+        axes.locator_params(axis="x", nbins=8, integer=True)
+        axes.set_xlabel("block, counted from 0 at the input")
+        panels_of.append(Panel(axes, title, metric))
+    for axes in shown:
+        interference_axis(axes, np.concatenate(seen), "D(∇ℓ), spaced by log(1 − D)")
+    _outer_labels(shown)
+    _explain(figure, runs, panels_of, spans)
+    return figure
+
+
+def _grid(count: int) -> tuple[Figure, list[Axes]]:
+    """``count`` panels in rows of up to three."""
+    columns = min(count, 3)
+    rows = math.ceil(count / columns)
+    figure, grid = panels(rows, columns, 4.0 * columns + 1, 3.3 * rows + 0.6)
+    every = [axes for row in grid for axes in row]
+    for axes in every[count:]:
+        axes.remove()
+    return figure, every[:count]
+
+
+def _outer_labels(shown: Sequence[Axes]) -> None:
+    """What all panels have in common is said at the left and below the last in each column."""
+    columns = min(len(shown), 3)
+    for number, axes in enumerate(shown):
+        if number % columns:
+            axes.set_ylabel("")
+        if number + columns < len(shown):
+            axes.set_xlabel("")
+
+
+def _place(parameter: str) -> tuple[str, int | None]:
+    """The kind and the depth of a parameter: its name without the first number in it, and that number."""
+    before, number, after = (*re.split(r"(?:^|(?<=\.))(\d+)(?=\.|$)", parameter, maxsplit=1), "", "")[:3]
+    return (f"{before}*{after}", int(number)) if number else (parameter, None)
+
+
+def _kinds(runs: Sequence[Run]) -> dict[str, str]:
+    """The kinds of parameters of all runs, and a title for each: its name behind the blocks', where that is enough."""
+    kinds = list(dict.fromkeys(_place(name)[0] for run in runs for name in run.parameters("D_grad")))
+    short = [kind.partition("*.")[2].removesuffix(".weight") or kind.removesuffix(".weight") for kind in kinds]
+    return {kind: name if short.count(name) == 1 else kind for kind, name in zip(kinds, short, strict=True)}
+
+
+def _at_depths(run: Run, kind: str) -> list[str]:
+    """The run's parameters of a kind that are in blocks, by depth."""
+    found = [(depth, name) for name in run.parameters("D_grad") for k, depth in [_place(name)] if k == kind and depth is not None]
+    return [name for _, name in sorted(found)]
+
+
+def _mean_of(run: Run, names: Sequence[str]) -> Curve:
+    """The mean of D_grad over parameters."""
+    curves = run.curves(*(f"D_grad/{name}" for name in names))
+    values, nulls = (np.mean([getattr(c, key) for c in curves], axis=0) for key in ("values", "nulls"))
+    return Curve(curves[0].steps, values, nulls, curves[0].n)
+
+
+def _over_depth(run: Run, names: Sequence[str], step: int) -> Curve:
+    """D_grad of parameters at a step, against their depths in place of steps."""
+    curves = run.curves(*(f"D_grad/{name}" for name in names))
+    at = curves[0].steps == step
+    depth = np.array([_place(name)[1] for name in names])
+    values, nulls = (np.concatenate([getattr(c, key)[at] for c in curves]) for key in ("values", "nulls"))
+    return Curve(depth, values, nulls, curves[0].n)
+
+
 class Drawing(NamedTuple):
     """A figure; the sets of metrics of which a run needs one to be in it, none at all where it needs a training loss; and what
     it shows, for ``zerosum plot --help``."""
@@ -271,6 +398,8 @@ FIGURES = {
         (COSINES, ("opposed_examples",)),
         "cosines of pairs of gradients, and the share of examples that the others' step hurts",
     ),
+    "layers": Drawing(layers, ((LAYERS,),), "D of the gradients of each kind of parameter against steps, mean over depths"),
+    "depths": Drawing(depths, ((DEPTHS,),), "D of the gradients of each kind of parameter against its depth, first and last step"),
 }
 
 
@@ -305,16 +434,25 @@ def lacking(name: str, run: Run) -> list[str]:
     """The metrics without which a run is not, or not fully, in the figure ``name``."""
     if name == "loss" and run.loss is not None:
         return []
-    return [metric for metrics in FIGURES[name].needs for metric in metrics if not run.has(metric)]
+    return [metric for metrics in FIGURES[name].needs for metric in metrics if not _has(run, metric)]
 
 
 def drawable(name: str, run: Run) -> bool:
     """The run has what one panel at least of the figure ``name`` needs."""
-    return (name == "loss" and run.loss is not None) or any(run.has(*metrics) for metrics in FIGURES[name].needs)
+    return (name == "loss" and run.loss is not None) or any(_has(run, *metrics) for metrics in FIGURES[name].needs)
+
+
+def _has(run: Run, *metrics: str) -> bool:
+    """The metrics of :meth:`Run.has`, or one of ``LAYERS`` and ``DEPTHS``."""
+    if metrics == (LAYERS,):
+        return any(run.has(f"D_grad/{name}") for name in run.parameters("D_grad"))
+    if metrics == (DEPTHS,):
+        return _has(run, LAYERS) and any(len(_at_depths(run, kind)) > 1 for kind in _kinds([run]))
+    return run.has(*metrics)
 
 
 def _with(runs: Sequence[Run], *metrics: str) -> list[tuple[Run, Style]]:
-    return [(run, style) for run, style in zip(runs, styles(len(runs)), strict=True) if run.has(*metrics)]
+    return [(run, style) for run, style in zip(runs, styles(len(runs)), strict=True) if _has(run, *metrics)]
 
 
 def _scale(kind: str) -> str:
@@ -372,6 +510,8 @@ def _explain(
         entries.append(
             Entry(sample(color=GREY, linestyle="none", marker="|", markersize=9), "± one standard error of the sampling")
         )
+    if any(axes.collections for axes in drawn):
+        entries.append(_band())
     legend(figure, [*entries, *others])
 
 
@@ -394,6 +534,17 @@ def _fit(run: Run, first: float) -> tuple[Deceleration | None, str]:
     return found, ", ".join(f"{name} = {x:{form}}{_error(found.errors[name])}" for name, x, form in numbers)
 
 
+def _fits(run: Run, first: float) -> tuple[Deceleration | None, str]:
+    """The fit of the mean of several seeds' losses; and what the fits of each say: means with their standard errors."""
+    found = [one for one, _ in (_fit(repeat, first) for repeat in run.repeats) if one is not None and one.found]
+    said = f"{len(found)} of {len(run.repeats)} seeds decelerate"
+    if found:
+        numbers = (("L_d", ".2f"), ("t_d", ",.0f"), ("r_d", ".4f"))
+        means = (f"{name} = {mean_and_error([getattr(one, name) for one in found], form)}" for name, form in numbers)
+        said = ", ".join([said, *means])
+    return _fit(run, first)[0], said
+
+
 def _error(x: float) -> str:
     return f" ± {x:.1g}" if x < 10 else f" ± {x:,.0f}" if np.isfinite(x) else ""
 
@@ -402,12 +553,19 @@ def _draw_training(axes: Axes, run: Run, style: Style) -> np.ndarray:
     """The losses and their moving average; returns all that is shown."""
     assert run.loss is not None
     steps, values = run.loss.steps, run.loss.values
+    if run.repeats:
+        band(axes, run.each(_smoothed), style)
     average = values if run.smoothed else smooth(values)
     kept = np.unique(np.geomspace(1, len(steps), POINTS).astype(int)) - 1
     if not run.smoothed:
         axes.plot(steps[kept], positive(values[kept]), "-", color=style.color, alpha=0.3, linewidth=0.8)
     axes.plot(steps[kept], positive(average[kept]), "-", color=style.color, linewidth=2.2)
     return average[kept] if run.smoothed else np.concatenate((values[kept], average[kept]))
+
+
+def _smoothed(run: Run) -> Curve:
+    assert run.loss is not None
+    return replace(run.loss, values=smooth(run.loss.values))
 
 
 def _draw_fit(axes: Axes, steps: np.ndarray, found: Deceleration, style: Style, first: float) -> None:

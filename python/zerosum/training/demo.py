@@ -21,15 +21,16 @@ from zerosum.interrupt import Interrupt
 from zerosum.plots import paper
 from zerosum.records import Record, record
 from zerosum.runs import read_runs
+from zerosum.training.comparison import FIRST, compare
 from zerosum.training.data import Corpus, standard_library
 from zerosum.training.loop import HEAD_SIZE, Settings, Trainer, probe_steps
 from zerosum.training.optimizers import recipe
 from zerosum.training.run import Folder, Refused, RunFolder, fingerprint
-from zerosum.training.sizes import FIRST, compare_sizes
 from zerosum.training.summary import Summary, summarize
 
 DONE, DIVERGED, INTERRUPTED = 0, 1, 130
 CPU = torch.device("cpu")
+FIGURES = ("loss", "interference", "gradients", "layers", "depths")  # of several runs
 
 
 def demo(
@@ -39,6 +40,7 @@ def demo(
     sizes: int = 1,
     keep_checkpoints: bool = False,
     device: torch.device = CPU,
+    seeds: int = 1,
 ) -> int:
     """Runs, or goes on with, what the arguments describe; returns the process's exit code.
 
@@ -49,6 +51,7 @@ def demo(
         sizes: the models to train on the same batches: the one of ``settings`` and, before it, those half as wide each.
         keep_checkpoints: whether to keep the checkpoint of every measured step, not the newest alone.
         device: where to train. Of a run on another device than the CPU it is part of the configuration.
+        seeds: how often to train each model: with the seed of ``settings`` and those that follow it.
 
     Raises:
         Refused: the text, the folder or the sizes cannot be used; the message says why.
@@ -57,44 +60,56 @@ def demo(
     corpus = read(text, settings.positions)
     config = configuration(settings, corpus, device)
     source = " given" if text else " of the Python standard library"
-    if sizes == 1:
+    if sizes == seeds == 1:
         folder = RunFolder(out or Path("runs") / f"demo-{fingerprint(config)}", config)
         ended, summary = run(settings, corpus, folder, config, source, keep_checkpoints, device)
         print(f"\n{summary.text()}\n\nIn {folder.path}: {written(folder)}")
         return ended
-    config["width"] = widths
-    each = [replace(settings, width=width) for width in widths]
-    return compare(each, corpus, config, source, out, keep_checkpoints, device)
+    each = [[replace(settings, width=width, seed=settings.seed + i) for i in range(seeds)] for width in widths]
+    return compare_runs(each, corpus, source, out, keep_checkpoints, device)
 
 
-def compare(
-    settings: Sequence[Settings],
+def compare_runs(
+    settings: Sequence[Sequence[Settings]],
     corpus: Corpus,
-    config: dict[str, Any],
     source: str,
     out: Path | None,
     keep_checkpoints: bool,
     device: torch.device,
 ) -> int:
-    """Runs each of the settings in a folder of its own, and ends with their table; the same command goes on with what is left."""
+    """Runs every width with every seed in a folder of its own, and ends with their tables; the same command goes on with what is
+    left. ``settings`` has the seeds of each width."""
+    widths, seeds = [one[0].width for one in settings], [one.seed for one in settings[0]]
+    config = configuration(settings[0][0], corpus, device)
+    if len(widths) > 1:
+        config["width"] = widths
+    if len(seeds) > 1:
+        config["seed"] = seeds
     folder = Folder(out or Path("runs") / f"demo-{fingerprint(config)}", config)
-    runs: dict[int, Sequence[Record]] = {}
+    runs: dict[int, list[Sequence[Record]]] = {width: [] for width in widths}
+    places: dict[str, str] = {}
     worst = DONE
-    for number, one in enumerate(settings, 1):
-        print(f"Size {number} of {len(settings)}: width {one.width}.")
+    for number, one in enumerate((one for group in settings for one in group), 1):
         own = configuration(one, corpus, device)
-        own_folder = RunFolder(folder.path / f"width-{one.width}", own)
+        parent = folder
+        if len(widths) > 1 and len(seeds) > 1:
+            parent = Folder(folder.path / f"width-{one.width}", {**own, "seed": seeds})
+        own_folder = RunFolder(parent.path / (f"seed-{one.seed}" if len(seeds) > 1 else f"width-{one.width}"), own)
+        name = ", ".join([*([f"width {one.width}"] if len(widths) > 1 else []), *([f"seed {one.seed}"] if len(seeds) > 1 else [])])
+        print(f"Run {number} of {len(widths) * len(seeds)}: {name}.")
         ended, _ = run(one, corpus, own_folder, own, source, keep_checkpoints, device)
         if ended == INTERRUPTED:
             return ended
         print(f"In {own_folder.path}: {written(own_folder)}\n")
-        runs[one.width] = own_folder.records
+        runs[one.width].append(own_folder.records)
+        places[name] = own_folder.path.relative_to(folder.path).as_posix()
         worst = max(worst, ended)
-    comparison = compare_sizes(runs)
-    listed = "\n".join(f"- [width {width}](width-{width}/report.md)" for width in runs)
-    figures = paper.write(read_runs([folder.path])[0], folder.path, ("loss", "gradients"), ("png",), FIRST)
+    comparison = compare(runs)
+    listed = "\n".join(f"- [{name}]({place}/report.md)" for name, place in places.items())
+    figures = paper.write(read_runs([folder.path])[0], folder.path, FIGURES, ("png",), FIRST)
+    of = " and ".join([*(["widths"] if len(widths) > 1 else []), *(["seeds"] if len(seeds) > 1 else [])])
     parts = [
-        "# Zero-sum learning in small GPTs of several widths",
+        f"# Zero-sum learning in small GPTs of several {of}",
         comparison.markdown(),
         "\n\n".join(f"![{path.stem}]({path.name})" for path in figures),
         f"## Runs\n\n{listed}",

@@ -36,7 +36,7 @@ class Recipe(NamedTuple):
 _ADAM = {"betas": (0.9, 0.95), "weight_decay": 0.1, "fused": True}
 OPTIMIZERS = {
     "adamw": Recipe(3e-3, (Part(torch.optim.AdamW, _ADAM),)),
-    # With this adjustment a Muon update has about the root mean square of an AdamW update at the same rate, so one rate serves both.
+    # Adjusted so, a Muon update has about the root mean square of an AdamW update at the same rate: one rate serves both.
     "muon": Recipe(
         3e-3,
         (
@@ -64,7 +64,7 @@ def recipe(name: str) -> Recipe:
 def build(name: str, model: nn.Module, rate: float) -> Optimizer:
     """The optimizer of a model: one of torch's, or several of them as one.
 
-    "hidden" parameters are the matrices inside of ``model.blocks``; embeddings and heads are matrices too, but Muon is not for them.
+    "hidden" parameters are the matrices inside of ``model.blocks``. Muon is not for embeddings and heads, which are matrices too.
 
     Raises:
         ValueError: there is no optimizer of this name.
@@ -97,7 +97,9 @@ class Together(Optimizer):
         super().__setstate__(state)
         self._share()
 
-    @torch.no_grad()
-    def step(self, closure: Any = None) -> None:
+    def step(self, closure: Any = None) -> Any:
+        """One step of each part. A closure would be evaluated before all of them: none is taken."""
+        if closure is not None:
+            raise ValueError(f"closure: expected None, got {closure!r}")
         for part in self.parts:
             part.step()
