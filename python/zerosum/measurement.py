@@ -6,6 +6,7 @@ The metrics of a checkpoint, over the evaluation set but for ``train.*``:
 ``loss``              the mean loss of its tokens
 ``D_grad``, …         of per-example gradients, see :func:`zerosum.metrics.gradient_metrics`
 ``C_g``, C_uG, C_ug   along an update Δ
+``D_grad/NAME``       of the parameter NAME alone, and ``C_g/NAME``; not of sampled tokens
 ``first_order.*``     C, D and M of the examples' first-order changes along Δ
 ``held_out.*``        C, D, M and mean of the tokens' loss changes by one step; ``held_out.first_order.*`` how far they are from
                       those to first order
@@ -31,9 +32,10 @@ from zerosum.checkpoints import Checkpoint, Loaded, Series
 from zerosum.evaluation import Sample
 from zerosum.metrics import Metric
 from zerosum.probe import Probe
-from zerosum.probe.report import Coverage
+from zerosum.probe.report import Coverage, Report
 from zerosum.records import Record, record
 from zerosum.tokens import token_report
+from zerosum.training.loop import by_parameter
 from zerosum.training.model import under_autocast
 from zerosum.training.run import Refused
 from zerosum.updates import Update, gradient_update, optimizer_update
@@ -155,6 +157,8 @@ class Measurement:
         counted = losses.double()[self.evaluation.y != IGNORED]
         found = {"loss": Metric(counted.mean().item(), counted.numel())} | self._renamed(report.metrics)
         about: dict[str, Any] = {"covered": report.coverage.share, "not_covered": report.coverage.not_covered}
+        if isinstance(report, Report):  # a sample has no metrics of single parameters
+            found |= by_parameter(report, "D_grad") | (by_parameter(report, "C_g") if update is not None else {})
         if self.batch is not None and update is not None and self._is_step:
             changes, found_changes = self._step_changes(loaded, update, losses)
             found |= found_changes

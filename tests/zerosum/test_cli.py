@@ -20,7 +20,11 @@ from zerosum import cli
 pytest.importorskip("matplotlib")
 pytest.importorskip("tqdm")
 
+from zerosum.checkpoints import find
+from zerosum.runs import read_runs
+from zerosum.training.comparison import mean_and_error
 from zerosum.training.loop import Trainer
+from zerosum.training.run import Refused
 
 
 @pytest.fixture
@@ -181,6 +185,45 @@ def test_interrupted_sizes_go_on_with_what_is_left(
     assert "not fitted, the curve is too short: expected at least 12 points after step 100, got 0" in said
     for width in (32, 64):
         assert records(tmp_path / "runs" / f"width-{width}") == records(tmp_path / "whole" / f"width-{width}")
+
+
+def test_seeds_end_with_their_table_and_go_on_with_what_is_left(
+    text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("scipy")
+    step = Trainer.step
+
+    def interrupting(self: Trainer, number: int) -> Any:
+        if number == 5 and self.settings.seed == 8:
+            os.kill(os.getpid(), signal.SIGINT)
+        return step(self, number)
+
+    out = tmp_path / "runs"
+    options: dict[str, object] = {"steps": 6, "seed": 7, "seeds": 2, "optimizer": "muon"}
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "step", interrupting)
+        assert demo(text, out, **options) == 130
+    capsys.readouterr()
+    assert demo(text, out, **options) == 0
+    said = capsys.readouterr().out
+    assert "Run 1 of 2: seed 7." in said
+    assert "Resuming after step 5." in said
+    # Each is the run that it would be alone.
+    assert demo(text, tmp_path / "alone", steps=6, seed=8, optimizer="muon") == 0
+    assert records(tmp_path / "alone") == records(out / "seed-8")
+    last = [[entry for entry in records(out / f"seed-{seed}") if entry["kind"] == "probe"][-1]["metrics"] for seed in (7, 8)]
+    for name in ("tokens.D_grad", "D_grad", "held_out.D", "held_out.M", "held_out.loss"):
+        assert mean_and_error([metrics[name]["value"] for metrics in last]) in said
+    assert json.loads((out / "config.json").read_text())["seed"] == [7, 8]
+    figures = {f"{name}.png" for name in ("loss", "interference", "gradients", "layers")}
+    assert {path.name for path in out.iterdir()} == {"config.json", "report.md", "seed-7", "seed-8", *figures}
+    report = (out / "report.md").read_text()
+    for words in ("several seeds", "[seed 8](seed-8/report.md)", "| seed | [7, 8] |", "![layers](layers.png)"):
+        assert words in report
+    (run,), _ = read_runs([out])
+    assert len(run.repeats) == 2
+    with pytest.raises(Refused, match="expected one run, got a folder of runs of `zerosum demo`: seed-7, seed-8"):
+        find(out)
 
 
 def test_an_interrupt_while_the_cost_is_measured_stops_before_the_next_size(

@@ -13,7 +13,7 @@ import pytest
 pytest.importorskip("scipy")
 
 from zerosum.curves import CurveError, read_curve, thin
-from zerosum.deceleration import FEWEST, Deceleration, _autocorrelation_time, with_error, fit
+from zerosum.deceleration import FEWEST, Deceleration, _autocorrelation_time, fit, with_error
 
 TRUTH = {"b": 20.0, "c0": 0.2, "c1": -0.17, "log_d1": math.log(5000), "f1": 0.3}
 OWN_CURVE = Path(__file__).parent.parent / "data" / "tiny_gpt_loss.csv"

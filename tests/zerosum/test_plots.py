@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,11 +17,11 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from tests.zerosum.test_runs import checkpoints, write
-from tests.zerosum.test_training import run_records
+from tests.zerosum.test_training import run_records, seed_records
 from zerosum import plots
 from zerosum.plots import paper, save
 from zerosum.plots.axes import MARKERS, PALETTE, interference_axis, panels, step_axis, styles
-from zerosum.records import Curve, Record
+from zerosum.records import Curve, Record, smooth
 from zerosum.runs import Run, read_runs
 
 
@@ -346,6 +348,145 @@ def test_what_no_run_has_is_refused_by_name(name: str, tmp_path: Path) -> None:
         DRAWN[name](runs)
     assert not paper.drawable(name, runs[0])
     assert paper.lacking(name, runs[0])
+
+
+def test_layers_have_a_panel_for_each_kind_and_the_mean_over_depths(three: list[Run]) -> None:
+    figure = paper.layers(three)
+    assert [axes.get_title(loc="left") for axes in figure.axes] == ["embedding", "up", "down"]
+    for axes, means in zip(
+        figure.axes, (0.9, 0.9075, 0.9175), strict=True
+    ):  # of depths 0 and 1: 0.005 (1 + 2) / 2, 0.005 (3 + 4) / 2
+        steps, values = xy(*lines_of(axes, "-", 1))
+        assert steps == [64, 128, 256, 512]
+        assert values == pytest.approx([means + 0.01 * i for i in range(4)])
+        assert set(xy(*lines_of(axes, "--", 1))[1]) == {pytest.approx(0.97)}
+    assert texts(figure)[0] == "N = 256 tokens of C4 validation (8 × 32), 100 sampled"
+    assert "D(∇ℓ)" in figure.axes[0].get_ylabel()
+    assert figure.axes[1].get_xlabel() == "optimizer step"
+
+
+def test_depths_are_drawn_at_the_first_and_the_last_step(three: list[Run]) -> None:
+    figure = paper.depths(three)
+    assert [axes.get_title(loc="left") for axes in figure.axes] == ["up", "down"]
+    up, down = figure.axes
+    assert xy(*lines_of(up, ":")) == ([0, 1], pytest.approx([0.905, 0.91]))
+    assert xy(*lines_of(up, "-")) == ([0, 1], pytest.approx([0.935, 0.94]))
+    assert xy(*lines_of(down, "-")) == ([0, 1], pytest.approx([0.945, 0.95]))
+    assert "block" in down.get_xlabel()
+    assert entries(figure)[0] == "14M: steps 64 (hollow) and 512"
+
+
+@pytest.mark.parametrize(
+    ("names", "titles"),
+    [
+        (["transformer.h.0.attn.c_attn.weight", "transformer.h.1.attn.c_attn.weight"], ["attn.c_attn"]),
+        (["layers.0.up.weight", "layers.0.up.bias"], ["up", "up.bias"]),
+        (["encoder.0.up.weight", "decoder.0.up.weight"], ["encoder.*.up.weight", "decoder.*.up.weight"]),
+        (["layers.3.experts.0.up.weight", "layers.3.experts.1.up.weight"], ["experts.0.up", "experts.1.up"]),
+        (["conv1.weight", "h2.0.w"], ["conv1", "w"]),
+        (["head.weight"], ["head"]),
+    ],
+)
+def test_kinds_of_parameters_have_short_titles(names: list[str], titles: list[str], tmp_path: Path) -> None:
+    records = checkpoints(steps=(64,))
+    records[0]["metrics"] = {f"D_grad/{name}": {"value": 0.5, "n": 4, "null": 0.6} for name in names}
+    figure = paper.layers(measured_runs(tmp_path, records))
+    assert [axes.get_title(loc="left") for axes in figure.axes] == titles
+
+
+# Several seeds.
+
+
+@pytest.fixture
+def seeds(tmp_path: Path) -> Run:
+    """A folder as `zerosum demo --seeds 3` leaves it, with two blocks."""
+    folder = tmp_path / "three"
+    for i, shift in enumerate((0.0, 0.01, 0.05)):
+        records = seed_records(shift)
+        for entry in records:
+            if entry["kind"] == "probe":
+                for k in range(2):
+                    entry["metrics"][f"D_grad/blocks.{k}.up.weight"] = {"value": 0.5 + shift * (1 + k), "n": 4, "null": 0.7}
+        write(folder / f"seed-{i}" / "metrics.jsonl", records)
+    (folder / "config.json").write_text(json.dumps({"seed": [0, 1, 2], "width": 32}))
+    (run,), notes = read_runs([folder])
+    assert not notes
+    return run
+
+
+def band_of(axes: Axes) -> tuple[list[float], list[float]]:
+    """The lower and the upper edge of a panel's band, from left to right."""
+    vertices = axes.collections[0].get_paths()[0].vertices
+    xs = sorted(set(vertices[:, 0]))
+    edges = [vertices[vertices[:, 0] == x][:, 1] for x in xs]
+    return [edge.min() for edge in edges], [edge.max() for edge in edges]
+
+
+def test_a_folder_of_seeds_is_one_run_and_a_seed_of_it_another(seeds: Run) -> None:
+    assert (seeds.name, len(seeds.repeats)) == ("three", 3)
+    c = seeds.curve("D_grad")
+    assert c.values[-1] == pytest.approx(0.62)
+    assert c.errors is not None
+    error = np.std([0.6, 0.61, 0.65], ddof=1) / math.sqrt(3)
+    assert c.errors[-1] == pytest.approx(error)
+    assert seeds.loss is not None
+    assert seeds.loss.errors is not None
+    assert np.isfinite(seeds.loss.errors).all()
+    ((alone,), _), (others, _) = (read_runs([seeds.source / one for one in names]) for names in (["seed-1"], ["seed-0", "seed-2"]))
+    assert (alone.name, alone.repeats) == ("seed-1", ())
+    assert [other.repeats for other in others] == [(), ()]
+    assert others[1].curve("D_grad").values[-1] == pytest.approx(0.65)
+
+
+def test_seeds_are_drawn_as_a_mean_in_a_band(seeds: Run) -> None:
+    (axes,) = paper.gradients([seeds]).axes
+    c = seeds.curve("D_grad")
+    assert xy(*lines_of(axes, "-"))[1] == pytest.approx(c.values)
+    low, high = band_of(axes)
+    assert c.errors is not None
+    assert low == pytest.approx(c.values - c.errors)
+    assert high == pytest.approx(c.values + c.errors)
+    assert entries(paper.gradients([seeds])) == [
+        "three: mean of 3 seeds",
+        "what random signs would give (null)",
+        "± one standard error over the seeds",
+    ]
+
+
+def test_the_band_of_a_mean_over_depths_is_over_seeds_alone(seeds: Run) -> None:
+    (axes,) = paper.layers([seeds]).axes
+    each = 0.5 + 1.5 * np.array([0.0, 0.01, 0.05])  # the mean over the two depths, of each seed
+    low, high = band_of(axes)
+    assert xy(*lines_of(axes, "-"))[1][-1] == pytest.approx(each.mean())
+    assert (high[-1] - low[-1]) / 2 == pytest.approx(each.std(ddof=1) / math.sqrt(3))
+    (axes,) = paper.depths([seeds]).axes
+    low, high = band_of(axes)
+    errors = [np.std([0.0, 0.01 * k, 0.05 * k], ddof=1) / math.sqrt(3) for k in (1, 2)]
+    assert (np.array(high) - low) / 2 == pytest.approx(errors)
+
+
+def test_the_loss_of_seeds_says_how_many_decelerate(seeds: Run) -> None:
+    pytest.importorskip("scipy")
+    figure = paper.loss([seeds])
+    assert entries(figure)[0].startswith("three: 0 of 3 seeds decelerate")
+    assert "± one standard error over the seeds" in entries(figure)
+    averages = np.array([smooth(run.loss.values)[-1] for run in seeds.repeats if run.loss is not None])
+    low, high = band_of(figure.axes[0])
+    assert (high[-1] - low[-1]) / 2 == pytest.approx(averages.std(ddof=1) / math.sqrt(3))
+    steps = np.arange(1, 3001.0)
+    repeats = tuple(training_run(f"seed-{i}", broken(steps) * scale, smoothed=False) for i, scale in enumerate((1, 1.02)))
+    means = np.mean([run.loss.values for run in repeats if run.loss is not None], axis=0)
+    said = entries(paper.loss([replace(training_run("two", means, smoothed=False), repeats=repeats)]))[0]
+    assert said.startswith("two: 2 of 2 seeds decelerate, L_d = 5.")
+    assert said.count(" ± ") >= 2
+
+
+@pytest.mark.parametrize("name", ["interference", "plane", "decomposition"])
+def test_seeds_are_in_the_other_figures(name: str, seeds: Run) -> None:
+    figure = DRAWN[name]([seeds])
+    assert entries(figure)[0].startswith("three: mean of 3 seeds")
+    if name != "plane":
+        assert all(len(axes.collections) == 1 for axes in figure.axes)
 
 
 # What all figures have in common.

@@ -35,6 +35,8 @@ def checkpoints(run: str = "14M", steps: tuple[int, ...] = STEPS, **changed: Any
             "cosine_q95": {"value": 0.4 - 0.03 * i, "n": 256, "null": 0.35},
             "opposed_examples": {"value": 0.2 + 0.1 * i, "n": 256, "null": 0.5},
         }
+        for k, name in enumerate(("embedding", "blocks.0.up", "blocks.1.up", "blocks.0.down", "blocks.1.down")):
+            metrics[f"D_grad/{name}.weight"] = {"value": 0.9 + 0.01 * i + 0.005 * k, "n": 256, "null": 0.97}
         for k, name in enumerate(("train", "held_out", *(["interval"] if i else []))):
             metrics[f"{name}.D"] = {"value": 0.3 + 0.1 * i + 0.01 * k, "n": 256, "null": 0.95}
             metrics[f"{name}.M"] = {"value": 0.01 * (i + 1) * 10**k, "n": 256, "null": None}

@@ -16,7 +16,8 @@ from torch import nn
 from tests.zerosum.oracle import per_example_gradients
 from zerosum.changes import Step
 from zerosum.metrics import Metric, number_interference
-from zerosum.records import Curve, Record, curve, decode, encode, record, slopes, smooth
+from zerosum.records import Curve, Record, curve, decode, encode, mean_curve, record, slopes, smooth
+from zerosum.training.comparison import compare, mean_and_error
 from zerosum.training.data import Corpus, draw, standard_library
 from zerosum.training.loop import Settings, Trainer, probe_steps
 from zerosum.training.model import GPT, GPTConfig, normalize, rotate, rotations, token_losses
@@ -483,3 +484,98 @@ def test_the_share_of_measuring() -> None:
         record("probe", 3, {}, seconds=1.5),
     ]
     assert measuring_share(records) == pytest.approx(2.0 / 5.0)
+
+
+# Several widths and seeds.
+
+
+def seed_records(shift: float) -> list[Record]:
+    """A made-up run that decelerates at step 50; another ``shift`` is another seed."""
+    found = run_records((0.2, 0.6 + shift), (0.1, 0.5 + 2 * shift))
+    for entry in found:
+        for name, metric in entry["metrics"].items():
+            if name.endswith((".loss", ".M")):
+                metric["value"] *= 1 + shift
+    found[-1]["metrics"]["tokens.D_grad"] = {"value": 0.8 + shift, "n": 64, "null": 0.9}
+    return found
+
+
+def test_the_mean_curve_has_standard_errors_and_the_steps_of_all() -> None:
+    steps = [np.array([1, 2, 4]), np.array([1, 4, 8]), np.array([1, 3, 4])]
+    values = [np.array([1.0, 9.0, 2.0]), np.array([2.0, 4.0, 9.0]), np.array([6.0, 9.0, 6.0])]
+    found = mean_curve([Curve(s, v, v / 2, 7) for s, v in zip(steps, values, strict=True)])
+    assert found.steps.tolist() == [1, 4]
+    assert found.values.tolist() == pytest.approx([3, 4])
+    assert found.nulls.tolist() == pytest.approx([1.5, 2])
+    assert found.n == 7
+    assert found.errors is not None
+    assert found.errors.tolist() == pytest.approx([math.sqrt(7 / 3), math.sqrt(4 / 3)])  # variances of 7 and 4, of three seeds
+    alone = mean_curve([Curve(steps[0], values[0], values[0], 7)])
+    assert alone.values.tolist() == values[0].tolist()
+    assert alone.errors is not None
+    assert np.isnan(alone.errors).all()
+
+
+def test_means_have_errors_where_there_are_seeds() -> None:
+    assert mean_and_error([1.0, 2.0, 6.0]) == "3.0 ± 1.5"
+    assert mean_and_error([0.5]) == "0.500"
+    assert mean_and_error([]) == "–"
+
+
+def test_several_seeds_are_compared_by_means_and_errors() -> None:
+    pytest.importorskip("scipy")
+    seeds = [seed_records(shift) for shift in (0.0, 0.01, 0.05)]
+    found = compare({32: seeds, 64: seeds[:1]})
+    losses, interference = (
+        [dict(zip(head, line, strict=True)) for line in lines] for head, *lines in (found.losses, found.interference)
+    )
+    assert [line["width"] for line in losses] == ["32", "64"]
+    assert [line["seeds"] for line in losses] == ["3", "1"]
+    assert losses[0]["D_grad"] == "0.820 ± 0.015"
+    assert interference[0]["D_grad"] == "0.620 ± 0.015"
+    assert interference[0]["D"] == "0.540 ± 0.031"
+    assert interference[0]["M"] == "0.1020 ± 0.0015"
+    assert interference[1]["M"] == "0.1"
+    # These decelerate before the first step that is fitted.
+    assert losses[0]["verdict"] == "deceleration in 0 of 3"
+    assert losses[0]["L_d"] == "–"
+    assert "Width 32, seed 3 of 3: no break found" in found.text()
+    assert "± is one standard error of the mean over the seeds" in " ".join(found.text().split())
+
+
+def test_decelerations_of_seeds_are_averaged() -> None:
+    pytest.importorskip("scipy")
+    steps = np.arange(1, 3001.0)
+    runs = []
+    for level in (1.0, 1.1, 1.3):
+        losses = 5 * level * np.where(steps < 400, steps**-0.3, 400**-0.3 * (steps / 400) ** -0.05)
+        runs.append(
+            [record("step", int(step), {"train.loss": Metric(float(loss), 64)}) for step, loss in zip(steps, losses, strict=True)]
+        )
+    straight = [record("step", int(step), {"train.loss": Metric(float(5 * step**-0.3), 64)}) for step in steps]
+    found = compare({32: [*runs, straight]})
+    line = dict(zip(found.losses[0], found.losses[1], strict=True))
+    assert line["verdict"] == "deceleration in 3 of 4"
+    mean, error = map(float, line["L_d"].split(" ± "))
+    each = [float(sentence.partition("L_d = ")[2].partition(" ±")[0]) for sentence in found.findings[:3]]
+    assert mean == pytest.approx(np.mean(each), rel=1e-2)
+    assert error == pytest.approx(np.std(each, ddof=1) / math.sqrt(3), rel=0.05)
+
+
+def test_a_probe_has_the_interference_of_every_parameter() -> None:
+    t, same = trainer(), trainer()
+    for step in (1, 2):
+        t.step(step), same.step(step)
+    x, y = same.batch(3)
+    names = [name for name, _ in same.model.named_parameters()]
+    g = per_example_gradients(token_losses(same.model, x, y).mean(1), same.model, names)
+    before = {name: p.detach().clone() for name, p in same.model.named_parameters()}
+    same.step(3)
+    found = t.probed_step(3).measured
+    for name, p in same.model.named_parameters():
+        shares = g[name].sum(0).abs() / g[name].abs().sum(0)
+        assert found[f"D_grad/{name}"].value == pytest.approx(1 - shares.nanmean().item(), rel=1e-4)
+        along = g[name] * (p.detach() - before[name])
+        agreement = along.sum(0).abs().sum() / along.abs().sum()
+        assert found[f"C_g/{name}"].value == pytest.approx(agreement.item(), rel=1e-3)
+        assert (found[f"D_grad/{name}"].n, found[f"C_g/{name}"].n) == (4, 4)

@@ -253,7 +253,7 @@ def pairs(runs: Sequence[Run]) -> Figure:
 def _band() -> Entry:
     from matplotlib.patches import Patch
 
-    return Entry(Patch(color=GREY, alpha=0.3, linewidth=0), "mean over the seeds ± one standard error")
+    return Entry(Patch(color=GREY, alpha=0.3, linewidth=0), "± one standard error over the seeds")
 
 
 def _part(run: Run, part: Part) -> Curve:
@@ -314,7 +314,7 @@ def depths(runs: Sequence[Run]) -> Figure:
 
 def _grid(count: int) -> tuple[Figure, list[Axes]]:
     """``count`` panels in rows of up to three."""
-    columns = min(count, 3)
+    columns = _columns(count)
     rows = math.ceil(count / columns)
     figure, grid = panels(rows, columns, 4.0 * columns + 1, 3.3 * rows + 0.6)
     every = [axes for row in grid for axes in row]
@@ -323,9 +323,13 @@ def _grid(count: int) -> tuple[Figure, list[Axes]]:
     return figure, every[:count]
 
 
+def _columns(count: int) -> int:
+    return 2 if count == 4 else min(count, 3)
+
+
 def _outer_labels(shown: Sequence[Axes]) -> None:
     """What all panels have in common is said at the left and below the last in each column."""
-    columns = min(len(shown), 3)
+    columns = _columns(len(shown))
     for number, axes in enumerate(shown):
         if number % columns:
             axes.set_ylabel("")
@@ -500,7 +504,8 @@ def _explain(
     entries = []
     for run, style in zip(runs, styles(len(runs)), strict=True):
         if run.name in added:
-            said = "; ".join([*([notes[run.name]] if notes and run.name in notes else []), *added[run.name]])
+            seeds = [f"mean of {len(run.repeats)} seeds"] if run.repeats else []
+            said = "; ".join([*seeds, *([notes[run.name]] if notes and run.name in notes else []), *added[run.name]])
             handle = sample(color=style.color, marker=style.marker, markersize=5)
             entries.append(Entry(handle, f"{run.name}: {said}" if said else run.name))
     drawn = [panel.axes for panel in shown]

@@ -57,7 +57,7 @@ def compare(runs: Mapping[int, Sequence[Sequence[Record]]]) -> Comparison:
 
 
 def mean_and_error(values: Sequence[float], form: str = ".3f") -> str:
-    """The mean of several seeds' values ± its standard error; the value itself where there is one, and a dash where there is none."""
+    """The mean of several seeds' values ± its standard error; a single value as it is, and a dash where there is none."""
     if not values:
         return "–"
     if len(values) == 1:

@@ -67,6 +67,11 @@ class ProbedStep:
     around_seconds: float  # spent on measuring before and after the step
 
 
+def held_out_batch(corpus: Corpus, settings: Settings) -> Batch:
+    """The held-out sequences that a run is measured on."""
+    return draw(corpus.held_out, HELD_OUT_SEQUENCES, settings.positions, settings.seed, 0)
+
+
 def by_parameter(report: Report, metric: str) -> Metrics:
     """The metric of each parameter by itself, as ``METRIC/PARAMETER``."""
     return {f"{metric}/{name}": report[name].metrics[metric] for name in report}
@@ -92,7 +97,7 @@ class Trainer:
         self.optimizer = build(settings.optimizer, self.model, settings.learning_rate)
         # For all of the run's steps: what is found out about the first holds for the others.
         self.probe, self.directed = Probe(self.model, gram=True), Probe(self.model)
-        self.held_out = self._there(draw(corpus.held_out, HELD_OUT_SEQUENCES, settings.positions, settings.seed, 0))
+        self.held_out = self._there(held_out_batch(corpus, settings))
 
     def batch(self, step: int) -> Batch:
         return self._there(draw(self.corpus.train, self.settings.sequences, self.settings.positions, self.settings.seed, step))
