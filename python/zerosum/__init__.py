@@ -5,15 +5,19 @@ fits of loss curves. :mod:`~zerosum.weights` and :class:`Factors` put statistics
 The mathematics is in :mod:`zerosum.metrics`, the kernels in :mod:`zsl_kernels`. On the command line: ``zerosum --help``.
 """
 
-from zerosum import changes, deceleration, weights
-from zerosum.factors import Factors
-from zerosum.grams import gram_between
-from zerosum.graphs import CapturedStep, capture
-from zerosum.probe import Coverage, ParameterReport, Probe, Report, auxiliary, example_ids, rule
-from zerosum.probe.stored import ReportSum, load_report, merge
-from zerosum.sketches import Sketch
-from zerosum.tokens import SampledReport, token_report
-from zsl_kernels import __version__
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from zerosum import changes, deceleration, weights
+    from zerosum.factors import Factors
+    from zerosum.grams import gram_between
+    from zerosum.graphs import CapturedStep, capture
+    from zerosum.probe import Coverage, ParameterReport, Probe, Report, auxiliary, example_ids, rule
+    from zerosum.probe.stored import ReportSum, load_report, merge
+    from zerosum.sketches import Sketch
+    from zerosum.tokens import SampledReport, token_report
+    from zsl_kernels import __version__
 
 __all__ = [
     "CapturedStep",
@@ -38,3 +42,36 @@ __all__ = [
     "token_report",
     "weights",
 ]
+
+# A name is imported when it is first used. The command line is in this package, too: before it imports torch, which takes seconds,
+# it sets up what Ctrl-C does then.
+_NAMES = {
+    "factors": "Factors",
+    "grams": "gram_between",
+    "graphs": "CapturedStep capture",
+    "probe": "Coverage ParameterReport Probe Report auxiliary example_ids rule",
+    "probe.stored": "ReportSum load_report merge",
+    "sketches": "Sketch",
+    "tokens": "SampledReport token_report",
+}
+_MODULES = {name: f"{__name__}.{module}" for module, names in _NAMES.items() for name in names.split()}
+_MODULES["__version__"] = "zsl_kernels"
+
+
+def __getattr__(name: str) -> Any:
+    if name in _MODULES:
+        globals()[name] = found = getattr(import_module(_MODULES[name]), name)
+        return found
+    missing = AttributeError(f"module {__name__!r} has no attribute {name!r}", name=name)
+    if name.startswith("__"):
+        raise missing
+    try:
+        return import_module(f"{__name__}.{name}")
+    except ModuleNotFoundError as error:
+        if error.name != f"{__name__}.{name}":
+            raise
+    raise missing
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

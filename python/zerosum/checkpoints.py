@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-import json
 import os
 import pickle
 import re
@@ -27,10 +26,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from zerosum.files import open_file, parse, read_bytes
 from zerosum.training.loop import Settings
 from zerosum.training.model import GPT, logits_of
 from zerosum.training.optimizers import build
-from zerosum.training.run import KEPT, Refused
+from zerosum.training.run import KEPT, Refused, read_checkpoint
 
 Losses = Callable[[nn.Module, Tensor, Tensor], Tensor]
 
@@ -162,7 +162,7 @@ class DemoCheckpoint(Checkpoint):
 
     def _load(self, optimizer: bool) -> tuple[nn.Module, dict[str, Any] | None]:
         model = GPT(self.settings.model)
-        state = read(self.path)["state"]
+        state = read_checkpoint(self.path, self.step)["state"]
         _fill(model, state["model"], self.path)
         if optimizer:
             for group in state["optimizer"]["param_groups"]:
@@ -315,6 +315,7 @@ def read(path: Path, unsafe_pickle: bool = False) -> Any:
         Refused: it is damaged, or only an unrestricted pickle could load it and that was not asked for.
     """
     if path.suffix == ".safetensors":
+        open_file(path).close()  # a pipe or a device has no tensors
         if importlib.util.find_spec("safetensors") is None:
             raise Refused(f"{path}: needs safetensors: pip install 'zsl_kernels[checkpoints]'")
         from safetensors import SafetensorError
@@ -324,7 +325,7 @@ def read(path: Path, unsafe_pickle: bool = False) -> Any:
             return load_file(path)
         except SafetensorError as error:
             raise Refused(f"{path}: damaged: {_line(error)}") from error
-    with path.open("rb") as file:  # what cannot be read is no damage
+    with open_file(path) as file:  # what cannot be read is no damage
         whole = zipfile.is_zipfile(file)
     try:
         return torch.load(path, map_location="cpu", weights_only=not unsafe_pickle, mmap=whole)
@@ -418,6 +419,9 @@ def _of_demo(path: Path, folder: Path, settings: Settings, options: Options) -> 
         content = read(file)
         if not isinstance(content, dict) or content.keys() != {"step", "state"}:
             raise Refused(f"{file}: not a checkpoint of `zerosum demo`: {_described(content)}")
+        named = step_of(file.name)
+        if named is not None and named != content["step"]:
+            raise Refused(f"{file}: expected the checkpoint of step {named}, as its name says, got step {content['step']}")
         if content["step"] not in steps:  # the newest is kept, too
             steps.add(content["step"])
             yield DemoCheckpoint(file, content["step"], options, settings)
@@ -509,7 +513,7 @@ def _json(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = parse(read_bytes(path))
     except ValueError as error:
         raise Refused(f"{path}: damaged: {error}") from None
     return content if isinstance(content, dict) else {}

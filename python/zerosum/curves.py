@@ -2,7 +2,8 @@
 
 :func:`read_curve` takes CSV, JSON lines (also a run's own ``metrics.jsonl``, or its folder), JSON (also ``trainer_state.json`` of
 transformers), NumPy's ``.npy`` and ``.npz``, and TensorBoard's event files or the folder that has them (with the ``tensorboard``
-package, ``pip install 'zsl_kernels[demo]'``).
+package, ``pip install 'zsl_kernels[demo]'``). Files are read within bounds, whatever they declare: ``MOST_VALUES`` values at most,
+and :mod:`zerosum.files`' sizes of lines and of what is parsed as a whole.
 """
 
 from __future__ import annotations
@@ -12,11 +13,25 @@ import errno
 import json
 import math
 import os
+import struct
+import warnings
+import zipfile
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import chain
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
 import numpy as np
+
+from zerosum.files import lines, open_file, parse, read_bytes
+
+MOST_VALUES = 5_000_000  # of a file; each takes some 150 bytes
+LARGEST_ARCHIVE = 1 << 27  # bytes of an .npz file
+LARGEST_EVENT = 1 << 26  # bytes of one of TensorBoard's
+MOST_EVENTS = 5_000_000  # of a file
+LONGEST_NAME = 1000  # of a column, with the names of the objects that it is in
+DEEPEST = 30  # levels of these
 
 # Names of columns that mean the same wherever they are met, the most telling first; compared as lower-case letters and digits.
 STEPS = ("step", "steps", "globalstep", "trainstep", "iteration", "iterations", "iter", "update", "t")
@@ -65,14 +80,16 @@ def read_curve(
         ModuleNotFoundError: event files need ``tensorboard``.
     """
     path = Path(path)
-    if (records := path / "metrics.jsonl").is_file():  # a run's folder
-        path = records
     try:
-        table = _read(path, loss)
+        if path.is_dir() and (records := path / "metrics.jsonl").exists():  # a run's folder
+            path = records
+        table = _read(path)
     except OSError as error:
-        raise CurveError(f"{path}: cannot be read: {error.strerror or error}") from error
+        raise CurveError(f"{error.filename or path}: cannot be read: {error.strerror or error}") from error
     except UnicodeDecodeError:
         raise CurveError(f"{path}: expected UTF-8 text, and its bytes are not") from None
+    if sum(map(len, table.columns.values())) > MOST_VALUES:
+        raise _too_many(path)
     loss_name = _choose(path, table, "loss", loss, LOSSES)
     losses = _one_kind(table.columns[loss_name], table.kinds)
     steps = _steps(path, table, loss_name, losses, step)
@@ -120,65 +137,87 @@ def thin(steps: np.ndarray) -> np.ndarray:
     return np.unique(np.concatenate((early[early < len(steps)], late, [len(steps) - 1])))
 
 
-def _read(path: Path, tag: str | None) -> Table:
+def _read(path: Path) -> Table:
     if not path.exists():
         raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path))
     if path.is_dir() or ".tfevents." in path.name:
-        return _tensorboard(path, tag)
+        return _tensorboard(path)
     readers = {".csv": _csv, ".tsv": _csv, ".jsonl": _jsonl, ".ndjson": _jsonl, ".json": _json, ".npy": _numpy, ".npz": _numpy}
     if path.suffix.lower() not in readers:
         raise CurveError(f"{path}: expected one of {', '.join(readers)}, TensorBoard's event file, or a folder of these")
     return readers[path.suffix.lower()](path)
 
 
-def _csv(path: Path) -> Table:
-    with path.open(encoding="utf-8-sig", newline="") as file:
-        reader = csv.DictReader(file, delimiter="\t" if path.suffix.lower() == ".tsv" else ",", skipinitialspace=True)
-        columns: Columns = {name: [] for name in reader.fieldnames or ()}
+def _too_many(path: Path) -> CurveError:
+    return CurveError(f"{path}: expected at most {MOST_VALUES:,} values, got more: keep the steps and the losses, or fewer rows")
+
+
+def _text_lines(path: Path, file: IO[bytes]) -> Iterator[str]:
+    """Lines of UTF-8 text, without a byte order mark."""
+    found = lines(file)
+    while True:
         try:
-            for row in reader:
-                for name, text in row.items():
-                    if name is None:
-                        raise CurveError(f"{path} line {reader.line_num}: expected {len(columns)} values, got more")
-                    if text:  # an empty cell is a column that this line does not have
-                        columns[name].append(Cell(reader.line_num, text))
+            line = next(found, b"")
+        except ValueError as error:
+            raise CurveError(f"{path} {error}") from None
+        if not line:
+            return
+        yield line.decode("utf-8").removeprefix("\ufeff")
+
+
+def _csv(path: Path) -> Table:
+    with open_file(path) as file:
+        text = _text_lines(path, file)
+        head = next(text, "")
+        tabs = path.suffix.lower() == ".tsv" and "\t" in head
+        delimiter = "\t" if tabs else max((",", ";", "\t"), key=head.count)
+        rows = csv.reader(chain([head], text), delimiter=delimiter, skipinitialspace=True)
+        try:
+            names = next(rows, [])
+            if twice := [name for name, count in Counter(names).items() if name and count > 1]:
+                raise CurveError(f"{path}: expected different names of columns, got {twice[0]!r} twice")
+            columns: Columns = {name: [] for name in names}
+            values = 0
+            for row in rows:
+                if len(row) > len(names):
+                    raise CurveError(f"{path} line {rows.line_num}: expected {len(names)} values, got more")
+                for name, value in zip(names, row, strict=False):
+                    if value:  # an empty cell is a column that this line does not have
+                        columns[name].append(Cell(rows.line_num, value))
+                        values += 1
+                if values > MOST_VALUES:
+                    raise _too_many(path)
         except csv.Error as error:
-            raise CurveError(f"{path} line {reader.line_num}: {error}") from None
+            raise CurveError(f"{path} line {rows.line_num}: {error}") from None
     return Table(columns, {})
 
 
 def _jsonl(path: Path) -> Table:
     def entries() -> Iterator[tuple[int, Any]]:
-        with path.open(encoding="utf-8") as file:
-            for number, line in enumerate(file, 1):
-                # A last line that a crash cut off is no line.
-                if line.strip() and (line.endswith("\n") or _whole(line)):
-                    yield number, _parse(line, f"{path} line {number}")
+        with open_file(path) as file:
+            for number, line in enumerate(_text_lines(path, file), 1):
+                if not line.strip():
+                    continue
+                try:
+                    yield number, parse(line)
+                except ValueError as error:
+                    if line.endswith("\n"):  # or it is a last line that a crash cut off, which is no line
+                        raise CurveError(f"{path} line {number}: expected JSON: {error}") from None
 
     return _rows(path, entries(), "line")
 
 
-def _whole(line: str) -> bool:
-    try:
-        json.loads(line)
-    except ValueError:
-        return False
-    return True
-
-
-def _parse(text: str, where: str) -> Any:
-    try:
-        return json.loads(text)
-    except ValueError as error:
-        raise CurveError(f"{where}: expected JSON: {error}") from None
-
-
 def _json(path: Path) -> Table:
-    content = _parse(path.read_text(encoding="utf-8"), str(path))
+    try:
+        content = parse(read_bytes(path).decode("utf-8"))
+    except UnicodeDecodeError:
+        raise
+    except ValueError as error:
+        raise CurveError(f"{path}: expected JSON: {error}") from None
     if isinstance(content, dict) and isinstance(content.get("log_history"), list):  # transformers' trainer_state.json
         content = content["log_history"]
     if isinstance(content, dict):
-        arrays = {name: value for name, value in _flat(content) if isinstance(value, list)}
+        arrays = {name: value for name, value in _flat(path, content) if isinstance(value, list)}
         return Table({name: [Cell(i, x) for i, x in enumerate(array)] for name, array in arrays.items()}, {}, "element")
     if isinstance(content, list) and content and not isinstance(content[0], dict):
         return _array(path, content)
@@ -188,65 +227,156 @@ def _json(path: Path) -> Table:
 def _rows(path: Path, entries: Iterable[tuple[int, Any]], unit: str) -> Table:
     """Of objects, each with its own keys."""
     table = Table({}, {}, unit)
+    values = 0
     for number, entry in entries:
         if not isinstance(entry, dict):
             raise CurveError(f"{path} {unit} {number}: expected a JSON object, got {json.dumps(entry)[:40]}")
-        for name, value in _flat(entry):
+        for name, value in _flat(path, entry):
             if value is None or (isinstance(value, int | float) and not isinstance(value, bool)):
                 table.columns.setdefault(name, []).append(Cell(number, value))
+                values += 1
+        if values > MOST_VALUES:
+            raise _too_many(path)
         if isinstance(entry.get("kind"), str):
             table.kinds[number] = entry["kind"]
     return table
 
 
-def _flat(entry: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def _flat(path: Path, entry: dict[str, Any], prefix: str = "", depth: int = 0) -> Iterator[tuple[str, Any]]:
     for key, value in entry.items():
+        if len(name := prefix + key) > LONGEST_NAME or depth > DEEPEST:
+            raise CurveError(f"{path}: expected names of at most {LONGEST_NAME} characters and {DEEPEST} levels, got more")
         if isinstance(value, dict):
-            yield from _flat(value, f"{prefix}{key}.")
+            yield from _flat(path, value, f"{name}.", depth + 1)
         else:
-            yield prefix + key, value
+            yield name, value
 
 
 def _numpy(path: Path) -> Table:
-    try:
-        content = np.load(path, allow_pickle=False)
-    except (ValueError, EOFError) as error:
-        raise CurveError(f"{path}: {error}") from None
-    if isinstance(content, np.ndarray) and content.dtype.names is None:
-        return _array(path, content.tolist())
-    names = content.dtype.names if isinstance(content, np.ndarray) else content.files
-    arrays = {name: content[name] for name in names}
-    return Table({name: [Cell(i, x) for i, x in enumerate(x.tolist())] for name, x in arrays.items() if x.ndim == 1}, {}, "row")
+    with open_file(path) as file, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of the parser of heads, about files of old or odd writers
+        try:
+            if path.suffix.lower() == ".npz":
+                return _vectors(_load_archive(path, file))
+            array = _load_array(path, file)
+        except (CurveError, OSError):
+            raise
+        except Exception as error:  # of numpy, zipfile and zlib: there is no common kind
+            raise CurveError(f"{path}: {_line(error)}") from None
+    if array.dtype.names is None:
+        return _array(path, array.tolist())
+    return _vectors({name: array[name] for name in array.dtype.names})
 
 
-def _array(path: Path, rows: list[Any]) -> Table:
+def _vectors(arrays: dict[str, np.ndarray]) -> Table:
+    return Table(
+        {name: [Cell(i, value) for i, value in enumerate(x.tolist())] for name, x in arrays.items() if x.ndim == 1}, {}, "row"
+    )
+
+
+def _load_archive(path: Path, file: IO[bytes]) -> dict[str, np.ndarray]:
+    """The vectors of an .npz file; other arrays are not read."""
+    if os.fstat(file.fileno()).st_size > LARGEST_ARCHIVE:
+        raise CurveError(f"{path}: expected at most {LARGEST_ARCHIVE >> 20} MiB, got more: save the steps and the losses alone")
+    found: dict[str, np.ndarray] = {}
+    with zipfile.ZipFile(file) as archive:
+        for member in archive.infolist():
+            with archive.open(member) as content:
+                shape, _ = _head(path, content)
+            if len(shape) != 1:
+                continue
+            with archive.open(member) as content:
+                found[member.filename.removesuffix(".npy")] = _load_array(path, content)
+            if sum(map(len, found.values())) > MOST_VALUES:
+                raise _too_many(path)
+    return found
+
+
+def _load_array(path: Path, file: IO[bytes]) -> np.ndarray:
+    """An array in numpy's format. What its head declares is compared with the bounds before anything is allocated."""
+    shape, dtype = _head(path, file)
+    count = math.prod(shape)
+    if max(count, *shape, 0) > MOST_VALUES or count * dtype.itemsize > 16 * MOST_VALUES:
+        raise _too_many(path)
+    file.seek(0)
+    return np.lib.format.read_array(file, allow_pickle=False)
+
+
+def _head(path: Path, file: IO[bytes]) -> tuple[tuple[int, ...], np.dtype]:
+    """The shape and the type that a file in numpy's format declares."""
+    version = np.lib.format.read_magic(file)
+    if version not in ((1, 0), (2, 0)):
+        raise CurveError(f"{path}: expected numpy's format 1.0 or 2.0, got {version[0]}.{version[1]}")
+    read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+    shape, _, dtype = read(file)
+    if min(shape, default=0) < 0:
+        raise CurveError(f"{path}: expected sizes >= 0, got shape {shape}")
+    return shape, dtype
+
+
+def _array(path: Path, rows: Any) -> Table:
     """Of losses alone, or of pairs of a step and a loss."""
-    pairs = [row if isinstance(row, list) else [row] for row in rows]
+    pairs = [row if isinstance(row, list) else [row] for row in rows] if isinstance(rows, list) else [[], []]
     if {len(pair) for pair in pairs} not in ({1}, {2}):
         raise CurveError(f"{path}: expected losses, shape (n,), or steps and losses, shape (n, 2)")
     names = ("loss",) if len(pairs[0]) == 1 else ("step", "loss")
     return Table({name: [Cell(i, pair[k]) for i, pair in enumerate(pairs)] for k, name in enumerate(names)}, {}, "row")
 
 
-def _tensorboard(path: Path, tag: str | None) -> Table:
+def _tensorboard(path: Path) -> Table:
     try:
         from tensorboard.backend.event_processing.event_accumulator import SCALARS, TENSORS, EventAccumulator
         from tensorboard.util.tensor_util import make_ndarray
     except ModuleNotFoundError as error:
         message = f"{path}: TensorBoard's event files need tensorboard: pip install 'zsl_kernels[demo]'"
         raise ModuleNotFoundError(message, name=error.name) from None
-    if not path.is_file() and not any(".tfevents." in file.name for file in path.iterdir()):
+    files = [path] if not path.is_dir() else [file for file in path.iterdir() if "tfevents" in file.name]
+    if not any(".tfevents." in file.name for file in files):
         raise CurveError(f"{path}: no TensorBoard event file (*.tfevents.*) and no metrics.jsonl of a run in this folder")
-    # 0 keeps every event. What a restart wrote again must be seen here, not dropped in silence.
-    events = EventAccumulator(str(path), size_guidance={SCALARS: 0, TENSORS: 0}, purge_orphaned_data=False).Reload()
+    for file in files:
+        _check_events(file)
     columns: Columns = {}
-    for name in events.Tags()[SCALARS]:
-        columns[name] = [Cell(event.step, event.value) for event in events.Scalars(name)]
-    for name in events.Tags()[TENSORS]:
-        values = [(event.step, make_ndarray(event.tensor_proto)) for event in events.Tensors(name)]
-        if all(value.size == 1 and value.dtype.kind == "f" for _, value in values):
-            columns[name] = [Cell(step, value.item()) for step, value in values]
+    try:
+        # 0 keeps every event. What a restart wrote again must be seen here, not dropped in silence.
+        events = EventAccumulator(str(path), size_guidance={SCALARS: 0, TENSORS: 0}, purge_orphaned_data=False).Reload()
+        for name in events.Tags()[SCALARS]:
+            columns[name] = [Cell(event.step, event.value) for event in events.Scalars(name)]
+        for name in events.Tags()[TENSORS]:
+            found = events.Tensors(name)
+            if any(dim.size != 1 for event in found for dim in event.tensor_proto.tensor_shape.dim):
+                continue  # before an array is made: few bytes may declare a large one
+            values = [(event.step, make_ndarray(event.tensor_proto)) for event in found]
+            if all(value.size == 1 and value.dtype.kind == "f" for _, value in values):
+                columns[name] = [Cell(step, value.item()) for step, value in values]
+    except Exception as error:  # of protobuf, of numpy, and of TensorBoard's own: there is no common kind
+        raise CurveError(f"{path}: TensorBoard cannot read it: {_line(error)}") from None
     return Table(columns, {}, "event of step")
+
+
+def _check_events(path: Path) -> None:
+    """Compares the lengths of an event file's records with the file's, for TensorBoard allocates what they declare.
+
+    Raises:
+        CurveError: a length is beyond the bounds, or there are too many.
+    """
+    with open_file(path) as file:
+        size = os.fstat(file.fileno()).st_size
+        place = number = 0
+        while len(head := file.read(12)) == 12:
+            (length,) = struct.unpack("<Q", head[:8])  # then its checksum, the content, and that one's checksum
+            number += 1
+            if length > LARGEST_EVENT:
+                raise CurveError(f"{path}: event {number}: expected at most {LARGEST_EVENT >> 20} MiB, got {length} bytes: damaged")
+            if number > MOST_EVENTS:
+                raise CurveError(f"{path}: expected at most {MOST_EVENTS:,} events, got more")
+            if (place := place + 16 + length) > size:
+                return  # the last one is cut off, as in a run that still goes on
+            file.seek(place)
+
+
+def _line(error: Exception) -> str:
+    """An error's text on one line."""
+    return " ".join(str(error).split())[:200] or type(error).__name__
 
 
 def _choose(path: Path, table: Table, what: str, wanted: str | None, known: Sequence[str], beside: str = "") -> str:
@@ -300,5 +430,6 @@ def _steps(path: Path, table: Table, loss_name: str, losses: list[Cell], wanted:
 def _number(value: Any, name: str, where: str) -> float:
     try:
         return float(value)
-    except (TypeError, ValueError):
-        raise CurveError(f"{where}: {name}: expected a finite number, got {json.dumps(value)[:40]}") from None
+    except (TypeError, ValueError, OverflowError):
+        got = json.dumps(value, default=str)[:40]
+        raise CurveError(f"{where}: {name}: expected a finite number, got {got}") from None

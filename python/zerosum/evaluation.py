@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import json
+import warnings
 from array import array
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -18,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from zerosum.files import lines, open_file, parse, read_bytes
 from zerosum.training.run import Refused
 
 DTYPES = ("uint16", "uint32")
@@ -25,6 +27,8 @@ DTYPES = ("uint16", "uint32")
 LARGEST_OF_BYTES = 512
 # Ids that are looked at to tell a file's kind.
 _LOOKED_AT = 4096
+LONGEST_ENTRY = 1 << 26  # bytes of a line of JSON
+LARGEST_TEXT = 1 << 28  # bytes of text that a tokenizer gets as a whole
 _FIELDS = ("input_ids", "tokens", "text")
 _Tokenizer = tuple[Callable[[str], list[int]], "int | None"]
 
@@ -73,6 +77,7 @@ class TokenData:
             Refused: the file is not of its kind; the message names it, and the line.
         """
         try:
+            open_file(path).close()  # a pipe or a device is no data
             if path.suffix == ".bin":
                 return cls(path, _bin(path, dtype))
             if path.suffix == ".npy":
@@ -164,9 +169,13 @@ def _bytes(path: Path) -> np.ndarray:
 
 def _npy(path: Path) -> np.ndarray:
     try:
-        tokens = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (ValueError, EOFError) as error:
-        raise Refused(f"{path}: not an array of numbers in numpy's format: {error}") from error
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of the parser of heads, about files of old or odd writers
+            tokens = np.load(path, mmap_mode="r", allow_pickle=False)
+    except OSError:
+        raise
+    except Exception as error:  # of numpy and its parser of heads: there is no common kind
+        raise Refused(f"{path}: not an array of numbers in numpy's format: {' '.join(str(error).split())[:200]}") from error
     if not isinstance(tokens, np.ndarray) or tokens.dtype.kind not in "iu" or tokens.ndim not in (1, 2):
         got = f"{tokens.dtype} of shape {tokens.shape}" if isinstance(tokens, np.ndarray) else "an archive of arrays"
         raise Refused(f"{path}: expected whole numbers in one or two dimensions, got {got}")
@@ -177,7 +186,7 @@ def _npy(path: Path) -> np.ndarray:
 
 def _text(path: Path) -> str:
     try:
-        return path.read_bytes().decode("utf-8")
+        return read_bytes(path, LARGEST_TEXT).decode("utf-8")
     except UnicodeDecodeError as error:
         raise Refused(
             f"{path}: expected UTF-8 text for --tokenizer, got byte {error.object[error.start]:#04x} at {error.start}"
@@ -191,14 +200,16 @@ def _jsonl(path: Path, encode: _Encoder, field: str | None) -> np.ndarray:
         if field is None:
             there = [name for name in _FIELDS if name in entry]
             if len(there) != 1:
-                raise Refused(
-                    f"{where}: expected one of {', '.join(_FIELDS)}, got {', '.join(entry) or 'nothing'}; --field names one"
-                )
+                raise Refused(f"{where}: expected one of {', '.join(_FIELDS)}, got {_names(entry)}; --field names one")
             field = there[0]
         if field not in entry:
-            raise Refused(f"{where}: expected a field {field!r}, got {', '.join(entry) or 'nothing'}")
+            raise Refused(f"{where}: expected a field {field!r}, got {_names(entry)}")
         value = entry[field]
         if isinstance(value, str):
+            try:
+                value.encode()
+            except UnicodeEncodeError:
+                raise Refused(f"{where}: {field}: expected text, got a lone surrogate, which no UTF-8 has") from None
             ids.frombytes(encode(value, end=True))
         elif isinstance(value, list) and all(type(x) is int and 0 <= x < 2**63 for x in value):
             ids.extend(value)
@@ -207,21 +218,32 @@ def _jsonl(path: Path, encode: _Encoder, field: str | None) -> np.ndarray:
     return np.frombuffer(ids, dtype=np.int64)
 
 
+def _names(entry: dict[str, Any]) -> str:
+    return ", ".join(list(entry)[:20])[:200] or "nothing"
+
+
 def _objects(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    with path.open(encoding="utf-8") as file:
-        try:
-            for number, line in enumerate(file, 1):
-                if not line.strip():
-                    continue
-                try:
-                    entry = json.loads(line)
-                except ValueError as error:
-                    raise Refused(f"{path}, line {number}: not JSON: {error}") from None
-                if not isinstance(entry, dict):
-                    raise Refused(f"{path}, line {number}: expected an object, got {line.strip()[:60]}")
-                yield number, entry
-        except UnicodeDecodeError as error:
-            raise Refused(f"{path}: not UTF-8: {error}") from None
+    with open_file(path) as file:
+        found = enumerate(lines(file, LONGEST_ENTRY), 1)
+        while True:
+            try:
+                number, line = next(found, (0, b""))
+                text = line.decode("utf-8")
+            except UnicodeDecodeError as error:
+                raise Refused(f"{path}: not UTF-8: {error}") from None
+            except ValueError as error:
+                raise Refused(f"{path}, {error}") from None
+            if not line:
+                return
+            if not text.strip():
+                continue
+            try:
+                entry = parse(text)
+            except ValueError as error:
+                raise Refused(f"{path}, line {number}: not JSON: {error}") from None
+            if not isinstance(entry, dict):
+                raise Refused(f"{path}, line {number}: expected an object, got {text.strip()[:60]}")
+            yield number, entry
 
 
 class _Encoder:
@@ -287,7 +309,7 @@ def _last_id(folder: Path, made: Any) -> int | None:
 def _settings(path: Path) -> dict[str, Any]:
     """A file's JSON object; empty where there is none."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        content = parse(read_bytes(path)) if path.is_file() else {}
     except ValueError as error:
         raise Refused(f"{path}: damaged: {error}") from None
     return content if isinstance(content, dict) else {}

@@ -18,8 +18,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import reduce
 from pathlib import Path
@@ -27,6 +26,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from zerosum.files import Lock, lines, naming, open_file, parse, replace_text
 from zerosum.metrics import Metric
 
 Record = dict[str, Any]
@@ -47,95 +47,108 @@ def encode(entry: Record) -> str:
     return json.dumps(finite(entry), allow_nan=False, ensure_ascii=False) + "\n"
 
 
-def decode(lines: Iterable[str]) -> list[Record]:
-    """The records of whole lines; a last line that was cut off by a crash is left out."""
-    return [json.loads(line) for line in lines if line.endswith("\n")]
-
-
-@contextmanager
-def naming(path: Path) -> Iterator[None]:
-    """An OSError of the block says which file it is of, which one of writing does not."""
-    try:
-        yield
-    except OSError as error:
-        error.filename = error.filename or str(path)
-        raise
-
-
-def replace_text(path: Path, text: str) -> None:
-    """Replaces a file as a whole: an interruption leaves the one before.
-
-    Raises:
-        OSError: the file cannot be written; ``filename`` says which.
-    """
-    new = path.with_name(f"{path.name}.new")
-    try:
-        with naming(new):
-            new.write_text(text, encoding="utf-8")
-        os.replace(new, path)
-    finally:
-        new.unlink(missing_ok=True)
-
-
 class RecordFile:
     """A file of records that only grows, by a whole line at a time. A last line that was cut off by a crash is dropped.
+
+    Args:
+        path: the file.
+        lock: refuse other processes; False where the folder's own lock does.
 
     Attributes:
         records: those in it.
 
     Raises:
         ValueError: the file has something else in it, which is left as it is; the message says where.
+        BlockingIOError: another process writes to it; ``strerror`` says which.
         OSError: the file cannot be used.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, lock: bool = True) -> None:
         self.path = path
-        self.records: list[Record] = []
-        *lines, rest = (path.read_bytes() if path.exists() else b"").split(b"\n")
-        for number, line in enumerate(lines, 1):
-            try:
-                entry = json.loads(line)
-            except ValueError:
-                entry = None
-            if not isinstance(entry, dict) or not {"kind", "step", "metrics"} <= entry.keys():
-                raise ValueError(f"{path}, line {number}: not a record")
-            self.records.append(entry)
-        if not (rest.startswith(BEGINNING) or BEGINNING.startswith(rest)):
-            raise ValueError(f"{path}, line {len(lines) + 1}: not a record, nor the beginning of one")
         path.parent.mkdir(parents=True, exist_ok=True)
-        if rest:
-            new = path.with_name(f"{path.name}.new")
-            new.write_bytes(b"".join(line + b"\n" for line in lines))
-            os.replace(new, path)
-        self._file = path.open("ab", buffering=0)
+        self._lock = Lock(path) if lock else None
+        try:
+            self.records, size = _read(path) if path.exists() else ([], 0)
+            self._file = path.open("ab", buffering=0)
+            if size < os.fstat(self._file.fileno()).st_size:
+                self._file.truncate(size)
+        except BaseException:
+            self._unlock()
+            raise
 
-    def append(self, entry: Record) -> None:
+    def append(self, entry: Record, sync: bool = True) -> None:
         """Adds a record by one write, which no signal divides; on disk when this returns.
+
+        ``sync=False`` leaves it to the operating system when: a crash of the machine may take the record, one of the process does
+        not.
 
         Raises:
             OSError: the disk is full, say; the file is as it was before.
         """
         line = encode(entry)
-        content = line.encode()
+        content = line.encode("utf-8", "backslashreplace")
         size = os.fstat(self._file.fileno()).st_size
         with naming(self.path):
             try:
                 while content:  # a disk that fills up takes a part, and refuses the rest
                     content = content[self._file.write(content) :]
-                os.fsync(self._file.fileno())
+                if sync:
+                    self.sync()
             except OSError:
                 self._file.truncate(size)
                 raise
-        self.records += decode([line])
+        self.records.append(json.loads(line))
+
+    def sync(self) -> None:
+        """Puts every record on disk."""
+        os.fsync(self._file.fileno())
+
+    def keep_up_to(self, step: int) -> None:
+        """Drops the records of later steps."""
+        kept = [entry for entry in self.records if entry["step"] <= step]
+        if len(kept) < len(self.records):
+            replace_text(self.path, "".join(map(encode, kept)))
+            self._file.close()
+            self._file = self.path.open("ab", buffering=0)
+            self.records = kept
 
     def close(self) -> None:
         self._file.close()
+        self._unlock()
+
+    def _unlock(self) -> None:
+        if self._lock is not None:
+            self._lock.release()
 
     def __enter__(self) -> RecordFile:
         return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def _read(path: Path) -> tuple[list[Record], int]:
+    """The records of a file, and the bytes of its whole lines."""
+    found: list[Record] = []
+    size = 0
+    with open_file(path) as file:
+        try:
+            for number, line in enumerate(lines(file), 1):
+                if not line.endswith(b"\n"):
+                    if not (line.startswith(BEGINNING) or BEGINNING.startswith(line)):
+                        raise ValueError(f"line {number}: not a record, nor the beginning of one")
+                    break
+                try:
+                    entry = parse(line)
+                except ValueError:
+                    entry = None
+                if not isinstance(entry, dict) or not {"kind", "step", "metrics"} <= entry.keys() or type(entry["step"]) is not int:
+                    raise ValueError(f"line {number}: not a record")
+                found.append(entry)
+                size += len(line)
+        except ValueError as error:
+            raise ValueError(f"{path}, {error}") from None
+    return found, size
 
 
 def finite(x: Any) -> Any:

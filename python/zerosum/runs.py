@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -18,9 +19,12 @@ from typing import Any
 import numpy as np
 
 from zerosum.curves import read_curve
+from zerosum.files import lines, open_file, parse, read_bytes
 from zerosum.records import Curve, Record, curve, mean_curve
 
 KINDS = ("step", "probe", "cost", "checkpoint")
+EXAMPLES = ("sequence", "position", "token")
+LARGEST_RECORDS = 1 << 28  # bytes of a file: its records are held, which takes several times as much
 UPDATES = {"optimizer": "the optimizer's step", "gradient": "a gradient step", "next": "the change to the next checkpoint"}
 ON_TOKENS = ("train.", "held_out.", "interval.", "loss")  # measured on tokens' losses, whatever the examples of the gradients are
 ALONG_UPDATE = ("train.", "held_out.", "C_")
@@ -191,14 +195,18 @@ def read_runs(
 
 def _files(path: Path) -> list[Path]:
     """Where the runs of a path are: in it, or in the records of the folder or of its folders."""
-    if not path.is_dir():
-        return [path]
-    if (own := path / "metrics.jsonl").is_file():
-        return [own]
-    if any(".tfevents." in file.name for file in path.iterdir()):
-        return [path]
-    # A demo of several sizes has a folder of runs in it.
-    if not (below := sorted([*path.glob("*/metrics.jsonl"), *path.glob("*/*/metrics.jsonl")])):
+    try:
+        if not path.is_dir():
+            return [path]
+        if (own := path / "metrics.jsonl").exists():
+            return [own]
+        if any(".tfevents." in file.name for file in path.iterdir()):
+            return [path]
+        # A demo of several sizes has a folder of runs in it.
+        below = sorted([*path.glob("*/metrics.jsonl"), *path.glob("*/*/metrics.jsonl")])
+    except OSError as error:
+        raise RunError(f"{path}: cannot be read: {error.strerror or error}") from error
+    if not below:
         raise RunError(f"{path}: expected a run's metrics.jsonl in this folder or in its folders, or TensorBoard's event files")
     return below
 
@@ -211,47 +219,59 @@ def _has_records(file: Path) -> bool:
     if first is None:
         raise RunError(f"{file}: is empty")
     try:
-        entry = json.loads(first)
+        entry = parse(first)
     except ValueError:
         return True  # what is wrong with it is for the reader of records to say
     return isinstance(entry, dict) and ("kind" in entry or "metrics" in entry)
 
 
-def _lines(file: Path) -> list[str]:
-    """What stands between line feeds, and nothing else: a name may have other characters at which Python ends a line. The last one
-    is empty where the last line is whole."""
+def _lines(file: Path) -> Iterator[str]:
+    """The lines, which line feeds end and nothing else: a name may have other characters at which Python ends a line. The last one
+    may lack it."""
     try:
-        return file.read_bytes().decode().split("\n")
+        with open_file(file) as content:
+            if os.fstat(content.fileno()).st_size > LARGEST_RECORDS:
+                raise RunError(f"{file}: expected at most {LARGEST_RECORDS >> 20} MiB, got more: keep fewer of its lines")
+            for line in lines(content):
+                yield line.decode()
     except OSError as error:
         raise RunError(f"{file}: cannot be read: {error.strerror or error}") from error
     except UnicodeDecodeError:
         raise RunError(f"{file}: expected UTF-8 text, and its bytes are not") from None
+    except RunError:
+        raise
+    except ValueError as error:
+        raise RunError(f"{file} {error}") from None
 
 
 def _read_records(file: Path) -> tuple[list[Record], str]:
     """The records, checked, and a note where the last line was cut off: a run that is still going, or that crashed."""
     found = []
     note = ""
-    lines = _lines(file)
-    for number, line in enumerate(lines, 1):
+    for number, line in enumerate(_lines(file), 1):
         where = f"{file} line {number}"
         if not line.strip():
             continue
         try:
-            entry = json.loads(line)
+            entry = parse(line)
         except ValueError as error:
-            if number < len(lines):
+            if line.endswith("\n"):
                 raise RunError(f"{where}: expected JSON: {error}") from None
             note = f"{where}: is cut off, left out"
             continue
-        _check(entry, where)
+        check_record(entry, where)
         found.append(entry)
     if not found:
         raise RunError(f"{file}: has no whole record")
     return found, note
 
 
-def _check(entry: Any, where: str) -> None:
+def check_record(entry: Any, where: str) -> None:
+    """Refuses what is no record; ``where`` names it in the message.
+
+    Raises:
+        RunError: a field is missing, or is not what it should be.
+    """
     if not isinstance(entry, dict):
         raise RunError(f"{where}: expected a JSON object, got {json.dumps(entry)[:40]}")
     if entry.get("kind") not in KINDS:
@@ -263,9 +283,7 @@ def _check(entry: Any, where: str) -> None:
         raise RunError(f"{where}: metrics: expected an object, got {json.dumps(metrics)[:40]}")
     for name, metric in metrics.items():
         numbers = [metric.get(key) for key in ("value", "null", "error")] if isinstance(metric, dict) else [""]
-        if not all(x is None or (isinstance(x, int | float) and not isinstance(x, bool)) for x in numbers) or not _whole(
-            metric.get("n")
-        ):
+        if not all(x is None or _is_number(x) for x in numbers) or not _whole(metric.get("n")):
             expected = 'numbers {"value", "n", "null", "error"}'
             raise RunError(f"{where}: metrics: {name}: expected {expected}, got {json.dumps(metric)[:60]}")
     if entry["kind"] == "checkpoint":
@@ -277,9 +295,12 @@ def _check_checkpoint(entry: Record, where: str) -> None:
         ("run", "a name", isinstance(entry.get("run"), str)),
         ("evaluation", 'an object with a "name"', _is_data(entry.get("evaluation"))),
         ("train", 'null or an object with a "name"', entry.get("train") is None or _is_data(entry.get("train"))),
-        ("examples", '"sequence", "position" or "token"', entry.get("examples") in ("sequence", "position", "token")),
+        ("examples", '"sequence", "position" or "token"', entry.get("examples") in EXAMPLES),
         ("sampled", "null or a whole number", entry.get("sampled") is None or _whole(entry.get("sampled"))),
-        ("update", f"null or one of {', '.join(UPDATES)}", entry.get("update") is None or entry.get("update") in UPDATES),
+        ("update", f"null or one of {', '.join(UPDATES)}", entry.get("update") in (None, *UPDATES)),
+        ("covered", "null or a number", entry.get("covered") is None or _is_number(entry["covered"])),
+        ("not_covered", "null or an object", entry.get("not_covered") is None or isinstance(entry["not_covered"], dict)),
+        ("settings", "null or an object", entry.get("settings") is None or isinstance(entry["settings"], dict)),
         ("interval", "null or two steps", entry.get("interval") is None or _is_interval(entry["interval"])),
     ):
         if not good:
@@ -287,7 +308,12 @@ def _check_checkpoint(entry: Record, where: str) -> None:
 
 
 def _whole(x: Any) -> bool:
-    return isinstance(x, int) and not isinstance(x, bool) and x >= 0
+    return isinstance(x, int) and not isinstance(x, bool) and 0 <= x < 2**63
+
+
+def _is_number(x: Any) -> bool:
+    """Whether it is a number that a float can be."""
+    return isinstance(x, float) or (isinstance(x, int) and not isinstance(x, bool) and abs(x) < 10**300)
 
 
 def _is_data(x: Any) -> bool:
@@ -374,8 +400,12 @@ def _demo_setting(file: Path) -> Setting:
     config = _configuration(file.parent)
     digest = " ".join(str(config.get(key, "")) for key in ("text", "seed", "positions")).strip()
     train = Data("training batches", digest=digest)
-    update = config.get("update", "optimizer")
-    return Setting(Data("held-out text", digest=digest), train, train, config.get("examples", "sequence"), False, update)
+    update, examples = config.get("update", "optimizer"), config.get("examples", "sequence")
+    for key, value, known in (("update", update, (None, *UPDATES)), ("examples", examples, EXAMPLES)):
+        if value not in known:
+            listed = ", ".join(json.dumps(word) for word in known)
+            raise RunError(f"{file.parent / 'config.json'}: {key}: expected one of {listed}, got {json.dumps(value)[:60]}")
+    return Setting(Data("held-out text", digest=digest), train, train, examples, False, update)
 
 
 def _configuration(folder: Path) -> dict[str, Any]:
@@ -383,10 +413,14 @@ def _configuration(folder: Path) -> dict[str, Any]:
     if not (there := folder / "config.json").is_file():
         return {}
     try:
-        content = json.loads(there.read_text(encoding="utf-8"))
+        config = parse(read_bytes(there))
+    except OSError as error:
+        raise RunError(f"{there}: cannot be read: {error.strerror or error}") from error
     except ValueError as error:
         raise RunError(f"{there}: expected JSON: {error}") from None
-    return content if isinstance(content, dict) else {}
+    if not isinstance(config, dict):
+        raise RunError(f"{there}: expected a JSON object, got {json.dumps(config)[:40]}")
+    return config
 
 
 def _distinct(runs: Sequence[Run]) -> list[Run]:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from textwrap import fill
 
+from zerosum.terminal import shown
+
 LINE = 110
 
 Cells = Sequence[Sequence[str]]  # a head, then lines of as many cells
@@ -13,6 +15,7 @@ Lists = Sequence[tuple[str, Sequence[str]]]  # a title and its sentences
 
 def text(cells: Cells, lists: Lists = (), left: int = 1) -> str:
     """For the terminal: the first ``left`` columns to the left, the others to the right."""
+    cells = [[shown(cell) for cell in line] for line in cells]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     lines = ["  ".join([*map(str.ljust, line[:left], widths), *map(str.rjust, line[left:], widths[left:])]) for line in cells]
     lines.insert(1, "─" * len(lines[0]))
@@ -22,7 +25,7 @@ def text(cells: Cells, lists: Lists = (), left: int = 1) -> str:
 
 
 def markdown(cells: Cells, lists: Lists = (), left: int = 1) -> str:
-    head, *body = ([cell.replace("|", r"\|") for cell in line] for line in cells)
+    head, *body = ([shown(cell).replace("|", r"\|") for cell in line] for line in cells)
     rule = [*["---"] * left, *["--:"] * (len(head) - left)]
     lines = ["| " + " | ".join(line) + " |" for line in [head, rule, *body]]
     for title, items in lists:

@@ -16,7 +16,7 @@ from torch import nn
 from tests.zerosum.oracle import per_example_gradients
 from zerosum.changes import Step
 from zerosum.metrics import Metric, number_interference
-from zerosum.records import Curve, Record, curve, decode, encode, mean_curve, record, slopes, smooth
+from zerosum.records import Curve, Record, RecordFile, curve, encode, mean_curve, record, slopes, smooth
 from zerosum.training.comparison import compare, mean_and_error
 from zerosum.training.data import Corpus, draw, standard_library
 from zerosum.training.loop import Settings, Trainer, probe_steps
@@ -245,14 +245,18 @@ def test_a_record_is_a_line_of_valid_json_also_with_nan() -> None:
     assert line.count("\n") == 1
     metrics = json.loads(line)["metrics"]
     assert metrics == {"D": {"value": None, "n": 5, "null": 0.5}, "M": {"value": None, "n": 5, "null": None}}
-    found = curve(decode([line]), "probe", "D")
+    found = curve([json.loads(line)], "probe", "D")
     assert np.isnan(found.values[0])
     assert (found.steps[0], found.nulls[0], found.n) == (3, 0.5, 5)
 
 
-def test_a_last_line_that_was_cut_off_is_left_out() -> None:
-    line = encode(record("step", 1, {}))
-    assert len(decode([line, line[:7]])) == 1
+def test_a_last_line_that_was_cut_off_is_left_out(tmp_path: Path) -> None:
+    path, line = tmp_path / "records.jsonl", encode(record("step", 1, {}))
+    path.write_text(line + line[:7])
+    with RecordFile(path) as file:
+        assert [entry["step"] for entry in file.records] == [1]
+        file.append(record("step", 2, {}))
+    assert [json.loads(found)["step"] for found in path.read_text().splitlines()] == [1, 2]
 
 
 def test_the_moving_average_has_a_window_that_grows_with_the_step() -> None:
@@ -300,7 +304,7 @@ def test_a_run_goes_on_after_its_checkpoint_without_later_records(tmp_path: Path
     assert again.step == 2
     assert again.state is not None
     assert torch.equal(again.state["x"]["w"], torch.ones(2))
-    assert [entry["step"] for entry in decode(folder.metrics.read_text().splitlines(keepends=True))] == [1, 2, 3]
+    assert [entry["step"] for entry in map(json.loads, folder.metrics.read_text().splitlines())] == [1, 2, 3]
     assert not list(folder.path.glob("*.new"))
 
 
@@ -366,7 +370,7 @@ def run_records(d_grad: tuple[float, float], d_tokens: tuple[float, float], late
             metrics |= {f"{name}.{key}": Metric(value, 64) for key, value in values.items()}
             metrics[f"{name}.D"] = Metric(tokens, 64, 0.9)
         found.append(record("probe", step, metrics, seconds=0.4, covered=0.9, not_covered=["embedding.weight"], finite=True))
-    return decode(map(encode, found))
+    return [json.loads(encode(entry)) for entry in found]
 
 
 @pytest.mark.parametrize(

@@ -7,9 +7,18 @@ import importlib.util
 import re
 import sys
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
+
+from zerosum.terminal import shown
+
+
+class Parser(argparse.ArgumentParser):
+    """Says what is wrong with the arguments on one line, whatever they hold."""
+
+    def error(self, message: str) -> NoReturn:
+        super().error(shown(message))
 
 
 def add_command(
@@ -24,14 +33,14 @@ def add_command(
 
 def refuse(command: str, reason: str) -> int:
     """Says why a command cannot run; its exit code."""
-    print(f"zerosum {command}: {reason}", file=sys.stderr)
+    print(f"zerosum {command}: {shown(reason)}", file=sys.stderr)
     return 2
 
 
 def failed(command: str, error: OSError) -> int:
     """Says what went wrong with which file on the way, such as a disk that fills up; the exit code."""
     said = ": ".join(str(part) for part in (error.filename, error.strerror) if part)
-    print(f"zerosum {command}: {said or error}", file=sys.stderr)
+    print(f"zerosum {command}: {shown(said or error)}", file=sys.stderr)
     return 1
 
 

@@ -93,7 +93,8 @@ def batch(text: str) -> Batch:
 def run(options: argparse.Namespace) -> int:
     from zerosum.bench.machine import busy
     from zerosum.bench.run import measure, measurements
-    from zerosum.records import finite, replace_text
+    from zerosum.files import replace_text
+    from zerosum.records import finite
 
     if options.figure and options.figure.suffix not in (".png", ".svg"):
         return refuse("bench", f"--figure: expected a .png or .svg file, got {options.figure}")

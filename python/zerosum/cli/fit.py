@@ -13,7 +13,9 @@ from zerosum import tables
 from zerosum.cli.arguments import add_command, missing, positive, refuse, whole
 from zerosum.curves import CurveError, read_curve
 from zerosum.deceleration import HEAD, LEVEL, Deceleration, fit
-from zerosum.records import finite, replace_text
+from zerosum.files import parse, read_bytes, replace_text
+from zerosum.records import finite
+from zerosum.terminal import shown
 
 DESCRIPTION = """\
 Fits a broken power law to each loss curve: two straight lines on log-log axes that meet at
@@ -88,7 +90,7 @@ def run(options: argparse.Namespace) -> int:
     print(tables.text([["curve", *HEAD], *([name, *found.cells()] for name, found in fits.items())]))
     print()
     for name, found in fits.items():
-        print(f"{name}: {found.verdict}." if len(fits) > 1 else f"{found.verdict[0].upper()}{found.verdict[1:]}.")
+        print(f"{shown(name)}: {found.verdict}." if len(fits) > 1 else f"{found.verdict[0].upper()}{found.verdict[1:]}.")
     return 0
 
 
@@ -99,7 +101,7 @@ def _check_output(path: Path) -> None:
         CurveError: it holds something else.
     """
     try:
-        content = json.loads(path.read_bytes())
+        content = parse(read_bytes(path))
     except FileNotFoundError:
         return
     except ValueError:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import os
 from collections.abc import Sequence
@@ -14,7 +13,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from zerosum.cli.arguments import add_autocast, add_command, add_device, chosen, memory, missing, positive, refuse, span, whole
+from zerosum.files import parse, read_bytes
 from zerosum.metrics import METRICS
+from zerosum.terminal import shown
 
 if TYPE_CHECKING:
     from zerosum.checkpoints import Checkpoint, Loaded
@@ -111,6 +112,7 @@ def run(options: argparse.Namespace) -> int:
         return refuse("measure", f"--sample: only --examples token samples, not --examples {options.examples}")
     # Here, not above: `zerosum doctor` must work without them.
     from zerosum.records import RecordFile
+    from zerosum.runs import RunError, check_record
 
     if options.threads:
         torch.set_num_threads(options.threads)
@@ -123,6 +125,11 @@ def run(options: argparse.Namespace) -> int:
     except OSError as error:
         return refuse("measure", f"--out: cannot use {out}: {error.strerror or error}")
     with file:
+        try:
+            for number, entry in enumerate(file.records, 1):
+                check_record(entry, f"{out} line {number}")
+        except RunError as error:
+            return refuse("measure", f"--out: {error}; choose another file")
         waiting = unmeasured(measurement, selected, file)
         introduce(measurement, selected, waiting)
         ended = measure(measurement, waiting, file)
@@ -203,7 +210,7 @@ def unmeasured(measurement: Measurement, selected: Sequence[Checkpoint], file: R
             continue
         entry = {
             **entry,
-            "settings": {"autocast": False} | entry["settings"],
+            "settings": {"autocast": False} | (entry.get("settings") or {}),
         }  # older files were measured without, and do not say so
         # Of a step that is gone from the folder, the neighbours are not known.
         like = measurement.identity(steps.get(entry["step"], selected[0]))
@@ -221,12 +228,12 @@ def unmeasured(measurement: Measurement, selected: Sequence[Checkpoint], file: R
 def introduce(measurement: Measurement, selected: Sequence[Checkpoint], waiting: Sequence[Checkpoint]) -> None:
     series, evaluation, settings = measurement.series, measurement.evaluation, measurement.settings
     sequences, positions = evaluation.x.shape
-    several = f"{len(selected)} checkpoints of {series.run}, steps {selected[0].step} to {selected[-1].step}"
-    parts = [several if len(selected) > 1 else f"One checkpoint of {series.run}, step {selected[0].step}"]
+    several = f"{len(selected)} checkpoints of {shown(series.run)}, steps {selected[0].step} to {selected[-1].step}"
+    parts = [several if len(selected) > 1 else f"One checkpoint of {shown(series.run)}, step {selected[0].step}"]
     if len(waiting) < len(selected):
         parts.append(f"{len(selected) - len(waiting)} measured already")
     print("; ".join(parts) + ".")
-    how = f"{sequences} sequences of {positions} tokens of {evaluation.name} ({evaluation.digest})"
+    how = f"{sequences} sequences of {positions} tokens of {shown(evaluation.name)} ({evaluation.digest})"
     sampled = f", {settings.sample} of them sampled" if settings.sample else ""
     print(f"Measured on {how}; an example is a {settings.examples}{sampled}; update: {settings.update}.")
 
@@ -264,7 +271,7 @@ def finish(records: list[Record], out: Path) -> None:
     rows = [["step", *names], *([str(entry["step"]), *(_cell(entry, name) for name in names)] for entry in records)]
     found = [(name, entry["metrics"].get(name)) for entry in records for name in names]
     # Of the last step where the metric has a value.
-    last: dict[str, dict[str, Any]] = {name: metric for name, metric in found if metric and metric["value"] is not None}
+    last: dict[str, dict[str, Any]] = {name: metric for name, metric in found if metric and metric.get("value") is not None}
     below = [["random signs", *(_number(last.get(name, {}).get("null"), "") for name in names)]]
     if any("error" in metric for metric in last.values()):
         below.append(["standard error", *(_number(last.get(name, {}).get("error"), "") for name in names)])
@@ -276,15 +283,20 @@ def finish(records: list[Record], out: Path) -> None:
     print(_over(records, names))
     if len(records) > 1:
         print(f"{' and '.join(line[0] for line in below).capitalize()}: at the last step where a column has a value.")
-    if lost := [str(entry["step"]) for entry in records if entry["metrics"]["loss"]["value"] is None]:
+    if lost := [str(entry["step"]) for entry in records if _missing(entry)]:
         print(f"The loss is not finite at step {', '.join(lost)}: — stands for what has no value.")
-    if uncovered := {name: reason for entry in records for name, reason in entry["not_covered"].items()}:
+    if uncovered := {name: reason for entry in records for name, reason in (entry.get("not_covered") or {}).items()}:
         name, reason = next(iter(uncovered.items()))
         more = f" and {len(uncovered) - 1} more" if len(uncovered) > 1 else ""
-        print(
-            f"At least {min(entry['covered'] for entry in records):.1%} of the coordinates covered; not: {name}{more} ({reason})."
-        )
-    print(f"\nIn {out}. Next: zerosum plot {out}")
+        least = min(entry.get("covered") or 0 for entry in records)
+        print(f"At least {least:.1%} of the coordinates covered; not: {shown(name)}{more} ({shown(reason)}).")
+    print(f"\nIn {shown(out)}. Next: zerosum plot {shown(out)}")
+
+
+def _missing(entry: Record) -> bool:
+    """Whether the loss is not finite."""
+    loss = entry["metrics"].get("loss")
+    return loss is None or loss.get("value") is None
 
 
 def _over(records: list[Record], names: Sequence[str]) -> str:
@@ -292,20 +304,20 @@ def _over(records: list[Record], names: Sequence[str]) -> str:
     counts = {n for entry in records if (n := (entry["metrics"].get("D_grad") or {}).get("n"))}
     gradients = "D_grad and C are" if "C_g" in names else "D_grad is"
     over = f"{gradients} over {_counts(counts)} {records[-1]['examples']}s" if counts else "No gradient was covered"
-    if counts and records[-1]["sampled"] is not None:
+    if counts and records[-1].get("sampled") is not None:
         over += f", estimated from {records[-1]['sampled']} draws"
-    evaluation, train = records[-1]["evaluation"], records[-1]["train"]
+    evaluation, train = records[-1]["evaluation"], records[-1].get("train")
     over += f"; losses and their changes over {_tokens(evaluation)}"
     return over + (f", train.D over {_tokens(train)}, the step's batch." if "train.D" in names else ".")
 
 
 def _tokens(data: dict[str, Any]) -> str:
-    return f"{data['sequences'] * data['positions']} tokens of {data['name']}"
+    return f"{data['sequences'] * data['positions']} tokens of {shown(data['name'])}"
 
 
 def _cell(entry: Record, name: str) -> str:
     metric = entry["metrics"].get(name)
-    return "" if metric is None else _number(metric["value"])
+    return "" if metric is None else _number(metric.get("value"))
 
 
 def _number(x: float | None, none: str = "—") -> str:
@@ -326,7 +338,7 @@ def _flat(x: dict[str, Any]) -> dict[str, Any]:
 
 def _keywords(text: str) -> dict[str, Any]:
     try:
-        found = json.loads(Path(text).read_text(encoding="utf-8") if text.endswith(".json") else text)
+        found = parse(read_bytes(Path(text)) if text.endswith(".json") else text)
     except (OSError, ValueError) as error:
         raise argparse.ArgumentTypeError(f"expected a JSON object or a .json file of one: {error}") from None
     if not isinstance(found, dict):

@@ -7,9 +7,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from zerosum.cli.arguments import add_command, missing, positive, refuse
+from zerosum.cli.arguments import add_command, failed, missing, positive, refuse
 from zerosum.plots import paper
 from zerosum.runs import read_runs
+from zerosum.terminal import shown
 
 DESCRIPTION = """\
 Draws the figures of the paper on zero-sum learning, with all the runs in each of them.
@@ -60,21 +61,20 @@ def run(options: argparse.Namespace) -> int:
     except OSError as error:
         return refuse("plot", f"--out: cannot use {options.out}: {error.strerror or error}")
     for note in notes:
-        print(f"zerosum plot: {note}", file=sys.stderr)
-    print("Runs: " + ", ".join(run.name for run in runs))
+        print(f"zerosum plot: {shown(note)}", file=sys.stderr)
+    print("Runs: " + ", ".join(shown(run.name) for run in runs))
     written = []
     for name in dict.fromkeys(options.figures):
         try:
             paths = paper.write(runs, options.out, [name], tuple(dict.fromkeys(options.format)), options.first)
         except OSError as error:
-            print(f"zerosum plot: {error.filename}: {error.strerror}", file=sys.stderr)
-            return 1
+            return failed("plot", error)
         written += paths
-        print(f"{name:<14} {', '.join(map(str, paths)) or 'left out'}")
+        print(f"{name:<14} {', '.join(map(shown, paths)) or 'left out'}")
         for run in runs:
             if lacking := paper.lacking(name, run):
                 where = "is in part of it" if paper.drawable(name, run) else "is not in it"
-                print(f"{'':<14}   {run.name} {where}: no {', '.join(lacking)}")
+                print(f"{'':<14}   {shown(run.name)} {where}: no {', '.join(lacking)}")
     if not written:
         print("zerosum plot: no run has what any of these figures needs", file=sys.stderr)
         return 1

@@ -13,9 +13,10 @@ from typing import Any
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from zerosum.files import LOCK, TEMPORARY, Lock, read_bytes, replace_text
 from zerosum.metrics import Metric
 from zerosum.probe import Probe, Report
-from zerosum.records import RecordFile, encode, record, replace_text
+from zerosum.records import RecordFile, record
 
 Direction = Mapping[str, Tensor] | Callable[[nn.Module], Mapping[str, Tensor] | None]
 PREFIX = "zerosum/"
@@ -193,29 +194,39 @@ class RunFile:
 
     Raises:
         ValueError: the folder has another run, or one that this training does not go on with.
+        BlockingIOError: another process writes to the folder; ``strerror`` says which.
         OSError: the folder cannot be used.
     """
 
     def __init__(self, path: Path, config: Mapping[str, Any], step: int) -> None:
         path.mkdir(parents=True, exist_ok=True)
+        self._lock = Lock(path)
+        try:
+            self._file = self._open(path, config, step)
+        except BaseException:
+            self._lock.release()
+            raise
+
+    @staticmethod
+    def _open(path: Path, config: Mapping[str, Any], step: int) -> RecordFile:
         settings, metrics = path / "config.json", path / "metrics.jsonl"
         text = json.dumps(config, indent=1) + "\n"
         if not settings.exists():
-            if any(path.iterdir()):
+            if any(entry.suffix != TEMPORARY and entry.name != LOCK for entry in path.iterdir()):
                 raise ValueError(f"out: expected a new folder or one of this callback's runs, {path} has other files")
             replace_text(settings, text)
-        elif (found := settings.read_text(encoding="utf-8")) != text:
+        elif (found := read_bytes(settings).decode("utf-8", "replace")) != text:
             raise ValueError(f"out: {settings} is of another run: expected {text.strip()}, got {found.strip()[:200]}")
-        with RecordFile(metrics) as file:
-            entries = file.records
-        if step == 0 and entries:
+        file = RecordFile(metrics, lock=False)
+        if step == 0 and file.records:
+            file.close()
             raise ValueError(f"out: {metrics} has records already, and training begins at step 0: choose another folder")
-        if len(kept := [entry for entry in entries if entry["step"] <= step]) < len(entries):
-            replace_text(metrics, "".join(map(encode, kept)))
-        self._file = RecordFile(metrics)
+        file.keep_up_to(step)
+        return file
 
     def append(self, entry: dict[str, Any]) -> None:
         self._file.append(entry)
 
     def close(self) -> None:
         self._file.close()
+        self._lock.release()

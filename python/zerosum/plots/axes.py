@@ -6,7 +6,6 @@ matplotlib is imported when something is drawn, so that ``zerosum plot --help`` 
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -15,7 +14,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from zerosum.files import replacing
 from zerosum.records import Curve
+from zerosum.terminal import printable
 
 if TYPE_CHECKING:
     from matplotlib.artist import Artist
@@ -235,15 +236,12 @@ def save(figure: Figure, path: Path) -> None:
         OSError: the file cannot be written; ``filename`` is its path.
     """
     from matplotlib import rc_context
+    from matplotlib.text import Text
 
-    new = path.with_name(f"{path.name}.new")
     kind = path.suffix.removeprefix(".")
     metadata = {"Date": None} if kind == "svg" else None
-    try:
-        with rc_context({"svg.hashsalt": "zerosum"}):
-            figure.savefig(new, format=kind, dpi=150, metadata=metadata)
-        os.replace(new, path)
-    except OSError as error:
-        raise OSError(error.errno, error.strerror, str(path)) from error
-    finally:
-        new.unlink(missing_ok=True)
+    for text in figure.findobj(Text):
+        if (said := printable(text.get_text(), kept="\n")) != text.get_text():  # a control character in SVG would be no XML
+            text.set_text(said)
+    with replacing(path) as new, rc_context({"svg.hashsalt": "zerosum"}):
+        figure.savefig(new, format=kind, dpi=150, metadata=metadata)

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from zerosum.files import open_file, parse, replacing
 from zerosum.probe.contributions import Sums
 from zerosum.probe.report import Coverage, Evidence, ParameterReport, Report
 from zerosum.probe.results import Results, add_up
@@ -86,14 +87,9 @@ def save(report: Report, path: str | os.PathLike[str]) -> None:
     _need_safetensors("path")
     from safetensors.torch import save_file
 
-    path = Path(path)
     about, tensors = state_of(report)
-    new = path.with_name(f"{path.name}.{os.getpid()}.new")
-    try:
+    with replacing(Path(path)) as new:
         save_file({name: x.cpu() for name, x in tensors.items()}, new, {_HEADER: json.dumps(about)})
-        os.replace(new, path)
-    finally:
-        new.unlink(missing_ok=True)
 
 
 def load_report(path: str | os.PathLike[str], device: torch.device | str = "cpu") -> Report:
@@ -109,21 +105,52 @@ def load_report(path: str | os.PathLike[str], device: torch.device | str = "cpu"
         ImportError: safetensors is not installed.
     """
     _need_safetensors("path")
-    from safetensors import SafetensorError, safe_open
+    from safetensors import safe_open
 
+    open_file(Path(path)).close()  # a pipe or a device is no report
     try:
         with safe_open(path, framework="pt", device=str(device)) as file:
             header = (file.metadata() or {}).get(_HEADER)
             if header is None:
-                raise ValueError(f"path: expected a report that Report.save wrote, got another safetensors file, {path}")
-            about = json.loads(header)
+                raise NotAReport(f"path: expected a report that Report.save wrote, got another safetensors file, {path}")
+            about = parse(header)
             if about.get("format") != FORMAT:
-                raise ValueError(
+                raise NotAReport(
                     f"path: expected a report of format {FORMAT}, got {about.get('format')!r} in {path}; a newer zerosum wrote it"
                 )
-            return report_of(about, {name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
-    except (SafetensorError, KeyError, TypeError, json.JSONDecodeError) as error:
-        raise ValueError(f"path: {path} is broken, or is no report: {error}") from error
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            _check_sizes(about, tensors)
+            return report_of(about, tensors)
+    except (NotAReport, OSError):
+        raise
+    except Exception as error:  # of what a header may hold in place of a report's: there is no common kind
+        said = " ".join(str(error).split())[:200] or type(error).__name__
+        raise ValueError(f"path: {path} is broken, or is no report: {said}") from error
+
+
+class NotAReport(ValueError):
+    """A file is whole, and holds something else."""
+
+
+def _check_sizes(about: dict[str, Any], tensors: Mapping[str, Tensor]) -> None:
+    """Compares the tensors with what is said of them.
+
+    Raises:
+        ValueError: they are of other parameters, or of other sizes.
+    """
+    expected = set()
+    for name, mine in about["parameters"].items():
+        rows, shape = tensors.get(f"{name}/rows"), torch.Size(mine["shape"])
+        lengths = dict.fromkeys(_SCALARS, about["num_examples"])
+        lengths |= dict.fromkeys(_WEIGHT_SHAPED, shape.numel() if rows is None else len(rows) * shape[1:].numel())
+        there = {field: x for field in (*lengths, "rows") if (x := tensors.get(f"{name}/{field}")) is not None}
+        for field, x in there.items():
+            if x.numel() != lengths.get(field, len(x)):
+                raise ValueError(f"{name}/{field}: expected {lengths[field]} elements, got {x.numel()}")
+        expected |= {f"{name}/{field}" for field in there}
+        expected |= {f"{name}/gram/{k}" for k in range(min(mine["grams"] or 0, len(tensors)))}
+    if other := sorted(tensors.keys() ^ expected):
+        raise ValueError(f"expected the tensors of its parameters, got others: {other[0]}")
 
 
 def _need_safetensors(argument: str) -> None:

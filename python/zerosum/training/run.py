@@ -1,7 +1,8 @@
 """A run's folder: its configuration, its records and its checkpoint, readable at every moment and resumable.
 
 ``config.json`` says what the run is; ``metrics.jsonl`` (see :mod:`zerosum.records`) only grows, a line at a time;
-``checkpoint.pt`` is replaced as a whole; ``checkpoints`` has those that were asked to be kept.
+``checkpoint.pt`` is replaced as a whole; ``checkpoints`` has those that were asked to be kept. One process at a time writes to the
+folder.
 """
 
 from __future__ import annotations
@@ -9,19 +10,20 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-import os
-import pickle
-import shutil
+import struct
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TextIO
+from typing import IO, Any
 
 import torch
 
-from zerosum import records
-from zerosum.records import Record
+from zerosum.files import LOCK, TEMPORARY, Lock, open_file, parse, read_bytes, replace_text, replacing
+from zerosum.records import Record, RecordFile
 
 KEPT = "checkpoints"  # the folder of those that are not replaced
+SIGNED = b"zerosum sha256 "  # begins the comment of a checkpoint's archive
+CHECKSUM = len(SIGNED) + 64  # bytes of the comment
 
 
 class Refused(Exception):
@@ -40,43 +42,118 @@ def differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> str:
     return "; ".join(f"{key} is {there.get(key)!r} there and {here.get(key)!r} here" for key in differing)
 
 
+def read_checkpoint(path: Path, step: int | None = None) -> dict[str, Any]:
+    """``{"step": ..., "state": ...}`` as :meth:`RunFolder.checkpoint` wrote it, on the CPU.
+
+    Args:
+        path: the file.
+        step: the one that the checkpoint should be of, where that is known.
+
+    Raises:
+        Refused: it is damaged, or of another step; the message names the file.
+        OSError: it cannot be read.
+    """
+    with open_file(path) as file:
+        try:
+            _check_sums(file)
+            content = torch.load(file, map_location="cpu", weights_only=True)
+        except Exception as error:  # a pickle raises what its code raises
+            said = " ".join(str(error).split()) or type(error).__name__
+            raise Refused(f"{path}: damaged, or not a checkpoint of `zerosum demo`: {said[:200]}") from error
+    if not isinstance(content, dict) or content.keys() != {"step", "state"} or type(content["step"]) is not int:
+        raise Refused(f"{path}: not a checkpoint of `zerosum demo`: expected a step and a state")
+    if step is not None and content["step"] != step:
+        raise Refused(f"{path}: expected the checkpoint of step {step}, got {content['step']}: the file was replaced or renamed")
+    return content
+
+
+def _check_sums(file: IO[bytes]) -> None:
+    """Compares a checkpoint with its checksum, and each part of it with its own (CRC-32), which ``torch.load`` does not.
+
+    Raises:
+        ValueError, zipfile.BadZipFile: they differ, or parts are compressed or overlap, as in no file of ``torch.save``.
+    """
+    size = file.seek(0, io.SEEK_END)
+    file.seek(max(size - CHECKSUM, 0))
+    comment = file.read()
+    file.seek(0)
+    signed = comment == _signature(file, size - CHECKSUM)
+    with zipfile.ZipFile(file) as archive:
+        parts = archive.infolist()
+        if not signed and archive.comment:  # files of older versions have none
+            raise ValueError("its checksum differs")
+        if any(part.compress_type != zipfile.ZIP_STORED for part in parts) or sum(part.file_size for part in parts) > size:
+            raise ValueError("its parts are larger than the file")
+        if (bad := archive.testzip()) is not None:
+            raise ValueError(f"the checksum of {bad} differs")
+    file.seek(0)
+
+
+def _signature(file: IO[bytes], size: int) -> bytes:
+    """The comment of the archive whose bytes before it, ``size`` of them, are next in the file."""
+    digest = hashlib.sha256()
+    while size > 0 and (part := file.read(min(size, 1 << 20))):
+        digest.update(part)
+        size -= len(part)
+    return SIGNED + digest.hexdigest().encode()
+
+
+def _sign(content: io.BytesIO) -> None:
+    """Adds a checksum to a file of ``torch.save``: the comment at the end of a zip archive, which its readers pass over."""
+    size = content.seek(-2, io.SEEK_END) + 2
+    content.write(struct.pack("<H", CHECKSUM))  # the comment's length, 0 before
+    content.seek(0)
+    content.write(_signature(content, size))
+
+
 class Folder:
     """Opens ``path`` for what ``config`` describes, one run or several: a new folder, or the same one again.
 
     Raises:
-        Refused: the folder holds another run, or something else, or cannot be used.
+        Refused: the folder holds another run, or something else, cannot be used, or another process writes to it.
     """
 
     def __init__(self, path: Path, config: Mapping[str, Any]) -> None:
         self.path = path
         try:
-            self._claim(config)
-            self._open()
+            path.mkdir(parents=True, exist_ok=True)
+            self._lock = Lock(path)
+            try:
+                self._claim(config)
+                self._open()
+            except BaseException:
+                self._lock.release()
+                raise
         except OSError as error:
             raise Refused(f"--out: cannot use {path}: {error.strerror or error}") from error
 
     def write(self, name: str, text: str) -> None:
         """Replaces a text file as a whole."""
-        records.replace_text(self.path / name, text)
+        replace_text(self.path / name, text)
+
+    def close(self) -> None:
+        """Lets other processes write to the folder."""
+        self._lock.release()
 
     def _open(self) -> None:
         """What else there is to read of a folder that is ours."""
 
     def _claim(self, config: Mapping[str, Any]) -> None:
         """Writes the configuration into a new folder, or compares it with the one that is there."""
-        self.path.mkdir(parents=True, exist_ok=True)
         file = self.path / "config.json"
         if not file.exists():
-            if any(entry.suffix != ".new" for entry in self.path.iterdir()):
+            if any(entry.suffix != TEMPORARY and entry.name != LOCK for entry in self.path.iterdir()):
                 raise Refused(f"--out: {self.path} has files in it that are not of a run; choose another folder")
             self.write(file.name, json.dumps(dict(config), indent=2, ensure_ascii=False) + "\n")
-            return
-        try:
-            differing = differences(json.loads(file.read_text(encoding="utf-8")), config)
-        except (ValueError, AttributeError):
-            raise Refused(f"--out: {file} is not the configuration of a run; choose another folder") from None
-        if differing:
-            raise Refused(f"--out: {self.path} holds another run, which these options cannot resume: {differing}")
+        else:
+            try:
+                differing = differences(parse(read_bytes(file)), config)
+            except (ValueError, AttributeError):
+                raise Refused(f"--out: {file} is not the configuration of a run; choose another folder") from None
+            if differing:
+                raise Refused(f"--out: {self.path} holds another run, which these options cannot resume: {differing}")
+        for unfinished in self.path.glob(f"*{TEMPORARY}"):  # of a process that was killed
+            unfinished.unlink()
 
 
 class RunFolder(Folder):
@@ -84,7 +161,6 @@ class RunFolder(Folder):
 
     Attributes:
         step: the last step that is done, 0 for a new run. Records of later steps, which no checkpoint knows, are dropped.
-        records: what was measured up to it.
         state: the checkpoint's state, None for a new run.
     """
 
@@ -92,55 +168,57 @@ class RunFolder(Folder):
         checkpoint = self._load()
         self.step: int = checkpoint["step"] if checkpoint else 0
         self.state: dict[str, Any] | None = checkpoint["state"] if checkpoint else None
-        self.records: list[Record] = self._keep_up_to(self.step)
-        self._file: TextIO = self.metrics.open("a", encoding="utf-8")
+        try:
+            self._file = RecordFile(self.metrics, lock=False)
+        except ValueError as error:
+            raise Refused(f"--out: {error}: it is damaged; delete {self.path} to start anew") from None
+        self._file.keep_up_to(self.step)
+        if self.step and (last := max((entry["step"] for entry in self.records), default=0)) < self.step:
+            self._file.close()
+            raise Refused(
+                f"--out: {self.metrics} ends at step {last}, before its checkpoint's step {self.step}: it is damaged; "
+                f"delete {self.path} to start anew"
+            )
 
     @property
     def metrics(self) -> Path:
         return self.path / "metrics.jsonl"
 
+    @property
+    def records(self) -> list[Record]:
+        """What was measured up to now."""
+        return self._file.records
+
     def append(self, entry: Record) -> None:
-        """Adds a record, on disk when this returns."""
-        line = records.encode(entry)
-        with records.naming(self.metrics):
-            self._file.write(line)
-            self._file.flush()
-        self.records += records.decode([line])
+        """Adds a record, on disk when this returns; those of single steps wait for the next checkpoint, where a run goes on."""
+        self._file.append(entry, sync=entry["kind"] != "step")
 
     def checkpoint(self, step: int, state: Mapping[str, Any], keep: bool = False) -> None:
         """Replaces the checkpoint, and keeps a copy if asked; an interruption leaves the one before."""
-        new = self.path / "checkpoint.pt.new"
         content = io.BytesIO()  # torch.save itself makes a RuntimeError of a full disk's OSError
         torch.save({"step": step, "state": dict(state)}, content)
-        with records.naming(new):
-            new.write_bytes(content.getbuffer())
+        _sign(content)
+        self._file.sync()
         if keep:
             kept = self.path / KEPT / f"step-{step:06d}.pt"
             kept.parent.mkdir(exist_ok=True)
-            shutil.copyfile(new, kept.with_suffix(".new"))
-            os.replace(kept.with_suffix(".new"), kept)
-        os.replace(new, self.path / "checkpoint.pt")
+            _write(kept, content)
+        _write(self.path / "checkpoint.pt", content)
 
     def close(self) -> None:
-        with records.naming(self.metrics):  # it tries again what could not be written
-            self._file.close()
+        self._file.close()
+        super().close()
 
     def _load(self) -> dict[str, Any] | None:
         file = self.path / "checkpoint.pt"
         if not file.exists():
             return None
         try:
-            return torch.load(file, map_location="cpu", weights_only=True)
-        except (RuntimeError, EOFError, pickle.UnpicklingError):
-            raise Refused(f"--out: {file} is damaged; delete {self.path} to start anew") from None
+            return read_checkpoint(file)
+        except Refused as refusal:
+            raise Refused(f"--out: {refusal}; delete {self.path} to start anew") from None
 
-    def _keep_up_to(self, step: int) -> list[Record]:
-        if not self.metrics.exists():
-            return []
-        with self.metrics.open(encoding="utf-8") as file:
-            try:
-                kept = [entry for entry in records.decode(file) if entry["step"] <= step]
-            except (ValueError, KeyError):
-                raise Refused(f"--out: {self.metrics} is damaged; delete {self.path} to start anew") from None
-        self.write(self.metrics.name, "".join(map(records.encode, kept)))
-        return kept
+
+def _write(path: Path, content: io.BytesIO) -> None:
+    with replacing(path) as new:
+        new.write_bytes(content.getbuffer())

@@ -16,7 +16,6 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from tests.zerosum.integrations.tiny import BYTES, TEXT, block_mask, copy_of
 from tests.zerosum.oracle import assert_truth, direction_for, per_example_gradients, trainable
-from zerosum.records import decode
 from zerosum.runs import read_runs
 from zerosum.training.model import GPT, GPTConfig
 
@@ -182,7 +181,7 @@ def test_a_resumed_run_goes_on_with_its_file(tmp_path: Path) -> None:
     options = dict(enable_checkpointing=True, log_every_n_steps=1, max_epochs=2)
 
     def records() -> list[tuple[int, str]]:
-        entries = decode((out / "metrics.jsonl").read_text().splitlines(keepends=True))
+        entries = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
         return sorted((entry["step"], entry["kind"]) for entry in entries)
 
     trained(tmp_path, Module(), ZeroSumCallback(every=2, out=out), saved, **options)
@@ -240,7 +239,7 @@ def test_several_processes_have_one_report_of_all_examples(how: str, tmp_path: P
     assert alone.report.num_examples == 4 * BATCH
     assert report == pytest.approx(alone.report.to_dict(), rel=1e-9)
     assert logged == pytest.approx({key: float(x) for key, x in trainer.callback_metrics.items()}, rel=1e-6)
-    files = [decode((tmp_path / name / "metrics.jsonl").read_text().splitlines(keepends=True)) for name in ("run", "alone")]
+    files = [list(map(json.loads, (tmp_path / name / "metrics.jsonl").read_text().splitlines())) for name in ("run", "alone")]
     assert [sorted(entry["kind"] for entry in entries) for entries in files] == [["probe", "step"]] * 2
     losses = [next(entry["metrics"] for entry in entries if entry["kind"] == "step")["train.loss"] for entries in files]
     assert losses[0]["value"] == pytest.approx(losses[1]["value"], rel=1e-9)
