@@ -161,7 +161,10 @@ class DemoCheckpoint(Checkpoint):
     has_optimizer = True
 
     def _load(self, optimizer: bool) -> tuple[nn.Module, dict[str, Any] | None]:
-        model = GPT(self.settings.model)
+        try:
+            model = GPT(self.settings.model)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise Refused(f"{self.path}: its run's config.json has the sizes of no model: {_line(error)}") from error
         state = read_checkpoint(self.path, self.step)["state"]
         _fill(model, state["model"], self.path)
         if optimizer:

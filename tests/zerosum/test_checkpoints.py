@@ -414,6 +414,20 @@ def test_the_newest_checkpoint_counts_when_it_was_not_kept(demo_run: tuple[Path,
     assert "checkpoint.pt: damaged" in refusal(run, Options())
 
 
+def test_a_checkpoint_under_another_steps_name_is_refused(demo_run: tuple[Path, Trainer], tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(demo_run[0], run)
+    kept = run / "checkpoints"
+    found = find(run).checkpoints[2]  # step 3
+    os.replace(kept / "step-000004.pt", kept / "step-000003.pt")
+    with pytest.raises(
+        Refused, match=r"step-000003\.pt: expected the checkpoint of step 3, got 4: the file was replaced or renamed"
+    ):
+        found.load()
+    said = refusal(run, Options())
+    assert "step-000003.pt: expected the checkpoint of step 3, as its name says, got step 4" in said
+
+
 def test_a_crash_while_a_checkpoint_is_kept_leaves_those_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = RunFolder(tmp_path / "run", {})
     folder.checkpoint(1, {"x": 1}, keep=True)
@@ -421,7 +435,7 @@ def test_a_crash_while_a_checkpoint_is_kept_leaves_those_before(tmp_path: Path, 
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(shutil, "copyfile", full)
+    monkeypatch.setattr(os, "replace", full)
     with pytest.raises(OSError, match="No space"):
         folder.checkpoint(2, {"x": 2}, keep=True)
     folder.close()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -263,6 +264,17 @@ def test_a_file_that_is_no_measurement_is_left_alone(run: Path, capsys: pytest.C
         assert measure(out="other") == 2
         assert "other, line 1: not a record" in capsys.readouterr().err
         assert Path("other").read_bytes() == content
+
+
+def test_a_file_that_another_process_writes_is_refused(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from zerosum.records import RecordFile
+
+    with RecordFile(Path("out.jsonl")):
+        assert measure() == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"zerosum measure: --out: cannot use out.jsonl: process {os.getpid()} on ")
+    assert error.count("\n") == 1
+    assert measure() == 0
 
 
 def test_a_disk_that_fills_up_leaves_whole_lines(

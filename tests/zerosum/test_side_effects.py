@@ -11,7 +11,7 @@ import signal
 import sys
 import types
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -206,9 +206,12 @@ def tensors() -> int:
 
 
 @pytest.fixture(scope="module")
-def scene(tmp_path_factory: pytest.TempPathFactory) -> Scene:
+def scene(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Scene]:
     pytest.importorskip("safetensors")
-    return Scene(tmp_path_factory.mktemp("scene"))
+    gc.collect()
+    gc.freeze()  # what other tests and imports left need not be gone through for each call
+    yield Scene(tmp_path_factory.mktemp("scene"))
+    gc.unfreeze()
 
 
 @pytest.mark.parametrize("name", CALLS)

@@ -306,7 +306,7 @@ def _over(records: list[Record], names: Sequence[str]) -> str:
     over = f"{gradients} over {_counts(counts)} {records[-1]['examples']}s" if counts else "No gradient was covered"
     if counts and records[-1].get("sampled") is not None:
         over += f", estimated from {records[-1]['sampled']} draws"
-    evaluation, train = records[-1]["evaluation"], records[-1].get("train")
+    evaluation, train = records[-1]["evaluation"], records[-1]["train"]
     over += f"; losses and their changes over {_tokens(evaluation)}"
     return over + (f", train.D over {_tokens(train)}, the step's batch." if "train.D" in names else ".")
 

@@ -12,6 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from zerosum.files import open_file
+
 VOCAB = 256
 # Installed packages are not the standard library, and its tests are mostly tables of odd input.
 _SKIPPED = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
@@ -40,7 +42,7 @@ class Corpus:
         Raises:
             OSError: a file cannot be read.
         """
-        texts = [path.read_bytes() for path in paths]
+        texts = [_content(path) for path in paths]
         digest = hashlib.sha256()
         for text in texts:
             digest.update(len(text).to_bytes(8, "little") + text)
@@ -52,6 +54,11 @@ class Corpus:
             train = [text[:cut] for text, cut in zip(texts, cuts, strict=True)]
             held_out = [text[cut:] for text, cut in zip(texts, cuts, strict=True)]
         return cls(_tensor(train), _tensor(held_out), len(texts), digest.hexdigest()[:16])
+
+
+def _content(path: Path) -> bytes:
+    with open_file(path) as file:
+        return file.read()
 
 
 def _tensor(texts: list[bytes]) -> Tensor:
