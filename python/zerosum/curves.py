@@ -175,7 +175,7 @@ def _csv(path: Path) -> Table:
         try:
             names = next(rows, [])
             if twice := [name for name, count in Counter(names).items() if name and count > 1]:
-                raise CurveError(f"{path}: expected different names of columns, got {twice[0]!r} twice")
+                raise CurveError(f"{path}: expected different names of columns, got {twice[0][:100]!r} twice")
             columns: Columns = {name: [] for name in names}
             values = 0
             for row in rows:
@@ -394,6 +394,7 @@ def _choose(path: Path, table: Table, what: str, wanted: str | None, known: Sequ
     if len(found) == 1:
         return found[0]
     listed = ", ".join(_short(name) for name in found or names) or "none"
+    listed = listed if len(listed) < 1000 else f"{listed[:1000]}…"
     raise CurveError(f"{path}: {problem}: name it with --{what}; columns with numbers: {listed}")
 
 

@@ -275,9 +275,9 @@ def check_record(entry: Any, where: str) -> None:
     if not isinstance(entry, dict):
         raise RunError(f"{where}: expected a JSON object, got {json.dumps(entry)[:40]}")
     if entry.get("kind") not in KINDS:
-        raise RunError(f"{where}: kind: expected one of {', '.join(KINDS)}, got {json.dumps(entry.get('kind'))}")
+        raise RunError(f"{where}: kind: expected one of {', '.join(KINDS)}, got {json.dumps(entry.get('kind'))[:60]}")
     if not _whole(entry.get("step")):
-        raise RunError(f"{where}: step: expected a whole number >= 0, got {json.dumps(entry.get('step'))}")
+        raise RunError(f"{where}: step: expected a whole number >= 0, got {json.dumps(entry.get('step'))[:60]}")
     metrics = entry.get("metrics")
     if not isinstance(metrics, dict):
         raise RunError(f"{where}: metrics: expected an object, got {json.dumps(metrics)[:40]}")
@@ -285,7 +285,7 @@ def check_record(entry: Any, where: str) -> None:
         numbers = [metric.get(key) for key in ("value", "null", "error")] if isinstance(metric, dict) else [""]
         if not all(x is None or _is_number(x) for x in numbers) or not _whole(metric.get("n")):
             expected = 'numbers {"value", "n", "null", "error"}'
-            raise RunError(f"{where}: metrics: {name}: expected {expected}, got {json.dumps(metric)[:60]}")
+            raise RunError(f"{where}: metrics: {name[:100]}: expected {expected}, got {json.dumps(metric)[:60]}")
     if entry["kind"] == "checkpoint":
         _check_checkpoint(entry, where)
 
