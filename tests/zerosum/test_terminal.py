@@ -54,7 +54,7 @@ def test_without_a_terminal_at_all_a_command_runs(monkeypatch: pytest.MonkeyPatc
 def test_names_from_files_are_escaped(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("scipy")
     pytest.importorskip("matplotlib")
-    steps = np.arange(1, 150)
+    steps = np.arange(1, 400)
     path = tmp_path / "a\x1b[31m\r\n\u202e.csv"
     path.write_text("step,loss\n" + "".join(f"{s},{5 * s**-0.1}\n" for s in steps))
     assert cli.main(["fit", str(path), "--bootstrap", "0", "--json", str(tmp_path / "fit\udc80.json")]) == 0
