@@ -1,13 +1,13 @@
-# make test | test-all | fuzz | demo | bench | gpu-report | lint. The first call makes .venv, installs pinned dependencies and builds; later calls start at once.
+# make test | test-all | fuzz | demo | bench | gpu-report | docs | lint. The first call makes .venv, installs pinned dependencies and builds; later calls start at once.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 NATIVE := $(shell find csrc -type f)
 # Three sizes in about 3 minutes on 2 cores.
 DEMO_ARGS ?= --sizes 3 --layers 3
-PACKAGES := zsl_kernels python tests benchmarks examples setup.py
+PACKAGES := zsl_kernels python tests benchmarks examples docs/_plugins setup.py
 
-.PHONY: all test test-all fuzz demo bench gpu-report lint format clean
+.PHONY: all test test-all fuzz demo bench gpu-report docs lint format clean
 all: $(VENV)/.built
 
 $(VENV)/.installed: requirements.txt
@@ -43,6 +43,15 @@ bench: $(VENV)/.built
 gpu-report: $(VENV)/.built
 	$(BIN)/python -m benchmarks.gpu.report
 
+# The documentation as a site, site/index.html, in an environment of its own, without torch. A warning is an error.
+docs: $(VENV)-docs/.installed
+	NO_MKDOCS_2_WARNING=1 $(VENV)-docs/bin/mkdocs build --strict --quiet
+
+$(VENV)-docs/.installed: docs/requirements.txt
+	$(PYTHON) -m venv $(VENV)-docs
+	$(VENV)-docs/bin/python -m pip install --quiet --disable-pip-version-check -r docs/requirements.txt
+	touch $@
+
 lint: $(VENV)/.built
 	$(BIN)/ruff check $(PACKAGES)
 	$(BIN)/ruff format --check $(PACKAGES)
@@ -55,4 +64,4 @@ format: $(VENV)/.built
 	$(BIN)/clang-format -i $$(find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
 clean:
-	rm -rf $(VENV) build *.egg-info zsl_kernels/*.so
+	rm -rf $(VENV) $(VENV)-docs site build *.egg-info zsl_kernels/*.so
