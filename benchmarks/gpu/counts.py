@@ -54,7 +54,7 @@ class Counts(NamedTuple):
     launches: tuple[str, ...]  # of this library, in order
     others: tuple[str, ...]  # PyTorch's operations that are launches
     allocations: int
-    microseconds: float  # of Python, the fastest of some
+    microseconds: float | None  # of Python, the fastest of some; None where it was not timed
 
 
 class StepCounts(NamedTuple):
@@ -144,7 +144,7 @@ def _calls(dtype: torch.dtype) -> dict[str, Callable[[], object]]:
     return {name: call for name, call in calls.items() if name not in ops or name in plans}
 
 
-def counts(dtype: torch.dtype, arch: int = 90) -> dict[str, Counts]:
+def counts(dtype: torch.dtype, arch: int = 90, timed: bool = False) -> dict[str, Counts]:
     """Of every op that a device of the architecture has, by its name."""
     found = {}
     with _architecture(arch) as launches:
@@ -156,7 +156,7 @@ def counts(dtype: torch.dtype, arch: int = 90) -> dict[str, Counts]:
                 call()
             used = Counter(operations.called)
             others = tuple(op for op in operations.called if op not in _ALLOCATIONS | _VIEWS)
-            found[name] = Counts(launched, others, sum(used[op] for op in _ALLOCATIONS), 1e6 * _fastest(call))
+            found[name] = Counts(launched, others, sum(used[op] for op in _ALLOCATIONS), 1e6 * _fastest(call) if timed else None)
     return found
 
 
@@ -186,7 +186,7 @@ def step_counts(**options: Any) -> StepCounts:
 def main() -> None:
     print(f"Counted without a device, and timed on {machine.line(machine.describe())}.\n")
     for dtype, arch in ((torch.bfloat16, 90), (torch.float32, 90), (torch.float32, 80)):
-        found = counts(dtype, arch)
+        found = counts(dtype, arch, timed=True)
         rows = [
             [name, ", ".join(x.launches), ", ".join(x.others), str(x.allocations), f"{x.microseconds:.0f}"]
             for name, x in found.items()
