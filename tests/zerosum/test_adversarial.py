@@ -314,15 +314,15 @@ WAYS: dict[str, Callable[[Middle], Middle]] = {
 }
 
 
+@pytest.mark.parametrize("inner", INNER)
 @pytest.mark.parametrize("way", WAYS)
-def test_rows_that_wander_and_come_back(way: str) -> None:
-    """Each use, then another one another way, at sizes that coincide and sizes that do not."""
-    draw = random.Random(way)
-    for inner in INNER:
-        first, second = WAYS[way](INNER[inner]), WAYS[draw.choice(sorted(WAYS))](INNER[draw.choice(sorted(INNER))])
-        n, t = draw.choice([(3, 6), (4, 4), (12, 12), (12, 3), (2, 2), (1, 4), (4, 1), (6, 2)])
-        torch.manual_seed(0)
-        check(Case(lambda m, x, first=first, second=second: second(m, x + first(m, x))).double(), tokens_of(n, t))
+def test_rows_that_wander_and_come_back(way: str, inner: str) -> None:
+    """A use, then another one another way, at sizes that coincide and sizes that do not."""
+    draw = random.Random(f"{way}, {inner}")
+    first, second = WAYS[way](INNER[inner]), WAYS[draw.choice(sorted(WAYS))](INNER[draw.choice(sorted(INNER))])
+    n, t = draw.choice([(3, 6), (4, 4), (12, 12), (12, 3), (2, 2), (1, 4), (4, 1), (6, 2)])
+    torch.manual_seed(0)
+    check(Case(lambda m, x: second(m, x + first(m, x))).double(), tokens_of(n, t))
 
 
 # Examples that meet before the loss: the weights that their rows feed are refused, and no others.
