@@ -1,4 +1,4 @@
-# make test | test-all | fuzz | demo | bench | gpu-report | docs | lint. The first call makes .venv, installs pinned dependencies and builds; later calls start at once.
+# make check | test | test-slow | fuzz | demo | bench | gpu-report | docs | lint. The first call makes .venv, installs pinned dependencies and builds; later calls start at once.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -7,7 +7,7 @@ NATIVE := $(shell find csrc -type f)
 DEMO_ARGS ?= --sizes 3 --layers 3
 PACKAGES := zsl_kernels python tests benchmarks examples docs/_plugins setup.py
 
-.PHONY: all test test-all fuzz demo bench gpu-report docs lint format clean
+.PHONY: all check test test-slow fuzz demo bench gpu-report docs lint format clean
 all: $(VENV)/.built
 
 $(VENV)/.installed: requirements.txt
@@ -19,13 +19,20 @@ $(VENV)/.built: $(VENV)/.installed pyproject.toml setup.py $(NATIVE)
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-build-isolation --no-deps -e .
 	touch $@
 
-test: $(VENV)/.built
-	ZSL_REQUIRE_NATIVE=1 $(BIN)/python -m pytest tests -n auto --maxprocesses 8 --dist worksteal $(PYTEST_ARGS)
+# Workers take tests as tests/tiers.py says.
+PYTEST := ZSL_REQUIRE_NATIVE=1 $(BIN)/python -m pytest tests -n auto --maxprocesses 8 --dist loadscope --no-loadscope-reorder
 
-# Every case of attribution and of the loss end too, of which `make test` runs a third, and of the kernels for other instruction sets
-# than the processor's best, of which it runs a fourth.
-test-all: export ZSL_TEST_ALL = 1
-test-all: test
+# Every op on the processor's best instructions, and every model of the probe's zoo: under a minute on 2 cores.
+check: $(VENV)/.built
+	$(PYTEST) -m check $(PYTEST_ARGS)
+
+# Every test but the slow ones.
+test: $(VENV)/.built
+	$(PYTEST) $(PYTEST_ARGS)
+
+# What a release needs beside `make test`: sanitizers, all builds of GPU kernels, and the cases of which `make test` runs a sample.
+test-slow: $(VENV)/.built
+	$(PYTEST) -m slow $(PYTEST_ARGS)
 
 # 2000 random models under the probe, three passes each, against one backward pass for each example, and 20,000 damaged files for the
 # readers: 4 to 6 minutes on 2 cores.

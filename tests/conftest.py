@@ -1,21 +1,24 @@
 """What all tests share: how hypothesis runs, and the fixture that goes through the implementations."""
 
 import os
-import zlib
+from pathlib import Path
 
 # Before torch starts its threads: those that wait sleep. Spinning they take the processor from each other when something else runs,
 # and many short calls then take ten times as long.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 # What deterministic algorithms, under which the ops' tests run, ask of a device's library.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+# Inductor compiles few graphs here, in this process: a pool of its own would import torch in each of its processes.
+os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
 
 import pytest
 import torch
 from hypothesis import Phase, settings
 
 import zsl_kernels as zk
+from tests import tiers
 from tests.emulation import select
-from tests.inputs import EMULATED, cpu_isas, gpu_implementations, implementations, running
+from tests.inputs import EMULATED, gpu_implementations, implementations, running
 
 if EMULATED == "triton":
     from tests.interpreter import repair
@@ -29,26 +32,32 @@ settings.register_profile("suite", **few, deadline=None, derandomize=True, print
 settings.load_profile("suite")
 
 
-@pytest.hookimpl(trylast=True)
+def pytest_configure(config: pytest.Config) -> None:
+    # A test that is named runs, of whichever tier it is.
+    if config.option.markexpr == "not slow" and any("::" in arg for arg in config.args):
+        config.option.markexpr = ""
+
+
+@pytest.hookimpl(tryfirst=True)  # before pytest selects by the marks that are added here
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     if EMULATED:
         kept = select(items)
-    elif os.environ.get("ZSL_TEST_ALL") == "1" or any("::" in arg for arg in config.args):
-        return
+        config.hook.pytest_deselected(items=[item for item in items if item not in kept])
+        items[:] = [item for item in items if item in kept]
     else:
-        kept = [item for item in items if not _of_lesser_instructions(item) or zlib.crc32(item.nodeid.encode()) % 4 == 0]
-    if len(kept) < len(items):
-        chosen = set(kept)
-        config.hook.pytest_deselected(items=[item for item in items if item not in chosen])
-        items[:] = kept
+        tiers.assign(items)
 
 
-def _of_lesser_instructions(item: pytest.Item) -> bool:
-    """Whether a test is of the CPU's kernels with other instructions than this processor's best: the same code, compiled again. By
-    default a fourth of these runs, always the same ones; `make test-all` runs them all, as does a test's own name."""
-    params = item.callspec.params if hasattr(item, "callspec") else {}
-    isa = str(params.get("impl") or params.get("cpu_isa") or "").removeprefix("cpu-")
-    return isa in cpu_isas()[1:]
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> object:
+    return tiers.scheduler(config, log) if config.getvalue("dist") == "loadscope" else None
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    # `make check` reads no file of which it runs nothing.
+    if config.option.markexpr == "check" and collection_path.suffix == ".py":
+        return str(collection_path.relative_to(tiers.ROOT)) not in tiers.CHECKED
+    return None
 
 
 def pytest_report_header() -> str:

@@ -1,4 +1,4 @@
-"""What of the ops' suites a process that emulates a GPU's kernels runs."""
+"""Which of the ops' suites a process runs that emulates a GPU's kernels."""
 
 from __future__ import annotations
 
@@ -15,18 +15,27 @@ TOO_MANY = ("N600", "thousands")
 # The interpreter is slow, and so are tiles of 128 × 128: of each test's parameter sets a sample. The kernels' own tests,
 # emulated_*.py, choose their sizes.
 SETS = {"triton": 12, "cuda": 10_000, "hopper": 16}
+# And of each of these samples so many run in `make test`, the others in `make test-slow`.
+FEW = {"triton": 1, "cuda": 8, "hopper": 4}
 
 
 def select(items: list[pytest.Item]) -> list[pytest.Item]:
-    own = [item for item in items if item.path.name.startswith("emulated_")]
     of_test: dict[tuple[object, str], list[pytest.Item]] = {}
     for item in items:
-        if item not in own and _of_kernels(item):
+        if _own(item) or _of_kernels(item):
             of_test.setdefault((item.path, getattr(item, "originalname", item.name)), []).append(item)
     assert EMULATED is not None
-    sampled = (random.Random(0).sample(found, min(len(found), SETS[EMULATED])) for found in of_test.values())
-    kept = {*own, *(item for found in sampled for item in found)}
+    kept = set()
+    for found in of_test.values():
+        sampled = random.Random(0).sample(found, len(found) if _own(found[0]) else min(len(found), SETS[EMULATED]))
+        for item in sampled[FEW[EMULATED] :]:
+            item.add_marker(pytest.mark.slow("a further case of emulated kernels"))
+        kept.update(sampled)
     return [item for item in items if item in kept]
+
+
+def _own(item: pytest.Item) -> bool:
+    return item.path.name.startswith("emulated_")
 
 
 def _of_kernels(item: pytest.Item) -> bool:

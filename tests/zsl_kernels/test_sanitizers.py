@@ -27,7 +27,10 @@ SANITIZERS = {
     "no": ["-O3", "-DZSL_TRAP_AMX"],
 }
 
-pytestmark = pytest.mark.skipif(COMPILER is None or sys.platform != "linux", reason="needs a C++ compiler on Linux")
+pytestmark = [
+    pytest.mark.skipif(COMPILER is None or sys.platform != "linux", reason="needs a C++ compiler on Linux"),
+    pytest.mark.slow("builds of all CPU kernels with sanitizers"),
+]
 
 
 def run(command, **options):

@@ -120,14 +120,25 @@ def emulated(built):
     module.emulate(None)
 
 
-@pytest.mark.parametrize(("kernels", "least"), [("cuda", 480), ("hopper", 200)])
-def test_the_parity_suites_pass(kernels, least, built, project_environment):
+OTHER_CASES = pytest.mark.slow("the further cases of emulated kernels")
+
+
+@pytest.mark.parametrize(
+    ("kernels", "tier", "least"),
+    [
+        ("cuda", "not slow", 300),
+        ("hopper", "not slow", 150),
+        pytest.param("cuda", "slow", 900, marks=OTHER_CASES),
+        pytest.param("hopper", "slow", 200, marks=OTHER_CASES),
+    ],
+)
+def test_the_parity_suites_pass(kernels, tier, least, built, project_environment):
     files = [
         str(simt.ROOT / "tests" / "zsl_kernels" / f"test_{name}.py")
         for name in (*SUITES, *(ROW_SUITES if kernels == "cuda" else ()))
     ]
     environment = {**project_environment, "ZSL_TEST_EMULATED": kernels, "ZSL_SIMT": str(built())}
-    command = [sys.executable, "-m", "pytest", "-x", "-p", "tests.simt", "-p", "no:cacheprovider", *files]
+    command = [sys.executable, "-m", "pytest", "-x", "-p", "tests.simt", "-p", "no:cacheprovider", "-m", tier, *files]
     done = subprocess.run(command, cwd=simt.ROOT, env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-2000:]
     # So many that it is not the filter that passes.
@@ -138,6 +149,7 @@ def test_the_module_alone_is_right_on_numpy_arrays(built):
     assert_ok(run_checks(built()))
 
 
+@pytest.mark.slow("another build of the kernels")
 def test_boxes_that_are_copied_at_once_make_no_difference(built):
     assert_ok(run_checks(built("early"), "hopper"))
 
@@ -146,10 +158,12 @@ def test_offsets_past_31_bits(built):
     assert_ok(run_checks(built(), "far", "short"))
 
 
+@pytest.mark.slow("sanitizers")
 def test_under_the_address_sanitizer(built):
     assert_ok(run_checks(built("address"), sanitizer="address"))
 
 
+@pytest.mark.slow("sanitizers")
 def test_under_the_thread_sanitizer(built):
     assert_ok(run_checks(built("thread"), "short", sanitizer="thread"))
 
@@ -328,7 +342,17 @@ PLANTED = {
 }
 
 
-@pytest.mark.parametrize("name", PLANTED)
+# The mistakes that `make test` plants, one for each of the checks' families: each takes a build of its own.
+ALWAYS_PLANTED = ("a wrong tile edge", "a slab that is not cleared", "a box read from another row", "a Gram that is not mirrored")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        name if name in ALWAYS_PLANTED else pytest.param(name, marks=pytest.mark.slow("a build for each mistake"))
+        for name in PLANTED
+    ],
+)
 def test_a_planted_mistake_is_caught(name, built):
     plant, variant, (case, words) = PLANTED[name]
     sanitizer = variant if variant in ("address", "thread") else None

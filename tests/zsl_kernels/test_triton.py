@@ -15,7 +15,8 @@ pytest.importorskip("triton")
 from tests.inputs import EMULATED
 
 HERE = Path(__file__).parent
-# Each in a process of its own. In some of these files no test is of such small operands that the interpreter takes it.
+# Of `make test-slow`, each in a process of its own. In some of these files no test is of such small operands that the interpreter
+# takes it.
 GROUPS = (
     ("emulated_triton_tiles",),
     ("emulated_triton_others",),
@@ -27,10 +28,17 @@ GROUPS = (
 
 
 @pytest.mark.skipif(EMULATED is not None, reason="this is such a process")
-@pytest.mark.parametrize("names", GROUPS, ids=lambda names: names[0])
-def test_the_suites_pass_under_the_interpreter(names, project_environment):
+@pytest.mark.parametrize(
+    ("tier", "names"),
+    [
+        *(("not slow", tuple(name for group in groups for name in group)) for groups in (GROUPS[:2], GROUPS[2:])),
+        *(pytest.param("slow", names, marks=pytest.mark.slow("the further cases of emulated kernels")) for names in GROUPS),
+    ],
+    ids=lambda x: x if isinstance(x, str) else x[0],
+)
+def test_the_suites_pass_under_the_interpreter(tier, names, project_environment):
     files = [str(HERE / f"{name}.py") for name in names]
-    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-W", "ignore::RuntimeWarning", *files]
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-W", "ignore::RuntimeWarning", "-m", tier, *files]
     environment = {**project_environment, "TRITON_INTERPRET": "1", "ZSL_TEST_EMULATED": "triton"}
     done = subprocess.run(command, env=environment, cwd=HERE.parent.parent, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]
