@@ -23,6 +23,7 @@ from zerosum.training.model import GPT, GPTConfig
 
 VOCAB, N, T = 29, 2, 48
 DRAWS, REPEATS = 128, 120
+REPEATED = pytest.mark.slow("120 sampled reports")
 SQUARES = ("example_norm", "noise_trace", "grad_norm_sq", "noise_scale", "mean_dot_ratio")  # of what is drawn, Σ ‖g_i‖² alone
 ESTIMATED = ("D_grad", "C_g", "C_ug", "example_l1", *SQUARES)
 
@@ -159,6 +160,7 @@ def test_where_nothing_but_the_tail_or_an_embedding_is_trained(trained: Trained,
 # What is estimated.
 
 
+@REPEATED
 def test_estimates_are_right_in_the_mean(trained: Trained, repeats: list[dict[str, Metric]]) -> None:
     """To 4 standard errors of the mean; D_grad, C_g and the like are ratios, of which a small bias is left, a tenth of one draw's
     error at most."""
@@ -169,6 +171,7 @@ def test_estimates_are_right_in_the_mean(trained: Trained, repeats: list[dict[st
         assert statistics.mean(values) == pytest.approx(exact, abs=spread * (0.1 + 4 / math.sqrt(REPEATS))), name
 
 
+@REPEATED
 def test_intervals_cover_the_exact_value(trained: Trained, repeats: list[dict[str, Metric]]) -> None:
     """Of 120 intervals of ±1.96 errors, 114 ± 2.4 should.
 
@@ -182,6 +185,7 @@ def test_intervals_cover_the_exact_value(trained: Trained, repeats: list[dict[st
         assert 105 <= covered < REPEATS, f"{name}: {covered} of {REPEATS}"
 
 
+@REPEATED
 def test_errors_are_the_spread_of_the_estimates(repeats: list[dict[str, Metric]]) -> None:
     """The spread of 120 normal numbers is known to 6.5 %, and errors themselves scatter: within a factor of 1.3, which errors that
     are 1.5 times too small or twice too large miss by more than two standard deviations."""
@@ -191,6 +195,7 @@ def test_errors_are_the_spread_of_the_estimates(repeats: list[dict[str, Metric]]
         assert 1 / 1.3 < said / spread < 1.3, f"{name}: {said / spread:.2f}"
 
 
+@REPEATED
 def test_nulls_are_near_those_of_all_tokens(trained: Trained, repeats: list[dict[str, Metric]]) -> None:
     for name in ("C_g", "C_uG", "D_grad", "D_grad_all", "C", "D"):
         exact = trained.exact.metrics[name].null
