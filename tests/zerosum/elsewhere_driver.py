@@ -1,4 +1,5 @@
-"""Runs the probe on some of the zoo on a device that is not there (tests/elsewhere.py), and prints a line of JSON for each model.
+"""Runs the probe on models on a device that is not there (tests/elsewhere.py), and prints a line of JSON for each. Arguments: their
+names, of the zoo's classes or Late.
 
 A process of its own: torch then knows another kind of device, and the autograd engine's thread for it does not end with the
 interpreter.
@@ -96,12 +97,14 @@ def run_late() -> dict[str, object]:
 
 if __name__ == "__main__":
     warnings.simplefilter("ignore")
-    for kind in DEVICE_KINDS:
+    names = sys.argv[1:]
+    for kind in (kind for kind in DEVICE_KINDS if kind.__name__ in names):
         try:
             line = run(kind)
         except Exception as error:
             line = {"error": f"{type(error).__name__}: {error}"}
         print(json.dumps({"model": kind.__name__, **line}), flush=True)
-    print(json.dumps({"model": "Late", **run_late()}), flush=True)
+    if "Late" in names:
+        print(json.dumps({"model": "Late", **run_late()}), flush=True)
     sys.stdout.flush()
     os._exit(0)

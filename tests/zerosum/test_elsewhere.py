@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from functools import cache
 
 import pytest
 
@@ -24,26 +25,43 @@ WAITING = {
 }
 
 
+NAMES = [kind.__name__ for kind in DEVICE_KINDS]
+ALWAYS = NAMES[::3]  # the models of `make test`
+OTHERS = pytest.mark.slow("further models")
+
+
+def models(names):
+    return [name if name in ALWAYS else pytest.param(name, marks=OTHERS) for name in names]
+
+
 @pytest.fixture(scope="module")
-def lines(project_environment):
-    command = [sys.executable, "-m", "tests.zerosum.elsewhere_driver"]
-    done = subprocess.run(command, env=project_environment, capture_output=True, text=True, timeout=900)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return {line["model"]: line for line in map(json.loads, done.stdout.splitlines())}
+def line_of(project_environment):
+    """What the driver says of a model, by its name. It runs once for the models of a tier."""
+
+    @cache
+    def lines(always):
+        names = [name for name in NAMES if (name in ALWAYS) == always]
+        command = [sys.executable, "-m", "tests.zerosum.elsewhere_driver", *names, *(["Late"] if always else [])]
+        done = subprocess.run(command, env=project_environment, capture_output=True, text=True, timeout=900)
+        assert done.returncode == 0, done.stderr[-3000:]
+        return {line["model"]: line for line in map(json.loads, done.stdout.splitlines())}
+
+    return lambda name: lines(name in (*ALWAYS, "Late"))[name]
 
 
-@pytest.mark.parametrize("name", [kind.__name__ for kind in DEVICE_KINDS])
-def test_says_what_it_says_on_the_cpu(name, lines):
-    assert "error" not in lines[name], lines[name]["error"]
+@pytest.mark.parametrize("name", models(NAMES))
+def test_says_what_it_says_on_the_cpu(name, line_of):
+    line = line_of(name)
+    assert "error" not in line, line["error"]
 
 
-@pytest.mark.parametrize("name", [kind.__name__ for kind in DEVICE_KINDS if kind.__name__ not in WAITING])
-def test_does_not_wait_for_the_device(name, lines):
-    assert lines[name]["reads"] == 0
+@pytest.mark.parametrize("name", models(name for name in NAMES if name not in WAITING))
+def test_does_not_wait_for_the_device(name, line_of):
+    assert line_of(name)["reads"] == 0
 
 
-def test_a_gradient_that_was_not_all_seen_is_told_by_the_report(lines):
-    assert lines["Late"] == {
+def test_a_gradient_that_was_not_all_seen_is_told_by_the_report(line_of):
+    assert line_of("Late") == {
         "model": "Late",
         "reads": 0,
         "not_covered": {"weight": "part of its gradient came through an operation that the probe cannot see"},
