@@ -1,20 +1,33 @@
 """Per-example gradient inner products and destructive-interference sums, without materializing every per-example gradient.
 
-Letters, the same everywhere: N examples, T positions, K input features, O output features; ``a`` (N, T, K) are a layer's inputs,
-``b`` (N, T, O) the gradients of Σ_i ℓ_i with respect to its outputs, and g_i = b_iᵀ a_i (O, K) is the gradient of example i.
+Notation, used throughout the library:
 
-All functions take float32, bfloat16, float16 or float64 inputs of any strides (an ``a`` expanded over the examples is read once),
-accumulate in float32 or better, and return float32 (float64 for float64 inputs). They are differentiable once in every tensor
-argument, and trace under ``torch.compile(fullgraph=True)``, but for :func:`linear_cross_entropy`. ``impl`` names an implementation
-("reference", "chunked", "cpu", "triton", "cuda"); "auto" follows :func:`plan`. A named one never falls back.
+- N examples, T positions, K input features, O output features;
+- ``a`` (N, T, K): a layer's inputs;
+- ``b`` (N, T, O): the gradients of Σ_i ℓ_i with respect to the layer's outputs;
+- g_i = b_iᵀ a_i (O, K): the gradient of example i.
 
-Where the rows of a batch are not (N, T, ·), like those that reach one expert of a mixture, each names its example: with
-``example_ids`` (R,), integers in any order, and ``num_examples`` N, ``a`` is (R, K), ``b`` (R, O) and
-g_i = Σ_{r: example_ids[r] = i} b_r a_rᵀ, zero for an example without rows.
+All functions share these properties:
 
-Public too, for what embeds more than the functions: ``streamed_head`` (a classification head in pieces), ``weight_uses`` (what
-takes the place of a weight's uses under a probe) and ``planning`` (the cost model). ``ops`` and ``backends`` have the
-implementation. Each starts with a list of its modules.
+- **Inputs** are float32, bfloat16, float16 or float64 and may have any strides. An ``a`` that is expanded over the examples is
+  read only once.
+- **Results** are accumulated in float32 or better and returned in float32 (float64 for float64 inputs).
+- **Derivatives** exist once, in every floating-point tensor argument, unless a function's documentation says otherwise.
+- **Compilation** with ``torch.compile(fullgraph=True)`` works for every function except :func:`linear_cross_entropy`.
+- **Implementation**: ``impl`` is "auto", which follows :func:`plan`, or the name of an implementation: "reference", "chunked",
+  "cpu", "triton" or "cuda". A named implementation never falls back to another one.
+
+Ragged rows: if the rows of a batch do not form an (N, T, ·) tensor, such as the tokens routed to one expert of a mixture, pass
+``example_ids`` (R,), integers in any order, and ``num_examples`` N. Then ``a`` is (R, K), ``b`` is (R, O), and
+g_i = Σ_{r: example_ids[r] = i} b_r a_rᵀ. The gradient of an example without rows is zero.
+
+Three modules are public for code that builds on the library:
+
+- ``streamed_head``: the pieces of a classification head that never materializes its logits;
+- ``weight_uses``: replacements for the operations that use a weight, which a probe installs;
+- ``planning``: the cost model.
+
+``ops`` and ``backends`` contain the implementation. Each package starts with a list of its modules.
 """
 
 from zsl_kernels.backends.dispatch import build_info, plan

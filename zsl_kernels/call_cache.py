@@ -1,9 +1,9 @@
-"""The functions that repeated calls go to.
+"""A cache of the functions that repeated calls of the ops run.
 
-A probe calls the same op once for every weight of a model. Most weights are small, and a call's time is then Python's: the checks,
-the plan, and a registered op, whose dispatch serves autograd, traces, transforms and modes. The first call of a kind takes all of
-these and stores the function that calls its kernel. Later calls of the kind look that function up, where no one observes which ops
-run. The kernel is the same, and so are the bits of its results.
+A probe calls the same op once for every weight of a model. Most weights are small, so Python overhead dominates a call: the checks,
+the plan, and the dispatch of a registered op, which serves autograd, tracing, transforms and modes. The first call of a kind goes
+through all of these and stores the function that calls its kernel. Later calls of that kind use the stored function, unless
+something observes which ops run. They run the same kernel, so their results are bitwise identical.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ Kind = tuple[object, ...]
 
 _PLAIN = (Tensor, torch.nn.Parameter)
 _PLAIN_OR_NONE = {*_PLAIN, type(None)}
-# Kernels that are emulated on tensors of the CPU come and go.
+# Emulated kernels are not in this list: tests switch them on and off.
 _ON_CPU = ("auto", "cpu", "chunked")
 _ON_CUDA = ("auto", "chunked", "triton", "cuda")
-_MOST = 4096  # kinds: shapes that change with each batch must not add up
+_MOST = 4096  # cached kinds: shapes that change with every batch must not accumulate
 
 _known: dict[Kind, Callable[..., Any]] = {}
 find = _known.get
@@ -37,22 +37,27 @@ _trace = torch._C._get_tracing_state
 
 
 def _unseen() -> bool:
-    """Whether no trace, transform or mode sees which ops run."""
+    """Return whether no trace, transform or mode observes which ops run."""
     return not (
         torch.compiler.is_compiling() or _dispatch_modes() or _function_modes() or _transforms() is not None or _trace() is not None
     )
 
 
 def plain(*lists: Sequence[object]) -> bool:
-    """Whether ops on these tensors, and Nones, may go the short way where nothing is differentiated."""
+    """Return whether ops on these tensors (or None) may skip dispatch when no derivative is needed."""
     return _unseen() and {type(x) for each in lists for x in each} <= _PLAIN_OR_NONE
 
 
 def kind_of(op: str, impl: str, options: object, *tensors: Tensor | None) -> Kind | None:
-    """All that the checks and the choice of a kernel depend on, or None where the call must go the long way.
+    """Return a key of everything that the checks and the choice of a kernel depend on, or None if the call cannot be cached.
 
-    It must where a derivative, a trace or a transform is wanted, where a mode or a tensor's class sees which ops run, and on
-    devices without kernels. The CPU's kernels follow ``use_isa`` by themselves. The first of ``tensors`` says the device.
+    A call cannot be cached if
+
+    - a derivative, a trace or a transform is active;
+    - a mode or a tensor subclass observes which ops run;
+    - the device has no kernels.
+
+    The first of ``tensors`` determines the device. The key omits the CPU's instruction set: the kernels select it themselves.
     """
     if not _unseen():
         return None
@@ -60,7 +65,7 @@ def kind_of(op: str, impl: str, options: object, *tensors: Tensor | None) -> Kin
     for x in tensors:
         if x is None:
             parts.append(None)
-        elif type(x) in _PLAIN and not x.is_neg():  # kernels read memory as it is
+        elif type(x) in _PLAIN and not x.is_neg():  # kernels read memory directly and would miss a pending negation
             parts += (x.shape, x.dtype, x.device)
         else:
             return None
@@ -77,7 +82,7 @@ def kind_of(op: str, impl: str, options: object, *tensors: Tensor | None) -> Kin
 
 
 def keep(kind: Kind, call: Callable[..., Any]) -> Callable[..., Any]:
-    """From now on calls of this kind, whose checks have passed, are ``call`` of their tensors."""
+    """Store ``call`` for later calls of this kind, whose checks have passed, and return it."""
     if len(_known) >= _MOST:
         _known.clear()
     _known[kind] = call
@@ -85,12 +90,12 @@ def keep(kind: Kind, call: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def forget() -> None:
-    """Of all kinds: the choice of a kernel depends on something else from now on."""
+    """Clear the cache, because something else that the choice of a kernel depends on has changed."""
     _known.clear()
 
 
 def below_autograd(function: Callable[..., Any]) -> Callable[..., Any]:
-    """A registered op's implementation as the op runs it when nothing is differentiated."""
+    """Wrap an op's implementation to run below autograd, as the dispatcher does when no derivative is needed."""
 
     def run(*arguments: Any) -> Any:
         with torch._C._AutoDispatchBelowAutograd():

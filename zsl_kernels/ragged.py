@@ -1,7 +1,7 @@
-"""Ragged rows: those that name their example by an id instead of their place.
+"""Ragged rows: sort rows by their example ids, and undo the sorting.
 
-``a`` (R, K) and ``b`` (R, O) with ``example_ids`` (R,) stand for g_i = Σ_{r: example_ids[r] = i} b_r a_rᵀ. Backends want an
-example's rows side by side.
+``a`` (R, K) and ``b`` (R, O) with ``example_ids`` (R,) define g_i = Σ_{r: example_ids[r] = i} b_r a_rᵀ. Backends need an example's
+rows to be adjacent.
 """
 
 from __future__ import annotations
@@ -15,22 +15,22 @@ from zsl_kernels.validation import check_range
 
 
 class Groups(NamedTuple):
-    """Where each example's rows are."""
+    """The rows of each example, in sorted order."""
 
-    begin: Tensor  # (N + 1,) int64: example i has rows [begin[i], begin[i + 1]) in this order of rows
-    order: Tensor | None  # (R,) the caller's row of each, None if the caller has them in this order
+    begin: Tensor  # (N + 1,) int64: example i has the sorted rows [begin[i], begin[i + 1])
+    order: Tensor | None  # (R,) the original index of each sorted row; None if the rows already were sorted
 
     def gather(self, x: Tensor) -> Tensor:
-        """The caller's rows, example by example."""
+        """Sort the rows of ``x`` by example."""
         return x if self.order is None else x.index_select(0, self.order)
 
     def scatter(self, x: Tensor) -> Tensor:
-        """Rows example by example, in the caller's order."""
+        """Return sorted rows to their original order."""
         return x if self.order is None else torch.empty_like(x).index_copy_(0, self.order, x)
 
 
 def group(example_ids: Tensor, num_examples: int) -> Groups:
-    """Groups rows by example; an example's rows keep their order."""
+    """Group rows by example. The rows of an example keep their order."""
     check_range("example_ids", example_ids, num_examples)
     ids, order = example_ids.long().contiguous(), None
     if ids.device.type != "cpu" or bool((ids[1:] < ids[:-1]).any()):

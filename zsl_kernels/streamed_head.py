@@ -1,12 +1,14 @@
-"""The pieces of a classification head that never holds its logits: what :func:`zsl_kernels.linear_cross_entropy` is made of.
+"""The pieces of a classification head that never materializes its logits. :func:`zsl_kernels.linear_cross_entropy` uses them.
 
-Letters as everywhere, with V for the vocabulary, which is O of :func:`zsl_kernels.interference`: h (N, T, K) is a head's input,
-weight (V, K) its weight, and a chunk is some columns [lo, hi) of the logits h @ weight.T. What a chunk needs is one buffer of
-(N·T, hi − lo), which holds its logits, then their softmax, then the gradient b_c of the losses with respect to them, and then
-those of the next chunk. The logits are thus computed twice, once on the way forward for their logsumexp and once on the way back.
+Notation: h (N, T, K) is the head's input and weight (V, K) its weight, where V, the vocabulary size, is the O of
+:func:`zsl_kernels.interference`. A chunk is a range [lo, hi) of columns of the logits h @ weight.T.
 
-A trainer with a loss of its own calls :func:`check_operands` and :func:`forward`, then :func:`output_gradients` and
-:func:`backward`. These check nothing, and know nothing of autograd.
+A chunk needs one buffer of (N·T, hi − lo). The buffer contains the chunk's logits, then their softmax, then the gradient b of the
+losses with respect to them. The next chunk overwrites it. The logits are therefore computed twice: in the forward pass for their
+logsumexp, and again in the backward pass.
+
+To use them with a loss of your own, call :func:`check_operands` and :func:`forward`, then :func:`output_gradients` and
+:func:`backward`. The last three do not check their arguments and do not interact with autograd.
 """
 
 from __future__ import annotations
@@ -26,12 +28,12 @@ from zsl_kernels.tied import Embedding
 from zsl_kernels.types import InterferenceSums, sum_dtype
 from zsl_kernels.validation import check_elements, check_integers, check_tensor
 
-# For the buffers of a chunk, unless so many rows meet that one tile of columns needs more.
+# Limit of a chunk's buffers. A chunk has at least one tile of columns, which exceeds the limit if there are very many rows.
 CHUNK_BYTES = 32 << 20
 
 
 def default_chunk(rows: int, V: int, dtype: torch.dtype) -> int:
-    """Columns of a chunk for N·T rows: as many as fit ``CHUNK_BYTES``, in whole tiles of the kernels and in about equal chunks."""
+    """Return the columns of a chunk for N·T rows: whole tiles of the kernels within ``CHUNK_BYTES``, in chunks of similar size."""
     rounded = 0 if dtype == sum_dtype(dtype) else dtype.itemsize
     tile_bytes = TILE_O * max(rows, 1) * (sum_dtype(dtype).itemsize + rounded)
     limit = TILE_O * max(1, CHUNK_BYTES // tile_bytes)
@@ -40,7 +42,7 @@ def default_chunk(rows: int, V: int, dtype: torch.dtype) -> int:
 
 
 def _backend(h: Tensor, impl: str) -> Backend:
-    """Whose passes over the logits a call takes. ``impl`` is that of the statistics, which need not have any."""
+    """Return the backend that computes the logits. ``impl`` is the statistics' backend, which may lack these kernels."""
     impl = derivative_impl(impl, "linear_cross_entropy", h.device)
     return backend_for("linear_cross_entropy", h.device, impl, h.dtype)
 
@@ -48,13 +50,13 @@ def _backend(h: Tensor, impl: str) -> Backend:
 def forward(h: Tensor, weight: Tensor, targets: Tensor, ignore_index: int, chunk: int, impl: str = "auto") -> tuple[Tensor, Tensor]:
     """``F.cross_entropy(logits.movedim(-1, 1), targets, ignore_index=..., reduction="none")`` and ``logits.logsumexp(-1)``.
 
-    The losses are (N, T) of the sum dtype, the logsumexp is (N, T) float64: its error would be that of every probability. The
-    products are those of ``h``'s dtype, whatever the weight's. Arguments are not checked; call it without grad mode.
+    The losses are (N, T) in the sum dtype. The logsumexp is (N, T) in float64, because its error affects every probability. The
+    weight is cast to the dtype of ``h``. The arguments are not checked. Call it with grad mode disabled.
     """
     target = _columns(targets, ignore_index)
     highest, total, at_target = _backend(h, impl).linear_cross_entropy_forward(h, weight, target, chunk)
     log_total = total.log_()
-    # Not lse − at_target: large logits would cancel.
+    # lse − at_target would cancel for large logits.
     losses = torch.where(target < 0, 0, highest.double() - at_target.double() + log_total).to(highest.dtype)
     return losses.view(targets.shape), (highest.double() + log_total).view(targets.shape)
 
@@ -62,15 +64,16 @@ def forward(h: Tensor, weight: Tensor, targets: Tensor, ignore_index: int, chunk
 def output_gradients(
     h: Tensor, weight: Tensor, targets: Tensor, lse: Tensor, c: Tensor, ignore_index: int, chunk: int, impl: str = "auto"
 ) -> Iterator[tuple[int, int, Tensor]]:
-    """``b = (torch.softmax(logits, -1) - F.one_hot(targets, V)) * c[..., None]``, 0 where ignored, a chunk of columns at a time.
+    """``b = (torch.softmax(logits, -1) - F.one_hot(targets, V)) * c[..., None]``, 0 where ignored, one chunk of columns at a time.
 
-    Yields ``(lo, hi, b[:, :, lo:hi])`` in ``h``'s dtype, contiguous and in one buffer that the next chunk overwrites. ``lse`` is
-    that of :func:`forward`, ``c`` (N, T) of any floating dtype. Arguments are not checked; iterate without grad mode.
+    Yields ``(lo, hi, b[:, :, lo:hi])`` in the dtype of ``h``, contiguous, in a buffer that the next chunk overwrites. ``lse`` is a
+    result of :func:`forward`, and ``c`` is (N, T) of any floating dtype. The arguments are not checked. Iterate with grad mode
+    disabled.
     """
     dtype = sum_dtype(h.dtype)
     target = _columns(targets, ignore_index)
     c = c.reshape(target.shape).double().masked_fill(target < 0, 0)
-    # exp(x − lse) = exp(x − shift) · exp(shift − lse): the second factor costs no pass of its own.
+    # exp(x − lse) = exp(x − shift) · exp(shift − lse): the second factor needs no extra pass over the logits.
     shift = lse.reshape(target.shape).to(dtype)
     scale = (c * (shift.double() - lse.reshape(target.shape)).exp_()).to(dtype)
     backend = _backend(h, impl)
@@ -79,8 +82,8 @@ def output_gradients(
 
 
 def _columns(targets: Tensor, ignore_index: int) -> Tensor:
-    """The targets as (N·T, 1), −1 where ignored."""
-    targets = targets.long()  # first: narrower ones would be compared with a narrowed ignore_index
+    """Return the targets as (N·T, 1), with −1 where ignored."""
+    targets = targets.long()  # first, because a narrower dtype would also narrow ignore_index in the comparison
     return targets.masked_fill(targets == ignore_index, -1).reshape(-1, 1)
 
 
@@ -94,7 +97,7 @@ def backward(
 ) -> tuple[Tensor | None, Tensor | None]:
     """``b @ weight`` and ``b.T @ h`` in the dtypes of ``h`` and ``weight``, from the chunks of :func:`output_gradients`.
 
-    Where ``sums`` gather the statistics, the weight's gradient is among them and not computed here.
+    With ``sums``, the weight's gradient is one of the statistics and is not computed here.
     """
     rows, dtype = h.flatten(0, 1), sum_dtype(h.dtype)
     grad_h = h.new_zeros(rows.shape, dtype=dtype) if wants_h else None
@@ -113,7 +116,7 @@ def backward(
 
 
 class HeadSums:
-    """The statistics, a chunk of the weight's rows at a time."""
+    """Accumulates the statistics of the head's weight, one chunk of its rows at a time."""
 
     def __init__(self, h: Tensor, V: int, direction: Tensor | None, gram: bool, impl: str = "auto") -> None:
         self._h, self._direction, self._gram, self._impl = h, direction, gram, impl
@@ -123,7 +126,7 @@ class HeadSums:
         self._scalars = [h.new_zeros(shape, dtype=torch.float64) for shape in shapes]
 
     def add(self, lo: int, hi: int, b: Tensor, embedding: Embedding | None = None) -> None:
-        """Adds rows [lo, hi), with the lookups of a tied embedding that fall into them."""
+        """Add the weight's rows [lo, hi), including the lookups of a tied embedding in this range."""
         u = None if self._direction is None else self._direction[lo:hi]
         if embedding is not None:
             inside = (embedding.ids >= lo) & (embedding.ids < hi)
@@ -141,7 +144,7 @@ class HeadSums:
 
 
 def _add_product(x: Tensor, y: Tensor, total: Tensor) -> None:
-    """``total += x @ y``, accumulated in the dtype of ``total``."""
+    """Compute ``total += x @ y``, accumulated in the dtype of ``total``."""
     if x.dtype == total.dtype:
         total.addmm_(x, y)
     else:
@@ -153,7 +156,7 @@ def autocasts(device: torch.device) -> bool:
 
 
 def product_dtype(x: Tensor) -> torch.dtype:
-    """As autocast has it, which leaves float64 alone."""
+    """Return the dtype in which ``x`` is multiplied: autocast's, if it is enabled, except for float64."""
     if x.dtype == torch.float64 or not autocasts(x.device):
         return x.dtype
     return torch.get_autocast_dtype(x.device.type)
@@ -166,24 +169,24 @@ def check_operands(h: Tensor, weight: Tensor, targets: Tensor, ignore_index: int
             raise ValueError(f"{name}: expected a {ndim}-D tensor ({letters}), got shape {tuple(x.shape)}")
         check_elements(name, *x.shape)
     if product_dtype(weight) != product_dtype(h):
-        raise TypeError(f"weight: expected {h.dtype} as h, got {weight.dtype}")
+        raise TypeError(f"weight: expected {h.dtype}, the dtype of h, got {weight.dtype}")
     if weight.shape[1] != h.shape[2]:
-        raise ValueError(f"weight: expected shape (V, {h.shape[2]}) to go with h, got {tuple(weight.shape)}")
+        raise ValueError(f"weight: expected shape (V, {h.shape[2]}) to match h, got {tuple(weight.shape)}")
     check_integers("targets", targets)
     if targets.shape != h.shape[:2]:
-        raise ValueError(f"targets: expected shape {tuple(h.shape[:2])} to go with h, got {tuple(targets.shape)}")
+        raise ValueError(f"targets: expected shape {tuple(h.shape[:2])} to match h, got {tuple(targets.shape)}")
     for name, x in (("weight", weight), ("targets", targets)):
         if x.device != h.device:
-            raise ValueError(f"{name}: expected a tensor on {h.device} as h, got one on {x.device}")
+            raise ValueError(f"{name}: expected a tensor on {h.device}, the device of h, got one on {x.device}")
     if not isinstance(ignore_index, int):
         raise TypeError(f"ignore_index: expected an integer, got {type(ignore_index).__name__}")
     if not -(1 << 63) <= ignore_index < 1 << 63:
-        raise ValueError(f"ignore_index: expected an integer of 64 bits, got {ignore_index}")
+        raise ValueError(f"ignore_index: expected an integer that fits in 64 bits, got {ignore_index}")
     if h.device.type == "meta":
         return
     wide = targets.long()
     ignored = wide == ignore_index
-    if targets.dtype == torch.uint64:  # past what int64 holds they are negative
+    if targets.dtype == torch.uint64:  # values beyond the range of int64 have become negative
         ignored &= wide >= 0
     wrong = ((wide < 0) | (wide >= weight.shape[0])) & ~ignored
     if wrong.any():

@@ -1,6 +1,7 @@
-"""The embedding's part of the gradients of a tied weight: rows (Q, K), each of one row of the weight and one example.
+"""Tied weights: the part of the per-example gradients that comes from an embedding with the same weight.
 
-Backends want one row for each example and row of the weight.
+It is a list of Q lookups. Each belongs to one example and one row of the weight and has a gradient of K entries. Backends need the
+lookups to be summed, so that each pair of an example and a row occurs once.
 """
 
 from __future__ import annotations
@@ -17,45 +18,47 @@ from zsl_kernels.validation import check_range
 
 
 class AddedRows(NamedTuple):
-    """Rows added to the gradients, at most one for each example and row of the weight: the sums of an embedding's.
+    """Rows to add to the gradients: the sums of an embedding's lookups, at most one for each pair of an example and a weight row.
 
-    There is room for one for each row of the embedding. What is behind ``begin[N]`` is of no example and no row, and any value.
+    The tensors have room for one row per lookup. Entries from ``begin[N]`` on are unused and have arbitrary values.
     """
 
-    begin: Tensor  # (N + 1,) int64: example i has [begin[i], begin[i + 1])
-    feature: Tensor  # (Q,) int64: the weight's row of each, ascending for each example; the number of rows behind the last
+    begin: Tensor  # (N + 1,) int64: example i has the rows [begin[i], begin[i + 1])
+    feature: Tensor  # (Q,) int64: the weight row of each, ascending within an example; unused entries are num_rows
     values: Tensor  # (Q, K)
-    member: Tensor  # (Q,) int64: which of them each row of the embedding is part of, Q if it is skipped
+    member: Tensor  # (Q,) int64: the index of the sum that each lookup belongs to, or Q if the lookup is skipped
 
     def keys(self, num_rows: int) -> Tensor:
-        """(Q,) ascending: example · num_rows + row of each."""
+        """Return example · num_rows + row for each, (Q,), ascending."""
         places = torch.arange(self.feature.shape[0], device=self.feature.device)
         return (torch.searchsorted(self.begin, places, right=True) - 1) * num_rows + self.feature
 
     def each_row(self, x: Tensor) -> Tensor:
-        """For each row of the embedding that of its sum, zero where it is skipped: the derivative of the sums."""
+        """Return for each lookup the row of ``x`` (Q, K) of its sum, or zero if it is skipped: the derivative of the sum."""
         return F.pad(x, (0, 0, 0, 1))[self.member]
 
     def inside(self, slab: slice) -> tuple[Tensor, Tensor]:
-        """Which of them lie in a slab of the weight's rows, (Q, 1), and their places in gradients (N · rows, K) of it; the first
-        place for those that do not. Nothing waits for a device."""
+        """Return which rows lie in a slab of the weight, (Q, 1), and their indices in the slab's gradients (N · rows, K).
+
+        The index is 0 for rows outside of the slab. The method does not synchronize with the device.
+        """
         numbers = torch.arange(self.feature.shape[0], device=self.feature.device)
         inside = (numbers < self.begin[-1]) & (self.feature >= slab.start) & (self.feature < slab.stop)
         examples = torch.searchsorted(self.begin, numbers, right=True) - 1
         return inside[:, None], torch.where(inside, examples * (slab.stop - slab.start) + self.feature - slab.start, 0)
 
     def add_to(self, g: Tensor, slab: slice) -> None:
-        """To gradients (N, rows, K) of a slab of the weight's rows."""
+        """Add the rows to the gradients (N, rows, K) of a slab of the weight."""
         inside, places = self.inside(slab)
-        # Each place but the first comes once, and zeros that are added there change no sum.
+        # Every index except 0 occurs at most once, and index 0 otherwise receives zeros, so the order of additions does not matter.
         if g.shape[0]:
             g.flatten(0, 1).index_add_(0, places, torch.where(inside, self.values, 0))
 
 
 class Embedding(NamedTuple):
-    """An embedding's part of a tied weight's gradients, as the ops take it; negative ids are skipped."""
+    """The lookups of an embedding with a tied weight, flattened as the ops take them. Negative ids are skipped."""
 
-    ids: Tensor  # (Q,) the weight's row
+    ids: Tensor  # (Q,) the weight row of each lookup
     grads: Tensor  # (Q, K)
     example_ids: Tensor  # (Q,)
 
@@ -64,7 +67,7 @@ class Embedding(NamedTuple):
         check_range("embedding: example ids", self.example_ids, num_examples)
 
     def added(self, num_examples: int, num_rows: int, dtype: torch.dtype) -> AddedRows:
-        """Summed in the sum dtype of ``dtype``. Sizes follow from shapes: nothing waits for a device."""
+        """Sum the lookups in the sum dtype of ``dtype``. All sizes follow from shapes, so this does not synchronize."""
         self.check(num_examples, num_rows)
         Q, none = self.ids.shape[0], num_examples * num_rows
         ids = self.ids.long()

@@ -1,4 +1,4 @@
-"""The result type and the dtype rule that every layer of the library shares."""
+"""The result types and the dtype rule shared by every layer of the library."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ INPUT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def sum_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype that results have: float64 for float64 inputs, else float32."""
+    """Return the dtype of results: float64 for float64 inputs, otherwise float32."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 class InterferenceSums(NamedTuple):
-    """Sums over examples and per-example scalars of the gradients g_i = b_iᵀ a_i. A field that was not asked for is None."""
+    """Sums over examples, and per-example scalars, of the gradients g_i = b_iᵀ a_i. A field that was not requested is None."""
 
     grad_sum: Tensor  # (O, K)  Σ_i g_i, the weight gradient
     abs_sum: Tensor  # (O, K)  Σ_i |g_i|
@@ -29,19 +29,20 @@ class InterferenceSums(NamedTuple):
     gram: Tensor | None  # (N, N)  ⟨g_i, g_k⟩
 
     def asked_for(self, direction: Tensor | None, gram: bool) -> InterferenceSums:
-        """None for what was not asked for: an op's schema has no optional results, and returns empty tensors there."""
+        """Replace fields that were not requested by None. Ops return empty tensors there: schemas have no optional results."""
         if direction is None:
             self = self._replace(dot=None, abs_dot=None)
         return self if gram else self._replace(gram=None)
 
 
 class EmbeddingSums(NamedTuple):
-    """The same of an embedding's gradients, of which all rows but ``rows`` are zero for every example.
+    """The fields of :class:`InterferenceSums` for an embedding, whose gradients are zero outside of the touched rows.
 
-    ``grad_sum`` and its kin hold the touched rows alone: ``weight.new_zeros(V, K).index_copy(0, rows, grad_sum)`` is dense.
+    ``rows`` lists the touched rows. ``grad_sum``, ``abs_sum`` and ``sq_sum`` contain only these rows. The dense equivalent is
+    ``weight.new_zeros(V, K).index_copy(0, rows, grad_sum)``; remove the padding of ``max_rows`` (entries of -1) first.
     """
 
-    rows: Tensor  # (U,) int64, ascending: the rows that some example touches; with max_rows (max_rows,), -1 behind them
+    rows: Tensor  # (U,) int64, ascending: the touched rows; with max_rows (max_rows,), padded with -1
     grad_sum: Tensor  # (U, K)  Σ_i g_i
     abs_sum: Tensor  # (U, K)  Σ_i |g_i|
     sq_sum: Tensor  # (U, K)  Σ_i g_i²
@@ -52,12 +53,12 @@ class EmbeddingSums(NamedTuple):
     gram: Tensor | None  # (N, N)  ⟨g_i, g_k⟩
 
     def with_rows(self, max_rows: int | None) -> EmbeddingSums:
-        """With as many rows, if they are given: those behind the touched ones are -1, and their sums zero."""
+        """Pad to ``max_rows`` rows, if it is given: the padding of ``rows`` is -1, and the padding of the sums is zero."""
         if max_rows is None:
             return self
         U = self.rows.shape[0]
         if max_rows < U:
-            raise ValueError(f"max_rows: expected at least {U}, the number of rows that are touched, got {max_rows}")
+            raise ValueError(f"max_rows: expected at least {U}, the number of touched rows, got {max_rows}")
         more = max_rows - U
         if not more:
             return self
@@ -67,7 +68,7 @@ class EmbeddingSums(NamedTuple):
 
 
 class Cotangents(NamedTuple):
-    """Derivatives of a loss with respect to the fields of :class:`InterferenceSums`, but for the Gram; None where it has none."""
+    """Derivatives of a loss with respect to the fields of :class:`InterferenceSums` except ``gram``; None means zero."""
 
     grad_sum: Tensor | None = None
     abs_sum: Tensor | None = None
@@ -78,14 +79,16 @@ class Cotangents(NamedTuple):
     abs_dot: Tensor | None = None
 
     def at(self, select: Callable[[Tensor], Tensor]) -> Cotangents:
-        """With those of the weight-shaped sums for some coordinates alone."""
+        """Apply ``select`` to the derivatives of the weight-shaped sums, for example to slice them."""
         grad_sum, abs_sum, sq_sum = (None if x is None else select(x) for x in self[:3])
         return self._replace(grad_sum=grad_sum, abs_sum=abs_sum, sq_sum=sq_sum)
 
     def derivative(self, g: Tensor, u: Tensor | None, each: Callable[[Tensor], Tensor]) -> Tensor:
-        """∂loss/∂g, of the shape of ``g``: c_grad + sign(g) (c_abs + c_l1_i) + 2 g (c_sq + c_sqn_i) + u c_dot_i
-        + |u| sign(g) c_absdot_i. The weight-shaped ones and the direction ``u`` broadcast against ``g``, and so does what ``each``
-        makes of an (N,)."""
+        """Return ∂loss/∂g: c_grad + sign(g) (c_abs + c_l1_i) + 2 g (c_sq + c_sqn_i) + u c_dot_i + |u| sign(g) c_absdot_i.
+
+        The result has the shape of ``g``. The weight-shaped derivatives and the direction ``u`` must broadcast against ``g``.
+        ``each`` reshapes a per-example (N,) tensor so that it broadcasts too.
+        """
         s = torch.zeros_like(g)
         if self.grad_sum is not None:
             s += self.grad_sum
@@ -107,7 +110,7 @@ class Cotangents(NamedTuple):
 class CoordinateSums(NamedTuple):
     """Sums over coordinates j of G = grad_sum, A = abs_sum, Q = sq_sum and a direction u, as Python floats; 0/0 counts as 0.
 
-    They add over parameters and tiles, and every ratio of interference over a set of parameters follows from them.
+    They are additive over parameters and tiles. Every interference ratio of a set of parameters is computed from them.
     """
 
     touched: float  # Σ_j [A_j ≠ 0]

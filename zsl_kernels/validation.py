@@ -1,4 +1,4 @@
-"""Checks of arguments that every public function shares: errors name the argument, what was expected and what came."""
+"""Argument checks shared by the public functions. Every error names the argument, what was expected and what it got."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from torch import Tensor
 
 from zsl_kernels.types import INPUT_DTYPES
 
-# More than an address space holds; a tensor of stride 0 may claim them. csrc/bindings/workers.h has the same number: below it no
-# number of bytes overflows, whatever is made of the tensor.
+# More elements than memory can hold; only a tensor with stride 0 can claim more. csrc/bindings/workers.h has the same limit. Below
+# it, no size in bytes that is computed from a tensor overflows.
 MOST_ELEMENTS = 1 << 48
 
 
@@ -27,8 +27,8 @@ def check_integers(name: str, x: object) -> None:
 
 
 def check_elements(name: str, *sizes: int | torch.SymInt) -> None:
-    """That a tensor of these sizes is not out of all bounds. An empty dimension counts as one: the others are looped over, too."""
-    if torch.compiler.is_compiling():  # a bound on a size that is a symbol would be a guard of the graph
+    """Check that a tensor of these sizes is not too large. A size of 0 counts as 1, because kernels still loop over the others."""
+    if torch.compiler.is_compiling():  # comparing a symbolic size with the bound would add a guard to the graph
         return
     count: int | torch.SymInt = 1
     for size in sizes:
@@ -39,14 +39,14 @@ def check_elements(name: str, *sizes: int | torch.SymInt) -> None:
 
 def check_device(name: str, x: Tensor, like_name: str, like: Tensor) -> None:
     if x.device != like.device:
-        raise ValueError(f"{name}: expected a tensor on {like.device} as {like_name}, got one on {x.device}")
+        raise ValueError(f"{name}: expected a tensor on {like.device}, the device of {like_name}, got one on {x.device}")
 
 
 def check_examples(x: Tensor, name: str, example_ids: object, num_examples: object) -> int:
-    """N; ``x`` is (N, …), or (R, …) where ``example_ids`` say whose its rows are."""
+    """Check the example ids and return N. ``x`` is (N, …), or (R, …) if ``example_ids`` gives the example of each row."""
     if example_ids is None:
         if num_examples is not None:
-            raise ValueError(f"num_examples: expected with example_ids only, {name}'s first dimension says it; got {num_examples}")
+            raise ValueError(f"num_examples: only valid with example_ids; otherwise N is {name}.shape[0]; got {num_examples}")
         return x.shape[0]
     check_integers("example_ids", example_ids)
     assert isinstance(example_ids, Tensor)
@@ -54,7 +54,7 @@ def check_examples(x: Tensor, name: str, example_ids: object, num_examples: obje
         raise ValueError(f"example_ids: expected shape ({x.shape[0]},), one for each row of {name}, got {tuple(example_ids.shape)}")
     check_device("example_ids", example_ids, name, x)
     if num_examples is None:
-        raise ValueError("num_examples: expected the number of examples, as example_ids are given; got None")
+        raise ValueError("num_examples: expected an integer because example_ids is given, got None")
     N = check_size("num_examples", num_examples)
     check_elements("num_examples", N)
     return N
@@ -69,9 +69,9 @@ def check_size(name: str, size: object) -> int:
 
 
 def check_range(name: str, ids: Tensor | None, size: int, negative: bool = False) -> None:
-    """That ids are integers below ``size`` and, but for ``negative``, not below zero.
+    """Check that ids are integers in [0, size), or any integers below ``size`` with ``negative``.
 
-    Reads their values, on the CPU alone: elsewhere it would wait. The ops call it, not the public functions.
+    It reads the values on the CPU only: elsewhere this would synchronize. The ops call it; the public functions do not.
     """
     if ids is None:
         return
@@ -79,12 +79,12 @@ def check_range(name: str, ids: Tensor | None, size: int, negative: bool = False
     if ids.device.type != "cpu" or ids.numel() == 0:
         return
     least, most = (int(x) for x in ids.long().aminmax())
-    if ids.dtype == torch.uint64 and least < 0:  # past what int64 holds
+    if ids.dtype == torch.uint64 and least < 0:  # values beyond the range of int64 have wrapped around
         least, most = 0, least + (1 << 64)
     if most >= size or (least < 0 and not negative):
         raise IndexError(f"{name}: expected values in [0, {size}), got {most if most >= size else least}")
 
 
 def long(x: Tensor | None) -> Tensor | None:
-    """As int64, if it is there."""
+    """Convert to int64; keep None."""
     return None if x is None else x.long()

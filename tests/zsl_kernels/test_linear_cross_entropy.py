@@ -609,7 +609,7 @@ def wrong_target(value: int) -> Tensor:
         ({"weight": None}, TypeError, ["weight:", "Tensor", "NoneType"]),
         ({"weight": torch.zeros(V, K, 1)}, ValueError, ["weight:", "V, K", "(6, 5, 1)"]),
         ({"weight": torch.zeros(V, K + 1)}, ValueError, ["weight:", "(V, 5)", "(6, 6)"]),
-        ({"weight": torch.zeros(V, K, dtype=torch.bfloat16)}, TypeError, ["weight:", "float32 as h", "bfloat16"]),
+        ({"weight": torch.zeros(V, K, dtype=torch.bfloat16)}, TypeError, ["weight:", "float32, the dtype of h", "bfloat16"]),
         ({"weight": torch.zeros(V, K, device="meta")}, ValueError, ["weight:", "cpu", "meta"]),
         ({"targets": [[0]]}, TypeError, ["targets:", "Tensor", "list"]),
         ({"targets": torch.zeros(N, T)}, TypeError, ["targets:", "integers", "float32"]),

@@ -1,11 +1,12 @@
-"""The ops, one file each: public function, registered op, its fake and its derivative.
+"""The ops. Each file defines a public function, its registered op, the op's fake and its derivative.
 
-- ``registration``: how an op is defined; ``operands``: the checks that several share.
-- ``interference``, ``gram``, ``sq_norm``, ``dot``, ``weighted_grad``: of inputs and output gradients; ``interference_backward`` is
-  the derivative of the first three.
-- ``dense_interference``, ``embedding_interference``, ``scale_bias_grad``: of parameters that are small or sparse.
-- ``coordinate_sums``: of the results.
+- ``registration``: helpers that define an op.
+- ``operands``: argument checks that several ops share.
+- ``interference``, ``gram``, ``sq_norm``, ``dot``, ``weighted_grad``: statistics computed from a layer's inputs and output
+  gradients. ``interference_backward`` is the derivative of the first three.
+- ``dense_interference``, ``embedding_interference``, ``scale_bias_grad``: statistics of small or sparse parameters.
+- ``coordinate_sums``: sums over the coordinates of those statistics.
 - ``linear_cross_entropy``: a classification head with its losses.
 
-The functions are exported by ``zsl_kernels``, not here, where they would hide the modules of their names.
+``zsl_kernels`` exports the functions. This package does not, because they would shadow the modules with the same names.
 """

@@ -1,4 +1,4 @@
-"""Sums over the coordinates of a weight's results."""
+"""coordinate_sums: reduce a weight's Σ g, Σ|g| and Σ g² over its coordinates."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from zsl_kernels.validation import check_elements, check_tensor
 def coordinate_sums(
     grad_sum: Tensor, abs_sum: Tensor, sq_sum: Tensor, *, direction: Tensor | None = None, impl: str = "auto"
 ) -> CoordinateSums:
-    """``(grad_sum.abs() / abs_sum).sum()`` and its kin (:class:`CoordinateSums`) in one pass over the sums, with 0/0 as 0.
+    """``(grad_sum.abs() / abs_sum).sum()`` and the other fields of :class:`CoordinateSums`, in one pass; 0/0 counts as 0.
 
-    Reads the results of :func:`interference`: float32 or float64 tensors of one shape, any. Returns Python floats, accumulated in
-    float64, and is not differentiable.
+    The arguments are results of :func:`interference`: float32 or float64 tensors that all have the same shape. ``direction`` may
+    have any floating dtype. The results are accumulated in float64 and returned as Python floats, so they are not differentiable.
     """
     _check_sums((grad_sum, abs_sum, sq_sum, direction))
     _check_coordinate_impl(impl)
@@ -38,21 +38,25 @@ def coordinate_sums_of_many(
     *,
     impl: str = "auto",
 ) -> Tensor:
-    """``torch.stack([(G.abs() / A).sum(), …])`` of many weights in one call: row w has the fields of :func:`coordinate_sums` of
-    ``grad_sums[w]``, ``abs_sums[w]``, ``sq_sums[w]`` and ``directions[w]``, the same bits as if it were alone.
+    """``torch.stack([(G.abs() / A).sum(), …])`` for many weights in one call.
 
-    Nothing waits for a device: the result stays where the sums are. Not differentiable.
+    Row w contains the fields of :func:`coordinate_sums` for ``grad_sums[w]``, ``abs_sums[w]``, ``sq_sums[w]`` and
+    ``directions[w]``. The result for a weight is bitwise identical whether or not other weights are in the call.
+
+    The call does not synchronize with a device: the result stays on the device of the sums. It is not differentiable.
 
     Args:
-        grad_sums, abs_sums, sq_sums: W tensors each, float32 or float64, on one device; those of one weight have one shape, any.
-        directions: of each weight one of its shape, any floating dtype, or None; None for none at all.
-        impl: see the module's documentation.
+        grad_sums, abs_sums, sq_sums: W tensors each, float32 or float64, on one device. The three tensors of a weight have the
+            same shape.
+        directions: for each weight a tensor of its shape and any floating dtype, or None. None instead of the list means that no
+            weight has a direction.
+        impl: see the package's documentation.
 
-    Returns: (W, 8) float64, the columns in the order of ``CoordinateSums._fields``; those of a direction are 0 without one.
+    Returns: (W, 8) float64. The columns follow ``CoordinateSums._fields``. Columns that need a direction are 0 without one.
 
     Raises:
-        TypeError: an argument is not a tensor or has another dtype.
-        ValueError: an argument has another length, shape or device, or ``impl`` is unknown.
+        TypeError: an argument is not a tensor or has an unsupported dtype.
+        ValueError: an argument has the wrong length, shape or device, or ``impl`` is unknown.
         RuntimeError: the named ``impl`` is not available on this machine.
     """
     us = [None] * len(grad_sums) if directions is None else directions
@@ -72,16 +76,16 @@ _SUM_DTYPES = (torch.float32, torch.float64)
 def _check_sums_of_many(*lists: list[Any]) -> None:
     for name, found in zip(_SUM_NAMES, lists, strict=True):
         if len(found) != len(lists[0]):
-            raise ValueError(f"{name}s: expected {len(lists[0])}, one for each of grad_sums, got {len(found)}")
+            raise ValueError(f"{name}s: expected {len(lists[0])} tensors, one for each of grad_sums, got {len(found)}")
     for w, tensors in enumerate(zip(*lists, strict=True)):
         _check_sums(tensors, w)
         device, first = tensors[0].device, lists[0][0].device
         if device != first:
-            raise ValueError(f"grad_sums[{w}]: expected a tensor on {first} as grad_sums[0], got one on {device}")
+            raise ValueError(f"grad_sums[{w}]: expected a tensor on {first}, the device of grad_sums[0], got one on {device}")
 
 
 def _check_sums(tensors: tuple[Any, ...], w: int | None = None) -> None:
-    """Of the weight at place ``w`` of many."""
+    """Check the tensors of one weight. ``w`` is its index in a call with many weights."""
     like = tensors[0]
     if isinstance(like, Tensor):
         check_elements("grad_sum" if w is None else f"grad_sums[{w}]", *like.shape)
@@ -93,20 +97,22 @@ def _check_sums(tensors: tuple[Any, ...], w: int | None = None) -> None:
         name, like_name = (n if w is None else f"{n}s[{w}]" for n in (_SUM_NAMES[i], _SUM_NAMES[0]))
         check_tensor(name, x)
         if x.shape != like.shape:
-            raise ValueError(f"{name}: expected shape {tuple(like.shape)} as {like_name}, got {tuple(x.shape)}")
+            raise ValueError(f"{name}: expected the shape of {like_name}, {tuple(like.shape)}, got {tuple(x.shape)}")
         if x.dtype not in dtypes:
             raise TypeError(f"{name}: expected float32 or float64, got {x.dtype}")
-        raise ValueError(f"{name}: expected a tensor with data on {like.device} as {like_name}, got one on {x.device}")
+        raise ValueError(f"{name}: expected a tensor with data on {like.device}, the device of {like_name}, got one on {x.device}")
 
 
 def _check_coordinate_impl(impl: str) -> None:
     if impl == "reference":
-        raise ValueError("impl: coordinate_sums has no reference of its own; expected 'auto', 'chunked', 'cpu' or 'triton'")
+        raise ValueError("impl: expected 'auto', 'chunked', 'cpu' or 'triton' for coordinate_sums, got 'reference'")
 
 
 def _at_once(impl: str, *lists: list[Any]) -> Tensor | None:
-    """coordinate_sums_of_many on the CPU without the registered op. None where that is not the way, or something is wrong with the
-    arguments: to look for it takes longer than the sums."""
+    """Compute coordinate_sums_of_many on the CPU without the registered op, or return None if that is not possible.
+
+    Invalid arguments also give None; the caller then checks them. Checking them first would take longer than the sums.
+    """
     if impl not in ("auto", "cpu") or cpu.MISSING is not None or not call_cache.plain(*lists):
         return None
     if lists[0] and (lists[0][0] is None or not lists[0][0].is_cpu):
@@ -129,7 +135,7 @@ def _coordinate_sums_of_many(
     directions: Sequence[Tensor | None],
     impl: str,
 ) -> Tensor:
-    if not grad_sums:  # on no device
+    if not grad_sums:  # no tensor, so no device to choose a backend by
         if impl not in IMPLS:
             raise ValueError(f"impl: expected one of {', '.join(IMPLS)}, got {impl!r}")
         return torch.empty(0, len(CoordinateSums._fields), dtype=torch.float64)
@@ -137,7 +143,7 @@ def _coordinate_sums_of_many(
     owners = {x.dtype: backend_for("coordinate_sums", x.device, impl, x.dtype) for x in grad_sums}
     if len(set(owners.values())) == 1:
         return owners[grad_sums[0].dtype].coordinate_sums_of_many(grad_sums, abs_sums, sq_sums, directions)
-    # Of some dtypes one backend has no kernel. The rows are put together without an index, which would wait for a device.
+    # Different dtypes may need different backends. Stack the rows: indexed assignment would synchronize with the device.
     rows: dict[int, Tensor] = {}
     for owner in set(owners.values()):
         places = [w for w, x in enumerate(grad_sums) if owners[x.dtype] is owner]

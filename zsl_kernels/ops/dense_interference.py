@@ -1,4 +1,4 @@
-"""The statistics of gradients that are held."""
+"""dense_interference: the statistics of per-example gradients that are already materialized."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ from zsl_kernels.validation import check_device, check_elements, check_tensor
 
 
 def dense_interference(g: Tensor, *, direction: Tensor | None = None, gram: bool = False, impl: str = "auto") -> InterferenceSums:
-    """The fields of :func:`zsl_kernels.interference` for gradients that are held: ``g.sum(0)``, ``g.abs().sum(0)``, and so on.
+    """``g.sum(0)``, ``g.abs().sum(0)`` and the other fields of :func:`zsl_kernels.interference`, for given gradients ``g``.
 
-    For small parameters, whose per-example gradients fit: biases, scales, and what a fallback computed. One pass over ``g``.
-    Differentiable in ``g`` and ``direction``.
+    Use it for parameters whose per-example gradients fit in memory, such as biases and scales. It reads ``g`` once and is
+    differentiable in ``g`` and ``direction``.
 
     Args:
         g: (N, *shape), one gradient for each example.
-        direction: of that shape, any floating dtype.
+        direction: (*shape), any floating dtype.
         gram: whether to compute the pairwise inner products.
         impl: see the package's documentation.
 
-    Raises: as :func:`zsl_kernels.embedding_interference`.
+    Raises: the same errors as :func:`zsl_kernels.embedding_interference`.
     """
     kind = call_cache.kind_of("dense", impl, bool(gram), g, direction)
     if kind is not None and (call := call_cache.find(kind)) is not None:
@@ -42,7 +42,7 @@ def dense_interference(g: Tensor, *, direction: Tensor | None = None, gram: bool
     if direction is not None:
         check_tensor("direction", direction)
         if direction.shape != g.shape[1:]:
-            raise ValueError(f"direction: expected shape {tuple(g.shape[1:])}, that of one gradient, got {tuple(direction.shape)}")
+            raise ValueError(f"direction: expected the shape of one gradient, {tuple(g.shape[1:])}, got {tuple(direction.shape)}")
         check_device("direction", direction, "g", g)
     dispatch.impls_for(g.device, impl)
     if impl == "reference":
@@ -53,7 +53,7 @@ def dense_interference(g: Tensor, *, direction: Tensor | None = None, gram: bool
 
 
 def _call(g: Tensor, gram: bool, impl: str) -> Callable[..., InterferenceSums]:
-    """What the op comes to for gradients like g: a function of them and of the direction."""
+    """Return the function of (g, direction) that the op runs for gradients like g."""
     backend = backend_for("dense_interference", g.device, impl, g.dtype)
     if backend is CPU:
         kernel = cpu.kernels.dense_interference.default

@@ -1,4 +1,4 @@
-"""Each example's gradient along a direction."""
+"""dot: the inner product of each per-example gradient with a direction."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ def dot(
     num_examples: int | None = None,
     impl: str = "auto",
 ) -> Tensor:
-    """``(g * direction).sum((1, 2))``: each example's gradient along ``direction`` (O, K); (N,).
+    """``(g * direction).sum((1, 2))``: the inner product of each example's gradient with ``direction`` (O, K).
 
-    Arguments and errors as :func:`interference`.
+    Returns (N,). The arguments and errors are those of :func:`interference`.
     """
     N = check_pair("a", a, "b", b, impl, example_ids, num_examples)
     check_direction(direction, a, b)

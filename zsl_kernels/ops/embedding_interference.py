@@ -1,4 +1,4 @@
-"""The statistics of an embedding's per-example gradients, of which few rows are not zero."""
+"""embedding_interference: the statistics of an embedding's per-example gradients, which are nonzero in few rows."""
 
 from __future__ import annotations
 
@@ -45,37 +45,41 @@ def embedding_interference(
         g = torch.einsum("ntv,ntk->nvk", onehot, b)     # (N, V, K), never formed
         rows = ids.unique()                             # (U,)
         grad_sum, abs_sum, sq_sum = g.sum(0)[rows], g.abs().sum(0)[rows], g.square().sum(0)[rows]
-        l1, sq_norm, dot, abs_dot, gram                 # as interference has them
+        l1, sq_norm, dot, abs_dot, gram                 # the same as in interference
 
-    Work and memory follow the touched rows, whatever ``num_embeddings`` is. Positions whose id is ``padding_idx`` or negative
-    count as absent. Differentiable once in ``b`` and ``direction`` (whose derivative is dense).
+    Work and memory scale with the touched rows and not with ``num_embeddings``. Positions whose id is ``padding_idx`` or negative
+    are ignored. The function is differentiable once in ``b`` and ``direction``; the derivative of ``direction`` is dense.
 
-    The number U of touched rows depends on values. A device is waited for to learn it, and ``torch.compile(fullgraph=True)`` needs
-    ``torch._dynamo.config.capture_dynamic_output_shape_ops``. With ``max_rows`` the results have as many rows whatever the values
-    are: graphs need no such setting, and ``impl="cuda"``, which a device takes where the CUDA kernels are built, never waits, and
-    can be captured in a CUDA graph. The derivative does wait.
+    The number U of touched rows depends on the values of ``ids``. Without ``max_rows``,
+
+    - the call synchronizes with the device to read U;
+    - ``torch.compile(fullgraph=True)`` needs ``torch._dynamo.config.capture_dynamic_output_shape_ops``.
+
+    With ``max_rows`` the results always have that many rows, and compiled graphs need no such setting. ``impl="cuda"``, the default
+    on a device if the CUDA kernels are built, then never synchronizes and can be captured in a CUDA graph. The derivative always
+    synchronizes.
 
     Args:
         ids: (N, *positions), of any integer dtype.
         b: (N, *positions, K), the gradients with respect to the embedding's output; float32, bfloat16, float16 or float64.
         num_embeddings: V, the rows of the weight.
-        padding_idx: as torch.nn.Embedding has it: from -V to V - 1.
-        example_ids, num_examples: rows of mixed examples: ids (R,), b (R, K), example_ids (R,) of any integer dtype.
-        direction: (V, K), any floating dtype; only its touched rows are read.
+        padding_idx: from -V to V - 1, as in torch.nn.Embedding.
+        example_ids, num_examples: for ragged rows: ids (R,), b (R, K), example_ids (R,) of any integer dtype.
+        direction: (V, K), any floating dtype. Only its touched rows are read.
         gram: whether to compute the pairwise inner products.
-        max_rows: the number of rows of the results. Behind the touched ones ``rows`` is -1 and the sums are zero, which count for
-            nothing in a derivative. At least the number of touched rows on the CPU; on a device, where looking would be to wait, at
-            least the most that there can be: the smaller of V and the number of positions.
+        max_rows: the number of rows of the results. Unused entries of ``rows`` are -1, and their sums are zero and do not affect
+            derivatives. On the CPU it must be at least the number of touched rows. On a device, where reading that number would
+            synchronize, it must be at least the largest possible number: the smaller of V and the number of positions.
         impl: see the package's documentation.
 
     Raises:
-        TypeError: an argument is not a tensor or number, or has another dtype.
-        ValueError: an argument has another shape or device, ``max_rows`` is too small, or ``impl`` is unknown.
-        IndexError: an id is not below ``num_embeddings``, or an example id is not in range (on the CPU).
+        TypeError: an argument is not a tensor or number, or has an unsupported dtype.
+        ValueError: an argument has the wrong shape or device, ``max_rows`` is too small, or ``impl`` is unknown.
+        IndexError: an id is not below ``num_embeddings``, or an example id is out of range (checked on the CPU only).
         RuntimeError: the named ``impl`` is not available on this machine.
     """
     kind, sizes = None, (num_embeddings, padding_idx, max_rows)
-    # What is no size may equal one, as 7.0 does, or have no hash.
+    # Check the types: another object may compare equal to a size, as 7.0 does, or be unhashable.
     if example_ids is None and num_examples is None and all(size is None or type(size) is int for size in sizes):
         kind = call_cache.kind_of("embedding", impl, (*sizes, bool(gram)), b, ids, direction)
         if kind is not None and (call := call_cache.find(kind)) is not None:
@@ -84,14 +88,14 @@ def embedding_interference(
     check_integers("ids", ids)
     V = check_size("num_embeddings", num_embeddings)
     if ids.ndim == 0 or (example_ids is not None and ids.ndim != 1):
-        wanted = "(N, ...)" if example_ids is None else "(R,), as example_ids are given"
+        wanted = "(N, ...)" if example_ids is None else "(R,) because example_ids is given"
         raise ValueError(f"ids: expected shape {wanted}, got {tuple(ids.shape)}")
     if b.shape[:-1] != ids.shape or b.ndim == 1:
-        raise ValueError(f"b: expected {tuple(ids.shape)}, the shape of ids, and a K behind, got {tuple(b.shape)}")
+        raise ValueError(f"b: expected the shape of ids, {tuple(ids.shape)}, followed by K, got {tuple(b.shape)}")
     check_device("ids", ids, "b", b)
     check_elements("b", *b.shape)
     if b.device.type == "meta":
-        raise ValueError("b: expected a tensor with data, for the touched rows depend on it; got one on meta")
+        raise ValueError("b: expected a tensor with data because the touched rows depend on values, got one on meta")
     if padding_idx is not None and not isinstance(padding_idx, int | torch.SymInt):
         raise TypeError(f"padding_idx: expected None or an integer, got {type(padding_idx).__name__}")
     if padding_idx is not None and not -V <= padding_idx < V:
@@ -99,7 +103,7 @@ def embedding_interference(
     if direction is not None:
         check_tensor("direction", direction)
         if direction.shape != (V, b.shape[-1]):
-            raise ValueError(f"direction: expected shape ({V}, {b.shape[-1]}), that of the weight, got {tuple(direction.shape)}")
+            raise ValueError(f"direction: expected the shape of the weight, ({V}, {b.shape[-1]}), got {tuple(direction.shape)}")
         check_device("direction", direction, "b", b)
     N = check_examples(ids, "ids", example_ids, num_examples)
     _check_keys(V, N)
@@ -109,7 +113,7 @@ def embedding_interference(
         check_elements("max_rows", check_size("max_rows", max_rows), b.shape[-1])
         if b.device.type != "cpu" and max_rows < min(V, ids.numel()):
             most = min(V, ids.numel())
-            raise ValueError(f"max_rows: expected at least {most} on {b.device}, rows that could be touched, got {max_rows}")
+            raise ValueError(f"max_rows: expected at least {most} on {b.device}, the most rows that can be touched, got {max_rows}")
     dispatch.impls_for(b.device, impl)
     row = -1 if padding_idx is None else padding_idx % V
     if kind is not None and dispatch.impls_for(b.device, impl)[0] == "cpu":
@@ -131,22 +135,22 @@ def embedding_interference(
 
 
 def _check_keys(num_embeddings: int, num_examples: int) -> None:
-    """A row's number and an example's make one key, an int64."""
+    """Check that a row and an example can be encoded together in one int64 key."""
     if not torch.compiler.is_compiling() and num_embeddings * max(num_examples, 1) >= 1 << 63:
         raise ValueError(
-            f"num_embeddings: expected a size that times num_examples, {num_examples}, is below 2^63, got {num_embeddings}"
+            f"num_embeddings: expected num_embeddings * num_examples < 2^63 for {num_examples} examples, got {num_embeddings}"
         )
 
 
 def _run(*arguments: Any) -> EmbeddingSums:
-    """The op, of its schema's arguments, with None for what was not asked for."""
+    """Call the op with its schema's arguments and replace results that were not requested by None."""
     *_, direction, gram, _, _ = arguments
     *sums, rows = op(*arguments)
     return EmbeddingSums(rows, *InterferenceSums(*sums).asked_for(direction, gram))
 
 
 def _call(N: int, V: int, padding_idx: int, gram: bool, max_rows: int | None) -> Callable[..., EmbeddingSums]:
-    """What the op comes to on the CPU, where examples are a dimension: a function of ids, b and the direction."""
+    """Return the function of (ids, b, direction) that the op runs on the CPU if examples are a dimension."""
     kernel = cpu.kernels.embedding_interference.default
 
     def call(ids: Tensor, b: Tensor, direction: Tensor | None) -> EmbeddingSums:
@@ -177,7 +181,7 @@ def _embedding(
         ids, example_ids = ids.long(), long(example_ids)
     arguments = (ids, b, example_ids, num_examples, num_embeddings, padding_idx, direction, gram, max_rows)
     rows, *sums = backend.embedding_interference(*arguments)
-    # The integers come last: torch's own checks of ops add results up, in the dtype of the first.
+    # The integer result comes last: the op checks of PyTorch add up the results in the dtype of the first.
     return *(empty(b, 0) if x is None else x for x in sums), rows
 
 

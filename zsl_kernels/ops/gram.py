@@ -1,4 +1,4 @@
-"""Inner products of per-example gradients."""
+"""gram: the pairwise inner products of per-example gradients."""
 
 from __future__ import annotations
 
@@ -25,30 +25,34 @@ def gram(
     num_examples: int | None = None,
     impl: str = "auto",
 ) -> Tensor:
-    """``torch.einsum("iok,jok->ij", g, g2)``: inner products of gradients, (N, N) of one set with itself or (N, M) with a second.
+    """``torch.einsum("iok,jok->ij", g, g2)``: pairwise inner products of per-example gradients.
 
-    The direct way forms each gradient tile once; the ghost way, Σ_ts (a_it·a2_js)(b_it·b2_js), forms none and wins for short
-    sequences in wide layers. :func:`plan` says which.
+    The result is (N, N) for one set of examples, or (N, M) between it and a second set.
+
+    There are two algorithms, and :func:`plan` shows which one a call uses:
+
+    - "direct" computes each tile of each gradient once;
+    - "ghost" evaluates Σ_ts (a_it·a2_js)(b_it·b2_js) and computes no gradient. It is faster for short sequences in wide layers.
 
     Args:
         a, b: (N, T, K) and (N, T, O), or (R, K) and (R, O) with ``example_ids``.
-        a2, b2: (M, T, K) and (M, T, O), both or neither; not with ``example_ids``.
+        a2, b2: the second set, (M, T, K) and (M, T, O). Pass both or neither; neither with ``example_ids``.
         example_ids, num_examples, impl: as :func:`interference`.
 
     Raises: as :func:`interference`.
     """
     N = check_pair("a", a, "b", b, impl, example_ids, num_examples)
     if example_ids is not None and (a2 is not None or b2 is not None):
-        raise ValueError("a2, b2: expected none with example_ids, the gram of one set with itself, got a second set")
+        raise ValueError("a2, b2: expected none with example_ids, which allow one set only; got a second set")
     if (a2 is None) != (b2 is None):
         raise ValueError(f"a2, b2: expected both or neither, got {'b2' if a2 is None else 'a2'} alone")
     if a2 is not None and b2 is not None:
         check_pair("a2", a2, "b2", b2, impl)
         for name, x, like in (("a2", a2, a), ("b2", b2, b)):
             if x.dtype != like.dtype or x.device != like.device:
-                raise TypeError(f"{name}: expected {like.dtype} on {like.device} as a and b, got {x.dtype} on {x.device}")
+                raise TypeError(f"{name}: expected {like.dtype} on {like.device}, the same as a and b, got {x.dtype} on {x.device}")
             if x.shape[1:] != like.shape[1:]:
-                raise ValueError(f"{name}: expected (M, {like.shape[1]}, {like.shape[2]}) to go with a and b, got {tuple(x.shape)}")
+                raise ValueError(f"{name}: expected (M, {like.shape[1]}, {like.shape[2]}) to match a and b, got {tuple(x.shape)}")
     check_elements("gram", N, N if a2 is None else a2.shape[0])
     if impl == "reference":
         return reference.gram(a, b, a2, b2, example_ids, N)

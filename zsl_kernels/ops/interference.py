@@ -1,4 +1,4 @@
-"""All sums and scalars of the per-example gradients of a weight, in one pass."""
+"""interference: all sums and scalars of a weight's per-example gradients, in one pass."""
 
 from __future__ import annotations
 
@@ -42,27 +42,30 @@ def interference(
         abs_dot  = (g * direction).abs().sum((1, 2))    # (N,), with a direction
         gram     = torch.einsum("iok,jok->ij", g, g)    # (N, N), with gram=True
 
-    The scalars over all coordinates are accumulated in float64. Time: about that of ``grad_sum`` alone. Memory: the results and one
-    tile for each thread, whatever N and T are (with ``gram``, one tile of each example, bounded).
+    The per-example scalars are accumulated in float64.
+
+    Cost: about the time of computing ``grad_sum`` alone. Memory: the results and one tile per thread, independent of N and T. With
+    ``gram``, each thread also stores one tile of every example, up to a fixed limit.
 
     Args:
         a: (N, T, K) inputs; (R, K) with ``example_ids``.
         b: (N, T, O) output gradients, of the dtype and device of ``a``; (R, O) with ``example_ids``.
         direction: (O, K), any floating dtype, for example a parameter's update.
         gram: whether to compute the pairwise inner products.
-        example_ids: (R,) integers in [0, num_examples), the example of each row, in any order.
-        num_examples: N, with ``example_ids``.
-        embedding: (ids, e) of a weight that is an embedding's table too: ids (N, S), integers below O, and the gradients of what
-            was looked up, e (N, S, K) of any floating dtype; then g_i = b_iᵀ a_i + Σ_s onehot(ids_is) e_isᵀ. Negative ids are
-            skipped. With ``example_ids``: ids (Q,), e (Q, K) and the example of each, (Q,).
-        impl: see the module's documentation.
+        example_ids: (R,) integers in [0, num_examples), in any order: the example of each row.
+        num_examples: N. Required with ``example_ids``, otherwise None.
+        embedding: a tuple (ids, e), for a weight that is also the table of an embedding. ``ids`` (N, S) are the looked-up rows,
+            integers below O, and ``e`` (N, S, K), of any floating dtype, are the gradients with respect to the embedding's output.
+            Then g_i = b_iᵀ a_i + Σ_s onehot(ids_is) e_isᵀ. Negative ids are skipped. With ``example_ids``, pass a tuple of three:
+            ids (Q,), e (Q, K) and the example of each lookup (Q,).
+        impl: see the package's documentation.
 
     Raises:
-        TypeError: an argument is not a tensor or has another dtype.
-        ValueError: an argument has another shape or device, or ``impl`` is unknown.
-        IndexError: an id is out of range (on the CPU; elsewhere looking would wait).
-        RuntimeError: the named ``impl`` is not available on this machine; the message says why.
-        NotImplementedError: in backward, for the derivative along ``direction`` with ``embedding``.
+        TypeError: an argument is not a tensor or has an unsupported dtype.
+        ValueError: an argument has the wrong shape or device, or ``impl`` is unknown.
+        IndexError: an id is out of range. Only the CPU checks this: on other devices the check would need a synchronization.
+        RuntimeError: the named ``impl`` is not available on this machine. The message gives the reason.
+        NotImplementedError: in backward, if the derivative with respect to ``direction`` is needed together with ``embedding``.
     """
     kind = None
     if example_ids is None and num_examples is None and embedding is None:
@@ -92,13 +95,13 @@ def run(
     num_examples: int = 0,
     embedding: Embedding | None = None,
 ) -> InterferenceSums:
-    """The op with None for what was not asked for."""
+    """Call the op and replace results that were not requested by None."""
     sums = op(a, b, direction, gram, impl, example_ids, num_examples, *(embedding or ()))
     return InterferenceSums(*sums).asked_for(direction, gram)
 
 
 def _call(a: Tensor, b: Tensor, direction: Tensor | None, gram: bool, impl: str) -> Callable[..., InterferenceSums]:
-    """What the op comes to for operands like these, neither ragged nor tied: a function of a, b and the direction."""
+    """Return the function of (a, b, direction) that the op runs for operands like these, which are neither ragged nor tied."""
     plan = plan_call("interference", a, b, impl=impl, gram=gram)
     if plan.impl == "cpu":
         kernel, (rows, cols) = cpu.kernels.interference.default, plan.tile
@@ -168,7 +171,7 @@ def _interference_grad(ctx: Any, *cotangents: Tensor | None) -> Grads:
     du = None
     if ctx.needs_input_grad[2] and (c.dot is not None or c.abs_dot is not None):
         if tied:
-            raise NotImplementedError("zsl_kernels: with embedding=, interference has no derivative along direction")
+            raise NotImplementedError("zsl_kernels: interference with embedding has no derivative with respect to direction")
         w = a.new_zeros(N, dtype=torch.float64) if c.dot is None else c.dot
         impl = derivative_impl(ctx.impl, "weighted_grad", a.device)
         du = weighted_grad.op(a, b, w, c.abs_dot, u, impl, example_ids, ctx.num_examples).to(u.dtype)

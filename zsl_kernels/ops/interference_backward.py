@@ -1,4 +1,4 @@
-"""The derivative of interference, gram and sq_norm, without materializing the gradients either."""
+"""interference_backward: the derivative of interference, gram and sq_norm. It does not materialize per-example gradients either."""
 
 from __future__ import annotations
 
@@ -27,7 +27,10 @@ def input_gradients(
     embedding: tuple[Tensor | None, ...] = (None, None, None),
     want_e: bool = False,
 ) -> tuple[Tensor | None, ...]:
-    """da, db and, with ``embedding``, that of its gradients, as far as they are wanted and depend on anything."""
+    """Return the derivatives with respect to a, b and, with ``embedding``, the embedding's gradients.
+
+    A derivative that is not wanted, or that no cotangent contributes to, is None.
+    """
     wants = (*want, want_e)[: 2 if embedding[0] is None else 3]
     if not any(wants) or (mix is None and all(x is None for x in c)):
         return (None,) * len(wants)
@@ -41,7 +44,7 @@ def _interference_backward(a: Tensor, b: Tensor, direction: Tensor | None, *rest
     tied = embedding_of(*rest[16:])
     a, b, begin, groups = grouped(a, b, example_ids, num_examples)
     if groups is not None:
-        a2, b2 = a, b  # ragged rows have no second set but themselves
+        a2, b2 = a, b  # with ragged rows the second set is always the first
     added = tied and tied.added(count(a, example_ids, num_examples), b.shape[-1], a.dtype)
     impl = derivative_impl(impl, "interference_backward", a.device)
     plan = plan_call(

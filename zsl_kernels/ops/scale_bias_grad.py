@@ -1,4 +1,4 @@
-"""Per-example gradients of norms' scales and of biases."""
+"""scale_grad, bias_grad and scale_bias_grad: per-example gradients of normalization scales and of biases."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from zsl_kernels.validation import check_device, check_elements, check_examples,
 
 
 def bias_grad(b: Tensor, *, example_ids: Tensor | None = None, num_examples: int | None = None, impl: str = "auto") -> Tensor:
-    """``b.sum(1)``: each example's gradient of a bias, (N, O), accumulated in float32 or better.
+    """``b.sum(1)``: the per-example gradients (N, O) of a bias, accumulated in float32 or better.
 
-    Differentiable in ``b``.
+    The function is differentiable in ``b``.
 
     Args:
-        b: (N, T, O), the gradients with respect to the biased output; with example_ids (R, O).
-        example_ids, num_examples: rows of mixed examples: ``zeros(N, O).index_add(0, example_ids, b)``.
+        b: (N, T, O), the gradients with respect to the biased output; (R, O) with ``example_ids``.
+        example_ids, num_examples: for ragged rows. The result is then ``zeros(N, O).index_add(0, example_ids, b)``.
         impl: see the package's documentation.
 
-    Raises: as :func:`zsl_kernels.embedding_interference`.
+    Raises: the same errors as :func:`zsl_kernels.embedding_interference`.
     """
     kind = None
     if example_ids is None and num_examples is None:
@@ -47,19 +47,19 @@ def scale_grad(
     num_examples: int | None = None,
     impl: str = "auto",
 ) -> Tensor:
-    """``(b * (x - mean) * rstd).sum(1)``: each example's gradient of a norm's elementwise scale, (N, K).
+    """``(b * (x - mean) * rstd).sum(1)``: the per-example gradients (N, K) of a normalization layer's elementwise scale.
 
-    A LayerNorm has both ``mean`` and ``rstd``, an RMSNorm has no mean, a plain scale has neither. One pass over ``x`` and ``b``.
-    Differentiable in all four.
+    Pass both ``mean`` and ``rstd`` for a LayerNorm, only ``rstd`` for an RMSNorm, and neither for a plain scale. The function reads
+    ``x`` and ``b`` once and is differentiable in all four tensors.
 
     Args:
-        x: (N, T, K), the norm's inputs; with example_ids (R, K).
-        b: of the shape of ``x``, the gradients with respect to the scaled output; may have another dtype than ``x``.
-        mean, rstd: (N, T) or (N, T, 1); with example_ids (R,) or (R, 1). Any floating dtype.
-        example_ids, num_examples: rows of mixed examples.
+        x: (N, T, K), the inputs of the normalization layer; (R, K) with ``example_ids``.
+        b: the gradients with respect to the scaled output. It has the shape of ``x`` and may have another dtype.
+        mean, rstd: (N, T) or (N, T, 1); (R,) or (R, 1) with ``example_ids``. Any floating dtype.
+        example_ids, num_examples: for ragged rows.
         impl: see the package's documentation.
 
-    Raises: as :func:`zsl_kernels.embedding_interference`.
+    Raises: the same errors as :func:`zsl_kernels.embedding_interference`.
     """
     kind = None
     if example_ids is None and num_examples is None:
@@ -102,7 +102,7 @@ def _run(
     impl: str,
     kind: call_cache.Kind | None,
 ) -> tuple[Any, Any]:
-    """With a ``kind`` the call is one of it, and kept."""
+    """Run the op. With a ``kind``, run the kernel's function and store it for later calls of the same kind."""
     if kind is not None:
         return call_cache.keep(kind, _call(x, b, bias, impl))(b, x, mean, rstd)
     if example_ids is not None:
@@ -117,7 +117,7 @@ def _run(
 def _check_positions(name: str, x: Tensor, example_ids: Tensor | None, num_examples: int | None, impl: str) -> int:
     check_tensor(name, x)
     if x.ndim != (3 if example_ids is None else 2):
-        wanted = "a 3-D tensor (N, T, K)" if example_ids is None else "a 2-D tensor (R, K), as example_ids are given"
+        wanted = "a 3-D tensor (N, T, K)" if example_ids is None else "a 2-D tensor (R, K) because example_ids is given"
         raise ValueError(f"{name}: expected {wanted}, got shape {tuple(x.shape)}")
     check_elements(name, *x.shape)
     dispatch.impls_for(x.device, impl)
@@ -138,20 +138,20 @@ def _check_scale(
     N = _check_positions("x", x, example_ids, num_examples, impl)
     check_tensor("b", b)
     if b.shape != x.shape:
-        raise ValueError(f"b: expected shape {tuple(x.shape)} as x, got {tuple(b.shape)}")
+        raise ValueError(f"b: expected the shape of x, {tuple(x.shape)}, got {tuple(b.shape)}")
     check_device("b", b, "x", x)
     for name, y in (("mean", mean), ("rstd", rstd)):
         if y is None:
             continue
         check_tensor(name, y)
         if y.shape not in (x.shape[:-1], (*x.shape[:-1], 1)):
-            raise ValueError(f"{name}: expected shape {tuple(x.shape[:-1])} or with a 1 behind, got {tuple(y.shape)}")
+            raise ValueError(f"{name}: expected shape {tuple(x.shape[:-1])} or {(*x.shape[:-1], 1)}, got {tuple(y.shape)}")
         check_device(name, y, "x", x)
     return N
 
 
 def _call(x: Tensor | None, b: Tensor, bias: bool, impl: str) -> Callable[..., tuple[Tensor | None, Tensor | None]]:
-    """What the op comes to for tensors like x and b, where examples are a dimension: a function of b, x, mean and rstd."""
+    """Return the function of (b, x, mean, rstd) that the op runs for tensors like x and b if examples are a dimension."""
     N, backend = b.shape[0], backend_for("scale_bias_grad", b.device, impl, _sum_like(x, b).dtype)
     if backend is CPU:
         kernel = cpu.kernels.scale_bias_grad.default
@@ -165,7 +165,7 @@ def _call(x: Tensor | None, b: Tensor, bias: bool, impl: str) -> Callable[..., t
 
 
 def _sum_like(x: Tensor | None, b: Tensor) -> Tensor:
-    """Which of the two has the dtype that the sums follow."""
+    """Return the tensor whose dtype determines the sum dtype."""
     return x if x is not None and x.dtype == torch.float64 else b
 
 

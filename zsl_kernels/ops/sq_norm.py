@@ -1,4 +1,4 @@
-"""Squared norms of per-example gradients."""
+"""sq_norm: the squared norm of each per-example gradient."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from zsl_kernels.types import Cotangents
 def sq_norm(
     a: Tensor, b: Tensor, *, example_ids: Tensor | None = None, num_examples: int | None = None, impl: str = "auto"
 ) -> Tensor:
-    """``g.square().sum((1, 2))``: each example's squared gradient norm; (N,).
+    """``g.square().sum((1, 2))``: the squared norm of each example's gradient.
 
-    Arguments and errors as :func:`interference`.
+    Returns (N,). The arguments and errors are those of :func:`interference`.
     """
     N = check_pair("a", a, "b", b, impl, example_ids, num_examples)
     if impl == "reference":

@@ -1,4 +1,4 @@
-"""Weighted sums of per-example gradients."""
+"""weighted_grad: a weighted sum of per-example gradients."""
 
 from __future__ import annotations
 
@@ -22,14 +22,15 @@ def weighted_grad(
     num_examples: int | None = None,
     impl: str = "auto",
 ) -> Tensor:
-    """``torch.einsum("n,nok->ok", weights, g)``: the weighted sum of the examples' gradients, (O, K); ``weights`` is (N,).
+    """``torch.einsum("n,nok->ok", weights, g)``: the weighted sum of the examples' gradients, for ``weights`` (N,).
 
-    Per-example clipping and reweighting need no other gradient. Arguments and errors as :func:`interference`.
+    Returns (O, K), which is the gradient that per-example clipping and example reweighting need. The other arguments and the
+    errors are those of :func:`interference`.
     """
     N = check_pair("a", a, "b", b, impl, example_ids, num_examples)
     check_tensor("weights", weights)
     if weights.shape != (N,):
-        raise ValueError(f"weights: expected shape ({N},), one for each example, got {tuple(weights.shape)}")
+        raise ValueError(f"weights: expected shape ({N},), one weight for each example, got {tuple(weights.shape)}")
     check_device("weights", weights, "a", a)
     if impl == "reference":
         return reference.weighted_grad(a, b, weights, example_ids, N)
@@ -64,14 +65,14 @@ op = define(
 
 def _weighted_grad_setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     a, b, weights, abs_weights, _, ctx.impl, example_ids, ctx.num_examples = inputs
-    ctx.signed = abs_weights is not None  # a derivative itself
+    ctx.signed = abs_weights is not None  # then this call is itself a derivative
     ctx.save_for_backward(a, b, weights, example_ids)
 
 
 def _weighted_grad_grad(ctx: Any, c: Tensor) -> Grads:
     if ctx.signed:
         return refuse_second_derivative(ctx, c)
-    from zsl_kernels.ops import dot  # which imports this: they are each other's derivative
+    from zsl_kernels.ops import dot  # imported here: the two modules are each other's derivative
 
     a, b, w, ids = ctx.saved_tensors
     da = scaled_product(w, b, c, ids) if ctx.needs_input_grad[0] else None
@@ -81,7 +82,7 @@ def _weighted_grad_grad(ctx: Any, c: Tensor) -> Grads:
 
 
 def scaled_product(c: Tensor, x: Tensor, matrix: Tensor, example_ids: Tensor | None) -> Tensor:
-    """c_i x_i matrix, in x's dtype."""
+    """Return c_i x_i @ matrix for every example i, in the dtype of x."""
     c = c.to(matrix.dtype)
     c = c[:, None, None] if example_ids is None else c[example_ids.long(), None]
     return ((x.to(matrix.dtype) @ matrix) * c).to(x.dtype)
