@@ -1,7 +1,7 @@
-"""Which way a call is computed.
+"""The cost model: it chooses the algorithm, the backend and the tile of a call from the sizes of its operands.
 
-- ``call``: what the choice depends on, and what a candidate is.
-- ``devices``, ``tiles``: what is known about GPUs and about the compiled kernels' tiles.
-- ``cpu_cost``, ``gpu_cost``: the candidates with their predicted times.
-- ``choose``: the plan.
+- ``call``: the inputs of the model (``Call``) and its alternatives (``Candidate``).
+- ``devices``, ``tiles``: data about GPUs and about the tiles of the compiled kernels.
+- ``cpu_cost``, ``gpu_cost``: functions that list candidates with their predicted times.
+- ``choose``: the fastest candidate (``Plan``).
 """

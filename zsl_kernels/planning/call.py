@@ -1,4 +1,4 @@
-"""What the cost model is asked, and what it answers with: one call's sizes, and one way of computing it."""
+"""The data types of the cost model: ``Call``, the description of a call, and ``Candidate``, one algorithm that can compute it."""
 
 from __future__ import annotations
 
@@ -10,40 +10,40 @@ from zsl_kernels.planning.tiles import Config
 
 @dataclass(frozen=True)
 class Call:
-    """All that the choice depends on."""
+    """Everything that the choice of an algorithm depends on."""
 
     op: str
     N: int
     T: int
     K: int
     O: int
-    M: int | None = None  # examples of the second set of `gram`; None for the Gram of one set with itself
-    gram: bool = False  # with "interference"
+    M: int | None = None  # examples of the second set of `gram`; None if there is one set only
+    gram: bool = False  # whether "interference" also computes the Gram matrix
     itemsize: int = 4  # of the sums
     threads: int = 1
-    # Ragged rows (T is their mean), or rows added to the gradients: of the ways to know each gradient only those that form it.
+    # Ragged rows (then T is their mean), or rows added to the gradients. Only algorithms that compute each gradient support these.
     irregular: bool = False
     dtype: str = "float32"  # of a and b
-    gpu: Gpu | None = None  # of the GPU's kernels
+    gpu: Gpu | None = None  # the device, for calls that may use the GPU's kernels
 
     @property
     def formed(self) -> int:
-        """Gradients that a form which computes gradients computes."""
+        """Return the number of gradients to compute."""
         return self.N + (self.M or 0)
 
     @property
     def product(self) -> float:
-        """Operations of forming them."""
+        """Return the operations to compute all gradients."""
         return 2.0 * self.formed * self.T * self.O * self.K
 
     @property
     def elements(self) -> float:
-        """Entries of all of them."""
+        """Return the number of entries of all gradients."""
         return float(self.formed) * self.O * self.K
 
     @property
     def pairs(self) -> float:
-        """Operations for each coordinate of the pairwise products: half of the N² by symmetry."""
+        """Return the operations per coordinate of the pairwise products. Symmetry saves half of them for one set."""
         if self.op == "gram":
             return float(2 * self.N * self.M if self.M else self.N * self.N)
         return float(self.N * self.N) if self.gram else 0.0
@@ -58,7 +58,7 @@ class Call:
 
     @property
     def result_bytes(self) -> float:
-        """Of what is as large as the parameter, or as the operands: the scalars are left out, and the Gram."""
+        """Return the bytes of results as large as the parameter or the operands. Scalars and the Gram matrix are left out."""
         if self.op == "interference_backward":
             return self.operand_bytes
         return float(self.itemsize) * {"interference": 3, "weighted_grad": 1}.get(self.op, 0) * self.O * self.K
@@ -72,17 +72,17 @@ class Call:
 
 @dataclass(frozen=True)
 class Candidate:
-    """One way of computing a call."""
+    """One algorithm that can compute a call, with its predicted cost."""
 
     impl: str
     way: str  # "direct", "stored", "ghost", "rank-one", "chunked" or "matmul"
-    kernel: str  # as the configurations name it; "library" where PyTorch's own products do the work
-    tile: tuple[int, int]  # output rows × columns (ghost: rows × rows of positions) handled at a time
+    kernel: str  # the name in ``tiles.CONFIGS``, or "library" for PyTorch's matrix products
+    tile: tuple[int, int]  # output rows × columns per step (ghost: positions × positions)
     work: float  # floating-point operations
-    bytes: float  # to and from memory
+    bytes: float  # read from and written to memory
     time: float  # predicted seconds
-    workspace: int  # bytes, for each thread (on a GPU, and chunked: in all)
-    limit: str = "work"  # what the time is spent on
-    l2_bytes: float = 0.0  # from the GPU's second-level cache
-    config: Config | None = None  # of a Triton kernel
-    splits: int = 1  # parts of the examples that go to programs of their own
+    workspace: int  # bytes per thread (in total on a GPU and for "chunked")
+    limit: str = "work"  # the bottleneck
+    l2_bytes: float = 0.0  # read from the GPU's L2 cache
+    config: Config | None = None  # the configuration of a Triton kernel
+    splits: int = 1  # parts of the examples that separate programs compute

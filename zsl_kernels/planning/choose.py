@@ -1,6 +1,6 @@
-"""The plan of one call: the fastest candidate among the ways that the backends have.
+"""``choose``: the plan of one call, which is the fastest candidate among the algorithms of the allowed backends.
 
-A pure function of integers, so that it can be printed and tested. cpu_cost.py and gpu_cost.py predict the candidates' times.
+The plan is a pure function of integers, so it can be printed and tested. cpu_cost.py and gpu_cost.py predict the candidates' times.
 """
 
 from __future__ import annotations
@@ -11,15 +11,15 @@ from functools import lru_cache
 from zsl_kernels.planning import cpu_cost, gpu_cost
 from zsl_kernels.planning.call import Call, Candidate
 
-OPS = ("interference", "gram", "dot", "sq_norm", "weighted_grad")  # that a user can ask a plan for
+OPS = ("interference", "gram", "dot", "sq_norm", "weighted_grad")  # ops that zsl_kernels.plan accepts
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What a call does. ``print`` it to see the candidates; ``impl``, ``way`` and ``tile`` are the choice.
+    """The choice for a call: the backend ``impl``, the algorithm ``way`` and the ``tile``. ``print`` it to see all candidates.
 
-    A line has the tile (on a GPU with the depth of a step), the predicted time and what most of it is spent on, the operations, the
-    traffic to memory, and the workspace.
+    Each printed line shows a candidate's tile (on a GPU also the depth of a step), its predicted time and bottleneck, its
+    operations, its memory traffic and its workspace.
     """
 
     call: Call
@@ -43,7 +43,7 @@ class Plan:
 
     def __str__(self) -> str:
         shown: dict[tuple[object, ...], Candidate] = {}
-        for c in self.candidates:  # of those that differ in the splits alone the fastest
+        for c in self.candidates:  # show only the fastest of candidates that differ only in splits
             shown.setdefault((c.impl, c.way, c.kernel, c.tile, c.config), c)
         lines = [f"{self.call}: {self.way} ({self.impl})"]
         for c in shown.values():
@@ -73,7 +73,7 @@ GPU_WAYS = {
 
 @lru_cache(maxsize=4096)
 def choose(call: Call, impls: tuple[str, ...]) -> Plan:
-    """The plan of a call among the ways of ``impls``. A way that several have is the first one's."""
+    """Return the plan of a call among the algorithms of ``impls``. If several have the same algorithm, use the first one's."""
     found: list[Candidate] = []
     for impl in impls:
         found += [candidate for way in CPU_WAYS.get(impl, ()) if (candidate := way(call)) is not None]

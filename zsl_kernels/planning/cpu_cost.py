@@ -1,8 +1,9 @@
-"""The predicted time of each way of computing a call on the CPU, and of PyTorch's own products on any device.
+"""Predicts the time of each algorithm on the CPU, and of PyTorch's matrix products on any device.
 
-Every way is a candidate with its number of floating-point operations (*work*: a multiply-add counts as two), its traffic and the
-time that they predict: the work weighted with how fast that kind of work goes, in units of the direct kernel's product, over a
-nominal rate of that product. Left out on purpose: the operands' layout, and every cache but the one that the tile is sized for.
+Each function returns a candidate with its floating-point operations (*work*: a multiply-add counts as two), its memory traffic and
+its predicted time. The time is the work, weighted by the relative cost of each kind of operation, divided by a nominal rate. The
+cost of one operation in the direct kernel's matrix product is 1. The model deliberately ignores the layout of the operands and all
+caches except the one that the tile is sized for.
 """
 
 from __future__ import annotations
@@ -10,39 +11,40 @@ from __future__ import annotations
 from zsl_kernels.planning import gpu_cost
 from zsl_kernels.planning.call import Call, Candidate
 
-# Output rows and columns of a tile. Larger ones pack the operands less often; smaller ones keep the sums closer. Multiples of
-# every register tile (csrc/cpu), that of AMX with its 16 rows too. A tile that is cut to 12s of rows leaves some of those empty.
+# Output rows and columns of a tile, multiples of every register tile (csrc/cpu), that of AMX with its 16 rows included. Larger
+# tiles pack the operands less often; smaller tiles keep the sums in a faster cache. Where a tile shrinks in steps of 12 rows, some
+# of AMX's rows stay empty.
 TILE_O, TILE_K = 192, 384
 ROWS, COLS = 12, 32
 CHUNK = 256  # positions packed at a time
-SUM_RUN = 64  # examples whose gradients are added before their sum joins the others'
-# The Gram keeps a tile of every example; past this many bytes for each worker the tile shrinks.
+SUM_RUN = 64  # examples whose gradients are summed before their sum is added to the total
+# The Gram matrix needs a tile of every example. The tile shrinks if these exceed this many bytes per thread.
 STORED_BYTES = 16 << 20
-# The chunked form's workspace: the gradients of all examples for a slab of output rows.
+# The workspace of the chunked algorithm: the gradients of all examples for a slab of output rows.
 CHUNKED_BYTES = 32 << 20
 GHOST_SIDE = 96  # rows of a ghost block
 
-# Costs relative to one operation of the direct kernel's products, as benchmarks/costs.py fits them on x86-64, halfway between AVX2
-# and AVX-512. AMX multiplies bfloat16 several times as fast: its ratios would be others, and were not measured since its kernels
-# multiply by tile instructions of their own. First of folding one element of one g_i: in registers, and from memory with a pass
-# for each result.
+# Costs relative to one operation of the direct kernel's matrix product. benchmarks/costs.py fits them on x86-64; the values lie
+# halfway between AVX2 and AVX-512. On AMX bfloat16 products are several times as fast, so these ratios differ there; they have not
+# been measured since the AMX kernels use tile instructions of their own. The first two tables are the cost of accumulating one
+# element of one g_i into the results: in registers, and from memory with one pass per result.
 _FOLD = {"interference": 35.0, "gram": 5.0, "dot": 16.0, "sq_norm": 5.5, "weighted_grad": 6.0}
 _FOLD["interference_backward"] = _FOLD["interference"]
 _CHUNKED_FOLD = {"interference": 220.0, "interference_backward": 220.0, "gram": 60.0, "sq_norm": 45.0}
-# Then of one operation: of the pairwise products of stored tiles, of the ghost form, of a library matrix product.
+# The cost of one operation of the pairwise products of stored tiles, of the ghost algorithm, and of a library matrix product.
 _PAIR = 1.5
 _GHOST = 1.6
 _MATMUL = 1.5
-# Operations in a second of the direct kernel's products on one thread: between AVX2 and AVX-512 in benchmarks/results/latest.md. It
-# turns costs into seconds, the same for every way, so no choice depends on it.
+# Operations per second of the direct kernel's matrix product on one thread: between AVX2 and AVX-512 in
+# benchmarks/results/latest.md. It converts costs to seconds for every algorithm alike, so no choice depends on it.
 _RATE = 130e9
-# The chunked form on a GPU: passes over its slabs, which stay in the second-level cache, and launches for each slab.
+# The chunked algorithm on a GPU: passes over its slabs, which stay in the L2 cache, and launches per slab.
 _PASSES = {"interference": 14, "interference_backward": 20, "gram": 3, "sq_norm": 3}
 _LAUNCHES = {"interference": 12, "interference_backward": 20, "gram": 4, "sq_norm": 3}
 
 
 def chunk_rows(examples: int, O: int, K: int, itemsize: int) -> int:
-    """Output rows of a slab of the chunked form: its two buffers of (examples, rows, K) fit ``CHUNKED_BYTES``."""
+    """Return the output rows of a slab of the chunked algorithm. Its two buffers (examples, rows, K) fit in ``CHUNKED_BYTES``."""
     return max(1, min(max(O, 1), CHUNKED_BYTES // max(2 * examples * K * itemsize, 1)))
 
 
@@ -52,9 +54,9 @@ def _cpu(call: Call, way: str, tile: tuple[int, int], work: float, cost: float, 
 
 
 def _library(call: Call, way: str, tile: tuple[int, int], work: float, cost: float, workspace: int, slabs: int = 0) -> Candidate:
-    """PyTorch's own products, and for each of ``slabs`` the passes over a workspace that follow them.
+    """Return a candidate of PyTorch's matrix products, followed by passes over a workspace for each of ``slabs``.
 
-    Without slabs the workspace is as large as the operands: on a GPU it is written to memory, and read again.
+    Without slabs the workspace is as large as the operands. On a GPU it is then written to memory and read back.
     """
     moved = call.operand_bytes + call.result_bytes + (2.0 * workspace if call.gpu is not None and not slabs else 0.0)
     if call.gpu is None:
@@ -67,13 +69,13 @@ def _library(call: Call, way: str, tile: tuple[int, int], work: float, cost: flo
 
 
 def _split(size: int, limit: int, unit: int) -> int:
-    """The part when ``size`` is cut evenly into as few parts of at most ``limit`` as possible, in whole units."""
+    """Divide ``size`` evenly into as few parts of at most ``limit`` as possible; return a part's size in whole units."""
     parts = -(-max(size, 1) // limit)
     return -(-max(size, 1) // (parts * unit)) * unit
 
 
 def _direct_tile(call: Call, stored: int) -> tuple[int, int]:
-    """Shrinks the tile while the stored tiles exceed their budget or a thread would have none."""
+    """Return the tile, made smaller until the stored tiles fit in their budget and every thread has a tile."""
     limit_o, limit_k = TILE_O, TILE_K
     while True:
         rows, cols = _split(call.O, limit_o, ROWS), _split(call.K, limit_k, COLS)
@@ -92,7 +94,7 @@ def direct(call: Call) -> Candidate:
     tile = _direct_tile(call, stored)
     pairs = call.pairs * call.O * call.K
     cost = call.product + _PAIR * pairs + _FOLD[call.op] * call.elements
-    sums = 7 if call.N > SUM_RUN else 4  # with the direction's tile
+    sums = 7 if call.N > SUM_RUN else 4  # including the tile of the direction
     workspace = call.itemsize * (tile[0] * tile[1] * (sums + stored) + min(call.T, CHUNK) * sum(tile))
     return _cpu(call, "direct", tile, call.product + pairs, cost, workspace)
 
@@ -111,8 +113,11 @@ def ghost(call: Call) -> Candidate | None:
 
 
 def _rows_met(T: int) -> float:
-    """Rows with which the ghost form multiplies each row for the norms alone. Blocks are computed whole, on or above the diagonal:
-    an example within one block meets that block, one across two both, a long one half of itself and the blocks at its ends."""
+    """Return the number of rows that the ghost algorithm multiplies with each row when it computes norms only.
+
+    It computes whole blocks, on and above the diagonal. An example inside of one block is multiplied with that block, an example
+    that spans two with both, and a long one with half of itself and with the blocks at its ends.
+    """
     if T > GHOST_SIDE:
         return T / 2 + 1.5 * GHOST_SIDE
     return GHOST_SIDE if T == 0 or GHOST_SIDE % T == 0 else 2.0 * GHOST_SIDE
@@ -130,7 +135,7 @@ def rank_one(call: Call) -> Candidate | None:
 def matmul(call: Call) -> Candidate | None:
     if call.op not in ("dot", "weighted_grad"):
         return None
-    # The operands in the dtype of the sums, in which they are multiplied, and one of them scaled or multiplied.
+    # Copies of the operands in the sum dtype, in which they are multiplied, and one scaled or multiplied operand.
     widened = call.O + call.K if call.operand_itemsize < call.itemsize else 0
     scaled = min(call.O, call.K) if call.op == "dot" else call.O
     workspace = call.itemsize * call.N * call.T * (widened + scaled)

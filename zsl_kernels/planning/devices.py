@@ -1,7 +1,7 @@
-"""What the cost model knows about a GPU: plain numbers, of the parts that the kernels are compiled for.
+"""Data of the cost model about GPUs: the rates and sizes of the devices that the kernels are compiled for.
 
-Rates are the vendor's figures for dense operations at boost clock, in operations and bytes for each second. The bandwidth of the
-second-level cache is no vendor's figure: it is an assumption, and the report says so.
+Rates are the vendor's figures for dense operations at boost clock, in operations or bytes per second. The L2 bandwidth is not a
+vendor's figure: it is an assumption, and the report says so.
 """
 
 from __future__ import annotations
@@ -12,21 +12,21 @@ from dataclasses import dataclass, replace
 @dataclass(frozen=True)
 class Gpu:
     name: str
-    arch: int  # of compute capability 9.0: 90
+    arch: int  # the compute capability without the dot: 90 for 9.0
     sms: int  # streaming multiprocessors
-    shared_bytes: int  # shared memory that one block may ask for
-    half_flops: float  # bfloat16 and float16 products on the matrix units, accumulated in float32
+    shared_bytes: int  # the most shared memory that one block can request
+    half_flops: float  # bfloat16 and float16 matrix products on the matrix units (tensor cores), accumulated in float32
     tf32_flops: float
-    float32_flops: float  # outside of the matrix units
-    instructions: float  # of all threads, that the multiprocessors issue in a second: a warp's in a cycle, four at a time
+    float32_flops: float  # without the matrix units
+    instructions: float  # thread instructions per second of all multiprocessors: four warps issue one per cycle
     l2_bandwidth: float
-    bandwidth: float  # of the device's memory
-    # What products by the instructions of a single warp (HMMA) reach of the rates above, which on newer parts are those of
-    # instructions of several warps: an assumption too.
+    bandwidth: float  # of device memory
+    # The fraction of the rates above that single-warp matrix instructions (HMMA) reach. On newer devices these rates need
+    # instructions that span several warps. This is an assumption too.
     warp_share: float
-    cluster: int  # blocks of a library's product that share what they load
-    max_warps: int = 64  # that a multiprocessor holds
-    boxes: bool = False  # whether there are kernels that copy boxes and multiply by warpgroups
+    cluster: int  # blocks of a library matrix product that share loaded operands
+    max_warps: int = 64  # that are resident on a multiprocessor
+    boxes: bool = False  # whether there are kernels that use bulk tensor copies and warpgroup matrix products
 
 
 A100 = Gpu("A100", 80, 108, 166912, 312e12, 156e12, 19.5e12, 19.5e12, 5.0e12, 2.0e12, 1.0, 1)
@@ -39,15 +39,15 @@ OLDEST = min(GPUS)
 
 
 def nearest(arch: int) -> Gpu:
-    """The newest of :data:`GPUS` that is no newer than ``arch``; the oldest, for what is older than all.
+    """Return the newest of :data:`GPUS` that is not newer than ``arch``, or the oldest if all are newer.
 
-    12.x counts as 8.x, whose matrix instructions it has.
+    12.x is treated like 8.x because it has the same matrix instructions.
     """
     return GPUS[max((known for known in GPUS if known <= arch < 120), default=OLDEST)]
 
 
 def of_device(arch: int, sms: int, shared_bytes: int) -> Gpu:
-    """A device as it says it is: each of its multiprocessors as fast as the nearest part's."""
+    """Describe a device with these properties. Each of its multiprocessors is assumed to be as fast as the nearest GPU's."""
     known = nearest(arch)
     share = sms / known.sms
     rates = {name: getattr(known, name) * share for name in ("half_flops", "tf32_flops", "float32_flops", "instructions")}

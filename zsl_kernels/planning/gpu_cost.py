@@ -1,17 +1,20 @@
-"""The predicted time of each way of computing a call on a GPU: a model, fitted to measurements on an H100 (tests/data/h100.csv).
+"""Predicts the time of each algorithm on a GPU. The model is fitted to measurements on an H100 (tests/data/h100.csv).
 
-A launch is a number of *programs* (blocks of threads), each of which does the same: it forms some tiles by matrix products and
-*folds* each into sums. Its time is the longest of
+A launch consists of *programs* (thread blocks) that all do the same: each computes some tiles with matrix products and *folds* each
+tile, which means that it accumulates the tile into sums. The time of a launch is the maximum of three times:
 
-- the busiest multiprocessor's, which takes its share of the programs in rounds of as many as it holds at once. A round takes the
-  sum of its programs' work on the matrix unit or their instructions, whichever is more, for different programs overlap; but no less
-  than one program alone, which folds when it has multiplied, and waits ``FILL`` for the first operands of every tile;
-- the operands' way from the second-level cache: (rows + columns) of every step of every tile;
-- the device's memory: the operands once for each block of tiles that are in work at once, the results, the workspace;
+- **Multiprocessors**: the time of the busiest one. It runs its programs in rounds of as many as it can hold. A round takes the
+  larger of its programs' total matrix-unit time and total instruction time, because different programs overlap. It takes at least
+  as long as a single program, which waits ``FILL`` for the first operands of every tile and folds after it has multiplied.
+- **L2**: the time to read the operands from the L2 cache, (rows + columns) for every step of every tile.
+- **Memory**: the time to read the operands once for each block of tiles that are computed concurrently, and to transfer the results
+  and the workspace.
 
-and the launches come on top. A part of the peak rates, ``ACHIEVED``, is what good kernels keep up; a library's plain product is
-predicted by the same rules, so ratios depend on it less. Left out: the operands' layout and alignment, clocks that fall under load,
-transfers between the halves of the second-level cache, the direction's tile, and results as small as (N, N).
+The launch overhead is added. ``ACHIEVED`` is the fraction of the peak rates that good kernels sustain. The model predicts a
+library's plain matrix product by the same rules, so ratios depend less on this constant.
+
+The model ignores the layout and alignment of the operands, clock rates that drop under load, transfers between the partitions of
+the L2 cache, the direction's tile, and results as small as (N, N).
 """
 
 from __future__ import annotations
@@ -27,24 +30,24 @@ from zsl_kernels.planning.tiles import CONFIGS, CUDA_SUMS_HELD, CUDA_TILES, GHOS
 ACHIEVED = 0.75
 LAUNCH, GAP = 5e-6, 2e-6
 FILL = 0.8e-6
-# Instructions of a thread: for each element of a tile that is folded; for each operand of a step, which is copied and, if it is
-# float32, split into parts that the matrix units multiply exactly, by every warp that meets it where warps multiply alone. Counted
-# in the compiled kernels (make gpu-report), for the larger tiles.
+# Thread instructions, counted in the compiled kernels (make gpu-report) for the larger tiles. FOLD: per element of a tile that is
+# folded. STEP and CUDA_STEP: per operand element of a step. The element is copied and, if it is float32, split into parts that the
+# matrix units multiply exactly. If warps multiply independently, every warp that uses the element splits it.
 FOLD = {"interference": 14.0, "sq_norm": 9.0, "derivative": 16.0, "ghost": 4.0, "rank_one": 3.0, "gram": 12.0, "product": 4.0}
 STEP = {"half": {80: 3.0, 90: 2.2, 100: 2.4}, "float32": {80: 32.0, 90: 18.0, 100: 19.0}}
 CUDA_STEP = {"half": 6.0, "float32": 50.0}  # of the CUDA kernels
-# float32 values that a thread holds for each element of its part of the tile, and registers that it needs besides.
+# float32 values that a thread keeps per element of its part of the tile, and the other registers that it needs.
 LIVE = {"interference": 4, "sq_norm": 1, "derivative": 2, "ghost": 2, "rank_one": 3, "gram": 4, "product": 1}
 REGISTERS = 96
-# The slab of gradients that "stored" writes and reads again: it stays in the second-level cache.
+# The slab of gradients that "stored" writes and reads back. It is small enough to stay in the L2 cache.
 SLAB_BYTES = 32 << 20
-# Of the derivatives that the backward pass stores: work for a whole device, and near the second-level cache.
+# The derivatives that the backward pass stores at a time: enough work for a whole device, and about the size of the L2 cache.
 BACKWARD_BYTES = 64 << 20
-SUM_RUN = 64  # examples that are summed in registers
-# What a library's product uses, with its other choices among the splits.
+SUM_RUN = 64  # examples that are summed in registers before the sum is written
+# The tiles that a library matrix product is assumed to use. It can also split the contraction.
 LIBRARY = {"half": Config(128, 256, 64, 8, 3), "float32": Config(128, 128, 16, 8, 3)}
-# How much longer than the model says the ways took on an H100, in the median of all calls that were measured there. For the other
-# parts, which were not measured, the same is assumed.
+# The measured time on an H100 divided by the model's time: the median over all measured calls, per backend and algorithm. The same
+# factors are assumed for GPUs that were not measured.
 MEASURED = {
     ("triton", "stored"): {"half": 3.2, "float32": 3.5},
     ("triton", "direct"): {"half": 1.1, "float32": 2.8},
@@ -52,26 +55,26 @@ MEASURED = {
     ("chunked", "chunked"): {"half": 1.4, "float32": 1.3},
 }
 CUDA_DEPTH, CUDA_WARPS = 32, 8  # of the CUDA kernels, in steps of 64 bytes
-# Of the kernels of compute capability 9.0, for a tile of one example: to fold it, and for 64 positions of its product. Measured of
-# interference. To fold a tile into scalars alone, or into a weighted sum, is less work and was not measured: it is an upper bound.
+# Seconds of the kernels for compute capability 9.0 per tile and example: to fold the tile, and per 64 positions of its product.
+# They were measured for interference and are upper bounds for the other ops, which fold into scalars or into one weighted sum.
 HOPPER_FOLD, HOPPER_STEP = 0.94e-6, 0.46e-6
 
 
 @dataclass(frozen=True)
 class Time:
-    """Seconds of one or several launches, by what they are spent on; the parts overlap."""
+    """The time of one or several launches in seconds, by resource. The resources work concurrently."""
 
     multiprocessors: float = 0.0
     l2: float = 0.0
     memory: float = 0.0
     launches: float = 1.0
-    busy: str = "matrix unit"  # what holds the multiprocessors up
+    busy: str = "matrix unit"  # the bottleneck inside of the multiprocessors
     l2_bytes: float = 0.0
     bytes: float = 0.0
 
     @property
     def device(self) -> float:
-        """Without the launches."""
+        """Return the time without the launch overhead."""
         return max(self.multiprocessors, self.l2, self.memory)
 
     @property
@@ -85,8 +88,10 @@ class Time:
 
 
 def total(times: list[Time]) -> tuple[float, str]:
-    """Seconds of launches one after the other, and what most of them are spent on. The host launches the next while the device
-    works, which pauses for ``GAP`` between two."""
+    """Return the time of consecutive launches and its largest component.
+
+    The host issues the next launch while the device works. The device pauses for ``GAP`` between two launches.
+    """
     launches = sum(t.launches for t in times)
     spent: dict[str, float] = {"launch": max(GAP * launches, LAUNCH * launches - sum(t.device for t in times)) + LAUNCH}
     for t in times:
@@ -95,44 +100,47 @@ def total(times: list[Time]) -> tuple[float, str]:
 
 
 def shared_bytes(config: Config, itemsize: int) -> int:
-    """Shared memory of a kernel's operands; what a compiled kernel really takes is for the tests to compare."""
+    """Estimate the shared memory of a kernel's operands. The tests compare it with the compiled kernels."""
     return config.stages * (config.rows + config.cols) * config.depth * itemsize
 
 
 def resident(gpu: Gpu, warps: int, registers: int, shared: int) -> int:
-    """Programs that a multiprocessor holds at once, at least one; each program's shared memory has another KiB of the system's."""
+    """Return how many programs fit on a multiprocessor, at least one. The system reserves 1 KiB of shared memory per program."""
     by_registers = 65536 // (32 * warps * (-(-registers // 8) * 8))
     by_shared = (gpu.shared_bytes + 1024) // (shared + 1024)
     return max(1, min(by_registers, by_shared, gpu.max_warps // warps, 32))
 
 
 def registers(kernel: str, config: Config) -> int:
-    """An estimate, for a thread."""
+    """Estimate the registers of a thread."""
     return min(255, REGISTERS + LIVE[kernel] * config.rows * config.cols // (32 * config.warps))
 
 
 @dataclass(frozen=True)
 class Launch:
     programs: int
-    folds: int  # tiles that each forms
-    contraction: int  # length of the products that form a tile
-    rate: float  # operations that the device's matrix units do in a second
-    fold: float  # instructions for each element of a tile
-    holds: int  # programs that a multiprocessor holds
+    folds: int  # tiles per program
+    contraction: int  # length of the contraction that computes a tile
+    rate: float  # operations per second of the device's matrix units
+    fold: float  # instructions per element of a tile
+    holds: int  # programs that fit on a multiprocessor
     itemsize: int
-    extra: float = 0.0  # seconds of a program on the matrix unit beyond its tiles' products
-    step: float = 0.0  # instructions for each operand of a product
-    l2_share: float = 1.0  # of the operands, what comes from the second-level cache; the rest from neighbouring multiprocessors
+    extra: float = 0.0  # additional seconds of a program on the matrix unit
+    step: float = 0.0  # instructions per operand element of a matrix product
+    l2_share: float = 1.0  # fraction of the operands read from the L2 cache; the rest comes from other multiprocessors
 
     def time(self, gpu: Gpu, config: Config, operands: float, results: float, cached: float = 0.0) -> Time:
-        """``operands``: bytes of them that come from memory; ``results``: bytes written, or read besides; ``cached``: bytes that
-        stay in the second-level cache."""
+        """Return the time of the launch.
+
+        ``operands``: bytes of the operands read from memory. ``results``: other bytes read from or written to memory. ``cached``:
+        bytes that stay in the L2 cache.
+        """
         area, depth = config.rows * config.cols, _up(self.contraction, config.depth)
         matrix = self.folds * 2.0 * area * depth / (self.rate / gpu.sms) + self.extra
         loads = (config.rows + config.cols) * self.contraction
         issue = gpu.instructions * ACHIEVED / gpu.sms
         fold, step = self.folds * area * self.fold / issue, self.folds * loads * self.step / issue
-        # The matrix unit works on one step while the next is copied.
+        # The matrix unit processes one step while the next is copied.
         alone = max(matrix, step) + fold + self.folds * FILL
 
         def round_(programs: int) -> float:
@@ -152,8 +160,10 @@ def _up(size: int, unit: int) -> int:
 
 
 def operand_traffic(gpu: Gpu, config: Config, holds: int, O: int, K: int, row_bytes: int) -> float:
-    """Bytes of a and b that come from memory, ``row_bytes`` for each feature: the tiles that are in work at once lie in a block as
-    square as O and K allow, and what such a block needs is read once."""
+    """Return the bytes of a and b read from memory, with ``row_bytes`` per feature.
+
+    The concurrently computed tiles form a block of the weight, as square as O and K allow. Each block reads its operands once.
+    """
     at_once = float(gpu.sms * holds * config.rows * config.cols)
     cols = min(max(K, 1), max(at_once**0.5, at_once / max(O, 1)))
     rows = min(max(O, 1), at_once / cols)
@@ -162,26 +172,26 @@ def operand_traffic(gpu: Gpu, config: Config, holds: int, O: int, K: int, row_by
 
 
 def product_rate(gpu: Gpu, dtype: str, warp_wide: bool) -> float:
-    """Operations in a second of our kernels' products; float32 ones are three products of shorter numbers.
+    """Return the operations per second of our kernels' matrix products. A float32 product takes three products of tf32 parts.
 
-    ``warp_wide``: with the instructions of a single warp (HMMA), which on newer parts do not reach the matrix unit's full rate.
+    ``warp_wide``: whether they use single-warp instructions (HMMA), which do not reach the full rate on newer devices.
     """
     peak = gpu.tf32_flops / 3 if kind(dtype) == "float32" else gpu.half_flops
     return peak * ACHIEVED * (gpu.warp_share if warp_wide else 1.0)
 
 
 def library_rate(gpu: Gpu, dtype: str) -> float:
-    """Of a library's product: float32 on the CUDA cores, as true float32 is."""
+    """Return the operations per second of a library matrix product. Exact float32 runs on the CUDA cores."""
     return ACHIEVED * {"float64": gpu.float32_flops / 2, "float32": gpu.float32_flops}.get(dtype, gpu.half_flops)
 
 
 def library(gpu: Gpu, work: float, moved: float, launches: int, dtype: str = "float32") -> Time:
-    """Large library calls, which are taken to use the whole device."""
+    """Return the time of large library calls, which are assumed to use the whole device."""
     return Time(work / library_rate(gpu, dtype), 0.0, moved / gpu.bandwidth, launches, "library", 0.0, moved)
 
 
 def _splits(gpu: Gpu, tiles: int, N: int, holds: int) -> Iterator[int]:
-    """Powers of two up to N, while the programs of half as many do not fill the device."""
+    """Yield the numbers of splits to consider: powers of two up to N, until half as many fill the device."""
     splits = 1
     while splits == 1 or (splits <= N and tiles * (splits // 2) < gpu.sms * holds):
         yield splits
@@ -198,7 +208,7 @@ def _tiles(rows: int, cols: int, config: Config) -> int:
 
 
 def _launch(call: Call, kernel: str, config: Config, programs: int, folds: int, contraction: int, *, fold: float = 0.0) -> Launch:
-    """Of a Triton kernel; ``fold``: instructions for each element besides the kernel's own."""
+    """Return the launch of a Triton kernel. ``fold``: additional instructions per element."""
     gpu = call.gpu
     assert gpu is not None
     holds = resident(gpu, config.warps, registers(kernel, config), shared_bytes(config, call.operand_itemsize))
@@ -211,7 +221,7 @@ def _launch(call: Call, kernel: str, config: Config, programs: int, folds: int, 
 def _candidate(
     call: Call, way: str, kernel: str, config: Config, work: float, times: list[Time], workspace: float, splits: int = 1
 ) -> Candidate:
-    """Of launches one after the other."""
+    """Return the candidate of consecutive launches."""
     time, limit = total(times)
     return Candidate(
         "triton",
@@ -230,7 +240,7 @@ def _candidate(
 
 
 def triton_direct(call: Call) -> Iterator[Candidate]:
-    """Without pairwise products: programs are tiles × parts of the examples, and a second stage adds up what the parts found."""
+    """Algorithm "direct", without pairwise products: a program per tile and part of the examples; a second stage adds the parts."""
     if call.pairs or call.op not in ("interference", "sq_norm"):
         return
     gpu = call.gpu
@@ -240,7 +250,7 @@ def triton_direct(call: Call) -> Iterator[Candidate]:
         holds = _launch(call, call.op, config, 1, 1, 1).holds
         for splits in _splits(gpu, tiles, call.N, holds):
             folds = ceil(call.N / splits)
-            # Totals past one run of examples are read, added to and written; parts are written, and read by the second stage.
+            # After the first run of examples, totals are read, updated and written. The second stage reads the parts back.
             runs = max(0, ceil(folds / SUM_RUN) - 1)
             parts = call.result_bytes * splits if splits > 1 else 0.0
             scalars = 4.0 * 4 * call.N * tiles
@@ -252,16 +262,16 @@ def triton_direct(call: Call) -> Iterator[Candidate]:
 
 
 def slab_of(examples: int, O: int, K: int, config: Config) -> tuple[int, int]:
-    """Rows and columns of a slab of float32 gradients within ``SLAB_BYTES``, in whole tiles; one tile at least."""
+    """Return the rows and columns of a slab of float32 gradients within ``SLAB_BYTES``: whole tiles, at least one."""
     fit = max(1, SLAB_BYTES // (4 * config.rows * config.cols * max(examples, 1)))
     across = min(fit, ceil(max(K, 1) / config.cols))
     return config.rows * min(fit // across, ceil(max(O, 1) / config.rows)), config.cols * across
 
 
 def triton_stored(call: Call) -> Iterator[Candidate]:
-    """The gradients of all examples in a slab of the weight are stored, and read for the sums and for the pairwise products.
+    """Algorithm "stored": store the gradients of all examples for a slab of the weight; read them for sums and pairwise products.
 
-    Without sums to hold, the kernel that stores has larger tiles than the direct one's.
+    The storing kernel keeps no sums in registers, so its tiles are larger than those of "direct".
     """
     if call.op not in ("interference", "gram"):
         return
@@ -274,7 +284,7 @@ def triton_stored(call: Call) -> Iterator[Candidate]:
         tiles = _tiles(rows, cols, config)
         slab = 4.0 * call.formed * rows * cols
         if slab > SLAB_BYTES and not call.pairs:
-            continue  # one tile of so many examples, which the direct way need not hold
+            continue  # a single tile of all examples is too large; "direct" does not store it
         launch = _launch(call, "sq_norm", config, 1, 1, 1)
         for splits in _splits(gpu, tiles, call.formed, launch.holds):
             folds = ceil(call.formed / splits)
@@ -285,7 +295,7 @@ def triton_stored(call: Call) -> Iterator[Candidate]:
                 times.append(_slab_sums(call, slab).times(slabs))
             if call.pairs:
                 times.append(_slab_products(call, slab).times(slabs))
-            if slab > SLAB_BYTES:  # written to memory, and read from there by each of the others
+            if slab > SLAB_BYTES:  # the first kernel writes it to memory, and each other kernel reads it from there
                 moved = len(times) * slab * slabs
                 times.append(Time(0.0, 0.0, moved / gpu.bandwidth, 0.0, bytes=moved))
             work = call.product + (_met(call) if call.pairs else 0.0) * call.O * call.K
@@ -293,7 +303,7 @@ def triton_stored(call: Call) -> Iterator[Candidate]:
 
 
 def _slab_sums(call: Call, slab: float) -> Time:
-    """Of the kernel that folds a slab of gradients, read from the second-level cache, and of adding up what its programs found."""
+    """Return the time to fold a slab of gradients that is read from the L2 cache, and to add up the programs' partial results."""
     gpu = call.gpu
     assert gpu is not None
     fold = FOLD["interference"] * slab / 4 / (gpu.instructions * ACHIEVED)
@@ -302,12 +312,12 @@ def _slab_sums(call: Call, slab: float) -> Time:
 
 
 def _met(call: Call) -> float:
-    """Operations for each coordinate of the library's pairwise products: whole blocks of at least 32 examples, and both halves."""
+    """Return the operations per coordinate of the library's pairwise products: whole blocks of 32 examples, both triangles."""
     return 2.0 * _up(call.N, 32) * _up(call.M or call.N, 32)
 
 
 def _slab_products(call: Call, slab: float) -> Time:
-    """Of a slab of gradients with itself, read from the second-level cache once for each block of the other examples."""
+    """Return the time of a slab's pairwise products. Each block of examples reads the slab from the L2 cache once."""
     gpu = call.gpu
     assert gpu is not None
     moved = slab * ceil((call.M or call.N) / LIBRARY["float32"].rows)
@@ -316,21 +326,21 @@ def _slab_products(call: Call, slab: float) -> Time:
 
 
 def triton_rank_one(call: Call) -> Iterator[Candidate]:
-    """Single positions: the sums factorize into three products over the examples, and the scalars into those of vectors."""
+    """Algorithm "rank-one", for T = 1: the sums are three matrix products over the examples; the scalars factorize too."""
     if call.T != 1 or call.irregular or call.op != "interference":
         return
     gpu = call.gpu
     assert gpu is not None
     work = 6.0 * call.elements + call.pairs * (call.O + call.K)
-    vectors = 8.0 * call.N * (call.O + call.K)  # float32, and their magnitudes or squares: the scalars are PyTorch's
+    vectors = 8.0 * call.N * (call.O + call.K)  # float32 copies and their magnitudes or squares; PyTorch computes the scalars
     for config in _configs(call, "rank_one"):
         tiles = _tiles(call.O, call.K, config)
         holds = _launch(call, "rank_one", config, 1, 1, 1).holds
-        # Two products of the operands themselves and one of their squares, which are float32 and split.
+        # Two products of the operands, and one of their squares, which are float32 and therefore split.
         rate = 3 / (2 / product_rate(gpu, call.dtype, False) + 1 / product_rate(gpu, "float32", False))
         for splits in _splits(gpu, tiles, call.N, holds):
             parts = call.result_bytes * splits if splits > 1 else 0.0
-            # Each operand is loaded once for the three; one of them splits it, or all.
+            # Each operand is loaded once for all three. One product or all of them split it.
             step = STEP["float32"][gpu.arch] / (1 if kind(call.dtype) == "float32" else 3)
             contraction, itemsize = 3 * ceil(call.N / splits), call.operand_itemsize
             launch = Launch(tiles * splits, 1, contraction, rate, 0.0, holds, itemsize, 0.0, step, l2_share=1 / 3)
@@ -340,7 +350,7 @@ def triton_rank_one(call: Call) -> Iterator[Candidate]:
 
 
 def triton_ghost(call: Call) -> Iterator[Candidate]:
-    """Blocks of positions × blocks of positions; short examples share a block, each padded to a power of two."""
+    """Algorithm "ghost": blocks of positions × blocks of positions. Short examples share a block, padded to a power of two."""
     if call.irregular or call.op not in ("gram", "sq_norm"):
         return
     gpu = call.gpu
@@ -363,7 +373,7 @@ def triton_ghost(call: Call) -> Iterator[Candidate]:
 
 
 def triton_backward(call: Call) -> Iterator[Candidate]:
-    """Piece by piece of a workspace: the derivatives with respect to the gradients are stored, and two products of them follow."""
+    """The backward pass: store ∂loss/∂g_i in a workspace, piece by piece, and compute two matrix products with each piece."""
     if call.op != "interference_backward":
         return
     gpu = call.gpu
@@ -379,7 +389,7 @@ def triton_backward(call: Call) -> Iterator[Candidate]:
         if call.gram:
             times.append(_slab_products(call, 2 * workspace).times(pieces))
         for features, contraction in ((call.K, call.O), (call.O, call.K)) if products else ():
-            # As the backward pass chooses.
+            # The same choice as in the backward pass.
             product = min(products, key=lambda c: _up(call.T, c.rows) * _up(features, c.cols))
             programs = ceil(call.N * _tiles(call.T, features, product) / pieces)
             launch = _launch(call, "product", product, programs, 1, contraction)
@@ -388,7 +398,7 @@ def triton_backward(call: Call) -> Iterator[Candidate]:
 
 
 def cuda_direct(call: Call) -> Iterator[Candidate]:
-    """One persistent kernel: the tiles of all examples stay in shared memory, where their mutual products are formed too."""
+    """Algorithm "direct" in CUDA: a persistent kernel keeps all tiles in shared memory and multiplies them there."""
     if call.op not in ("interference", "gram"):
         return
     gpu = call.gpu
@@ -402,11 +412,11 @@ def cuda_direct(call: Call) -> Iterator[Candidate]:
         shared = kernel.shared_bytes(held, not call.pairs)
         if shared > gpu.shared_bytes or (rounds > 1 and kernel is not CUDA_TILES[-1]):
             continue
-        formed = rounds * held if rounds > 1 else call.formed  # groups of examples are formed for every other group again
+        formed = rounds * held if rounds > 1 else call.formed  # each pair of groups computes its examples again
         config = Config(*tile, CUDA_DEPTH, CUDA_WARPS, kernel.stages)
         tiles = _tiles(call.O, call.K, config)
         holds = resident(gpu, CUDA_WARPS, registers("gram", config), shared)
-        # Pairwise products in three parts, by fragments of 16 × 8 examples.
+        # The pairwise products consist of three products of parts, in fragments of 16 × 8 examples.
         met = _up(call.N, 16) * _up(call.M or call.N, 8) if call.pairs else 0
         pairs = 2.0 * met / rounds * tile[0] * tile[1] / (product_rate(gpu, "float32", True) / gpu.sms)
         rate = product_rate(gpu, call.dtype, True)
@@ -419,7 +429,7 @@ def cuda_direct(call: Call) -> Iterator[Candidate]:
         first = launch.time(gpu, config, read, call.result_bytes + partials + scalars)
         second = library(gpu, 0.0, partials + scalars, 2)
         times = [first, second]
-        if rounds > 1 and call.op == "interference":  # the sums are a launch of their own
+        if rounds > 1 and call.op == "interference":  # the sums need a separate launch
             launch = Launch(tiles, call.N, call.T, rate, FOLD["gram"], 2, itemsize, 0.0, step)
             times.append(launch.time(gpu, config, read, call.result_bytes))
         time, limit = total(times)
@@ -440,39 +450,45 @@ def cuda_direct(call: Call) -> Iterator[Candidate]:
 
 
 def measured(candidate: Candidate, call: Call) -> Candidate:
-    """The candidate with the time that it takes in fact."""
+    """Correct the candidate's time by the measured factor."""
     factor = MEASURED.get((candidate.impl, candidate.way), {}).get(kind(call.dtype), 1.0)
     return replace(candidate, time=factor * candidate.time)
 
 
 HOPPER_OPS = ("interference", "gram", "dot", "sq_norm", "weighted_grad")
 HOPPER_TILE = 128
-HOPPER_SHARED = 5 * 32768 + 4 * HOPPER_TILE**2 + 80  # bytes of a block: the stages, Σ g², the barriers
+HOPPER_SHARED = 5 * 32768 + 4 * HOPPER_TILE**2 + 80  # bytes per block: the stages, Σ g² and the barriers
 HOPPER_SLAB_BYTES = 256 << 20
 
 
 def hopper_schedule(gpu: Gpu, tiles: int, N: int) -> tuple[int, int]:
-    """How many tiles have a block of their own, and among how many parts of the examples each of the others is split: whole waves
-    of tiles first; what would leave multiprocessors idle is split, if that fills them better."""
+    """Return how many tiles have a block of their own, and into how many parts of the examples the other tiles are split.
+
+    Whole waves of tiles are not split. The remaining tiles, which would leave multiprocessors idle, are split if this fills them
+    better.
+    """
     rest = tiles % gpu.sms
     parts = min(N, gpu.sms // rest) if rest else 1
     return (tiles - rest, parts) if parts > 1 else (tiles, 1)
 
 
 def hopper_slab_tiles(gpu: Gpu, tiles: int, examples: int, itemsize: int) -> int:
-    """Tiles of a slab within ``HOPPER_SLAB_BYTES``, in whole waves where there is room for one; one tile at least."""
+    """Return the tiles of a slab within ``HOPPER_SLAB_BYTES``, at least one, in whole waves if a wave fits."""
     fit = max(1, HOPPER_SLAB_BYTES // (max(examples, 1) * HOPPER_TILE**2 * itemsize))
     return min(tiles, fit if fit < gpu.sms else fit // gpu.sms * gpu.sms)
 
 
 def has_hopper(gpu: Gpu) -> bool:
-    """Whether the kernels of compute capability 9.0 run there."""
+    """Return whether the kernels for compute capability 9.0 run on this GPU."""
     return gpu.boxes and gpu.shared_bytes >= HOPPER_SHARED
 
 
 def hopper(call: Call) -> Iterator[Candidate]:
-    """By products of a warpgroup, which compute capability 9.0 alone has. The times were fitted to measurements on an H100: a tile
-    of one example takes ``HOPPER_FOLD`` and ``HOPPER_STEP`` for each step of its positions."""
+    """Algorithm "hopper": warpgroup matrix products, which only compute capability 9.0 has.
+
+    The model is fitted to measurements on an H100: a tile of one example takes ``HOPPER_FOLD``, and ``HOPPER_STEP`` per step of its
+    positions.
+    """
     gpu = call.gpu
     assert gpu is not None
     if not has_hopper(gpu) or call.op not in HOPPER_OPS:
@@ -511,10 +527,9 @@ def hopper(call: Call) -> Iterator[Candidate]:
 
 
 def plain_product(gpu: Gpu, N: int, T: int, K: int, O: int, dtype: str) -> Time:
-    """The library's dW = bᵀa over all N·T rows, which the kernels are compared with: the best of the splits of its rows.
+    """Return the time of the library's dW = bᵀa over all N·T rows, the baseline of the kernels, with its best split of the rows.
 
-    It is given what the newer parts offer to it: ``gpu.cluster`` blocks that lie above each other share the operand they have in
-    common.
+    The model grants it a feature of newer GPUs: ``gpu.cluster`` blocks above each other share the operand they have in common.
     """
     config = LIBRARY[kind(dtype)]
     itemsize = 4 if dtype == "float32" else 2

@@ -1,8 +1,8 @@
-"""The shipped configurations: the Triton kernels', one dictionary for each architecture, and the tiles of the CUDA kernels.
+"""The available tiles: configurations of the Triton kernels, one dictionary per architecture, and tiles of the CUDA kernels.
 
-A configuration is the tile and the launch of one kernel for one kind of operand. Every one is compiled for its architecture by the
-tests, which look for spills, for shared memory past the limit and for the matrix unit; the planner chooses among them. Imports
-nothing: it is data.
+A configuration is the tile and the launch parameters of one kernel for one kind of operand. The planner chooses among them. The
+tests compile every configuration for its architecture and check that it does not spill registers, that it stays within the limit of
+shared memory, and that it uses the matrix unit. This module contains only data and imports no other module of the library.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 
 class Config(NamedTuple):
-    """``tile``: the kernel's block sizes, rows, columns and the depth of one step of its inner loop."""
+    """The tile (rows, columns, and the depth of one step of the inner loop) and the launch parameters of a Triton kernel."""
 
     rows: int
     cols: int
@@ -20,10 +20,10 @@ class Config(NamedTuple):
     stages: int
 
 
-# Positions of an example up to which the ghost form holds several in a block: "ghost_short", where longer ones take "ghost".
+# With up to this many positions, the ghost algorithm puts several examples in a block ("ghost_short"); otherwise it uses "ghost".
 GHOST_SHORT = 32
 
-# By kernel, then by the operands' dtype: "half" for bfloat16 and float16, "float32".
+# Indexed by kernel, then by the kind of the operands' dtype: "half" for bfloat16 and float16, or "float32".
 Configs = dict[str, dict[str, tuple[Config, ...]]]
 
 SM80: Configs = {
@@ -107,8 +107,8 @@ SM100: Configs = {
 CONFIGS: dict[int, Configs] = {80: SM80, 90: SM90, 100: SM100}
 
 
-# What replaces the configuration of a kernel where operands are not aligned: numbers that come one at a time need so many registers
-# for their addresses that a larger tile would spill.
+# Configurations for operands that are not aligned. Their elements are loaded one at a time, which needs so many registers for
+# addresses that a larger tile would spill.
 UNALIGNED = {
     "interference": Config(64, 32, 16, 8, 2),
     "sq_norm": Config(64, 64, 16, 8, 2),
@@ -117,34 +117,35 @@ UNALIGNED = {
 
 
 def kind(dtype: str) -> str:
-    """Which configurations operands of ``dtype`` take."""
+    """Return the key of the configurations for operands of ``dtype``."""
     return "float32" if dtype == "float32" else "half"
 
 
 class CudaTile(NamedTuple):
-    """A tile that the CUDA kernels are compiled for, as csrc/cuda/tile.cuh has it. Its place in ``CUDA_TILES`` names it."""
+    """A tile that the CUDA kernels are compiled for; see csrc/cuda/tile.cuh. Its index in ``CUDA_TILES`` identifies it."""
 
     rows: int
     cols: int
-    slots: int  # examples whose tiles a block holds at a time, at most
-    together: int  # examples that are formed at a time
+    slots: int  # the most examples whose tiles a block stores at a time
+    together: int  # examples whose tiles are computed at a time
     stages: int
-    shares: int  # warps among which a tile's part of the Gram is divided, each with partial results of its own
+    shares: int  # warps that share a tile's part of the Gram matrix; each has its own partial results
 
     def shared_bytes(self, held: int, runs: bool) -> int:
-        """Shared memory of a block: the tiles held, the operands' stages and, where it has more examples, a run's sums."""
+        """Return a block's shared memory: the stored tiles, the stages of the operands and, with ``runs``, the sums of a run."""
         stages = self.stages * self.together * (self.rows + self.cols + 16) * 64
         return 4 * (held * (self.rows * self.cols + 4) + (3 * self.rows * self.cols if runs else 0)) + stages
 
     def fitting(self, shared_bytes: int) -> int:
-        """How many examples' tiles a block of that much shared memory can hold."""
+        """Return how many examples' tiles fit in a block with that much shared memory."""
         return min(self.slots, (shared_bytes - self.shared_bytes(0, False)) // (4 * (self.rows * self.cols + 4)))
 
     def groups(self, N: int, M: int | None, slots: int) -> tuple[int, int, int]:
-        """For the Gram of N examples with themselves, or with M others: examples held at a time, of a group, and pairs of groups.
+        """Divide the examples into groups for the Gram matrix of N examples with themselves, or with M others.
 
-        ``slots``, at least two, is how many can be held. What cannot be held at once goes in groups of half as many, and is formed
-        again for every pair of them.
+        Returns the examples stored at a time, the examples of a group, and the number of pairs of groups. At most ``slots``
+        examples, at least two, can be stored. If not all fit, groups have half of that size, and each pair of groups computes its
+        examples again.
         """
         formed = N + (M or 0)
         if formed <= slots:
@@ -160,5 +161,5 @@ CUDA_TILES = (
     CudaTile(32, 32, 32, 2, 3, 4),
     CudaTile(32, 16, 64, 4, 2, 1),
 )
-# Without the Gram few examples are held: what they leave of shared memory goes to another block.
+# Examples that a block stores if there is no Gram matrix. They are few, so that shared memory is left for another block.
 CUDA_SUMS_HELD = 4
