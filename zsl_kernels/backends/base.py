@@ -1,6 +1,6 @@
-"""What a backend is: one implementation of the ops, on some devices and for some dtypes.
+"""``Backend``, the interface of an implementation of the ops for certain devices and dtypes.
 
-To add one, derive from :class:`Backend`, name its ops in ``ops``, and list it in ``dispatch.BACKENDS``.
+To add a backend, derive from :class:`Backend`, list its ops in ``ops``, and add it to ``dispatch.BACKENDS``.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from zsl_kernels.planning.choose import Plan
 from zsl_kernels.tied import AddedRows
 from zsl_kernels.types import INPUT_DTYPES, Cotangents, EmbeddingSums, InterferenceSums
 
-# Every op that a backend may have a kernel for.
+# Every op that a backend can implement.
 OPS = frozenset(
     {
         "interference",
@@ -39,32 +39,32 @@ Interference = Callable[[Tensor, Tensor, Tensor | None], InterferenceSums]
 
 
 class Backend(ABC):
-    """The methods are called outside of autograd and autocast, with operands that have been checked.
+    """An implementation of the ops. Its methods are called outside of autograd and autocast, with checked operands.
 
-    Letters as everywhere: a (N, T, K) and b (N, T, O), or ragged rows (R, K) and (R, O) that are sorted by example, example i's
-    being [begin[i], begin[i + 1]). ``added`` are rows of an embedding with the same weight. Results have the sum dtype.
+    The operands are a (N, T, K) and b (N, T, O), or ragged rows (R, K) and (R, O) that are sorted by example. Example i then has
+    the rows [begin[i], begin[i + 1]). ``added`` contains rows of an embedding with the same weight. Results have the sum dtype.
     """
 
     name: ClassVar[str]
-    ops: ClassVar[frozenset[str]] = OPS  # that it has kernels for
-    dtypes: ClassVar[frozenset[torch.dtype]] = frozenset(INPUT_DTYPES)  # of the operands
-    # Whether its kernels check ids as they read them, of any integer dtype. Others get ids that were checked, in int64.
+    ops: ClassVar[frozenset[str]] = OPS  # the implemented ops
+    dtypes: ClassVar[frozenset[torch.dtype]] = frozenset(INPUT_DTYPES)  # the supported dtypes of the operands
+    # Whether the kernels accept ids of any integer dtype and check them. Other backends get checked ids in int64.
     checks_ids: ClassVar[bool] = False
 
     @abstractmethod
     def why_not(self, device: torch.device | None = None) -> str | None:
-        """Why it is not available on this machine, or on this device of it, or None if it is."""
+        """Return why the backend is not available on this machine, or on this device, or None if it is available."""
 
     @abstractmethod
     def takes(self, device: torch.device) -> bool:
-        """Whether its kernels run on tensors of that device."""
+        """Return whether the kernels run on tensors of this device."""
 
     def has(self, op: str | None, dtype: torch.dtype | None) -> bool:
-        """Whether it has a kernel for the op and the dtype; None stands for any."""
+        """Return whether the backend implements the op for the dtype. None means any op or dtype."""
         return (op is None or op in self.ops) and (dtype is None or dtype in self.dtypes)
 
     def lacks(self, op: str | None, device: torch.device, arch: int | None = None) -> str | None:
-        """Why this device, or one of the architecture ``arch``, has no kernel for the op although others have one, or None."""
+        """Return why an implemented op has no kernel on this device (or on the architecture ``arch``), or None if it has one."""
         return None
 
     def interference(
@@ -80,12 +80,14 @@ class Backend(ABC):
         raise NotImplementedError
 
     def prepare_interference(self, plan: Plan, a: Tensor, b: Tensor, direction: Tensor | None, call: Interference) -> Interference:
-        """What repeated calls with operands of these shapes and dtypes go to: ``call``, which is :meth:`interference` outside of
-        autograd and autocast, or something shorter that does the same."""
+        """Return a function for repeated calls with operands of these shapes and dtypes.
+
+        ``call`` is :meth:`interference`, outside of autograd and autocast. Return it, or a faster function that does the same.
+        """
         return call
 
     def prepare(self, call: Callable[..., Results], make: Callable[..., Results]) -> Callable[..., Results]:
-        """The same of another op's ``call``. ``make`` makes its results of a tuple."""
+        """Do the same for another op's ``call``. ``make`` converts a tuple to the op's results."""
         return call
 
     def interference_backward(
@@ -102,9 +104,12 @@ class Backend(ABC):
         begin: Tensor | None = None,
         added: AddedRows | None = None,
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """Derivatives with respect to a, b and the added rows, as far as they are wanted: da_i = b_i s_i and db_i = a_i s_iᵀ, where
-        s_i is the derivative with respect to g_i. ``mix`` (N, M) weighs the gradients of a second set of examples in it; ragged
-        rows and added ones have no second set but themselves. csrc/cpu/kernels.h has the formula."""
+        """Return the derivatives with respect to a, b and the added rows that ``want`` requests; the others are None.
+
+        They are da_i = b_i s_i and db_i = a_i s_iᵀ, where s_i is the derivative with respect to g_i. csrc/cpu/kernels.h has its
+        formula. ``mix`` (N, M) contains the weights in s_i of the gradients of a second set of examples, a2 and b2. With ragged or
+        added rows the second set is the first.
+        """
         raise NotImplementedError
 
     def gram(self, plan: Plan, a: Tensor, b: Tensor, a2: Tensor | None, b2: Tensor | None, begin: Tensor | None = None) -> Tensor:
@@ -126,7 +131,7 @@ class Backend(ABC):
         direction: Tensor | None,
         begin: Tensor | None = None,
     ) -> Tensor:
-        """Σ_i w_i g_i + sign(u) Σ_i v_i |g_i|, the second term with ``abs_weights`` v and ``direction`` u."""
+        """Return Σ_i w_i g_i + sign(u) Σ_i v_i |g_i|. The second term needs ``abs_weights`` v and ``direction`` u."""
         raise NotImplementedError
 
     def coordinate_sums_of_many(
@@ -136,7 +141,7 @@ class Backend(ABC):
         sq_sums: Sequence[Tensor],
         directions: Sequence[Tensor | None],
     ) -> Tensor:
-        """(weights, 8) float64, in the order of ``CoordinateSums``."""
+        """Return (weights, 8) in float64, in the order of ``CoordinateSums``."""
         raise NotImplementedError
 
     def dense_interference(self, g: Tensor, direction: Tensor | None, gram: bool) -> InterferenceSums:
@@ -154,9 +159,9 @@ class Backend(ABC):
         gram: bool,
         max_rows: int | None = None,
     ) -> EmbeddingSums:
-        """ids (N, T) and b (N, T, K); with ``example_ids`` (T,), (1, T) and (1, T, K).
+        """Take ids (N, T) and b (N, T, K), or with ``example_ids`` (T,) ids (1, T) and b (1, T, K).
 
-        With ``max_rows`` the sums have as many rows: zeros, of the row −1, behind those that are touched.
+        With ``max_rows`` the sums have that many rows. The rows after the touched ones are zero and have the index −1.
         """
         raise NotImplementedError
 
@@ -170,22 +175,22 @@ class Backend(ABC):
         num_examples: int,
         bias: bool,
     ) -> tuple[Tensor | None, Tensor | None]:
-        """x and b (N, T, K), mean and rstd (N, T); with ``example_ids`` (T,), (1, T, K) and (1, T)."""
+        """Take x and b (N, T, K), mean and rstd (N, T), or with ``example_ids`` (T,) tensors (1, T, K) and (1, T)."""
         raise NotImplementedError
 
     def linear_cross_entropy_forward(self, h: Tensor, weight: Tensor, target: Tensor, chunk: int) -> tuple[Tensor, Tensor, Tensor]:
         """``logits.amax(1)``, ``(logits - amax).exp().sum(1)`` and ``logits.gather(1, target)``.
 
-        Of ``logits = h.flatten(0, 1) @ weight.T``; all are (N·T, 1), the second in float64. Where ``target`` (N·T, 1) is −1, the
-        last is any.
+        Here ``logits = h.flatten(0, 1) @ weight.T``. The results are (N·T, 1), the second in float64. Where ``target`` (N·T, 1) is
+        −1, the last result is arbitrary.
         """
         raise NotImplementedError
 
     def linear_cross_entropy_gradients(
         self, h: Tensor, weight: Tensor, target: Tensor, shift: Tensor, scale: Tensor, c: Tensor, chunk: int
     ) -> Iterator[tuple[int, int, Tensor]]:
-        """``(lo, hi, b[:, lo:hi])`` in ``h``'s dtype with ``b = (logits - shift).exp() * scale``, less ``c`` at the target.
+        """Yield ``(lo, hi, b[:, lo:hi])`` with ``b = (logits - shift).exp() * scale``, minus ``c`` at the target.
 
-        Operands but the first two are (N·T, 1); b is in one buffer that the next chunk overwrites.
+        b has the dtype of ``h``. The next chunk overwrites its buffer. ``target``, ``shift``, ``scale`` and ``c`` are (N·T, 1).
         """
         raise NotImplementedError

@@ -1,6 +1,6 @@
-"""The CPU backend: the compiled kernels of csrc/cpu.
+"""The CPU backend: it calls the compiled kernels of csrc/cpu.
 
-Each is a function of ``torch.ops.zsl_cpu``, which csrc/bindings registers: product_ops.cpp has those of inputs and output
+csrc/bindings registers the kernels as functions in ``torch.ops.zsl_cpu``: product_ops.cpp those of layer inputs and output
 gradients, row_ops.cpp the others.
 """
 
@@ -23,7 +23,7 @@ kernels = torch.ops.zsl_cpu
 
 
 def _load() -> str | None:
-    """Loads the compiled library; returns why it could not be, or None."""
+    """Load the compiled library. Return why this failed, or None."""
     library = Path(__file__).parents[1] / "_cpu.so"
     if not library.exists():
         return "it was not built: reinstall with a C++ compiler and ZSL_BUILD_NATIVE unset"
@@ -31,17 +31,17 @@ def _load() -> str | None:
         importlib.import_module("zsl_kernels._cpu")
         kernels.isa()
     except (ImportError, RuntimeError) as error:
-        return f"{error}; if torch was changed after the installation, reinstall zsl_kernels"
+        return f"{error}; if you changed torch after the installation, reinstall zsl_kernels"
     return None
 
 
-# Loaded once, on import: a cache on a function would be traced by torch.compile, which warns of it.
+# Load the library once, on import. torch.compile would trace a cached function and warn about it.
 MISSING = _load()
 
 
 class Cpu(Backend):
     name = "cpu"
-    # Those are the portable ones, with this backend's `product`.
+    # The chunked backend implements the head on the CPU too, with this module's `product`.
     ops = OPS - {"linear_cross_entropy"}
     checks_ids = True
 
@@ -149,7 +149,7 @@ class Cpu(Backend):
 
 
 def product(x: Tensor, y: Tensor, out: Tensor) -> None:
-    """``out = x @ y`` in the sum dtype, whatever the operands' is: the gradient of one example."""
+    """Compute ``out = x @ y`` in the sum dtype, for operands of any dtype, as the gradient of a single example."""
     call = Call("weighted_grad", 1, x.shape[1], y.shape[1], x.shape[0], threads=torch.get_num_threads())
     kernels.product(x, y, out, *choose(call, ("cpu",)).tile)
 

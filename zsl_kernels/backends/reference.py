@@ -1,11 +1,11 @@
 """The executable specification, in plain PyTorch.
 
-Every function here materializes all per-example gradients and is differentiable by autograd. It imports no backend, runs on any
-device, and is what the tests compare every other implementation with.
+Every function materializes all per-example gradients and is differentiable by autograd. The module imports no backend and runs on
+any device. The tests compare every other implementation with it.
 
-Letters, the same in the whole library: N examples, T positions, K input features, O output features; ``a`` (N, T, K) are a
-layer's inputs, ``b`` (N, T, O) the gradients of the summed loss with respect to its outputs, and g_i = b_iᵀ a_i (O, K) is
-example i's gradient. With ``example_ids`` (R,) the rows are (R, ·), and each is of the example that it names.
+Notation, as in the whole library: N examples, T positions, K input features and O output features. ``a`` (N, T, K) contains a
+layer's inputs and ``b`` (N, T, O) the gradients of the summed loss with respect to its outputs. g_i = b_iᵀ a_i (O, K) is the
+gradient of example i. With ``example_ids`` (R,), the rows are (R, ·), and the ids give the example of each row.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from zsl_kernels.validation import check_range
 def per_example_grad(
     a: Tensor, b: Tensor, example_ids: Tensor | None = None, num_examples: int = 0, embedding: Embedding | None = None
 ) -> Tensor:
-    """``torch.einsum("nto,ntk->nok", b, a)`` in float32 (float64 for float64 inputs): shape (N, O, K)."""
+    """``torch.einsum("nto,ntk->nok", b, a)`` in float32 (float64 for float64 inputs), (N, O, K)."""
     dtype = sum_dtype(a.dtype)
     a, b = a.to(dtype), b.to(dtype)
     if example_ids is None:
@@ -42,7 +42,7 @@ def per_example_grad(
 
 
 def interference_of(g: Tensor, direction: Tensor | None, gram: bool) -> InterferenceSums:
-    """All sums and scalars of gradients g (N, *shape) that are held."""
+    """Return all sums and scalars of materialized gradients g (N, *shape)."""
     flat = g.reshape(g.shape[0], math.prod(g.shape[1:]))
     p = None if direction is None else flat * direction.to(g.dtype).reshape(-1)
     return InterferenceSums(
@@ -100,7 +100,7 @@ def embedding_interference(
     direction: Tensor | None,
     gram: bool,
 ) -> EmbeddingSums:
-    """ids (N, T) and b (N, T, K); with example_ids (T,), (1, T) and (1, T, K)."""
+    """Take ids (N, T) and b (N, T, K), or with ``example_ids`` (T,) ids (1, T) and b (1, T, K)."""
     check_range("ids", ids, num_embeddings, negative=True)
     check_range("example_ids", example_ids, num_examples)
     flat_ids, flat_b = ids.reshape(-1).long(), b.to(sum_dtype(b.dtype)).reshape(ids.numel(), b.shape[2])
@@ -122,7 +122,7 @@ def scale_bias_grad(
     example_ids: Tensor | None,
     num_examples: int,
 ) -> tuple[Tensor | None, Tensor]:
-    """x and b (N, T, K), mean and rstd (N, T); with example_ids (T,), (1, T, K) and (1, T)."""
+    """Take x and b (N, T, K), mean and rstd (N, T), or with ``example_ids`` (T,) tensors (1, T, K) and (1, T)."""
     check_range("example_ids", example_ids, num_examples)
     dtype = sum_dtype(b.dtype) if x is None else sum_dtype(torch.promote_types(x.dtype, b.dtype))
     b = b.to(dtype)

@@ -1,1 +1,1 @@
-"""The portable backend, in plain PyTorch, for any device: its temporaries are of bounded size."""
+"""The portable backend: plain PyTorch on any device, with temporaries of bounded size."""

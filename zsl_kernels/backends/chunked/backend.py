@@ -1,4 +1,4 @@
-"""The portable backend: plain PyTorch with temporaries of bounded size."""
+"""``Chunked``, the portable backend: it forwards each op to the module of this package that computes it."""
 
 from __future__ import annotations
 

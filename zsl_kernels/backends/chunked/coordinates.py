@@ -1,4 +1,4 @@
-"""The sums over coordinates, a block of them at a time."""
+"""coordinate_sums in plain PyTorch, one block of coordinates at a time."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-# Coordinates handled at a time: the temporaries stay in cache.
+# Coordinates per block: the temporaries stay in the cache.
 _COORDINATES = 1 << 16
 
 
@@ -30,6 +30,6 @@ def _coordinate_sums(grad_sum: Tensor, abs_sum: Tensor, sq_sum: Tensor, directio
 def coordinate_sums_of_many(
     grad_sums: Sequence[Tensor], abs_sums: Sequence[Tensor], sq_sums: Sequence[Tensor], directions: Sequence[Tensor | None]
 ) -> Tensor:
-    """(weights, 8); no ``directions`` at all, or one or None for each."""
+    """Return (weights, 8). ``directions`` is empty or has a tensor or None for each weight."""
     given = directions or [None] * len(grad_sums)
     return torch.stack([_coordinate_sums(*tensors) for tensors in zip(grad_sums, abs_sums, sq_sums, given, strict=True)])

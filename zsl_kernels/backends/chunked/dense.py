@@ -1,4 +1,4 @@
-"""The statistics of gradients that are held."""
+"""dense_interference in plain PyTorch: the statistics of materialized gradients."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from zsl_kernels.types import InterferenceSums, sum_dtype
 
 
 def dense_interference(g: Tensor, direction: Tensor | None, gram: bool) -> InterferenceSums:
-    """Some coordinates of all examples at a time: the temporaries are of bounded size."""
+    """Process a block of coordinates of all examples at a time, so that the temporaries have bounded size."""
     N, shape, dtype = g.shape[0], g.shape[1:], sum_dtype(g.dtype)
     flat = g.reshape(N, math.prod(shape))
     u = None if direction is None else direction.reshape(-1).to(dtype)

@@ -1,6 +1,7 @@
-"""The statistics of an embedding: the pairs of a touched row and an example that touches it.
+"""embedding_interference in plain PyTorch: it lists the pairs of a touched row and an example that touches it.
 
-Sizes follow from shapes, or are read once: on the CPU, and where the number of touched rows is asked for.
+All sizes follow from shapes if possible. On the CPU, or if the caller needs the number of touched rows, they are read from the
+device once.
 """
 
 from __future__ import annotations
@@ -18,22 +19,22 @@ from zsl_kernels.types import Cotangents, EmbeddingSums, sum_dtype
 
 
 class Pairs(NamedTuple):
-    """The nonzero rows of all gradients: pair q is row rows[row[q]] of example[q]. Sorted by row, then by example.
+    """The nonzero rows of all gradients, sorted by row, then by example. Pair q is the row rows[row[q]] of example[q].
 
-    There may be room for more. The last pair is none: it has the positions that are skipped. It and what there is room for have
-    row U and example N.
+    The tensors can be longer than the number of pairs. The last entry collects the positions that are skipped. It and the unused
+    entries have row U and example N.
     """
 
-    rows: Tensor  # (U,) ascending, -1 behind the touched ones
+    rows: Tensor  # (U,) ascending, padded with -1
     row: Tensor  # (Q,)
-    row_counts: Tensor  # (U + 1,) pairs of each row
+    row_counts: Tensor  # (U + 1,) the number of pairs of each row
     example: Tensor  # (Q,)
     place: Tensor  # (P,) positions sorted by their pair
-    of_place: Tensor  # (P,) their pairs
-    counts: Tensor  # (Q,) positions of each pair
+    of_place: Tensor  # (P,) the pair of each sorted position
+    counts: Tensor  # (Q,) the number of positions of each pair
 
     def gradients(self, b: Tensor) -> Tensor:
-        """(Q, K)"""
+        """Return the gradient row of each pair, (Q, K)."""
         flat = b.reshape(b.shape[0] * b.shape[1], b.shape[2]).to(sum_dtype(b.dtype))
         g = sum_groups(flat, self.place, self.counts)
         g[-1] = 0
@@ -43,7 +44,11 @@ class Pairs(NamedTuple):
 def pairs_of(
     ids: Tensor, T: int, example_ids: Tensor | None, num_examples: int, num_embeddings: int, padding_idx: int, exact: bool
 ) -> Pairs:
-    """T: positions of an example, without ``example_ids``. ``exact``: with room for no more, for which a device is waited for."""
+    """Return the pairs of these ids.
+
+    ``T`` is the number of positions of an example; it is used without ``example_ids``. With ``exact`` the tensors have no unused
+    entries, which needs a synchronization with the device.
+    """
     ids = ids.reshape(-1)
     P, N, device = ids.shape[0], num_examples, ids.device
     example = torch.arange(P, device=device) // max(T, 1) if example_ids is None else example_ids
@@ -65,19 +70,19 @@ def pairs_of(
 
 
 def _slabs(pairs: Pairs, num_examples: int, K: int, dtype: torch.dtype) -> Iterator[tuple[int, int]]:
-    """The first and the number of some rows at a time: (N, rows, K) is of bounded size."""
+    """Yield (first row, number of rows) of slabs, such that (N, rows, K) has bounded size."""
     U, rows = pairs.rows.shape[0], max(1, CHUNKED_BYTES // max(1, num_examples * K * dtype.itemsize))
     return ((first, min(rows, U - first)) for first in range(0, U, rows))
 
 
 def _places(pairs: Pairs, first: int, rows: int, num_examples: int) -> tuple[Tensor, Tensor]:
-    """Which pairs are in a slab, and their places in (N · rows); behind it for those that are not."""
+    """Return which pairs are in a slab, and their indices in (N · rows). The index of other pairs is N · rows."""
     inside = (pairs.row >= first) & (pairs.row < first + rows)
     return inside, torch.where(inside, pairs.example * rows + pairs.row - first, num_examples * rows)
 
 
 def _spread(pairs: Pairs, g: Tensor, first: int, rows: int, num_examples: int) -> Tensor:
-    """The slab's rows of every example, zeros included: (N, rows · K)."""
+    """Return the slab's rows of every example, including zeros, (N, rows · K)."""
     _, places = _places(pairs, first, rows, num_examples)
     Q = g.shape[0]
     numbers = torch.arange(Q, device=g.device)
@@ -102,12 +107,12 @@ def embedding_interference(
     size, square = g.abs(), g.square()
     terms = [size, square]
     if direction is not None:
-        # (A row that is none may be any: what comes of it is no example's.)
+        # Padding (-1) may read any row, because its products belong to no example.
         u = direction.index_select(0, pairs.rows.clamp(min=0)).to(dtype) if num_embeddings else direction.to(dtype)
         p = g * F.pad(u, (0, 0, 0, 1))[pairs.row]
         terms += [p, p.abs()]
     scalars = torch.stack([term.sum(1, dtype=torch.float64) for term in terms], 1)
-    # Clones: an op's outputs may not share storage.
+    # Clone: the outputs of an op must not share storage.
     l1, sq_norm, *along = (x.clone() for x in sum_by(scalars, pairs.example, N + 1)[:N].to(dtype).unbind(1))
     dot, abs_dot = along or (None, None)
     total = None
@@ -134,8 +139,11 @@ def embedding_backward(
     mix: Tensor | None,
     want: tuple[bool, bool],
 ) -> tuple[Tensor | None, Tensor | None]:
-    """db at a position is its pair's derivative plus Σ_m mix_im g_m; the direction's row gets
-    Σ_i c_dot_i g_i + sign(u) Σ_i c_absdot_i |g_i|."""
+    """Return the derivatives with respect to b and the direction that ``want`` requests.
+
+    db at a position is the derivative of its pair plus Σ_m mix_im g_m. The derivative with respect to a row of the direction is
+    Σ_i c_dot_i g_i + sign(u) Σ_i c_absdot_i |g_i|.
+    """
     N = num_examples
     pairs = pairs_of(ids, b.shape[1], example_ids, N, num_embeddings, padding_idx, exact=True)
     g, dtype, U = pairs.gradients(b), sum_dtype(b.dtype), pairs.rows.shape[0]

@@ -1,9 +1,10 @@
-"""The ops of inputs and output gradients: a slab of output rows at a time.
+"""The ops of layer inputs a and output gradients b in plain PyTorch, one slab of output rows at a time.
 
-The gradients of all examples for one slab are formed by ``bmm`` in a reused workspace of bounded size, folded into the results
-and overwritten by the next slab's. Rank-one examples (T = 1) factorize and need no slab at all: |b_i a_iᵀ| = |b_i| |a_i|ᵀ. The
-derivatives are computed slab by slab too. Ragged rows (R, ·), grouped by example with offsets ``begin`` (N + 1,), go in one ``bmm``
-for each doubling of the number of rows, filled up with rows of zeros.
+- ``bmm`` computes the gradients of all examples for one slab in a workspace of bounded size. They are folded into the results. The
+  next slab overwrites them. Derivatives are also computed slab by slab.
+- Rank-one gradients (T = 1) factorize, |b_i a_iᵀ| = |b_i| |a_i|ᵀ, and need no slab.
+- Ragged rows (R, ·) are sorted by example and have offsets ``begin`` (N + 1,). Examples with 2^k to 2^(k+1) − 1 rows are padded
+  with zeros to the same length and go into one ``bmm``.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ def _widen(x: Tensor) -> Tensor:
 
 
 def _like(a: Tensor, *others: Tensor | None) -> list[Tensor | None]:
-    """The others in the dtype of ``a``."""
+    """Convert ``others`` to the dtype of ``a``."""
     return [None if x is None else x.to(a.dtype) for x in others]
 
 
@@ -39,20 +40,20 @@ def _slabs(a: Tensor, b: Tensor, examples: int) -> Iterator[slice]:
 
 
 class _Part(NamedTuple):
-    """Examples with as many rows each."""
+    """Examples that are padded to the same number of rows."""
 
     examples: Tensor | slice
-    rows: Tensor | None  # (n, L), which of the ragged rows; R for one that fills up
+    rows: Tensor | None  # (n, L), the indices of the ragged rows; R for padding
     a: Tensor  # (n, L, K)
     b: Tensor  # (n, L, O)
 
     def gradients(self, slab: slice, out: Tensor | None = None) -> Tensor:
-        """g_i for the output rows of the slab: (n, rows, K)."""
+        """Return g_i for the output rows of the slab, (n, rows, K)."""
         return long_product(self.b[:, :, slab].transpose(1, 2), self.a, out)
 
 
 def _parts(a: Tensor, b: Tensor, begin: Tensor | None) -> list[_Part]:
-    """(N, T, ·) as one part; ragged rows with at most twice as many rows as there are. Examples without rows are in none."""
+    """Return (N, T, ·) as one part, or ragged rows by length, padded to less than twice their size. Empty examples are left out."""
     if begin is None:
         return [_Part(slice(None), None, a, b)]
     R, lengths, parts = a.shape[0], begin.diff(), []
@@ -68,7 +69,7 @@ def _parts(a: Tensor, b: Tensor, begin: Tensor | None) -> list[_Part]:
 
 
 def _gradients(parts: list[_Part], added: AddedRows | None, slab: slice, out: Tensor) -> Tensor:
-    """All g_i for the output rows of the slab into ``out``: (N, rows, K)."""
+    """Write all g_i for the output rows of the slab into ``out`` (N, rows, K)."""
     if len(parts) == 1 and parts[0].rows is None:
         parts[0].gradients(slab, out)
     else:
@@ -85,7 +86,7 @@ def _new_gradients(a: Tensor, parts: list[_Part], slab: slice, examples: int, ad
 
 
 def _count(a: Tensor, begin: Tensor | None) -> int:
-    """N."""
+    """Return N."""
     return a.shape[0] if begin is None else begin.shape[0] - 1
 
 
@@ -129,7 +130,7 @@ def interference(
 
 
 def rank_one(a: Tensor, b: Tensor, u: Tensor | None, gram: bool, sums: Sequence[Tensor] | None = None) -> InterferenceSums:
-    """Of a (N, 1, K) and b (N, 1, O), with their three sums (O, K) if these are known."""
+    """Compute interference for a (N, 1, K) and b (N, 1, O). ``sums``: the three sums (O, K), if they are already known."""
     a, b = _widen(a.squeeze(1)), _widen(b.squeeze(1))
     (u,) = _like(a, u)
     if sums is None:
@@ -177,7 +178,7 @@ def dot(a: Tensor, b: Tensor, direction: Tensor, begin: Tensor | None = None) ->
     products = b * (a @ u.T) if b.shape[-1] <= a.shape[-1] else a * (b @ u)
     total = a.new_zeros(_count(a, begin), dtype=torch.float64)
     if begin is not None:
-        total += (u * 0).sum()  # what an example without rows has: NaN where the direction is not finite
+        total += (u * 0).sum()  # 0 · u of an example without rows is NaN if the direction is not finite
     for part in _parts(products, products, begin):
         total[part.examples] = part.a.sum((1, 2), dtype=torch.float64)
     return total.to(a.dtype)
@@ -191,7 +192,7 @@ def weighted_grad(
     direction: Tensor | None = None,
     begin: Tensor | None = None,
 ) -> Tensor:
-    """Σ_i w_i g_i + sign(u) Σ_i v_i |g_i|, the second term with ``abs_weights`` v and ``direction`` u."""
+    """Return Σ_i w_i g_i + sign(u) Σ_i v_i |g_i|. The second term needs ``abs_weights`` v and ``direction`` u."""
     a, b = _widen(a), _widen(b)
     v, u = _like(a, abs_weights, direction)
     w = weights.to(a.dtype)
@@ -216,7 +217,7 @@ def interference_backward(
     begin: Tensor | None = None,
     added: AddedRows | None = None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Slab by slab, as :class:`zsl_kernels.backends.base.Backend` says."""
+    """Compute the derivatives slab by slab; see :class:`zsl_kernels.backends.base.Backend`."""
     dtypes = a.dtype, b.dtype
     a, b, a2, b2 = map(_widen, (a, b, a2, b2))
     u, mix = _like(a, direction, mix)
@@ -242,7 +243,7 @@ def interference_backward(
 
 
 def _whole(x: Tensor, parts: list[_Part], pieces: list[Tensor]) -> Tensor:
-    """What was computed for each part, in the shape of x."""
+    """Combine the results of the parts into a tensor of the shape of x."""
     if x.ndim == 3:
         return pieces[0]
     whole = x.new_empty(x.shape[0] + 1, x.shape[1])

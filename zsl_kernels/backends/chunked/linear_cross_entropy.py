@@ -1,4 +1,4 @@
-"""The passes over the logits of a classification head, a chunk of the vocabulary at a time."""
+"""linear_cross_entropy in plain PyTorch: both passes over the logits, one chunk of the vocabulary at a time."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from zsl_kernels.backends import cpu
 from zsl_kernels.backends.chunked.groups import long_product
 from zsl_kernels.types import sum_dtype
 
-# Of an operand that is widened for its product, where there is no product of its dtype with wider results.
+# Rows of an operand that are converted at a time if there is no product of its dtype with a wider result.
 _WIDENED_ROWS = 256
 
 
@@ -43,7 +43,7 @@ def output_gradients(
 
 
 def _logits(h: Tensor, weight: Tensor, chunk: int) -> Iterator[tuple[int, int, Tensor]]:
-    """``(lo, hi, logits[:, lo:hi])`` of the flattened rows (N·T, hi − lo) in the sum dtype, in one buffer that may be changed."""
+    """Yield ``(lo, hi, logits[:, lo:hi])`` of the flattened rows in the sum dtype, in a buffer that the caller may modify."""
     rows, V = h.flatten(0, 1), weight.shape[0]
     buffer = h.new_empty(rows.shape[0] * min(chunk, V), dtype=sum_dtype(h.dtype))
     for lo in range(0, V, chunk):
@@ -53,12 +53,12 @@ def _logits(h: Tensor, weight: Tensor, chunk: int) -> Iterator[tuple[int, int, T
 
 
 def _within(target: Tensor, lo: int, hi: int) -> tuple[Tensor, Tensor]:
-    """Whether the target is in the chunk, and its column there, or any."""
+    """Return whether the target is in the chunk, and its column there (arbitrary if it is not)."""
     return (target >= lo) & (target < hi), (target - lo).clamp_(0, hi - lo - 1)
 
 
 def product(x: Tensor, y: Tensor, out: Tensor) -> Tensor:
-    """``x @ y`` of one dtype, accumulated and returned in that of ``out``. Autocast leaves products with ``out`` alone."""
+    """Compute ``x @ y`` in the dtype of ``out``, for operands of one dtype. Autocast does not affect products with ``out``."""
     if x.dtype == out.dtype:
         return long_product(x, y, out)
     if x.device.type == "cuda":

@@ -1,4 +1,4 @@
-"""Per-example gradients of norms' scales and of biases."""
+"""scale_bias_grad in plain PyTorch: per-example gradients of normalization scales and of biases."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def scale_bias_grad(
     num_examples: int,
     bias: bool,
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Some examples at a time; with example_ids the positions' products are held."""
+    """Process some examples at a time. With ``example_ids``, the products at all positions are materialized."""
     dtype = sum_dtype(b.dtype) if x is None else sum_dtype(torch.promote_types(x.dtype, b.dtype))
 
     def per_example(g: Tensor) -> Tensor:
