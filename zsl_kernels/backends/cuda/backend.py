@@ -1,4 +1,4 @@
-"""The CUDA backend: which launch of the compiled kernels (csrc/cuda) a call goes to."""
+"""``Cuda``, the CUDA backend: it selects the launch of the compiled kernels (csrc/cuda) for each call."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class Cuda(GpuBackend):
     def lacks(self, op: str | None, device: torch.device, arch: int | None = None) -> str | None:
         if op not in ("sq_norm", "dot", "weighted_grad") or has_hopper(gpu_of(device, arch)):
             return None
-        return "it has one on compute capability 9.0, built by nvcc 12 or newer"
+        return "it needs compute capability 9.0 and a build with nvcc 12 or newer"
 
     def interference(
         self,
@@ -58,11 +58,11 @@ class Cuda(GpuBackend):
 
     def prepare_interference(self, plan: Plan, a: Tensor, b: Tensor, direction: Tensor | None, call: Interference) -> Interference:
         if plan.way == "hopper" and plan.call.gram and not hopper.in_one_slab(plan, a.dtype):
-            return call  # slabs that come one after the other would all be allocated at once
+            return call  # a recorded call would allocate all slabs at the same time
         repeated = Repeated(call, InterferenceSums._make, hopper.setting(a.dtype, plan.call.gram))
         if direction is None or direction.dtype == torch.float32:
             return repeated
-        return lambda a, b, direction: repeated(a, b, None if direction is None else direction.float())  # as the kernels read it
+        return lambda a, b, direction: repeated(a, b, None if direction is None else direction.float())  # the kernels read float32
 
     def prepare(self, call: Callable[..., Results], make: Callable[..., Results]) -> Callable[..., Results]:
         return Repeated(call, make)
@@ -101,7 +101,7 @@ class Cuda(GpuBackend):
         gram: bool,
         max_rows: int | None = None,
     ) -> EmbeddingSums:
-        # Fewer than there can be are given on the CPU alone, where the kernels are emulated.
+        # A smaller max_rows is possible only on the CPU, where the kernels are emulated.
         known = max_rows if max_rows is not None and max_rows >= min(num_embeddings, ids.numel()) else None
         sizes = (num_examples, num_embeddings, padding_idx)
         return embedding.embedding_interference(ids, b, example_ids, *sizes, direction, gram, known).with_rows(max_rows)

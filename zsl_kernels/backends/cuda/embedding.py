@@ -1,7 +1,8 @@
-"""embedding_interference on the CUDA backend: launches whose sizes follow from shapes, so that nothing waits for the device.
+"""embedding_interference on the CUDA backend (csrc/cuda/embedding.cuh).
 
-Positions are sorted by row and example, cut into windows, and added up window by window (csrc/cuda/embedding.cuh). The one number
-that the host may want is how many rows were touched, for the results have as many rows. With ``max_rows`` it does not.
+The positions are sorted by row and example, divided into windows, and added up window by window. The sizes of all launches follow
+from shapes. Without ``max_rows``, the host must read the number of touched rows, which synchronizes with the device. With
+``max_rows`` nothing synchronizes.
 """
 
 from __future__ import annotations
@@ -17,23 +18,23 @@ from zsl_kernels.backends.cuda.slabs import UNIT, SlabGram
 from zsl_kernels.backends.gpu import multiprocessors
 from zsl_kernels.types import EmbeddingSums
 
-# Gradients of some rows of all examples, of which the Gram is formed.
+# The gradients of some rows for all examples, from which the Gram matrix is computed.
 SLAB_BYTES = 128 << 20
-# Places and segments are counted in 31 bits: a segment is twice a row's number.
+# Places and segments are 31-bit numbers, and the number of a segment is twice that of a row.
 MOST_POSITIONS = 1 << 30
-_THREADS = 256  # of the kernels that put positions in order
-_PIECES = 8  # rows that a window leaves of what crosses its bounds
+_THREADS = 256  # of the kernels that order the positions
+_PIECES = 8  # rows that a window stores for groups that cross its bounds
 _DIRECTIONS = {**ELEMENTS, torch.float64: 3}
 
 
 class _Places(NamedTuple):
-    """The positions in order, and what the kernels are told of them."""
+    """The sorted positions, and the arguments of the kernels that describe them."""
 
     positions: tuple[int, int, int, int, int, int, int]
-    tensors: tuple[Tensor, ...]  # held while the kernels are queued: the caller's ids may be of another dtype
+    tensors: tuple[Tensor, ...]  # kept alive while the kernels are queued, because they may be copies of the caller's ids
     places: Tensor
-    rows: Tensor  # those that were touched, and then what happened to be there
-    touched: Tensor  # (1,) how many
+    rows: Tensor  # the touched rows, followed by uninitialized values
+    touched: Tensor  # (1,) the number of touched rows
 
 
 def _order(
@@ -46,7 +47,7 @@ def _order(
     keys = torch.empty_like(ids)
     compiled().embedding_keys(positions, keys.data_ptr(), stream(b))
     ordered, order = keys.sort(stable=True)
-    # At most 1024 blocks, for each adds up what those before it have counted.
+    # At most 1024 blocks, because each adds up the counts of all blocks before it.
     chunk = _THREADS * max(4, -(-P // (1024 * _THREADS)))
     blocks = -(-P // chunk)
     counts = ids.new_empty(blocks) if blocks > 1 else None
@@ -58,8 +59,11 @@ def _order(
 
 
 def window_of(positions: int) -> int:
-    """Places of a window: a power of two up to half of the root. A row that all positions name is added up in windows first, and
-    then over them; that takes the shortest time where both have a like number of steps."""
+    """Return the places per window: a power of two, at most half of the square root of ``positions``, but at least 16.
+
+    If all positions have the same row, its sum needs steps within windows and then steps over windows. The total is smallest if
+    both numbers are similar.
+    """
     half = math.isqrt(positions) // 2
     return max(16, 1 << half.bit_length() >> 1)
 
@@ -75,12 +79,12 @@ def embedding_interference(
     gram: bool,
     max_rows: int | None = None,
 ) -> EmbeddingSums:
-    """ids and example_ids are int64. With ``max_rows``, at least min(V, P), results have as many rows and nothing waits."""
+    """Compute the statistics for int64 ids. With ``max_rows`` (at least min(V, P)) nothing synchronizes with the device."""
     N, K, P = num_examples, b.shape[2], ids.numel()
     if P >= MOST_POSITIONS:
-        raise ValueError(f"ids: impl='cuda' takes fewer than {MOST_POSITIONS} positions, got {P}; 'chunked' takes them")
+        raise ValueError(f"ids: expected fewer than {MOST_POSITIONS} positions for impl='cuda', got {P}; use 'chunked'")
     if N * num_embeddings >= 1 << 63:
-        raise ValueError(f"num_embeddings: times {N} examples expected below 2^63, got {num_embeddings}")
+        raise ValueError(f"num_embeddings: expected num_embeddings * num_examples < 2^63 for {N} examples, got {num_embeddings}")
     b, u = written(b), None if direction is None else written(direction)
 
     def empty(*size: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -116,7 +120,7 @@ def embedding_interference(
             if not gram or not most:
                 add_up((0, 0, 0))
             else:
-                # So many rows that their elements are a multiple of what the product takes.
+                # Choose the number of rows so that a slab's row length is a multiple of UNIT.
                 unit = UNIT // math.gcd(K, UNIT)
                 held = -(-max(1, min(most, SLAB_BYTES // (4 * N * K))) // unit) * unit
                 slab = empty(N, held * K)

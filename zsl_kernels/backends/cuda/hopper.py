@@ -1,9 +1,11 @@
-"""The kernels of compute capability 9.0: per-example gradients by products of a warpgroup, which read boxes of the operands.
+"""Launches of the kernels for compute capability 9.0: warpgroup matrix products whose operands are loaded by bulk tensor copies.
 
-Boxes can be addressed where features are dense and rows begin at multiples of 16 bytes. Other operands are copied, ragged rows so
-that each example begins a box, and float32 ones as bfloat16 parts: x = high + middle + low, of which six products make one of
-float32, or three where tf32 will do. For the Gram the kernel leaves the gradients in slabs, which a second one multiplies. What
-the kernel does with a tile of a gradient is its *fold*.
+- A bulk copy loads a *box* of an operand. This needs contiguous features, and rows that begin at multiples of 16 bytes. Other
+  operands are first copied to such a layout, ragged rows so that each example begins a new box.
+- A float32 operand is split into bfloat16 parts, x = high + middle + low. Six products of parts give one float32 product, or three
+  if tf32 precision is allowed.
+- For the Gram matrix, the kernel stores the gradients in slabs, and a second kernel multiplies them.
+- The *fold* of a launch is what its kernel does with a tile of a gradient.
 """
 
 from __future__ import annotations
@@ -23,19 +25,19 @@ from zsl_kernels.planning.gpu_cost import HOPPER_TILE, hopper_schedule, hopper_s
 from zsl_kernels.tied import AddedRows
 from zsl_kernels.types import InterferenceSums
 
-STEP = 64  # positions of a box
-WARPS = 8  # that leave partial scalars of a tile
-PARTS = 4  # of a float32 operand: high, middle, low, and high where it is finite
-GROUP = 8  # rows of tiles that are in work at one time
+STEP = 64  # positions per box
+WARPS = 8  # warps that write partial scalars of a tile
+PARTS = 4  # parts of a float32 operand: high, middle, low, and the finite values of high
+GROUP = 8  # rows of tiles that are computed at the same time
 
 
 class Fold(IntEnum):
-    """As csrc/cuda/hopper_args.h has it."""
+    """What a kernel does with a tile of a gradient; see csrc/cuda/hopper_args.h."""
 
-    NONE = 0  # the slab alone is written
+    NONE = 0  # only write it to the slab
     SUMS = 1
-    SCALARS = 2  # of sq_norm and dot those that are asked for
-    WEIGHTED = 3  # into the first of the sums
+    SCALARS = 2  # compute sq_norm and dot, if requested
+    WEIGHTED = 3  # accumulate the weighted sum in the first of the sums
 
     @property
     def matrices(self) -> int:
@@ -43,7 +45,7 @@ class Fold(IntEnum):
 
 
 class _Results(NamedTuple):
-    """What a launch writes: matrices (O, K) and scalars (N,)."""
+    """The outputs of a launch: matrices (O, K) and scalars (N,)."""
 
     grad_sum: Tensor | None = None
     abs_sum: Tensor | None = None
@@ -62,18 +64,18 @@ _NOTHING = _Results()
 
 
 class _Boxes(NamedTuple):
-    """How boxes address an operand: (parts, examples, positions, features), of ragged rows with one example. It has no pointers."""
+    """The layout of an operand for boxes: (parts, examples, positions, features). Ragged rows have one example. No pointers."""
 
-    sizes: tuple[int, ...]  # those four, and the strides of the first three
-    copy: tuple[Any, ...]  # arguments of the launch that copies the operand; empty where boxes address it as it is
+    sizes: tuple[int, ...]  # the four sizes, and the strides of the first three
+    copy: tuple[Any, ...]  # arguments of the launch that copies the operand; empty if no copy is needed
     dtype: torch.dtype  # of the copy
 
     @classmethod
     def of(cls, x: Tensor, products: int, begin: Tensor | None, rows: int) -> _Boxes:
-        """``rows``: at most so many of ragged examples, in whole steps."""
+        """Return the layout for x. ``rows``: an upper bound for the ragged rows, each example rounded up to whole steps."""
         if begin is None and x.dtype != torch.float32 and _addressable(x):
             N, T, F = x.shape
-            # (A dimension of one has any stride.)
+            # A dimension of size 1 can have any stride.
             position = x.stride(1) if T > 1 else F + -F % 8
             example = x.stride(0) if N > 1 else T * position
             return cls((1, N, T, F, N * example, example, position), (), x.dtype)
@@ -89,11 +91,11 @@ class _Boxes(NamedTuple):
 
     @property
     def numbers(self) -> int:
-        """Of the copy: two bytes each."""
+        """Return the number of elements of the copy, which have two bytes each."""
         return self.sizes[0] * self.sizes[4] if self.copy else 0
 
     def at(self, x: tuple[int, ...], held: int, begin: int, first_step: int, on: int) -> tuple[int, ...]:
-        """Of the operand ``x``, a pointer and strides, with its copy at ``held``, which a launch makes."""
+        """Return the kernel's arguments for the operand ``x``, a pointer and strides. If necessary, copy it to ``held`` first."""
         if not self.copy:
             return (x[0], *self.sizes)
         element, N, positions, F, pitch, part, with_low, blocks = self.copy
@@ -108,7 +110,7 @@ def _addressable(x: Tensor) -> bool:
 
 
 class _Operands:
-    """``a`` and ``b`` with what tells their examples apart."""
+    """The operands a and b of a call, in the layout of the kernel, and the positions of their examples."""
 
     def __init__(self, plan: Plan, a: Tensor, b: Tensor, begin: Tensor | None):
         assert plan.call.gpu is not None
@@ -117,7 +119,7 @@ class _Operands:
         self.O, self.K = b.shape[-1], a.shape[-1]
         self.first_step: Tensor | None = None
         rows = 0
-        if begin is None and a.shape[1] == 0:  # rows of a tied weight may be added to nothing
+        if begin is None and a.shape[1] == 0:  # without positions there may still be rows of a tied weight to add
             a, b = (x.new_zeros(x.shape[0], 1, x.shape[2]) for x in (a, b))
         if begin is None:
             self.N, self.steps = a.shape[0], -(-a.shape[1] // STEP)
@@ -151,12 +153,12 @@ class _Operands:
         added: tuple[Tensor, Tensor, Tensor] | None = None,
         weights: tuple[Tensor | None, ...] = (None, None),
     ) -> None:
-        """Of ``tiles`` from the ``first`` on. To the scalars of the first launch are added those of the others."""
+        """Launch the kernel for ``tiles`` tiles, from ``first`` on. Launches after the first add to the scalars."""
         whole, parts = (tiles, 1) if fold == Fold.NONE else hopper_schedule(self.gpu, tiles, self.N)
         scalars = results.scalars * self.N * tiles * WARPS
         numbers = (tiles - whole) * parts * fold.matrices * HOPPER_TILE**2 if parts > 1 else 0
         work = self.like.new_empty(numbers + scalars, dtype=torch.float32)
-        # Scalars behind the parts, which lie at multiples of 16 bytes.
+        # The parts come first, because they must be aligned to 16 bytes; the scalars follow.
         pointers = (*map(pointer, results), work.data_ptr() + 4 * numbers, work.data_ptr())
         compiled().hopper(
             self.element,
@@ -184,7 +186,7 @@ def interference(
     begin: Tensor | None = None,
     added: AddedRows | None = None,
 ) -> InterferenceSums:
-    """Every sum and scalar, in two launches. The Gram takes three for each slab, and one more."""
+    """Compute all sums and scalars in two launches. With the Gram matrix there are three launches per slab, and one more."""
     N, O, K = a.shape[0] if begin is None else begin.shape[0] - 1, b.shape[-1], a.shape[-1]
     u = _float32(direction)
     sums = [a.new_empty(O, K, dtype=torch.float32) for _ in range(3)]
@@ -213,7 +215,7 @@ def interference(
 
 
 def in_one_slab(plan: Plan, dtype: torch.dtype) -> bool:
-    """Whether a call with the Gram stores all gradients at once."""
+    """Return whether a call with the Gram matrix stores all gradients in one slab."""
     call = plan.call
     assert call.gpu is not None
     tiles = -(-call.O // HOPPER_TILE) * -(-call.K // HOPPER_TILE)
@@ -221,14 +223,14 @@ def in_one_slab(plan: Plan, dtype: torch.dtype) -> bool:
 
 
 def setting(dtype: torch.dtype, gram: bool) -> Callable[[], object] | None:
-    """What torch was told about products, where results depend on it: reading it takes as long as an allocation."""
+    """Return a function that reads the precision settings, or None if the results do not depend on them: reading takes time."""
     if dtype == torch.float32:
         return lambda: _products(dtype)
     return (lambda: _slab_dtype(dtype)) if gram and dtype == torch.bfloat16 else None
 
 
 def gram(plan: Plan, a: Tensor, b: Tensor, a2: Tensor | None, b2: Tensor | None, begin: Tensor | None = None) -> Tensor:
-    """⟨g_i, g_k⟩, or of one set's gradients with another's, slab by slab."""
+    """Compute ⟨g_i, g_k⟩ within one set or between two sets, slab by slab."""
     N = a.shape[0] if begin is None else begin.shape[0] - 1
     M = N if a2 is None else a2.shape[0]
     if 0 in (N, M, a.shape[-1], b.shape[-1], a.shape[-2], 1 if a2 is None else a2.shape[-2]):
@@ -257,8 +259,10 @@ def dot(plan: Plan, a: Tensor, b: Tensor, direction: Tensor, begin: Tensor | Non
 
 
 def _scalar(plan: Plan, a: Tensor, b: Tensor, direction: Tensor | None, begin: Tensor | None) -> Tensor:
-    """⟨g_i, u⟩, without a direction |g_i|²: (N,), in two launches. Examples without positions are formed too, for zero times a
-    direction that is not finite is not zero."""
+    """Return ⟨g_i, u⟩, or |g_i|² without a direction, (N,), in two launches.
+
+    The kernel also processes examples without positions, because 0 · u is NaN if the direction is not finite.
+    """
     N = a.shape[0] if begin is None else begin.shape[0] - 1
     found = a.new_empty(N, dtype=torch.float32)
     if 0 in (N, a.shape[-1], b.shape[-1]):
@@ -279,8 +283,10 @@ def weighted_grad(
     direction: Tensor | None,
     begin: Tensor | None = None,
 ) -> Tensor:
-    """Σ_i w_i g_i + sign(u) Σ_i v_i |g_i|, the second term with ``abs_weights`` v and ``direction`` u: in one launch, and another
-    where tiles are split."""
+    """Return Σ_i w_i g_i + sign(u) Σ_i v_i |g_i|. The second term needs ``abs_weights`` v and ``direction`` u.
+
+    This takes one launch, and a second one if tiles are split.
+    """
     N, O, K = a.shape[0] if begin is None else begin.shape[0] - 1, b.shape[-1], a.shape[-1]
     found = a.new_empty(O, K, dtype=torch.float32)
     if 0 in (N, O, K):
@@ -296,24 +302,26 @@ def weighted_grad(
 
 
 def _products(dtype: torch.dtype) -> int:
-    """Of parts, that make one."""
+    """Return the number of products of parts that give one product."""
     return 1 if dtype != torch.float32 else 6 if exact() else 3
 
 
 def _slab_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Of half precision operands the Gram is as good as they are, unless torch is told that products of bfloat16 may not be."""
+    """Return the dtype of slabs: bfloat16 only if torch allows reduced-precision reductions for bfloat16 operands, else float32."""
     coarse = dtype == torch.bfloat16 and torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction
     return torch.bfloat16 if coarse else torch.float32
 
 
 def _float32(x: Tensor | None) -> Tensor | None:
-    """As kernels read directions and weights."""
+    """Convert a direction or weights to float32, as the kernels read them."""
     return None if x is None else written(x.to(torch.float32))
 
 
 def _added(added: AddedRows, O: int) -> tuple[Tensor, Tensor, Tensor]:
-    """(N, rows of tiles + 1): which of the added rows each example has in each row of tiles. Both are in order, so that a search
-    does; and the rows."""
+    """Return (N, rows of tiles + 1), the bounds of each example's added rows in each row of tiles, and the added rows.
+
+    The added rows are sorted, so a binary search finds the bounds.
+    """
     N, device = added.begin.shape[0] - 1, added.feature.device
     edges = (torch.arange(-(-O // HOPPER_TILE) + 1, device=device) * HOPPER_TILE).clamp_(max=O)
     bounds = torch.searchsorted(added.keys(O), torch.arange(N, device=device)[:, None] * O + edges)

@@ -1,7 +1,7 @@
-"""The module of the compiled CUDA kernels, and how tensors are handed to it.
+"""Loads the module of the compiled CUDA kernels, and converts tensors to its arguments.
 
-It knows pointers, sizes and a stream; tensors are checked and allocated in Python. It is the same for devices and for the emulation
-of the kernels on the CPU, which the tests use.
+The compiled module takes pointers, sizes and a stream. Python checks and allocates the tensors. The tests replace the module with
+an emulation of the kernels on the CPU, which has the same interface.
 """
 
 from __future__ import annotations
@@ -20,53 +20,55 @@ ELEMENTS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 
 class Launches(Protocol):
-    """The compiled functions, each a launch or two. csrc/bindings/cuda_module.cpp defines them and says what their tuples are; the
-    kernels are in the header that is named. A pointer is a tensor's ``data_ptr()``, or 0 where there is no tensor."""
+    """The compiled functions. Each launches one or two kernels of the named header in csrc/cuda.
+
+    csrc/bindings/cuda_module.cpp defines them and documents their tuples. A pointer is a tensor's ``data_ptr()``, or 0 for None.
+    """
 
     def gram(self, *arguments: Any) -> None:
-        """gram.cuh: sums and the Gram in tiles that stay in shared memory."""
+        """gram.cuh: sums and the Gram matrix, from tiles that stay in shared memory."""
 
     def cross_gram(self, *arguments: Any) -> None:
-        """gram.cuh: of one set with another."""
+        """gram.cuh: inner products between two sets of examples."""
 
     def slab_gram(self, *arguments: Any) -> None:
-        """slab_gram.cuh: inner products of a slab's rows."""
+        """slab_gram.cuh: inner products of the rows of a slab."""
 
     def dense(self, *arguments: Any) -> None:
-        """dense.cuh: gradients that are held."""
+        """dense.cuh: statistics of materialized gradients."""
 
     def scale_bias(self, *arguments: Any) -> None:
         """scale_bias.cuh: gradients of scales and biases."""
 
     def add_partials(self, *arguments: Any) -> None:
-        """add_partials.cuh: what several blocks have left."""
+        """add_partials.cuh: add up the partial results of blocks."""
 
     def embedding_keys(self, *arguments: Any) -> None:
-        """embedding.cuh: what positions are sorted by."""
+        """embedding.cuh: the sort keys of the positions."""
 
     def embedding_places(self, *arguments: Any) -> None:
-        """embedding.cuh: where rows and pairs begin among sorted positions."""
+        """embedding.cuh: where rows and (row, example) pairs begin among the sorted positions."""
 
     def embedding(self, *arguments: Any) -> None:
         """embedding.cuh: sums and scalars."""
 
     def embedding_clear(self, *arguments: Any) -> None:
-        """embedding.cuh: zeros in a slab."""
+        """embedding.cuh: write zeros to a slab."""
 
     def embedding_finish(self, *arguments: Any) -> None:
-        """embedding.cuh: scalars of examples, and rows behind the touched ones."""
+        """embedding.cuh: the scalars of the examples, and the padding after the touched rows."""
 
     def hopper(self, *arguments: Any) -> None:
-        """hopper.cuh. There where nvcc is 12 or newer, like ``pack``."""
+        """hopper.cuh: the kernel for compute capability 9.0. Like ``pack``, it is only built by nvcc 12 or newer."""
 
     def pack(self, *arguments: Any) -> None:
-        """pack.cuh: operands as boxes can be copied from."""
+        """pack.cuh: copy operands to the layout that bulk tensor copies need."""
 
     def versions(self) -> tuple[int, int]:
-        """Of CUDA: that of the build, and the driver's."""
+        """Return the CUDA versions of the build and of the driver."""
         ...
 
-    # By the names of the launches, functions in C++ that take their arguments as flat numbers.
+    # C++ functions by the names of the launches. They take their arguments as flat numbers.
     flat: dict[str, object]
 
 
@@ -77,19 +79,19 @@ _emulation: Launches | None = None
 
 
 class _Stream(int):
-    """A number that is told from others by what it is."""
+    """An int subclass, so that the placeholder of the stream can be recognized by identity."""
 
 
 class _StandingIn(threading.local):
     recorder: Any = None
 
 
-STREAM = _Stream(0)  # of a call that is recorded, in place of the current one
+STREAM = _Stream(0)  # the placeholder of the current stream while a call is recorded
 _standing_in = _StandingIn()
 
 
 def emulate(module: Any) -> None:
-    """Runs the kernels of ``module``, built from tests/native/simt, on CPU tensors from now on; None ends it."""
+    """Emulate the kernels on CPU tensors with ``module``, which is built from tests/native/simt. None ends the emulation."""
     global _emulation
     _emulation = module
 
@@ -100,7 +102,7 @@ def emulated() -> bool:
 
 @contextmanager
 def standing_in(recorder: Any) -> Iterator[None]:
-    """In which ``recorder`` is what :func:`compiled` returns in this thread, and :func:`stream` is :data:`STREAM`."""
+    """Within this context, :func:`compiled` returns ``recorder`` and :func:`stream` returns :data:`STREAM` in this thread."""
     _standing_in.recorder = recorder
     try:
         yield
@@ -113,7 +115,7 @@ def compiled() -> Launches:
 
 
 def has_boxes() -> bool:
-    """Whether the kernels of compute capability 9.0 were built, which takes nvcc 12 or newer."""
+    """Return whether the kernels for compute capability 9.0 were built, which needs nvcc 12 or newer."""
     try:
         return hasattr(compiled(), "hopper")
     except ImportError:
@@ -121,17 +123,15 @@ def has_boxes() -> bool:
 
 
 def missing() -> str | None:
-    """Why the kernels cannot run here, or None."""
+    """Return why the kernels cannot run on this machine, or None if they can."""
     try:
         built, driver = compiled().versions()
-    except (ImportError, AttributeError) as error:  # the latter of an older build
+    except (ImportError, AttributeError) as error:  # an older build has no ``versions``
         return f"it was not built, or does not load ({error}): reinstall with nvcc and ZSL_BUILD_CUDA unset"
     if lacking := [name for name in _REQUIRED if not hasattr(compiled(), name)]:
-        return f"it was built from other sources, without {', '.join(lacking)}: reinstall"
-    if driver // 1000 < built // 1000:  # a newer minor version runs on the driver of an older one
-        return (
-            f"it was built with CUDA {_version(built)}, and the driver is of {_version(driver)}: update it, or build with its nvcc"
-        )
+        return f"the build is out of date and lacks {', '.join(lacking)}: reinstall"
+    if driver // 1000 < built // 1000:  # CUDA is compatible across minor versions
+        return f"it was built with CUDA {_version(built)}, but the driver supports {_version(driver)}: update the driver or rebuild"
     return None
 
 
@@ -140,7 +140,7 @@ def _version(number: int) -> str:
 
 
 def exact() -> bool:
-    """Whether float32 products are to be those of float32: torch says when those of tf32 will do."""
+    """Return whether float32 products must be exact. The fp32_precision setting of torch can allow tf32 instead."""
     return torch.backends.cuda.matmul.fp32_precision != "tf32"
 
 
@@ -149,14 +149,14 @@ def current_stream(device: torch.device) -> int:
 
 
 def stream(x: Tensor) -> int:
-    """That of the next launch on operands like x."""
+    """Return the stream for the next launch on operands like x."""
     if _standing_in.recorder is not None:
         return STREAM
     return torch._C._cuda_getCurrentRawStream(x.get_device()) if x.is_cuda else 0
 
 
 def guard(x: Tensor) -> AbstractContextManager[object]:
-    """Makes the tensor's device the current one, where it is not: entering takes longer than a launch."""
+    """Return a context in which the tensor's device is current. Entering it takes longer than a launch, so avoid it if possible."""
     return torch.cuda.device(x.device) if x.is_cuda and x.get_device() != torch.cuda.current_device() else _NO_GUARD
 
 
@@ -165,11 +165,11 @@ def pointer(x: Tensor | None) -> int:
 
 
 def strided(x: Tensor) -> tuple[int, int, int, int]:
-    """The pointer and the strides of examples, positions and features of (N, T, features), or of rows (R, features)."""
+    """Return the pointer and the strides (examples, positions, features) of x (N, T, features) or of rows (R, features)."""
     position, feature = x.stride()[-2:]
     return x.data_ptr(), x.stride(0) if x.ndim == 3 else 0, position, feature
 
 
 def written(x: Tensor) -> Tensor:
-    """The tensor, or where its negation is pending a copy: kernels read memory as it is."""
+    """Materialize a pending negation, because kernels read memory directly."""
     return x.resolve_neg()

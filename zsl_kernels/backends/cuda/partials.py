@@ -1,4 +1,4 @@
-"""What the blocks of a launch have left is added up by one more launch, in order (csrc/cuda/add_partials.cuh)."""
+"""Adds up the partial results of the blocks of a launch with one more launch, in a fixed order (csrc/cuda/add_partials.cuh)."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from zsl_kernels.backends.cuda.module import compiled, guard, stream
 class Partials(NamedTuple):
     """``torch.stack(results) = parts.sum(0)``, with float32 results."""
 
-    parts: Tensor  # (parts, …) float64: the numbers of the results, one result after another
-    results: Sequence[Tensor]  # of one shape
-    symmetric: bool = False  # one square result, of which only what is on and above the diagonal was computed
+    parts: Tensor  # (parts, …) float64: the elements of all results, concatenated
+    results: Sequence[Tensor]  # all of the same shape
+    symmetric: bool = False  # whether it is one square result, computed only on and above the diagonal
 
 
 def add_up(*partials: Partials) -> None:
-    """Of at most three, in one launch."""
+    """Add up at most three sets of partial results in one launch."""
     adding = []
     for parts, results, symmetric in partials:
         count, width, each = parts.shape[0], parts[0].numel(), results[0].numel()

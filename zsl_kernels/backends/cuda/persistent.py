@@ -1,6 +1,7 @@
-"""The kernels of csrc/cuda/product.cuh, for compute capability 8.0 and newer: blocks that stay for many tiles of the weight.
+"""Launches of the persistent kernels (csrc/cuda/product.cuh) for compute capability 8.0 and newer.
 
-Blocks leave partial scalars and Grams in float64, which one launch adds up: no atomics, so results are the same bits on every run.
+Each block processes many tiles of the weight. It writes partial scalars and Gram matrices in float64, and one more launch adds them
+up. There are no atomics, so the results are bitwise identical on every run.
 """
 
 from __future__ import annotations
@@ -20,13 +21,13 @@ from zsl_kernels.types import InterferenceSums
 
 
 class _Launch(NamedTuple):
-    """How one call is laid out over a device's blocks."""
+    """The distribution of a call over the blocks of a device."""
 
-    tile: int  # in CUDA_TILES
-    held: int  # examples whose tiles a block holds at a time
-    group: int  # examples of either side of a block's part of the Gram
-    pairs: int  # of such groups
-    blocks: int  # among which the weight's tiles are divided
+    tile: int  # the index in CUDA_TILES
+    held: int  # examples whose tiles a block stores at a time
+    group: int  # examples on each side of a block's part of the Gram matrix
+    pairs: int  # pairs of such groups
+    blocks: int  # blocks that share the tiles of the weight
 
     @property
     def shares(self) -> int:
@@ -34,7 +35,7 @@ class _Launch(NamedTuple):
 
 
 def _launch(gpu: Gpu, tile: CudaTile, N: int, M: int | None, gram: bool, O: int, K: int) -> _Launch:
-    """For the Gram of N examples, with M others if there are any, or for their sums alone."""
+    """Return the launch for the Gram matrix of N examples (with M others, if given), or for their sums only."""
     held, group, pairs = tile.groups(N, M, tile.fitting(gpu.shared_bytes)) if gram else (min(N, CUDA_SUMS_HELD), N, 1)
     tiles = -(-O // tile.rows) * -(-K // tile.cols)
     resident = max(1, min(2, (gpu.shared_bytes + 1024) // (tile.shared_bytes(held, held < N and not gram) + 1024)))
@@ -43,7 +44,7 @@ def _launch(gpu: Gpu, tile: CudaTile, N: int, M: int | None, gram: bool, O: int,
 
 
 class _Results:
-    """What a launch writes, and what becomes of it."""
+    """The outputs of a launch, and the partial results that are added up to them."""
 
     def __init__(self, like: Tensor, launch: _Launch, N: int, shape: tuple[int, int], sums: bool, gram: bool, u: Tensor | None):
         def empty(*size: int, dtype: torch.dtype) -> Tensor:
@@ -52,7 +53,7 @@ class _Results:
         self.sums = [empty(*shape, dtype=torch.float32) for _ in range(3)] if sums else []
         self.scalars = [empty(N, dtype=torch.float32) for _ in range(4)] if sums else []
         self.gram = empty(N, N, dtype=torch.float32) if gram else None
-        # What the blocks leave of the scalars and of the Gram.
+        # The partial results of the blocks.
         self.of_scalars = empty(launch.blocks, 4, N, dtype=torch.float64) if sums else None
         self.of_gram = empty(launch.shares, N, N, dtype=torch.float64) if gram else None
         self.direction = u
@@ -111,7 +112,7 @@ def _gram_launch(
     gram: bool,
     u: Tensor | None,
 ) -> _Results:
-    """One launch: of the sums, the Gram or both; of the sums alone where both are wanted and a block cannot hold every example."""
+    """Launch the kernel for the sums, the Gram matrix or both. Omit the Gram matrix if both are wanted but do not fit."""
     gpu, tile = _planned(plan)
     O, K = b.shape[-1], a.shape[-1]
     gram = gram and (tile.fitting(gpu.shared_bytes) >= N or not sums)

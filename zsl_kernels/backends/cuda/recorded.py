@@ -1,8 +1,9 @@
-"""Repeated calls of the kernels of a device: recorded once, and repeated without Python.
+"""Records a call of the CUDA backend once and repeats it without Python.
 
-A call is allocations and launches (:class:`zsl_kernels.backends.cuda.module.Launches`), whose arguments follow from the shapes,
-strides and dtypes of the operands, but for addresses. :func:`record` runs a call, notes these, and where each address comes from.
-What it returns (csrc/bindings/recorded.cpp) allocates and launches the same for other operands of this kind.
+A call consists of allocations and launches (:class:`zsl_kernels.backends.cuda.module.Launches`). The shapes, strides and dtypes of
+the operands determine all arguments of the launches except addresses. :func:`record` runs a call and records these arguments and
+the origin of each address. It returns an object (csrc/bindings/recorded.cpp) that repeats the allocations and launches for other
+operands with the same shapes, strides and dtypes.
 """
 
 from __future__ import annotations
@@ -27,12 +28,12 @@ Results = tuple[Tensor | None, ...]
 Call = Callable[..., Results]
 
 _ALLOCATIONS = {"empty", "new_empty", "empty_strided", "empty_like"}
-_ALIGNMENT = 256  # bytes, of what shares an allocation
-_NUMBER = 4  # bytes of what is allocated
+_ALIGNMENT = 256  # bytes, between arrays that share an allocation
+_NUMBER = 4  # bytes of an allocated element
 
 
 class _Allocation(NamedTuple):
-    tensor: Tensor  # held, so that no other one gets its memory while a call is recorded
+    tensor: Tensor  # kept alive so that its memory is not reused while the call is recorded
 
     @property
     def begin(self) -> int:
@@ -46,16 +47,16 @@ class _Allocation(NamedTuple):
 class _Launch(NamedTuple):
     name: str
     numbers: list[int]
-    streams: list[int]  # the places of those that are the stream
+    streams: list[int]  # the indices of the stream among the numbers
 
 
 class _Operations(TorchDispatchMode):
-    """Notes what is allocated."""
+    """Records the allocations of PyTorch, and whether another operation ran."""
 
     def __init__(self) -> None:
         super().__init__()
         self.allocations: list[_Allocation] = []
-        self.other = ""  # an operation that makes something new without being an allocation, or writes
+        self.other = ""  # the first operation that computes a new tensor or writes to one
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         found = function(*args, **(kwargs or {}))
@@ -68,12 +69,12 @@ class _Operations(TorchDispatchMode):
 
 
 def _storages(x: Any) -> set[int]:
-    """Whose memory tensors have. An operation that may return a view, such as ``to``, has returned one if it is an operand's."""
+    """Return the storages of all tensors in x. An operation such as ``to`` returned a view if it returned an operand's storage."""
     return {y.untyped_storage()._cdata for y in tree_leaves(x) if isinstance(y, Tensor)}
 
 
 class _Recorder:
-    """Stands for the compiled module, and notes what is launched."""
+    """Replaces the compiled module and records the launches."""
 
     def __init__(self, compiled: Any, stream: int) -> None:
         self.compiled, self.stream = compiled, stream
@@ -98,7 +99,7 @@ class _Recorder:
 
 
 def _flat(x: Any) -> Iterator[Any]:
-    """As csrc/bindings/cuda_module.cpp takes them."""
+    """Flatten nested arguments in the way that csrc/bindings/cuda_module.cpp expects."""
     if isinstance(x, list):
         yield len(x)
     if isinstance(x, (list, tuple)):
@@ -115,10 +116,13 @@ def _with_stream(x: Any, stream: int) -> Any:
 
 
 def record(call: Call, operands: Sequence[Tensor | None]) -> tuple[Any, Any]:
-    """The results of ``call(*operands)``, which are float32, and the call as it was recorded: None where it cannot be repeated.
+    """Run ``call(*operands)``. Return its results, which are float32, and the recorded call, or None if it cannot be repeated.
 
-    It cannot where an operation of PyTorch's ran, where operands share memory, so that an address may be of either, or where the
-    extension for the CPU, which repeats it, was not built.
+    A call cannot be repeated if
+
+    - a PyTorch operation other than an allocation ran;
+    - operands share memory, so that the origin of an address is ambiguous;
+    - the CPU extension, which repeats calls, was not built.
     """
     device = next(x.device for x in operands if x is not None)
     recorder, operations = _Recorder(module.compiled(), module.current_stream(device)), _Operations()
@@ -143,7 +147,7 @@ def _repeated(
 ) -> Any:
     places = [_Place(x.data_ptr(), _bytes(x), k, 0) for k, x in enumerate(operands) if x is not None and _bytes(x)]
     sizes: list[list[int]] = []
-    held: dict[int, tuple[int, int]] = {}  # of what was allocated at an address: what it shares, and its place there, in bytes
+    held: dict[int, tuple[int, int]] = {}  # by address: the shared allocation, and the offset in it in bytes
     for k, group in enumerate(_grouped(allocations, results)):
         total = 0
         for allocation in group:
@@ -169,11 +173,11 @@ class _Place(NamedTuple):
     begin: int
     bytes: int
     source: int
-    offset: int  # in it
+    offset: int  # bytes from the beginning of the source
 
 
 def _addresses(launch: _Launch, places: Iterable[_Place]) -> list[tuple[int, int, int]]:
-    """(place of a number, where its address comes from, offset there). Sizes and strides are no addresses of memory."""
+    """Return (index of the number, source, offset) for each address. Small numbers are sizes or strides and not addresses."""
     found = [(at, -1, 0) for at in launch.streams]
     for at, number in enumerate(launch.numbers):
         if at in launch.streams or number < 1 << 20:
@@ -186,16 +190,18 @@ def _addresses(launch: _Launch, places: Iterable[_Place]) -> list[tuple[int, int
 
 
 def _bytes(x: Tensor) -> int:
-    """From its first number to its last."""
+    """Return the bytes from the first to the last element."""
     if not x.numel():
         return 0
     return (1 + sum((n - 1) * s for n, s in zip(x.shape, x.stride(), strict=True))) * x.element_size()
 
 
 def _grouped(allocations: Sequence[_Allocation], results: Results) -> list[list[_Allocation]]:
-    """What shares an allocation: little of a call's time is spent on one then, and nothing is kept for another's sake. The first
-    result, which becomes a weight's ``.grad``, is alone; the others of its size live as long as each other, and so do the smaller
-    ones; the rest is a workspace."""
+    """Group tensors into shared allocations, which saves time. Tensors that share one have the same lifetime.
+
+    The first result, which becomes a weight's ``.grad``, has its own allocation. The other results of its size share one. The
+    smaller results share one. Everything else is a workspace.
+    """
     by_address = {x.begin: x for x in allocations if x.bytes}
     kept: list[_Allocation] = []
     for x in results:
@@ -209,10 +215,10 @@ def _grouped(allocations: Sequence[_Allocation], results: Results) -> list[list[
 
 
 class Repeated:
-    """A call that is recorded when it first runs on operands that share no memory.
+    """A function that records its first call whose operands share no memory, and then repeats it.
 
-    Operands of another layout go through ``call``, as do all where it cannot be repeated, and where ``setting()``, which is what
-    torch was told about products, is not what it was.
+    It calls ``call`` instead if the operands have another layout, if the recorded call cannot be repeated, or if ``setting()`` has
+    changed. ``setting()`` returns the PyTorch precision settings that the results depend on.
     """
 
     def __init__(self, call: Call, make: Callable[[Results], Any], setting: Callable[[], object] | None = None) -> None:

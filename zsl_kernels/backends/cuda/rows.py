@@ -1,8 +1,8 @@
-"""Gradients that are held, and those of scales and biases: the row kernels, csrc/cuda/dense.cuh and scale_bias.cuh.
+"""The row kernels: dense_interference and scale_bias_grad on the CUDA backend (csrc/cuda/dense.cuh and scale_bias.cuh).
 
-Each op is one launch, and where several blocks have parts of a result a second one, which adds the parts in a fixed order. (A last
-block that adds them would need a counter that is zero: a launch of its own, or one that calls on other streams share.) The Gram is
-a launch more.
+Each op takes one launch. If several blocks have parts of a result, a second launch adds the parts in a fixed order. (The last block
+to finish cannot do this: it would need a zeroed counter, which needs another launch or is shared with calls on other streams.) A
+Gram matrix takes one more launch.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from zsl_kernels.backends.gpu import multiprocessors
 from zsl_kernels.ragged import group
 from zsl_kernels.types import InterferenceSums
 
-WARPS = 8  # of a block
-RUN = 64  # examples that a warp adds, at most
-AT_ONCE = 4  # examples, or positions, that a thread has at a time
+WARPS = 8  # warps of a block
+RUN = 64  # the most examples that a warp adds
+AT_ONCE = 4  # examples or positions that a thread processes at a time
 # Bytes of a row that a warp reads at a time.
 PIECE = 32 * 16
-COPY_BYTES = 256 << 20  # of such rows that a launch makes, at most
+COPY_BYTES = 256 << 20  # the most bytes of rows that a launch copies
 
 
 def _ceil_div(x: int, unit: int) -> int:
@@ -31,15 +31,15 @@ def _ceil_div(x: int, unit: int) -> int:
 
 
 def _power(x: int) -> int:
-    """The least power of two that is no less."""
+    """Return the smallest power of two that is at least x."""
     return 1 << max(x - 1, 0).bit_length()
 
 
 class _Workspace:
-    """Arrays of one allocation, each at a multiple of 16 bytes."""
+    """Several arrays in one allocation, each aligned to 16 bytes."""
 
     def __init__(self, like: Tensor, *sizes: int):
-        """Of bytes; those of 0 get a pointer of 0."""
+        """``sizes`` are in bytes. An array of size 0 gets the pointer 0."""
         starts, total = [], 0
         for size in sizes:
             starts.append(total)
@@ -72,7 +72,8 @@ def dense_interference(g: Tensor, direction: Tensor | None, gram: bool) -> Inter
     flat = written(g.reshape(N, P))
     u = None if direction is None else written(direction.reshape(-1).to(torch.float32))
     sms, piece = multiprocessors(g.device), PIECE // g.element_size()
-    # Rows that the Gram's kernel cannot read as they are the launch copies, or if they are many, PyTorch some columns at a time.
+    # If the Gram kernel cannot read the rows directly, the launch copies them. If they are too large, PyTorch copies some columns
+    # at a time.
     slab_dtype = torch.bfloat16 if g.dtype == torch.bfloat16 else torch.float32
     elements = _ceil_div(P, UNIT) * UNIT
     columns = elements
@@ -81,7 +82,7 @@ def dense_interference(g: Tensor, direction: Tensor | None, gram: bool) -> Inter
         columns, copied = max(1, COPY_BYTES // (N * slab_dtype.itemsize * UNIT)) * UNIT, 0
     padded = elements if copied else P
     lanes, blocks, parts, part = _dense_launch(sms, N, _ceil_div(padded, piece))
-    products = product_blocks(sms, N, None, columns) if gram else 0  # of some columns
+    products = product_blocks(sms, N, None, columns) if gram else 0  # blocks for these columns
     work = _Workspace(
         g,
         4 * parts * 3 * P if parts > 1 else 0,
@@ -122,7 +123,7 @@ def dense_interference(g: Tensor, direction: Tensor | None, gram: bool) -> Inter
 
 
 def _is_slab(x: Tensor) -> bool:
-    """Whether the Gram's kernel can read these rows as they are."""
+    """Return whether the Gram kernel can read these rows directly."""
     N, P = x.shape
     return (
         x.dtype != torch.float16 and P % UNIT == 0 and x.stride(1) == 1 and (N == 1 or x.stride(0) == P) and x.data_ptr() % 16 == 0
@@ -130,19 +131,20 @@ def _is_slab(x: Tensor) -> bool:
 
 
 def _copy(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """Rows that it can read, with zeros behind them."""
+    """Copy x to rows that the Gram kernel can read, padded with zeros."""
     rows = torch.zeros(x.shape[0], _ceil_div(x.shape[1], UNIT) * UNIT, dtype=dtype, device=x.device)
     rows[:, : x.shape[1]] = x
     return rows
 
 
 def _dense_launch(sms: int, N: int, pieces: int) -> tuple[int, int, int, int]:
-    """The warps that share coordinates, the blocks of coordinates, the parts of the examples and the examples of each.
+    """Return the warps that share coordinates, the blocks of coordinates, the parts of the examples, and the examples of a part.
 
-    Few warps share them where the coordinates fill the device by themselves: their sums then need not be added over the warps. So
-    many that none has more examples than are added in a run come before parts of the examples, which are written to be added later.
+    If the coordinates alone fill the device, few warps share them, because the sums of sharing warps must be added up. Otherwise,
+    the number of sharing warps grows first, until no warp has more than a run of examples. Only then are the examples divided into
+    parts, because parts are written to memory and added by a second launch.
     """
-    wanted = 2 * sms  # blocks, two of which a multiprocessor has at a time
+    wanted = 2 * sms  # blocks: two per multiprocessor
     lanes = 1
     while lanes < WARPS and (RUN * lanes < N or (lanes < N and _ceil_div(pieces * lanes, WARPS) < wanted)):
         lanes *= 2
@@ -183,7 +185,7 @@ def scale_bias_grad(
         x, mean, rstd = (None if y is None else y[0] for y in (x, mean, rstd))
     b, x = written(b), None if x is None else written(x)
     mean, rstd = (None if y is None or x is None else written(y.to(torch.float32)) for y in (mean, rstd))
-    length = max(PIECE // 32 // y.element_size() for y in (b, x) if y is not None)  # columns of a thread
+    length = max(PIECE // 32 // y.element_size() for y in (b, x) if y is not None)  # columns per thread
     lanes = min(32, _power(_ceil_div(K, length)))
     parts = _scale_parts(multiprocessors(b.device), N * _ceil_div(K, lanes * length), _ceil_div(rows, N), 32 * WARPS // lanes)
     partial = parts > 1
@@ -214,8 +216,10 @@ def scale_bias_grad(
 
 
 def _scale_parts(sms: int, blocks: int, positions: int, rows: int) -> int:
-    """Among how many blocks the positions of an example are divided, of which a block takes ``rows`` at a time: as many as fill the
-    device, and none of them with less than a thread has at a time."""
+    """Return the number of blocks that share the positions of an example. A block processes ``rows`` positions at a time.
+
+    There are enough blocks to fill the device, and each thread of a block has enough positions for at least one step.
+    """
     if blocks >= 2 * sms:
         return 1
     return max(1, min(_ceil_div(3 * sms, blocks), positions // (AT_ONCE * rows)))

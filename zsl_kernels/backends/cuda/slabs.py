@@ -1,4 +1,8 @@
-"""Products of slabs: rows of gradients, one row for each example, whose inner products are the Gram (csrc/cuda/slab_gram.cuh)."""
+"""Gram matrices of slabs (csrc/cuda/slab_gram.cuh).
+
+A slab contains some coordinates of the gradients, one row for each example. The Gram matrix is the sum over slabs of the inner
+products of their rows.
+"""
 
 from __future__ import annotations
 
@@ -8,16 +12,16 @@ from torch import Tensor
 from zsl_kernels.backends.cuda.module import compiled, pointer, stream
 from zsl_kernels.backends.cuda.partials import Partials, add_up
 
-UNIT = 512  # the elements of a row are a multiple of it
-_ELEMENTS_OF_BLOCK = 4096  # of a slab's row, at least
-_GROUP = 32  # rows of either slab that a block multiplies
+UNIT = 512  # the number of elements of a row is a multiple of this
+_ELEMENTS_OF_BLOCK = 4096  # the fewest elements of a row per block
+_GROUP = 32  # rows of each slab that a block multiplies
 
 
 def product_blocks(sms: int, N: int, M: int | None, elements: int) -> int:
-    """Blocks among which the elements of N rows and M others, or of N rows alone, are divided.
+    """Return the number of blocks that divide the elements of N rows, or of N rows and M others.
 
-    As many as fill the device. Each leaves partial results for the pairs of one group of rows with another, so what they leave is
-    bounded, however many rows there are.
+    There are enough blocks to fill the device. Each writes partial results for one pair of groups of rows, so the total size of the
+    partial results is bounded for any number of rows.
     """
     groups = -(-N // _GROUP)
     pairs = groups * (groups + 1) // 2 if M is None else groups * -(-M // _GROUP)
@@ -25,16 +29,16 @@ def product_blocks(sms: int, N: int, M: int | None, elements: int) -> int:
 
 
 class SlabGram:
-    """The Gram of gradients that come slab by slab: x xᵀ, or x yᵀ of two sets. One launch for each slab, and one for the result."""
+    """Accumulates the Gram matrix of slabs: x xᵀ, or x yᵀ for two sets. It uses one launch per slab and one for the result."""
 
     def __init__(self, like: Tensor, sms: int, N: int, M: int | None, elements: int):
-        """Of slabs with at most so many elements in a row."""
+        """``elements``: the largest number of elements in a row of a slab."""
         self._blocks = product_blocks(sms, N, M, elements)
         self._partials = like.new_empty(self._blocks, N, N if M is None else M, dtype=torch.float64)
         self._symmetric, self._began = M is None, False
 
     def add(self, x: Tensor, y: Tensor | None = None) -> None:
-        """Of one set only what is on and above the diagonal need be computed."""
+        """Add a slab. For a single set, only the part on and above the diagonal is computed."""
         N, M, partials = x.shape[0], (x if y is None else y).shape[0], self._partials.data_ptr()
         bfloat16 = x.dtype == torch.bfloat16
         compiled().slab_gram(x.data_ptr(), pointer(y), bfloat16, N, M, x.shape[1], partials, self._began, self._blocks, stream(x))
