@@ -1,1 +1,5 @@
-"""The Triton backend: ``backend`` picks the launch; each other file has one kernel or two, with their launches behind them."""
+"""The Triton backend.
+
+``backend`` selects the launch of a call. ``tiles`` contains helpers that the kernels share. Each other file contains one or two
+kernels, followed by the functions that launch them.
+"""

@@ -1,4 +1,4 @@
-"""The Triton backend: which kernel's launch a call goes to. Triton is imported by the first call that may use it."""
+"""``Triton``, the Triton backend: it selects the launch for each call. The first call that may use Triton imports it."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from zsl_kernels.types import Cotangents, InterferenceSums
 
 class Triton(GpuBackend):
     name = "triton"
-    # The others are plain matrix products, or of small parameters.
+    # The other ops are plain matrix products or handle small parameters.
     ops = frozenset(
         {
             "interference",
@@ -31,7 +31,7 @@ class Triton(GpuBackend):
     )
 
     def emulated(self) -> bool:
-        """By Triton's interpreter."""
+        """Return whether Triton's interpreter emulates the kernels."""
         return os.environ.get("TRITON_INTERPRET") == "1"
 
     def load(self) -> str | None:

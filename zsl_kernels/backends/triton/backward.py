@@ -1,8 +1,11 @@
-"""The derivatives of the ops with respect to a and b: da_i = b_i s_i and db_i = a_i s_iᵀ, with s_i = ∂loss/∂g_i.
+"""interference_backward: the derivatives da_i = b_i s_i and db_i = a_i s_iᵀ, with s_i = ∂loss/∂g_i.
 
-g_i = b_iᵀ a_i is formed again, tile by tile; ``derivative_kernel`` turns the tile into one of s_i and writes it into a workspace
-of bounded size, from which ``product_kernel`` forms both derivatives. The workspace holds all output rows of some examples, some of
-one, or, where the Gram's derivative mixes the gradients of all examples, some of all.
+``derivative_kernel`` recomputes g_i = b_iᵀ a_i tile by tile, converts each tile to one of s_i, and writes it to a workspace of
+bounded size. ``product_kernel`` computes both derivatives from the workspace. The workspace contains
+
+- all output rows of some examples, or
+- some output rows of one example, if one example does not fit, or
+- some output rows of all examples, if the derivative of the Gram matrix mixes the gradients of all examples.
 """
 
 from __future__ import annotations
@@ -56,10 +59,11 @@ def derivative_kernel(
     DEPTH: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """s (N, O, K) from a and b: ``Cotangents.derivative`` of g, added to what s holds if ``MIXED``; g itself if ``GRADIENT``.
+    """Compute s (N, O, K) from a and b: ``Cotangents.derivative`` of g, or g itself with ``GRADIENT``.
 
-    A pointer that is None stands for a cotangent that there is none of. ``p_begin``: of ragged rows. ``p_slot`` (N, O): the row of
-    ``p_added`` (P, K) that is added to that row of g, or −1; the derivative with respect to it goes to ``p_d_added``.
+    With ``MIXED`` the derivative is added to the contents of s. The pointer of a missing cotangent is None. ``p_begin`` contains
+    the offsets of ragged rows. ``p_slot`` (N, O) contains the row of ``p_added`` (P, K) that is added to each row of g, or −1. The
+    derivatives with respect to these rows are written to ``p_d_added``.
     """
     tiles_k = tl.cdiv(K, COLS)
     tiles = tl.cdiv(O, ROWS) * tiles_k
@@ -143,11 +147,11 @@ def product_kernel(
     DEPTH: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """out_i (T, F) = x_i (T, C) s_i (C, F), added to what it holds if ``ADD``.
+    """Compute out_i (T, F) = x_i (T, C) s_i (C, F). With ``ADD`` the product is added to the contents of out.
 
-    s is float32 and so are the products. Half operands are read as tf32, which is exact for x and keeps 11 bits of s: as many as
-    float16 has and more than bfloat16, to which the result is rounded. With ``p_begin`` the rows are ragged; ``p_example`` has the
-    example of each tile of rows, and ``p_first_tile`` the first tile of each example.
+    s and the products are float32. With half-precision x the product uses tf32, which is exact for x and keeps 11 bits of s. The
+    result is rounded to the dtype of x, which has at most 11 bits too. With ``p_begin`` the rows are ragged. Then ``p_example``
+    contains the example of each tile of rows, and ``p_first_tile`` the first tile of each example.
     """
     tiles_f = tl.cdiv(F, COLS)
     tile_t = tl.program_id(0) // tiles_f
@@ -187,7 +191,7 @@ def product_kernel(
 
 
 class _Operands(NamedTuple):
-    """a and b of some examples and output rows, and what is added to their gradients."""
+    """a and b for some examples and output rows, and the rows that are added to their gradients."""
 
     a: Tensor
     b: Tensor
@@ -213,7 +217,10 @@ def backward(
     begin: Tensor | None = None,
     added: AddedRows | None = None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """``chunked.backward``, of which nothing is held but the workspace, and da in float32 if one example's rows exceed that."""
+    """Compute the derivatives; see :class:`zsl_kernels.backends.base.Backend`.
+
+    The only temporaries are the workspace and, if the rows of one example exceed it, da in float32.
+    """
     gpu = plan.call.gpu
     assert gpu is not None
     K, O = a.shape[-1], b.shape[-1]
@@ -251,7 +258,7 @@ def backward(
 
 
 def _chunk(N: int, M: int, O: int, K: int, mixed: bool) -> tuple[int, int]:
-    """Examples and output rows at a time: all rows of some examples, some of one, or with a mix of them some of all."""
+    """Return (examples, output rows) per step: all rows of some examples, some rows of one, or if ``mixed`` some rows of all."""
     row_bytes = 4 * max(K, 1)
     if mixed:
         return max(N, 1), max(1, min(O, gpu_cost.BACKWARD_BYTES // (row_bytes * max(N + M, 1))))
@@ -267,7 +274,7 @@ def _operands(a: Tensor, b: Tensor, begin: Tensor | None, added: AddedRows | Non
 
 
 def _slots(added: AddedRows, n: slice, slab: slice, O: int) -> Tensor:
-    """Which of the P added rows goes to each of the examples' output rows in the slab, −1 where none does: (n, rows)."""
+    """Return the index of the added row for each output row of the slab and each example, or −1, (n, rows)."""
     P, device = added.values.shape[0], added.values.device
     examples = torch.arange(added.begin.shape[0] - 1, device=device)
     keys = added.keys(O)
@@ -277,7 +284,7 @@ def _slots(added: AddedRows, n: slice, slab: slice, O: int) -> Tensor:
 
 
 def _strides(x: Tensor) -> tuple[int, ...]:
-    """Of an (N, T, ·); rows (R, ·) are those of one example."""
+    """Return the strides of x (N, T, ·). Rows (R, ·) are treated as those of a single example."""
     return x.stride() if x.ndim == 3 else (0, *x.stride())
 
 
@@ -292,7 +299,7 @@ def _derivative(
     mixed: bool = False,
 ) -> None:
     O, K = s.shape[1:]
-    # A gradient alone leaves registers for a larger tile.
+    # Computing the gradient only leaves registers for a larger tile.
     tile = config_of(gpu, "gradient" if gradient and x.slots is None else "derivative", x.a.dtype, O, K)
     with torch.cuda.device_of(s):
         derivative_kernel[(x.examples * triton.cdiv(O, tile.rows) * triton.cdiv(K, tile.cols),)](
@@ -322,7 +329,7 @@ def _derivative(
 
 
 def _product(gpu: Gpu, x: Tensor, s: Tensor, out: Tensor, operands: _Operands, add: bool = False) -> None:
-    """out_i = x_i s_i for the examples of the operands, ragged as they are."""
+    """Compute out_i = x_i s_i for the examples of the operands, including ragged ones."""
     T, F, begin = x.shape[-2], out.shape[-1], operands.begin
     if not T:
         return
@@ -330,7 +337,7 @@ def _product(gpu: Gpu, x: Tensor, s: Tensor, out: Tensor, operands: _Operands, a
     if begin is None:
         tiles, example, first_tile = operands.examples * triton.cdiv(T, tile.rows), None, None
     else:
-        # Their number is not known here, only that a part of a tile is at most one of each example's.
+        # The number of tiles is on the device. This is an upper bound: each example has at most one partial tile.
         tiles = T // tile.rows + operands.examples
         last = begin.diff().add_(tile.rows - 1).div_(tile.rows, rounding_mode="floor").cumsum(0)
         example = torch.searchsorted(last, torch.arange(tiles, device=x.device), right=True)

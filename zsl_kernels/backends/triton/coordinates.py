@@ -1,8 +1,8 @@
-"""The sums over coordinates of many weights, each read once, in two launches whatever their number.
+"""coordinate_sums: the sums over the coordinates of many weights, in two launches for any number of weights.
 
-The first kernel has a program for every part of every weight, which adds its part up lane by lane in float64. The second adds a
-weight's parts. How a weight is cut, and in what order its numbers are added, depends on its size alone: its sums are the same bits
-on every run, and whichever other weights are in the call.
+In the first kernel, one program per part of a weight sums its coordinates lane by lane in float64. The second kernel adds up the
+parts of a weight. The division into parts and the order of additions depend only on the size of the weight. The sums are therefore
+bitwise identical on every run, and independent of the other weights in the call. Each weight is read once.
 """
 
 from __future__ import annotations
@@ -16,17 +16,17 @@ from torch import Tensor
 
 from zsl_kernels.types import CoordinateSums
 
-# Coordinates at a time: four of each thread, whose eight sums leave registers for several programs on a multiprocessor.
+# Coordinates per step, four per thread: the eight sums of a thread leave registers for several programs on a multiprocessor.
 BLOCK, WARPS = 512, 4
-PART = 4 * BLOCK  # coordinates of a program at least, ...
-PROGRAMS = 512  # ... and programs of a weight at most: one weight fills the largest device
+PART = 4 * BLOCK  # the fewest coordinates per program ...
+PROGRAMS = 512  # ... and the most programs per weight: one weight fills the largest device
 _FIELDS = len(CoordinateSums._fields)
-_ENTRIES = tl.constexpr(6)  # of a weight in the table: pointers to its sums and direction, coordinates, programs
+_ENTRIES = tl.constexpr(6)  # table entries per weight: pointers to its sums and direction, coordinates, programs
 
 
 @triton.jit
 def coordinate_parts_kernel(p_table, p_parts, BLOCK: tl.constexpr):
-    """The (weights, programs, 8) parts. A pointer of zero is a direction that is not there."""
+    """Compute the partial sums (weights, programs, 8). The pointer of a missing direction is 0."""
     weight = tl.program_id(0).to(tl.int64)
     program = tl.program_id(1).to(tl.int64)
     p_weight = p_table + weight * _ENTRIES
@@ -62,7 +62,7 @@ def coordinate_parts_kernel(p_table, p_parts, BLOCK: tl.constexpr):
             root_ratio += tl.div_rn(root, safe).to(tl.float64)
             grad_sq += (grad * grad).to(tl.float64)
             sq_total += sq.to(tl.float64)
-            # Not zero times what may be infinite.
+            # Without a direction step is 0, but 0 times an infinite sum would be NaN.
             p_sum += tl.where(directed, grad * step, 0.0).to(tl.float64)
             p_size += tl.where(directed, size * step, 0.0).to(tl.float64)
             p_root += tl.where(directed, root * step, 0.0).to(tl.float64)
@@ -79,7 +79,7 @@ def coordinate_parts_kernel(p_table, p_parts, BLOCK: tl.constexpr):
 
 @triton.jit(do_not_specialize=["most"])
 def coordinate_totals_kernel(p_table, p_parts, p_totals, most, PROGRAMS: tl.constexpr):
-    """The (weights, 8) sums of (weights, most, 8) parts."""
+    """Add up the parts (weights, most, 8) to (weights, 8)."""
     weight = tl.program_id(0).to(tl.int64)
     programs = tl.load(p_table + weight * _ENTRIES + 5)
     o_program = tl.arange(0, PROGRAMS)
@@ -97,9 +97,9 @@ def coordinate_sums(grad_sum: Tensor, abs_sum: Tensor, sq_sum: Tensor, direction
 def coordinate_sums_of_many(
     grad_sums: Sequence[Tensor], abs_sums: Sequence[Tensor], sq_sums: Sequence[Tensor], directions: Sequence[Tensor | None]
 ) -> Tensor:
-    """(weights, 8); no ``directions`` at all, or one or None for each."""
+    """Return (weights, 8). ``directions`` is empty or has a tensor or None for each weight."""
     device = grad_sums[0].device
-    held: list[Tensor] = []  # until they are read
+    held: list[Tensor] = []  # converted copies, kept alive until the kernels are queued
 
     def pointer(x: Tensor | None) -> int:
         if x is None:
@@ -127,9 +127,9 @@ def coordinate_sums_of_many(
 
 
 def _on_device(numbers: list[int], device: torch.device) -> Tensor:
-    """As int64, without waiting for the device."""
+    """Copy the numbers to the device as int64, without a synchronization."""
     if device.type != "cuda":
         return torch.tensor(numbers, dtype=torch.int64, device=device)
-    if torch.cuda.is_current_stream_capturing():  # a graph reads the host's memory anew whenever it runs, so no such copy
+    if torch.cuda.is_current_stream_capturing():  # a replayed copy would read host memory that has been reused
         return torch.stack([torch.full((), number, dtype=torch.int64, device=device) for number in numbers])
     return torch.tensor(numbers, dtype=torch.int64, device="cpu", pin_memory=True).to(device, non_blocking=True)

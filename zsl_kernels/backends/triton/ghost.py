@@ -1,8 +1,8 @@
-"""Inner products of per-example gradients that forms none of them: ⟨g_i, g_k⟩ = Σ_ts (a_it·a_ks)(b_it·b_ks).
+"""Algorithm "ghost": inner products of gradients without computing the gradients, ⟨g_i, g_k⟩ = Σ_ts (a_it·a_ks)(b_it·b_ks).
 
-Tiled like attention: a program holds a block of positions of some examples against a block of positions of others, forms the two
-small matrices of inner products on the matrix units, multiplies them entry by entry and adds up what belongs to a pair of examples.
-A block of short examples holds several, each filled up to a power of two.
+The kernel is tiled like attention. A program combines a block of positions of some examples with a block of positions of others. It
+computes the two small matrices of inner products on the matrix units, multiplies them entry by entry, and adds up the entries of
+each pair of examples. A block can contain several short examples, each padded to a power of two.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from zsl_kernels.planning.choose import Plan
 from zsl_kernels.planning.devices import Gpu
 from zsl_kernels.planning.tiles import Config
 
-# Programs for each multiprocessor, below which the positions of a pair of blocks go to several.
+# If there are fewer programs per multiprocessor, several programs share the positions of a pair of blocks.
 _PROGRAMS = 4
 
 
@@ -56,10 +56,10 @@ def ghost_kernel(
     COLS_EACH: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Inner products (parts, N, M), or with ``NORMS`` (parts, N), of every ``parts``-th block of positions of the first set.
+    """Compute inner products (parts, N, M), or (parts, N) with ``NORMS``; each part covers every ``parts``-th block of positions.
 
-    ``ROWS`` positions of the first set meet ``COLS`` of the second; of one example there are ``ROWS_EACH`` and ``COLS_EACH``. With
-    ``ITSELF`` only what lies on or above the diagonal is computed.
+    A program combines ``ROWS`` positions of the first set with ``COLS`` of the second, of which ``ROWS_EACH`` and ``COLS_EACH``
+    belong to one example. With ``ITSELF``, only blocks on or above the diagonal are computed.
     """
     EXAMPLES: tl.constexpr = ROWS // ROWS_EACH
     OTHERS: tl.constexpr = COLS // COLS_EACH
@@ -73,18 +73,18 @@ def ghost_kernel(
         block_k = pair % tl.cdiv(M, OTHERS)
     if ITSELF and (block_k + 1) * OTHERS <= block_i * EXAMPLES:
         return
-    # (ROWS,) and (COLS,): the example, and the place in its block of positions
+    # (ROWS,) and (COLS,): the example, and the position in its block
     i = block_i * EXAMPLES + tl.arange(0, ROWS) // ROWS_EACH
     k = block_k * OTHERS + tl.arange(0, COLS) // COLS_EACH
     at_t = tl.arange(0, ROWS) % ROWS_EACH
     at_s = tl.arange(0, COLS) % COLS_EACH
     o_depth = tl.arange(0, DEPTH)
-    # int64: an offset may pass 2^31 elements
+    # int64: an offset may exceed 2^31 elements
     p_a += i.to(tl.int64)[:, None] * stride_an
     p_b += i.to(tl.int64)[:, None] * stride_bn
     p_a2 += k.to(tl.int64)[None, :] * stride_a2n
     p_b2 += k.to(tl.int64)[None, :] * stride_b2n
-    # Several examples of either set are so short that each is one block, and nothing is added to what it gives.
+    # If blocks contain several examples, each example has a single block. Then the total has one term and float32 suffices.
     TOTAL: tl.constexpr = tl.float32 if EXAMPLES > 1 and OTHERS > 1 else tl.float64
     total = tl.zeros((EXAMPLES, OTHERS), TOTAL)
     for block_t in range(part, tl.cdiv(T, ROWS_EACH), parts):
@@ -92,7 +92,7 @@ def ghost_kernel(
         m_t = (i < N) & (t < T)
         p_at = p_a + t.to(tl.int64)[:, None] * stride_at
         p_bt = p_b + t.to(tl.int64)[:, None] * stride_bt
-        # The matrices of an example against itself are symmetric.
+        # The matrices of an example with itself are symmetric, so norms need only block_s ≥ block_t.
         for block_s in range(block_t if NORMS else 0, tl.cdiv(S, COLS_EACH)):
             s = block_s * COLS_EACH + at_s
             m_s = (k < M) & (s < S)
@@ -112,7 +112,7 @@ def ghost_kernel(
                 left = tl.load(p_bt + o_o.to(tl.int64)[None, :] * stride_bo, mask=m_t[:, None] & (o_o < O)[None, :], other=0.0)
                 right = tl.load(p_bs + o_o.to(tl.int64)[:, None] * stride_b2o, mask=(o_o < O)[:, None] & m_s[None, :], other=0.0)
                 y = multiply(left, right, y, PRECISION)
-            # What fills up is zero, but zero times an infinity of the other side is not.
+            # Padding is zero, but zero times an infinity in the other operand is NaN.
             products = tl.where(m_t[:, None] & m_s[None, :], x * y, 0.0)
             tile = tl.sum(tl.sum(tl.reshape(products, (EXAMPLES, ROWS_EACH, OTHERS, COLS_EACH)), 3), 1)
             if NORMS:
@@ -130,7 +130,7 @@ def ghost_kernel(
 
 
 def _partials(tile: Config, gpu: Gpu, a: Tensor, b: Tensor, a2: Tensor, b2: Tensor, itself: bool, norms: bool) -> Tensor:
-    """Inner products, to be added up over the first dimension: (parts, N, M) or (parts, N), in float64."""
+    """Return partial inner products, (parts, N, M) or (parts, N) in float64. The caller sums over the parts."""
     N, T, K = a.shape
     M, S, O = a2.shape[0], a2.shape[1], b.shape[2]
     rows_each, cols_each = min(triton.next_power_of_2(T), tile.rows), min(triton.next_power_of_2(S), tile.cols)
@@ -171,10 +171,10 @@ def _partials(tile: Config, gpu: Gpu, a: Tensor, b: Tensor, a2: Tensor, b2: Tens
 
 
 def gram(plan: Plan, a: Tensor, b: Tensor, a2: Tensor | None, b2: Tensor | None) -> Tensor:
-    """``torch.einsum("ntk,msk,nto,mso->nm", a, a2, b, b2)``; of ``a`` and ``b`` with themselves without a second set.
+    """``torch.einsum("ntk,msk,nto,mso->nm", a, a2, b, b2)``, with a2 = a and b2 = b if there is no second set.
 
-    Work: 2 N M T S (K + O) operations, half of it of one set with itself. Memory: the result in float64, a few times where the
-    examples are few.
+    Work: 2 N M T S (K + O) operations, or half of this for one set. Memory: the result in float64, several times if there are few
+    examples.
     """
     itself = a2 is None or b2 is None
     a2, b2 = (a, b) if a2 is None or b2 is None else (a2, b2)
@@ -183,17 +183,17 @@ def gram(plan: Plan, a: Tensor, b: Tensor, a2: Tensor | None, b2: Tensor | None)
     assert gpu is not None
     if not (a.numel() and b.numel() and a2.numel() and b2.numel()):
         return a.new_zeros(a.shape[0], a2.shape[0], dtype=torch.float32)
-    # Where nothing was computed below the diagonal, the sum is of whatever the memory held; triu does not look at it.
+    # Entries below the diagonal that were not computed are uninitialized; triu ignores them.
     total = _partials(tile, gpu, a, b, a2, b2, itself, False).sum(0).float()
     return total.triu() + total.triu(1).T if itself else total
 
 
 def sq_norm(plan: Plan, a: Tensor, b: Tensor) -> Tensor:
-    """``torch.einsum("ntk,nsk,nto,nso->n", a, a, b, b)``: the diagonal of :func:`gram` alone, each pair of positions once."""
+    """``torch.einsum("ntk,nsk,nto,nso->n", a, a, b, b)``: the diagonal of :func:`gram`, with each pair of positions once."""
     tile, gpu = plan.chosen.config, plan.call.gpu
     assert tile is not None
     assert gpu is not None
     if not (a.numel() and b.numel()):
         return a.new_zeros(a.shape[0], dtype=torch.float32)
-    # In a sum that is no square cancellation may leave less than nothing.
+    # Rounding can make the sum negative, because it is not computed as a sum of squares.
     return _partials(tile, gpu, a, b, a, b, True, True).sum(0).float().clamp_(min=0)

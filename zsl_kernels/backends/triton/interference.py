@@ -1,11 +1,12 @@
-"""The per-example gradients g_i = b_iᵀ a_i tile by tile: their sums and scalars at once, or stored for a slab of the weight.
+"""Algorithms "direct" and "stored": compute the per-example gradients g_i = b_iᵀ a_i tile by tile.
 
-A program owns one tile of the (O, K) weight for one part of the examples and forms the tile of each g_i in registers. The sums grow
-there for a run of examples and are then added to the part's totals in memory, so that thousands of examples do not drift; a scalar
-leaves as one number for each example and tile. torch adds up tiles and parts: nothing depends on which program runs when.
+"direct" folds each tile into the results immediately. A program processes one tile of the (O, K) weight for one part of the
+examples and computes the tile of each g_i in registers. It accumulates the sums in registers for a run of examples, and then adds
+them to the part's totals in memory, which bounds the rounding error for thousands of examples. A scalar is written as one number
+per example and tile. PyTorch adds up tiles and parts, so the results do not depend on the order in which programs run.
 
-For the Gram the tiles of all examples are stored for one slab of the weight at a time, small enough to stay in the L2 cache, and
-read there by a second kernel for the sums and by torch's product for the inner products.
+"stored", which the Gram matrix needs, writes the gradients of all examples for one slab of the weight at a time. A slab stays in
+the L2 cache. A second kernel reads it for the sums, and PyTorch's matrix product reads it for the inner products.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from zsl_kernels.planning.tiles import Config
 from zsl_kernels.tied import AddedRows
 from zsl_kernels.types import InterferenceSums
 
-# Elements of a slab that a program of fold_kernel has, and its warps.
+# Elements of a slab per program of fold_kernel, and its warps.
 FOLD_BLOCK, FOLD_WARPS = 1024, 4
 
 
@@ -67,8 +68,14 @@ def interference_kernel(
     EVEN: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """With ``grad_ptr`` the sums, and the scalars l1, sq_norm and with a direction dot and abs_dot; with ``slab_ptr`` the gradients
-    themselves, for the tiles from (first_row, first_col) on; with neither sq_norm. EVEN: the tiles cover the weight exactly."""
+    """Compute the gradients tile by tile and write one of three outputs.
+
+    - With ``grad_ptr``: the sums and the scalars l1 and sq_norm; with a direction also dot and abs_dot.
+    - With ``slab_ptr``: the gradients themselves, for the tiles from (first_row, first_col) on.
+    - With neither: sq_norm.
+
+    ``EVEN``: the tiles cover the weight exactly.
+    """
     tile_row, tile_col = tile_of(tl.program_id(0), num_rows, num_cols)
     part = tl.program_id(1)
     o_o = ((first_row + tile_row) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
@@ -78,7 +85,7 @@ def interference_kernel(
     mask = m_o[:, None] & m_k[None, :]
     p_a = a_ptr + o_k * stride_ak
     p_b = b_ptr + o_o * stride_bo
-    # Where the tile begins in a matrix like the weight, and its elements from there on.
+    # The offset of the tile in a matrix of the weight's shape, and the offsets of its elements in the tile.
     corner = tile_row.to(tl.int64) * ROWS * K + tile_col * COLS
     o_r = tl.arange(0, ROWS)
     o_c = tl.arange(0, COLS)
@@ -86,7 +93,7 @@ def interference_kernel(
     tiles = tl.num_programs(0).to(tl.int64)
     first = part * per_part
     last = tl.minimum(first + per_part, N)
-    # Addresses moved out of these loops would hold registers that the sums need.
+    # Hoisting addresses out of these loops would occupy registers that the sums need.
     for run in tl.range(first, last, RUN, disable_licm=True):
         if grad_ptr is not None:
             grad_sum = tl.zeros((ROWS, COLS), tl.float32)
@@ -111,7 +118,7 @@ def interference_kernel(
                     value = tl.load(added_ptr + p * K + o_k, mask=m_k, other=0.0)
                     g += tl.where(o_o[:, None] == tl.load(feature_ptr + p), value[None, :], 0.0)
             if not EVEN:
-                # Outside of the weight one operand was zero, but zero times infinity is not.
+                # Outside of the weight one operand is zero, but zero times infinity is NaN.
                 g = tl.where(mask, g, 0.0)
             if scalars_ptr is not None:
                 p_scalar = scalars_ptr + i * tiles + tl.program_id(0)
@@ -153,7 +160,7 @@ def fold_kernel(
     BLOCK: tl.constexpr,
     RUN: tl.constexpr,
 ):
-    """The sums and scalars of gradients that are held."""
+    """Compute the sums and scalars of stored gradients."""
     part = tl.program_id(1)
     blocks = tl.num_programs(0).to(tl.int64)
     o_e = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
@@ -191,7 +198,7 @@ def fold_kernel(
 
 
 class _Operands(NamedTuple):
-    """``a`` and ``b`` with what tells their gradients' rows apart, and how the kernel cuts the weight."""
+    """The operands of a call: a, b, ragged and added rows, and the configuration of the kernel."""
 
     a: Tensor
     b: Tensor
@@ -205,8 +212,8 @@ class _Operands(NamedTuple):
     def of(
         cls, plan: Plan, a: Tensor, b: Tensor, begin: Tensor | None, added: AddedRows | None = None, *others: Tensor
     ) -> _Operands:
-        """``others``: operands that go with these, of which the same slabs are formed; so both need the same tile."""
-        # The kernels read memory, where a pending negation is not done yet.
+        """Prepare the operands. ``others``: a second set, which must use the same tile because it is stored in the same slabs."""
+        # The kernels read memory directly and would miss a pending negation.
         a, b = a.resolve_neg(), b.resolve_neg()
         config = config_for(plan, "interference" if plan.way == "direct" else "sq_norm", a, b, *others)
         return cls(
@@ -215,13 +222,13 @@ class _Operands(NamedTuple):
 
     @property
     def sizes(self) -> tuple[int, int, int]:
-        """N, O, K."""
+        """Return (N, O, K)."""
         N = self.a.shape[0] if self.begin is None else self.begin.shape[0] - 1
         return N, self.b.shape[-1], self.a.shape[-1]
 
     @property
     def tiles(self) -> tuple[int, int]:
-        """Rows and columns of tiles of the weight."""
+        """Return the numbers of rows and columns of tiles of the weight."""
         _, O, K = self.sizes
         return triton.cdiv(O, self.config.rows), triton.cdiv(K, self.config.cols)
 
@@ -234,7 +241,7 @@ class _Operands(NamedTuple):
         slab: Tensor | None = None,
         corner: tuple[int, int] = (0, 0),
     ) -> None:
-        """``corner``: the weight's row and column where the slab begins, on a tile's."""
+        """Launch the kernel. ``corner``: the row and column of the weight where the slab begins, aligned to tiles."""
         a, b, config = self.a, self.b, self.config
         N, O, K = self.sizes
         rows, cols = (
@@ -281,7 +288,7 @@ class _Operands(NamedTuple):
 
 
 def _bounds(added: AddedRows, O: int, rows: int) -> Tensor:
-    """(N, tiles + 1): which of the added rows each example has in each row of tiles. Both are in order, so that a search does."""
+    """Return (N, tiles + 1), the bounds of each example's added rows in each row of tiles, by binary search."""
     N, device = added.begin.shape[0] - 1, added.feature.device
     edges = (torch.arange(triton.cdiv(O, rows) + 1, device=device) * rows).clamp_(max=O)
     return torch.searchsorted(added.keys(O), torch.arange(N, device=device)[:, None] * O + edges)
@@ -290,7 +297,7 @@ def _bounds(added: AddedRows, O: int, rows: int) -> Tensor:
 def interference(
     plan: Plan, a: Tensor, b: Tensor, direction: Tensor | None, gram: bool, begin: Tensor | None, added: AddedRows | None
 ) -> InterferenceSums:
-    """Every sum and scalar; the way "stored" or "direct", without a Gram."""
+    """Compute all sums and scalars with the algorithm "stored", or with "direct", which has no Gram matrix."""
     x = _Operands.of(plan, a, b, begin, added)
     N, O, K = x.sizes
     u = None if direction is None else direction.float().contiguous()
@@ -306,7 +313,7 @@ def interference(
         sums, scalars, pairs = [add_parts(x) for x in totals], partials.sum(2, dtype=torch.float64), None
     else:
         sums, scalars, pairs = _of_slabs(x, u, gram, plan)
-    # Clones: an op's outputs may not share storage.
+    # Clone: the outputs of an op must not share storage.
     l1, sq_norm, dot, abs_dot = (*(x.clone() for x in scalars.float()), None, None)[:4]
     pairs = None if pairs is None else pairs.float()
     return InterferenceSums(sums[0], sums[1], sums[2], l1, sq_norm, dot, abs_dot, pairs).asked_for(u, gram)
@@ -321,7 +328,7 @@ def _slabs(x: _Operands, examples: int) -> Iterator[tuple[slice, slice]]:
 
 
 def _gradients(x: _Operands, where: tuple[slice, slice]) -> Tensor:
-    """g_i for that part of the weight: (N, elements)."""
+    """Return g_i for this part of the weight, (N, elements)."""
     rows, cols = where
     slab = x.a.new_empty(x.sizes[0], rows.stop - rows.start, cols.stop - cols.start, dtype=torch.float32)
     x.launch(parts_of(x.sizes[0], x.splits), slab=slab, corner=(rows.start, cols.start))
@@ -354,7 +361,7 @@ def _of_slabs(x: _Operands, u: Tensor | None, gram: bool, plan: Plan) -> tuple[l
 
 
 def gram(plan: Plan, a: Tensor, b: Tensor, a2: Tensor | None, b2: Tensor | None, begin: Tensor | None) -> Tensor:
-    """⟨g_i, g_k⟩ of gradients stored slab by slab."""
+    """Compute ⟨g_i, g_k⟩ from gradients that are stored slab by slab."""
     if a2 is None or b2 is None:
         x = y = _Operands.of(plan, a, b, begin)
     else:

@@ -1,4 +1,4 @@
-"""The head's two passes over the logits, of which none is written to memory: zsl_kernels/streamed_head.py on a GPU."""
+"""linear_cross_entropy: the two passes of zsl_kernels/streamed_head.py over the logits. No logit is written to memory."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 from zsl_kernels.backends.gpu import gpu_of
 from zsl_kernels.backends.triton.tiles import config_of, multiply, precision
 
-# Programs for each multiprocessor, below which the vocabulary of a block of rows goes to several.
+# If there are fewer programs per multiprocessor, several programs share the vocabulary of a block of rows.
 _PROGRAMS = 4
 
 
@@ -20,7 +20,7 @@ _PROGRAMS = 4
 def _logits(
     p_h, p_w, o_v, m_row, V, K, stride_hk, stride_wv, stride_wk, COLS: tl.constexpr, DEPTH: tl.constexpr, PRECISION: tl.constexpr
 ):
-    """A tile (ROWS, COLS) in float32 of rows at ``p_h`` (ROWS, 1) and the vocabulary's ``o_v`` (COLS,)."""
+    """Return a tile (ROWS, COLS) of the logits in float32, for the rows at ``p_h`` (ROWS, 1) and the classes ``o_v`` (COLS,)."""
     x = tl.zeros((m_row.shape[0], COLS), tl.float32)
     m_v = o_v < V
     p_w += o_v.to(tl.int64)[None, :] * stride_wv
@@ -57,11 +57,11 @@ def linear_cross_entropy_kernel(
     DEPTH: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Of every ``parts``-th block of the vocabulary: the highest logit, Σ exp(logit − highest) and the target's logit, or 0.
+    """Compute the highest logit, Σ exp(logit − highest), and the target's logit or 0, for every ``parts``-th vocabulary block.
 
-    Results are (parts, R), float32 but for the sum, which is float64.
+    The results are (parts, R). The sum is float64, and the others are float32.
     """
-    # Neighbours have the same part: they share its columns of the weight in the cache.
+    # Neighboring programs have the same part, so they share its columns of the weight in the cache.
     blocks = tl.cdiv(R, ROWS)
     part = tl.program_id(0) // blocks
     row = tl.program_id(0) % blocks * ROWS + tl.arange(0, ROWS)
@@ -109,7 +109,7 @@ def linear_cross_entropy_backward_kernel(
     DEPTH: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """exp(logit − shift) scale, less c at the target: (R, V) of the chunk whose columns the weight has and targets count from."""
+    """Compute exp(logit − shift) · scale, minus c at the target, (R, V), for one chunk. Targets are relative to the chunk."""
     blocks = tl.cdiv(R, ROWS)
     row = tl.program_id(0) % blocks * ROWS + tl.arange(0, ROWS)
     o_v = tl.program_id(0) // blocks * COLS + tl.arange(0, COLS)
@@ -130,8 +130,8 @@ def linear_cross_entropy_backward_kernel(
 def forward(h: Tensor, weight: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """``logits.amax(1)``, ``(logits - amax).exp().sum(1)`` and ``logits.gather(1, target)``.
 
-    Of ``logits = h.flatten(0, 1) @ weight.T``; all are (N·T, 1), the second in float64. Where ``target`` (N·T, 1) is −1, the
-    last is any.
+    Here ``logits = h.flatten(0, 1) @ weight.T``. The results are (N·T, 1), the second in float64. Where ``target`` (N·T, 1) is −1,
+    the last result is arbitrary.
     """
     # The kernels read memory, where a pending negation is not done yet.
     h, weight = h.resolve_neg(), weight.resolve_neg()
@@ -173,9 +173,9 @@ def forward(h: Tensor, weight: Tensor, target: Tensor) -> tuple[Tensor, Tensor, 
 def output_gradients(
     h: Tensor, weight: Tensor, target: Tensor, shift: Tensor, scale: Tensor, c: Tensor, chunk: int
 ) -> Iterator[tuple[int, int, Tensor]]:
-    """``(lo, hi, b[:, lo:hi])`` in ``h``'s dtype with ``b = (logits - shift).exp() * scale``, less ``c`` at the target.
+    """Yield ``(lo, hi, b[:, lo:hi])`` with ``b = (logits - shift).exp() * scale``, minus ``c`` at the target.
 
-    Operands but the first two are (N·T, 1); b is in one buffer that the next chunk overwrites.
+    b has the dtype of ``h``. The next chunk overwrites its buffer. ``target``, ``shift``, ``scale`` and ``c`` are (N·T, 1).
     """
     # The kernels read memory, where a pending negation is not done yet.
     h, weight = h.resolve_neg(), weight.resolve_neg()

@@ -1,10 +1,10 @@
-"""Sums of rank-one gradients g_i = b_i a_iᵀ, of single positions, which factorize::
+"""Algorithm "rank-one": the sums of the gradients g_i = b_i a_iᵀ of examples with a single position, which factorize::
 
     grad_sum = b.T @ a
     abs_sum  = b.abs().T @ a.abs()
     sq_sum   = b.square().T @ a.square()
 
-in one pass over ``a`` (N, K) and ``b`` (N, O): three products of each pair of tiles that was loaded.
+The kernel reads ``a`` (N, K) and ``b`` (N, O) once and computes three products with each pair of loaded tiles.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import Tensor
 from zsl_kernels.backends.triton.tiles import add_parts, add_tile, config_for, multiply, parts_of, precision, tile_of
 from zsl_kernels.planning.choose import Plan
 
-# Examples whose terms the matrix units add up before the sum joins the totals: they round worse than an addition does.
+# Examples per run. The matrix units add up a run, and an addition adds it to the totals, because it rounds more accurately.
 RUN = 256
 
 
@@ -43,7 +43,7 @@ def rank_one_kernel(
     PRECISION: tl.constexpr,
     SQUARES: tl.constexpr,
 ):
-    """``SQUARES``: the precision of their product, whose operands are float32 always: a bfloat16 number's square has 16 bits."""
+    """Compute the three sums. ``SQUARES`` is the precision for the squares, which are float32: a bfloat16 square has 16 bits."""
     tile_row, tile_col = tile_of(tl.program_id(0), tl.cdiv(O, ROWS), tl.cdiv(K, COLS))
     part = tl.program_id(1)
     o_o = (tile_row * ROWS + tl.arange(0, ROWS)).to(tl.int64)
@@ -79,7 +79,7 @@ def rank_one_kernel(
 
 
 def sums(plan: Plan, a: Tensor, b: Tensor) -> list[Tensor]:
-    """The three sums (O, K) of ``a`` (N, K) and ``b`` (N, O)."""
+    """Return the three sums (O, K) for ``a`` (N, K) and ``b`` (N, O)."""
     (N, K), O = a.shape, b.shape[1]
     if 0 in (N, O, K):
         return [a.new_zeros(O, K, dtype=torch.float32) for _ in range(3)]

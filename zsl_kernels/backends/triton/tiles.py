@@ -1,8 +1,8 @@
-"""What the kernels share: which tile a program has, a product over positions, sums in memory.
+"""Helpers that the kernels share: the tile of a program, a matrix product over positions, sums in memory, and configurations.
 
-Triton compiles a kernel anew for an integer of 1, for a multiple of 16 and for any other: seconds, which counts that differ from
-batch to batch or from slab to slab would take again and again. ``do_not_specialize`` names these, and leaves those whose multiples
-of 16 make wide loads: strides and sizes of rows.
+Triton compiles a kernel separately for an integer argument that is 1, a multiple of 16, or anything else. Each compilation takes
+seconds, so the kernels list counts that vary between batches or slabs in ``do_not_specialize``. Strides and sizes of rows are not
+in these lists, because Triton emits wide loads if they are multiples of 16.
 """
 
 from __future__ import annotations
@@ -16,27 +16,30 @@ from zsl_kernels.planning.choose import Plan
 from zsl_kernels.planning.devices import Gpu
 from zsl_kernels.planning.tiles import CONFIGS, UNALIGNED, Config, kind
 
-# The interpreter holds a bfloat16 number as its bits, and multiplies these.
+# The interpreter stores a bfloat16 number as an integer of its bits and would multiply these integers.
 _INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
 
 def precision(dtype: torch.dtype) -> str:
-    """How the matrix units multiply: float32 as three products of its halves, which is as good as float32's own, or rounded to
-    tf32 where torch is told that this will do. Half precision operands are exact in any case."""
+    """Return the precision of ``tl.dot``.
+
+    float32 operands use three tf32 products, which are as accurate as float32, or one if the fp32_precision setting of torch allows
+    tf32. Products of half-precision operands are always exact.
+    """
     if dtype != torch.float32:
         return "ieee"
     return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "tf32x3"
 
 
 def config_for(plan: Plan, kernel: str, *operands: Tensor) -> Config:
-    """The plan's, unless operands do not come in aligned vectors: those of odd sizes, permuted and sliced ones."""
+    """Return the plan's configuration, or another one if an operand is not aligned, for example permuted or of odd size."""
     config = plan.chosen.config
     assert config is not None
     return config if all(map(_aligned, operands)) else UNALIGNED[kernel]
 
 
 def config_of(gpu: Gpu, kernel: str, dtype: torch.dtype, rows: int, cols: int) -> Config:
-    """The shipped tile that fills up ``rows`` × ``cols`` with the least waste; the larger of equals, which are listed first."""
+    """Return the tile that covers ``rows`` × ``cols`` with the least padding. Ties go to the larger one, which is listed first."""
 
     def padded(tile: Config) -> int:
         return -(-rows // tile.rows) * tile.rows * -(-cols // tile.cols) * tile.cols
@@ -45,24 +48,24 @@ def config_of(gpu: Gpu, kernel: str, dtype: torch.dtype, rows: int, cols: int) -
 
 
 def _aligned(x: Tensor) -> bool:
-    # What Triton looks for: multiples of 16, in elements or bytes.
+    # The conditions under which Triton emits vector loads: multiples of 16, in elements or bytes.
     return x.stride(-1) == 1 and x.shape[-1] % 16 == 0 and all(s % 16 == 0 for s in x.stride()[:-1]) and x.data_ptr() % 16 == 0
 
 
 def parts_of(N: int, parts: int) -> tuple[int, int]:
-    """How many parts of how many examples each: at most ``parts``, none of them empty."""
+    """Return (parts, examples per part): at most ``parts``, and no empty one."""
     per_part = triton.cdiv(N, parts)
     return triton.cdiv(N, per_part), per_part
 
 
 def add_parts(totals: Tensor) -> Tensor:
-    """(parts, …) to (…)."""
+    """Sum over the parts, (parts, …) to (…)."""
     return totals[0] if totals.shape[0] == 1 else totals.sum(0)
 
 
 @triton.jit
 def tile_of(pid, num_rows, num_cols, GROUP: tl.constexpr = 8):
-    """Row and column of a program's tile: programs of one time form a block of the weight and share operands in the L2 cache."""
+    """Return the row and column of a program's tile. Concurrent programs form a block and share operands in the L2 cache."""
     group = pid // (GROUP * num_cols)
     size = tl.minimum(num_rows - group * GROUP, GROUP)
     inside = pid - group * GROUP * num_cols
@@ -71,13 +74,13 @@ def tile_of(pid, num_rows, num_cols, GROUP: tl.constexpr = 8):
 
 @triton.jit
 def add_tile(p_total, x, mask, stored):
-    """p_total += x, or = x where nothing is ``stored`` yet: new memory is not zero."""
+    """Compute p_total += x, or p_total = x if nothing is ``stored`` yet, because new memory is uninitialized."""
     tl.store(p_total, x + tl.load(p_total, mask=mask & stored, other=0.0), mask=mask)
 
 
 @triton.jit
 def multiply(x, y, total, PRECISION: tl.constexpr):
-    """total + x @ y."""
+    """Return total + x @ y."""
     if _INTERPRETED:
         x = x.to(tl.float32)
         y = y.to(tl.float32)
@@ -98,7 +101,7 @@ def gradient_tile(
     DEPTH: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """(ROWS, COLS): Σ_{t < length} b_t a_tᵀ, from pointers p_b (ROWS,) and p_a (COLS,) to position zero."""
+    """Return Σ_{t < length} b_t a_tᵀ (ROWS, COLS). p_b (ROWS,) and p_a (COLS,) point to position 0."""
     g = tl.zeros((ROWS, COLS), tl.float32)
     for t in range(0, length, DEPTH):
         o_t = t + tl.arange(0, DEPTH)
