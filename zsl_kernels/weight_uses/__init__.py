@@ -1,5 +1,8 @@
-"""What a probe puts in the place of a weight's uses, so that the weight's gradient comes with its statistics.
+"""Replacements for the operations that use a weight. Their backward passes compute the weight's gradient with its statistics.
 
-- ``eager``: autograd nodes of the compiled kernels, for uses that are known from earlier passes.
+A *use* of a weight is an operation of the forward pass that reads it. A probe installs these replacements.
+
+- ``eager``: autograd nodes in C++, for uses that the probe knows from earlier passes.
 - ``compiled``: registered ops, which ``torch.compile`` keeps in its graphs.
+- ``recorded``: calls of the CUDA backend that the C++ nodes repeat on a device.
 """

@@ -1,10 +1,11 @@
-"""Uses of weights in compiled code: registered ops that compute what the calls would have, and hand their gradients to a listener.
+"""Uses of weights in compiled code: registered ops that replace the original calls and report to a listener.
 
-A compiler leaves the ops in its graph as they are. In the forward pass each tells its listener that it runs, and gets a stamp,
-which autograd keeps for the backward pass. There the listener may compute the weights' gradients, with their statistics. Where it
-does not, the op computes them as ever. So a graph may be differentiated at any time, in any order, and without a listener.
+The compiler keeps these ops in its graph. In the forward pass an op notifies its listener and gets a stamp, which autograd saves
+for the backward pass. In the backward pass, the listener may compute the gradients of the weights together with their statistics.
+If it does not, the op computes the gradients in the usual way. A graph can therefore be differentiated at any time, in any order,
+and without a listener.
 
-A tensor ``token`` holds the listener's number: a number in the graph would be compiled anew for each listener.
+The tensor ``token`` contains the listener's number. If the number were a constant, the graph would be recompiled for each listener.
 """
 
 from __future__ import annotations
@@ -24,17 +25,22 @@ _NOBODY = (-1, -1)
 
 
 class Listener(Protocol):
-    def enter(self, kind: str, tensors: Sequence[Tensor | None]) -> int:
-        """Takes a use, and returns its stamp. ``tensors`` are the call's, in the order of its arguments.
+    """The interface of a probe to the ops."""
 
-        Which weight it is shows when the graph runs: a graph of one layer may be another's too."""
+    def enter(self, kind: str, tensors: Sequence[Tensor | None]) -> int:
+        """Register a use and return its stamp. ``tensors`` are those of the call, in the order of its arguments.
+
+        The weight is only known when the graph runs, because several layers can share a graph.
+        """
 
     def leave(self, stamp: int, grad: Tensor, saved: Sequence[Tensor], wanted: Sequence[bool]) -> Found:
-        """The gradients of the weight and of the bias, as far as they are wanted and the listener computes them. What it keeps of
-        the tensors it has to copy: the compiler uses their memory again."""
+        """Return the gradients of the weight and the bias, or None for those that are not wanted or that the op must compute.
+
+        The listener must copy the tensors that it keeps, because the compiler reuses their memory.
+        """
 
     def unknown(self, weight: Tensor) -> None:
-        """Learns that a backward pass has gone through a use of another kind."""
+        """Handle a backward pass through a use of an unknown kind."""
 
 
 _numbers = itertools.count()
@@ -42,7 +48,7 @@ _listeners: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary(
 
 
 def listen(listener: Listener) -> Tensor:
-    """The listener's token. It is held by a weak reference."""
+    """Register a listener and return its token. Only a weak reference to the listener is kept."""
     number = next(_numbers)
     _listeners[number] = listener
     return torch.tensor(number)
@@ -69,14 +75,14 @@ def _flat(x: Tensor) -> Tensor:
 
 
 def _results(like: Tensor, found: Found) -> tuple[Tensor, ...]:
-    """With empty tensors for what was not asked for."""
+    """Replace None by empty tensors, because a schema has no optional results."""
     return tuple(like.new_empty(0) if x is None else x for x in found)
 
 
 # Products ------------------------------------------------------------------------------------------------------------------------
 #
-# ``kind`` is "linear", or "addmm" for a transposed matrix. ``shape`` is that of x, in plain numbers: a graph is for one shape. What
-# is computed has the dtype of x, which under autocast is lower than the weights'.
+# ``kind`` is "linear", or "addmm" for a transposed matrix. ``shape`` is the shape of x as plain numbers, because a graph is for one
+# shape. The results have the dtype of x, which under autocast has lower precision than the weights.
 
 
 def _product(x: Tensor, weight: Tensor, bias: Tensor | None, kind: str, token: Tensor, shape: list[int]) -> tuple[Tensor, Tensor]:
@@ -148,7 +154,7 @@ def _lookup(ids: Tensor, weight: Tensor, padding_idx: int, token: Tensor, shape:
 
 
 def _rows(ids: Tensor, padding_idx: int) -> Tensor:
-    """With negative numbers for those that get no gradient."""
+    """Replace the ids of padding, which get no gradient, by −1."""
     return ids if padding_idx < 0 else torch.where(ids == padding_idx, -1, ids)
 
 
@@ -184,7 +190,7 @@ define(
 differentiable(torch.ops.zsl.use_lookup.default, _lookup_setup, _lookup_grad)
 
 
-# Scales and shifts of what was normalized, in the dtype that it has --------------------------------------------------------------
+# Scales and shifts of normalized inputs, in the dtype of the inputs ---------------------------------------------------------------
 
 
 def _scale(
@@ -240,7 +246,7 @@ define(
 differentiable(torch.ops.zsl.use_scale.default, _scale_setup, _scale_grad)
 
 
-# Rows of the examples, and what is the same for all of them, such as the rows of a position table --------------------------------
+# Sums of rows of the examples and a tensor that all examples share, such as a position embedding ---------------------------------
 
 
 def _shared(x: Tensor, same: Tensor, token: Tensor, shape: list[int]) -> tuple[Tensor, Tensor]:

@@ -1,7 +1,8 @@
-"""The uses of weights that a probe knows from earlier passes, where the compiled kernels were built (csrc/bindings/uses.cpp):
-autograd nodes that compute a weight's gradient with its statistics at once, without Python.
+"""Uses of weights in eager code: C++ autograd nodes (csrc/bindings/uses.cpp) for uses that a probe knows from earlier passes.
 
-A probe keeps one :class:`State`, one :class:`Weight` for each parameter, and one ``Call`` for each call that it knows.
+A node's backward computes a weight's gradient together with its statistics, without Python. A probe has one :class:`State`, one
+:class:`Weight` for each parameter, and one ``Call`` for each known call. Without the compiled extension, the Python classes in this
+file replace those of C++, and no call is known.
 """
 
 from __future__ import annotations
@@ -23,29 +24,29 @@ else:
     Call = None
 
     class Left:
-        """What a weight's only use has left with it: the sums of its gradient, of which tensors are made when they are read."""
+        """The sums that the only use of a weight has computed. They are converted to tensors when they are read."""
 
-        version: int  # of the memory of the gradient's sum
+        version: int  # the version counter of the memory of grad_sum
 
         def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
             """The fields of :class:`zsl_kernels.InterferenceSums`."""
             raise NotImplementedError
 
     def coordinate_sums_of_left(weights: list[Left]) -> Tensor | None:
-        """:func:`zsl_kernels.coordinate_sums_of_many` of what was left; None where it is not all on the CPU."""
+        """Return :func:`zsl_kernels.coordinate_sums_of_many` of these sums, or None if not all of them are on the CPU."""
         raise NotImplementedError
 
     @dataclass
     class State:
-        """What is the same for all weights of a probe."""
+        """The state that all weights of a probe share."""
 
-        epoch: int = 0  # counts what runs forward between backward passes
-        at_once: bool = False  # whether a backward pass runs whose regular uses may be computed at once
-        examples: int = 0  # of that pass
-        setting: int = 0  # what torch was told about products, where calls are recorded
-        forward: bool = False  # whether what runs is the training's forward pass, in the epoch that its first use has begun
-        thread: int = 0  # that it runs in
-        regular: bytes = b""  # for each use of the epoch, in order: whether its rows are regular
+        epoch: int = 0  # the number of the forward phase; backward passes separate the phases
+        at_once: bool = False  # whether regular uses may compute their statistics in the current backward pass
+        examples: int = 0  # the number of examples of that pass
+        setting: int = 0  # the precision settings of torch, if calls are recorded
+        forward: bool = False  # whether the training's forward pass runs, in the epoch that its first use began
+        thread: int = 0  # the thread of that forward pass
+        regular: bytes = b""  # one byte per use of the epoch, in order: whether its rows are regular
 
     @dataclass(eq=False)
     class _Weight:
@@ -66,7 +67,7 @@ else:
             return self.single and self.state.epoch not in (self.alone, self.gathered, self.deferred)
 
         def renew(self, like: Tensor, direction: Tensor | None, gram: bool, merges: bool) -> bool:
-            """Starts a block. Returns whether the parameter is known to lie in memory as it did at the last one's start."""
+            """Start a block. Return whether the parameter is known to have kept its memory layout since the last start."""
             self.direction, self.gram, self.merges, self.refused = direction, gram, merges, self.barred
             return False
 
@@ -79,17 +80,20 @@ else:
                 owner.on_gradient(grad)
 
     def only_for_weights(handler: Callable[..., Any], wanted: dict[Any, Any]) -> Callable[..., Any]:
-        """A mode's ``__torch_function__`` that asks ``handler`` only for functions that are ``wanted``, where an argument is one of
-        the mode's ``sources`` (a dictionary by tensors' ids), or where the mode ``sees_all``."""
+        """Return a ``__torch_function__`` of a mode that calls ``handler`` only if necessary.
+
+        It calls ``handler`` if the function is in ``wanted``, if an argument is in the mode's ``sources`` (a dictionary indexed by
+        the ids of tensors), or if the mode has ``sees_all`` set.
+        """
         return handler
 
     def run_known(mode: Any, function: Any, args: Any, kwargs: Any, sources: Any) -> Any:
-        """The result of a call that the mode knows, without Python; None where it does not."""
+        """Return the result of a call that the mode knows, computed without Python, or None if the call is not known."""
         return None
 
 
 class NotCopied:
-    """A hook of which nothing is left in a copy of what it is on, or in a file."""
+    """A hook that copies and pickles of its parameter do not keep."""
 
     def __deepcopy__(self, memo: Any) -> Any:
         return _ignore
@@ -99,19 +103,23 @@ class NotCopied:
 
 
 class Weight(NotCopied, _Weight):
-    """What a probe notes of one parameter, and the parameter's hook.
+    """The probe's record of one parameter. It is also the parameter's hook.
 
-    ``single``: it has had one use in a pass, and never more. ``refused``: nothing is computed of it at once; ``barred``: in no
-    block, as it lies in memory. ``alone``, ``gathered`` and ``deferred``: the epoch in which one use was taken for the only one, in
-    which uses went through its gathering node, and in which its statistics come late. ``waiting``: sums were left that nobody has
-    taken. ``merges``: there are those of earlier passes, to whose memory autograd is about to add. ``owner``: a weak reference to
-    what has ``on_gradient``, which is called with each gradient but those that a use has left, and ``take_marked``, which is called
-    for these where they are merged.
+    - ``single``: every pass so far had at most one use of the parameter.
+    - ``refused``: uses must not compute its statistics in this block.
+    - ``barred``: the same for all blocks, as long as its memory layout does not change.
+    - ``alone``: the epoch in which a use was assumed to be the only one.
+    - ``gathered``: the epoch in which uses went through its gathering node.
+    - ``deferred``: the epoch whose statistics are computed later.
+    - ``waiting``: a use has stored sums that have not been taken yet.
+    - ``merges``: earlier passes have stored sums, and autograd is about to add to their memory.
+    - ``owner``: a weak reference to an object with two methods. ``on_gradient`` is called with each gradient, except those whose
+      sums a use has stored. ``take_marked`` is called for the latter if they are merged.
     """
 
 
 def _ignore(*args: Any) -> None:
-    """What is left of a hook in a copy."""
+    """Replace a hook in a copy."""
 
 
 def _inert() -> Any:

@@ -1,4 +1,4 @@
-"""The calls that uses of weights repeat on a device (csrc/bindings/uses.cpp), where the CUDA kernels are the plan's choice."""
+"""Records calls of the CUDA backend, which the uses of weights (csrc/bindings/uses.cpp) then repeat on a device without Python."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ IMPL = "auto"
 
 
 def setting() -> int:
-    """What torch was told about products, on which their results depend."""
+    """Return the precision settings of torch that the results depend on, encoded in a number."""
     return 2 * torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction + module.exact()
 
 
 def product(a: Tensor, b: Tensor, direction: Tensor | None, gram: bool) -> Any:
-    """``zk.interference(a, b, ...)``, recorded; None where it cannot be."""
+    """Record ``zk.interference(a, b, ...)``. Return None if this is impossible or the plan does not choose the CUDA backend."""
     if not _on_device(a):
         return None
     plan = plan_call("interference", a, b, impl=IMPL, gram=gram)
@@ -35,7 +35,7 @@ def product(a: Tensor, b: Tensor, direction: Tensor | None, gram: bool) -> Any:
 
 
 def of_bias(b: Tensor, direction: Tensor | None, gram: bool) -> Any:
-    """``zk.dense_interference(zk.bias_grad(b), ...)``, recorded."""
+    """Record ``zk.dense_interference(zk.bias_grad(b), ...)``, or return None."""
     if not _has_rows(b):
         return None
     return _record(lambda b, u: _dense(CUDA.scale_bias_grad(None, b, None, None, None, len(b), True)[1], u, gram), b, direction)
@@ -49,8 +49,10 @@ def of_norm(
     scale: tuple[Tensor | None, bool] | None,
     shift: tuple[Tensor | None, bool] | None,
 ) -> Any:
-    """``zk.dense_interference`` of both of ``zk.scale_bias_grad(x, b, mean=mean, rstd=rstd)``, or of one of them, recorded.
-    ``scale`` and ``shift``: the direction of each, and whether the Gram is asked for; None: it has none."""
+    """Record ``zk.dense_interference`` of the results of ``zk.scale_bias_grad(x, b, mean=mean, rstd=rstd)``, or return None.
+
+    ``scale`` and ``shift`` are (direction, whether the Gram matrix is wanted), or None if the layer has no such parameter.
+    """
     if not _has_rows(b):
         return None
     (u, of_scale), (v, of_shift) = scale or (None, False), shift or (None, False)
@@ -75,7 +77,7 @@ def _on_device(x: Tensor) -> bool:
 
 
 def _has_rows(x: Tensor) -> bool:
-    """Whether the row kernels are those that an op takes there."""
+    """Return whether an op on this device uses the row kernels of the CUDA backend."""
     return _on_device(x) and impls_for(x.device, IMPL, "dense_interference", x.dtype)[0] == "cuda"
 
 
