@@ -8,6 +8,7 @@
 #include <initializer_list>
 #include <iterator>
 #include <stdexcept>
+#include <string>
 #include <tuple>
 #include <type_traits>
 #include <utility>
@@ -262,12 +263,14 @@ using Adding = std::tuple<Pointer, bool, int64_t, int64_t, int64_t, std::vector<
 
 void add_partials(const std::vector<Adding>& all, Pointer stream) {
   AddPartialsArgs args = {};
-  if (all.size() > partials_at_once) throw std::invalid_argument("add_partials: too many at once");
+  if (all.size() > partials_at_once)
+    throw std::invalid_argument("add_partials: expected at most " + std::to_string(partials_at_once) + " sets, got " +
+                                std::to_string(all.size()));
   for (size_t i = 0; i < all.size(); ++i) {
     const auto& [from, wide, rows, width, each, results, side] = all[i];
     Partials& x = args.of[i];
     if (results.size() > std::size(x.to) || each * static_cast<int64_t>(results.size()) < width)
-      throw std::invalid_argument("add_partials: the results do not take the numbers");
+      throw std::invalid_argument("add_partials: expected results for all numbers of a row, got too few or too many results");
     x.from = to<const void>(from), x.wide = wide, x.rows = rows, x.width = width, x.each = each, x.side = side;
     std::transform(results.begin(), results.end(), x.to, to<float>);
   }

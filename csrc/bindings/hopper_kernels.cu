@@ -44,7 +44,7 @@ void launch_element(int slab, Fold fold, const HopperArgs& args, uintptr_t strea
   if (fold == Fold::none && slab == 2) return launch_as<E, Slab::float32, Fold::none>(args, stream);
   if (fold == Fold::scalars && slab == 0) return launch_as<E, Slab::none, Fold::scalars>(args, stream);
   if (fold == Fold::weighted && slab == 0) return launch_as<E, Slab::none, Fold::weighted>(args, stream);
-  throw std::invalid_argument("hopper: no kernel folds so into such a slab");
+  throw std::invalid_argument("hopper: expected a fold and a slab dtype that a kernel supports together");
 }
 
 }  // namespace

@@ -68,21 +68,22 @@ namespace {
 const int64_t* offsets_of(const Tensor& begin, int64_t rows, bool some = false) {
   TORCH_CHECK(
       begin.dim() == 1 && begin.size(0) > 0 && begin.scalar_type() == at::kLong && begin.is_contiguous() && begin.device().is_cpu(),
-      "expected offsets as contiguous (N + 1,) int64 on the CPU, got ", begin.scalar_type(), " ", begin.sizes());
+      "begin: expected offsets as a contiguous (N + 1,) int64 tensor on the CPU, got ", begin.scalar_type(), " ", begin.sizes());
   const int64_t *first = begin.const_data_ptr<int64_t>(), *end = first + begin.size(0);
   TORCH_CHECK(*first == 0 && (end[-1] == rows || (some && end[-1] < rows)) && std::is_sorted(first, end),
-              "expected offsets from 0 up to ", rows);
+              "begin: expected offsets that ascend from 0 to ", rows, ", got ", *first, " to ", end[-1]);
   return first;
 }
 
 Shape shape_of(const Tensor& a, const Tensor& b, const OptionalTensor& begin, int64_t tile_o, int64_t tile_k) {
   const int64_t dims = begin ? 2 : 3;
   TORCH_CHECK(a.dim() == dims && b.dim() == dims && a.sizes().slice(0, dims - 1) == b.sizes().slice(0, dims - 1),
-              begin ? "expected a (R, K) and b (R, O), got " : "expected a (N, T, K) and b (N, T, O), got ", a.sizes(), " and ",
-              b.sizes());
-  TORCH_CHECK(a.scalar_type() == b.scalar_type(), "expected a and b of one dtype, got ", a.scalar_type(), " and ", b.scalar_type());
-  TORCH_CHECK(a.device().is_cpu() && b.device().is_cpu(), "expected CPU tensors");
-  TORCH_CHECK(tile_o > 0 && tile_k > 0, "expected a positive tile, got ", tile_o, " x ", tile_k);
+              begin ? "a, b: expected shapes (R, K) and (R, O), got " : "a, b: expected shapes (N, T, K) and (N, T, O), got ",
+              a.sizes(), " and ", b.sizes());
+  TORCH_CHECK(a.scalar_type() == b.scalar_type(), "a, b: expected the same dtype, got ", a.scalar_type(), " and ", b.scalar_type());
+  TORCH_CHECK(a.device().is_cpu() && b.device().is_cpu(), "a, b: expected CPU tensors, got tensors on ", a.device(), " and ",
+              b.device());
+  TORCH_CHECK(tile_o > 0 && tile_k > 0, "tile_o, tile_k: expected positive sizes, got ", tile_o, " x ", tile_k);
   check_elements("a", a.sizes()), check_elements("b", b.sizes()), check_elements("a, b: the weight", {b.size(-1), a.size(-1)});
   Shape shape = {a.size(0),
                  a.size(1),
@@ -101,16 +102,17 @@ Shape shape_of(const Tensor& a, const Tensor& b, const OptionalTensor& begin, in
 AddedRows added_rows(const OptionalTensor& begin, const OptionalTensor& index, const OptionalTensor& values, const Shape& shape,
                      const at::TensorOptions& options) {
   if (!begin) return {};
-  TORCH_CHECK(index && values && values->dim() == 2 && values->size(1) == shape.K && values->is_contiguous() &&
-                  values->scalar_type() == options.dtype().toScalarType() && index->dim() == 1 &&
-                  index->size(0) == values->size(0) && index->scalar_type() == at::kLong && index->is_contiguous() &&
-                  begin->size(0) == shape.N + 1,
-              "expected added rows as offsets (N + 1,), int64 features (P,) and contiguous values (P, K) in the sums' dtype");
+  TORCH_CHECK(
+      index && values && values->dim() == 2 && values->size(1) == shape.K && values->is_contiguous() &&
+          values->scalar_type() == options.dtype().toScalarType() && index->dim() == 1 && index->size(0) == values->size(0) &&
+          index->scalar_type() == at::kLong && index->is_contiguous() && begin->size(0) == shape.N + 1,
+      "added_begin, added_index, added_values: expected offsets (N + 1,), int64 features (P,) and contiguous values (P, K) in "
+      "the dtype of the sums");
   const AddedRows added = {offsets_of(*begin, index->size(0), true), index->const_data_ptr<int64_t>(), values->const_data_ptr()};
   for (int64_t n = 0; n < shape.N; ++n)
     for (int64_t p = added.begin[n]; p < added.begin[n + 1]; ++p)
       TORCH_CHECK(added.index[p] >= 0 && added.index[p] < shape.O && (p == added.begin[n] || added.index[p - 1] < added.index[p]),
-                  "expected an example's added rows at ascending features below ", shape.O, ", got ", added.index[p]);
+                  "added_index: expected ascending features below ", shape.O, " for each example, got ", added.index[p]);
   return added;
 }
 
@@ -219,7 +221,8 @@ void check_second(const Tensor& a, const Tensor& b, const Tensor& a2, const Tens
            x.device() == y.device();
   };
   TORCH_CHECK(alike(a2, a) && alike(b2, b) && a2.size(0) == b2.size(0),
-              "expected a2 and b2 like a and b but for the number of examples, got ", a2.sizes(), " and ", b2.sizes());
+              "a2, b2: expected the dtypes and shapes of a and b except for the number of examples, got ", a2.sizes(), " and ",
+              b2.sizes());
 }
 
 GramArgs gram_args(const Tensor& a, const Tensor& b, const Tensor& a2, const Tensor& b2, bool self, int64_t tile_o, int64_t tile_k,
@@ -228,7 +231,7 @@ GramArgs gram_args(const Tensor& a, const Tensor& b, const Tensor& a2, const Ten
   const int64_t M = self ? shape.N : a2.size(0);
   check_elements("gram", {shape.N, M});
   if (self) return {shape, M, operand(a), operand(b), operand(a), operand(b), self};
-  TORCH_CHECK(!begin, "expected one set of ragged rows, got two");
+  TORCH_CHECK(!begin, "a2, b2: expected no second set with ragged rows, got one");
   check_second(a, b, a2, b2);
   return {shape, a2.size(0), operand(a), operand(b), operand(a2), operand(b2), self};
 }
@@ -250,7 +253,7 @@ Tensor gram_direct(const Tensor& a, const Tensor& b, const Tensor& a2, const Ten
 // (N, M), or (N,) with `diagonal`.
 Tensor ghost(const Tensor& a, const Tensor& b, const Tensor& a2, const Tensor& b2, bool self, bool diagonal) {
   const Plain plain;
-  TORCH_CHECK(self || !diagonal, "expected norms of one set of examples, got two");
+  TORCH_CHECK(self || !diagonal, "a2, b2: expected one set of examples for norms, got two");
   const GramArgs args = gram_args(a, b, a2, b2, self, 1, 1, std::nullopt);
   const Shape& shape = args.shape;
   const bool empty = shape.N * args.M * shape.T * shape.K * shape.O == 0;
@@ -281,7 +284,7 @@ Tensor weighted_grad(const Tensor& a, const Tensor& b, const Tensor& weights, co
                      const OptionalTensor& direction, int64_t tile_o, int64_t tile_k, const OptionalTensor& begin) {
   const Plain plain;
   const Shape shape = shape_of(a, b, begin, tile_o, tile_k);
-  TORCH_CHECK(!abs_weights || direction, "direction: expected with abs_weights, got none");
+  TORCH_CHECK(!abs_weights || direction, "direction: expected a tensor because abs_weights is given, got none");
   const Held w("weights", weights, double_options(a), shape.N), v("abs_weights", abs_weights, double_options(a), shape.N);
   const Held u("direction", direction, sum_options(a), shape.O * shape.K);
   const Tensor out = fresh({shape.O, shape.K}, sum_options(a));
@@ -297,8 +300,8 @@ void product(const Tensor& x, const Tensor& y, const Tensor& out, int64_t tile_o
   const Shape shape = shape_of(a, b, std::nullopt, tile_o, tile_k);
   TORCH_CHECK(out.dim() == 2 && out.size(0) == shape.O && out.size(1) == shape.K && out.is_contiguous() &&
                   out.scalar_type() == sum_options(a).dtype() && out.device().is_cpu(),
-              "out: expected a contiguous (", shape.O, ", ", shape.K, ") of the sums' dtype, got ", out.sizes(), " of ",
-              out.scalar_type());
+              "out: expected a contiguous (", shape.O, ", ", shape.K, ") tensor in the dtype of the sums, got ", out.sizes(),
+              " of ", out.scalar_type());
   const double one = 1;
   weighted_grad_into({shape, operand(a), operand(b), &one, nullptr, nullptr, out.mutable_data_ptr()}, a);
 }
@@ -313,7 +316,8 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& a, const Tensor& b, co
                                             const OptionalTensor& added_index, const OptionalTensor& added_values) {
   const Plain plain;
   const Shape shape = shape_of(a, b, begin, tile_o, tile_k);
-  TORCH_CHECK(!begin || !mix || (a2.sizes() == a.sizes() && b2.sizes() == b.sizes()), "expected one set of ragged rows, got two");
+  TORCH_CHECK(!begin || !mix || (a2.sizes() == a.sizes() && b2.sizes() == b.sizes()),
+              "a2, b2: expected no second set with ragged rows, got one");
   if (mix) check_second(a, b, a2, b2), check_elements("mix", mix->sizes());
   const auto S = sum_options(a), D = double_options(a);
   const int64_t N = shape.N, size = shape.O * shape.K, M = begin ? N : a2.size(0);

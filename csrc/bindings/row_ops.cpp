@@ -106,7 +106,7 @@ struct Longs {
 
 // b (N, T, ·), or (1, P, ·) with the example of each position.
 void check_positions(const Tensor& b, const OptionalTensor& example_ids, int64_t N) {
-  TORCH_CHECK(b.dim() == 3 && b.device().is_cpu(), "b: expected (N, T, K) on the CPU, got shape ", b.sizes());
+  TORCH_CHECK(b.dim() == 3 && b.device().is_cpu(), "b: expected shape (N, T, K) on the CPU, got ", b.sizes(), " on ", b.device());
   check_elements("b", b.sizes());
   const int64_t P = b.size(0) * b.size(1);
   if (example_ids) {
@@ -114,7 +114,7 @@ void check_positions(const Tensor& b, const OptionalTensor& example_ids, int64_t
                       example_ids->numel());
     check_elements("num_examples", {N, b.size(2)});
   } else {
-    TORCH_CHECK_VALUE(N == b.size(0), "num_examples: expected ", b.size(0), ", those of b, got ", N);
+    TORCH_CHECK_VALUE(N == b.size(0), "num_examples: expected ", b.size(0), ", the first size of b, got ", N);
   }
 }
 
@@ -157,7 +157,7 @@ Scalars run_rows(RowArgs& args, const std::vector<double>& weights, int64_t elem
 // g (N, …): one row that every example touches.
 Sums dense_interference(const Tensor& g, const OptionalTensor& direction, bool gram) {
   const Plain plain;
-  TORCH_CHECK(g.dim() > 0 && g.device().is_cpu(), "expected a CPU tensor g (N, …), got ", g.sizes());
+  TORCH_CHECK(g.dim() > 0 && g.device().is_cpu(), "g: expected shape (N, …) on the CPU, got ", g.sizes(), " on ", g.device());
   check_elements("g", g.sizes());
   if (gram) check_elements("gram", {g.size(0), g.size(0)});
   const auto options = sum_options(g);
@@ -227,7 +227,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tenso
   TORCH_CHECK_VALUE(ids.numel() == P, "ids: expected ", P, ", one for each position of b, got ", ids.numel());
   // A row's number and an example's make one key.
   TORCH_CHECK_VALUE(num_embeddings >= 0 && num_embeddings <= std::numeric_limits<int64_t>::max() / std::max<int64_t>(N, 1),
-                    "num_embeddings: expected a size that times num_examples, ", N, ", is below 2^63, got ", num_embeddings);
+                    "num_embeddings: expected num_embeddings * num_examples < 2^63 for ", N, " examples, got ", num_embeddings);
   if (gram) check_elements("gram", {N, N});
   if (direction)
     TORCH_CHECK_VALUE(direction->sizes() == at::IntArrayRef({num_embeddings, K}), "direction: expected shape (", num_embeddings,
@@ -286,8 +286,8 @@ std::tuple<Tensor, Tensor> scale_bias_grad(const OptionalTensor& x, const Tensor
   const Plain plain;
   check_positions(b, example_ids, num_examples);
   if (x)
-    TORCH_CHECK_VALUE(x->sizes() == b.sizes() && x->device().is_cpu(), "x: expected shape ", b.sizes(), " as b on the CPU, got ",
-                      x->sizes(), " on ", x->device());
+    TORCH_CHECK_VALUE(x->sizes() == b.sizes() && x->device().is_cpu(), "x: expected the shape of b, ", b.sizes(),
+                      ", on the CPU, got ", x->sizes(), " on ", x->device());
   const int64_t T = b.size(1), K = b.size(2), P = b.size(0) * T, groups = num_examples;
   const auto options = sum_options(x && x->scalar_type() == at::kDouble ? *x : b);
   const Held means("mean", mean, options, P), rstds("rstd", rstd, options, P);
@@ -396,11 +396,12 @@ void check_sums(const Tensor& g, const Tensor& a, const Tensor& q, const Optiona
   check_elements("grad_sum", g.sizes());
   for (const Tensor& x : {g, a, q})
     TORCH_CHECK(x.device().is_cpu() && x.sizes() == g.sizes() && (x.scalar_type() == at::kFloat || x.scalar_type() == at::kDouble),
-                "expected sums of one shape on the CPU, float32 or float64, got ", x.scalar_type(), " ", x.sizes());
+                "grad_sum, abs_sum, sq_sum: expected float32 or float64 sums of one shape on the CPU, got ", x.scalar_type(), " ",
+                x.sizes());
   if (!u) return;
   dtype_of(*u);  // refuses all but the floating ones
-  TORCH_CHECK(u->device().is_cpu() && u->sizes() == g.sizes(), "expected a direction of the sums' shape on the CPU, got ",
-              u->sizes());
+  TORCH_CHECK(u->device().is_cpu() && u->sizes() == g.sizes(), "direction: expected the shape of the sums, ", g.sizes(),
+              ", on the CPU, got ", u->sizes());
 }
 
 // (8,)
@@ -420,7 +421,8 @@ Tensor coordinate_sums_of_lists(at::TensorList grad_sums, at::TensorList abs_sum
   const Plain plain;
   const size_t count = grad_sums.size();
   TORCH_CHECK(abs_sums.size() == count && sq_sums.size() == count && (directions.empty() || directions.size() == count),
-              "expected as many abs_sums, sq_sums and directions as grad_sums");
+              "abs_sums, sq_sums, directions: expected ", count, " tensors each, as in grad_sums, got ", abs_sums.size(), ", ",
+              sq_sums.size(), " and ", directions.size());
   const Tensor out = fresh({static_cast<int64_t>(count), 8}, at::kDouble);
   std::vector<Coordinates> weights;
   weights.reserve(count);

@@ -133,7 +133,7 @@ def forward(h: Tensor, weight: Tensor, target: Tensor) -> tuple[Tensor, Tensor, 
     Here ``logits = h.flatten(0, 1) @ weight.T``. The results are (N·T, 1), the second in float64. Where ``target`` (N·T, 1) is −1,
     the last result is arbitrary.
     """
-    # The kernels read memory, where a pending negation is not done yet.
+    # The kernels read memory directly and would miss a pending negation.
     h, weight = h.resolve_neg(), weight.resolve_neg()
     N, T, K = h.shape
     R, V, gpu = N * T, weight.shape[0], gpu_of(h.device)
@@ -177,7 +177,7 @@ def output_gradients(
 
     b has the dtype of ``h``. The next chunk overwrites its buffer. ``target``, ``shift``, ``scale`` and ``c`` are (N·T, 1).
     """
-    # The kernels read memory, where a pending negation is not done yet.
+    # The kernels read memory directly and would miss a pending negation.
     h, weight = h.resolve_neg(), weight.resolve_neg()
     N, T, K = h.shape
     R, V, gpu = N * T, weight.shape[0], gpu_of(h.device)
