@@ -1,8 +1,13 @@
-"""Zero-sum learning, measured while a model trains: :class:`Probe` takes per-example gradient statistics of a real training step,
-and :func:`token_report` those of every token's own loss. :mod:`~zerosum.changes` has loss changes, :mod:`~zerosum.deceleration`
-fits of loss curves. :mod:`~zerosum.weights` and :class:`Factors` put statistics to use in the step itself.
+"""Measures zero-sum learning while a model trains.
 
-The mathematics is in :mod:`zerosum.metrics`, the kernels in :mod:`zsl_kernels`. On the command line: ``zerosum --help``.
+- :class:`Probe` computes per-example gradient statistics of a real training step.
+- :func:`token_report` computes the same statistics with every token's loss as an example.
+- :mod:`~zerosum.changes` measures how an update changes the losses.
+- :mod:`~zerosum.deceleration` fits loss curves and locates where the loss decelerates.
+- :mod:`~zerosum.weights` and :class:`Factors` let a training step use the statistics.
+
+The metrics are defined in :mod:`zerosum.metrics`; the kernels are in :mod:`zsl_kernels`. For the command line, run
+``zerosum --help``.
 """
 
 from importlib import import_module

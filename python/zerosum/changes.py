@@ -1,14 +1,18 @@
-"""Loss interference: how the loss of every token changes by an update, before and after it and to first order.
+"""Measures loss interference: how an update changes the loss of every token, exactly and to first order.
 
-Three updates are of interest: one optimizer step (:class:`Step`, Δt = 1), the way from one checkpoint to another (:func:`between`,
-Δt = t), and any direction Δ, along which :func:`first_order_changes` gives Δ̃ℓ_i = Σ_j g_ij Δ_j of all tokens by forward-mode
-differentiation, without any token's gradient.
+There are three kinds of updates:
 
-Losses come from a function ``losses(model, x, y)``, (N, T) for tokens x and their successors y (N, T). Without one they are the
-cross entropies of the model's logits, which it may return as transformers' models do (:mod:`zerosum.training.model`). Tokens whose
-y is ``IGNORED``, which ``F.cross_entropy`` leaves out, are no examples. Losses are computed a few sequences at a time, in the
-model's precision and under the caller's autocast, with the model in eval mode: the dropouts of two evaluations would differ, and be
-taken for a change. Its modes and the random numbers are put back.
+- One optimizer step (:class:`Step`, Δt = 1).
+- The difference between two checkpoints (:func:`between`, Δt = t).
+- Any direction Δ. :func:`first_order_changes` computes Δ̃ℓ_i = Σ_j g_ij Δ_j of all tokens by forward-mode differentiation, without
+  computing any token's gradient.
+
+A function ``losses(model, x, y)`` returns the (N, T) losses of tokens x (N, T), with the next tokens y (N, T) as targets. By
+default they are the cross entropies of the model's logits; the model may return these as transformers' models do
+(:mod:`zerosum.training.model`). Tokens whose target is ``IGNORED`` do not count, as in ``F.cross_entropy``.
+
+Losses are computed a few sequences at a time, in the model's precision and under the caller's autocast. The model is in eval mode:
+otherwise dropout would differ between two evaluations and look like a change. Its training modes and the random state are restored.
 """
 
 from __future__ import annotations
@@ -32,7 +36,7 @@ Losses = Callable[[nn.Module, Tensor, Tensor], Tensor]
 Batch = tuple[Tensor, Tensor]
 
 IGNORED = -100
-# In one pass, by default: the logits of a vocabulary of 50304 are 0.4 GB then.
+# Positions per pass by default: the logits of a vocabulary of 50304 then take 0.4 GB.
 POSITIONS = 2048
 
 
@@ -45,17 +49,17 @@ def evaluate(
     at: Mapping[str, Tensor] | None = None,
     micro_batch: int | None = None,
 ) -> Tensor:
-    """``losses(model.eval(), x, y)`` without gradients, a few sequences at a time; (N, T).
+    """Computes ``losses(model.eval(), x, y)``, (N, T), without gradients, a few sequences at a time.
 
     Args:
-        model: left as it was, modes and random numbers too.
-        x, y: (N, T) tokens and their successors, on the model's device.
+        model: the model. Its training modes and the random state are restored.
+        x, y: (N, T) tokens and the next tokens, on the model's device.
         losses: see the module's documentation.
-        at: values for parameters and buffers, by name, in place of the model's own; cast to their dtype and device.
-        micro_batch: sequences at a time; as many as have 2048 positions if None.
+        at: values by name that replace the model's own parameters and buffers; cast to their dtype and device.
+        micro_batch: sequences per pass; None for as many as have 2048 positions.
 
     Raises:
-        TypeError, ValueError: an argument is not of these, or ``losses`` returned something else; the message names it.
+        TypeError, ValueError: an argument or the result of ``losses`` is invalid; the message names it.
     """
     bound = _Bound(model, losses)
     values = None if at is None else _values(model, "at", at)
@@ -73,19 +77,19 @@ def first_order_changes(
     at: Mapping[str, Tensor] | None = None,
     micro_batch: int | None = None,
 ) -> Tensor:
-    """``torch.func.jvp(lambda θ: losses(model at θ, x, y), (θ,), (Δ,))[1]``: Σ_j g_ij Δ_j of every token i, (N, T).
+    """Computes ``torch.func.jvp(lambda θ: losses(model at θ, x, y), (θ,), (Δ,))[1]``: Σ_j g_ij Δ_j of every token i, (N, T).
 
-    Takes about as long as a forward and backward pass, whatever the number of tokens, in the model's precision, to which ``update``
-    is cast. Attention is computed by torch's plain kernels, (N, heads, T, T) at a time: the fused ones have no forward-mode
-    derivatives. A compiled model runs uncompiled.
+    It takes about as long as one forward and backward pass, for any number of tokens. It computes in the model's precision, to
+    which ``update`` is cast. Attention uses torch's plain kernels, which hold (N, heads, T, T), because the fused ones have no
+    forward-mode derivative. A compiled model runs uncompiled.
 
     Args:
-        update: Δ of each parameter by name, of its shape; a parameter without one stands still.
-        at: where the derivative is taken, such as the weights before a step; the model's own values if None.
-        model, x, y, losses, micro_batch: as :func:`evaluate`.
+        update: Δ by parameter name, of the parameter's shape; parameters without an entry do not change.
+        at: the weights at which the derivative is taken, such as those before a step; None for the model's own values.
+        model, x, y, losses, micro_batch: as in :func:`evaluate`.
 
     Raises:
-        TypeError, ValueError: as :func:`evaluate`.
+        TypeError, ValueError: as in :func:`evaluate`.
         NotImplementedError: an operation has no forward-mode derivative; the message names it.
     """
     bound = _Bound(model, losses)
@@ -102,7 +106,7 @@ def first_order_changes(
         stack.enter_context(_naming_operations())
         stack.enter_context(forward_ad.dual_level())
         with warnings.catch_warnings():
-            # Of torch's own, when it makes its first dual.
+            # torch itself triggers this warning when it makes its first dual tensor.
             warnings.filterwarnings("ignore", "`torch.jit.script` is deprecated", DeprecationWarning)
             duals = {name: forward_ad.make_dual(values.get(name, parameters[name].detach()), u) for name, u in tangents.items()}
         found = []
@@ -130,14 +134,14 @@ def between(
     losses: Losses = token_losses,
     micro_batch: int | None = None,
 ) -> Interval:
-    """``losses(model at after, x, y) - losses(model at before, x, y)`` as C, D, M and mean, named ``interval.*``.
+    """Computes C, D, M and the mean of ``losses(model at after, x, y) - losses(model at before, x, y)``, named ``interval.*``.
 
     Args:
-        before, after: two checkpoints' ``model.state_dict()``. Names of tied parameters may be missing but for one.
-        model, x, y, losses, micro_batch: as :func:`evaluate`. The model's own values do not matter and stay.
+        before, after: ``model.state_dict()`` of two checkpoints. Of tied parameters, one name is enough.
+        model, x, y, losses, micro_batch: as in :func:`evaluate`. The model's own values are neither used nor changed.
 
     Raises:
-        TypeError, ValueError: as :func:`evaluate`; a parameter is missing.
+        TypeError, ValueError: as in :func:`evaluate`, or a parameter is missing.
     """
     found: list[Tensor] = []
     for name, state in (("before", before), ("after", after)):
@@ -151,7 +155,7 @@ def between(
 
 
 class Step:
-    """Measures one optimizer step as it is made: the losses of some batches before and after it, and its update::
+    """Computes one optimizer step's update, and the losses of some batches before and after the step::
 
         with zerosum.changes.Step(model, {"train": (x, y), "held_out": (x2, y2)}) as step:
             loss(model(x), y).backward()  # your own step: clipping, schedule, scaler, autocast, ...
@@ -160,27 +164,29 @@ class Step:
         step.metrics["train.D"], step.metrics["held_out.M"]  # of the changes of the tokens' losses, with N and null
         first_order_changes(model, x, y, step.update, at=step.weights)
 
-    The block may hold several micro-batches and may not hold more than one optimizer step, if Δt is to be 1. Holds two more copies
-    of the trainable parameters until it is let go.
+    The block may hold several micro-batches. For Δt = 1 it must hold exactly one optimizer step. The object holds two more copies
+    of the trainable parameters until it is freed.
 
     Attributes, after the block:
-        weights: the trainable parameters before it, by name, and the buffers that it moved, such as a batch norm's running means.
-        update: Δ, what it added to them, by name, in float32 (float64 for float64 parameters): that of the parameters themselves,
-            rounded to their dtype as they are, and not of master weights that an optimizer may keep.
-        before, after: (N, T) losses of each batch, by the batch's name; both with the buffers as they were before, for Δ is the
-            parameters'.
-        metrics: C, D, M and mean of their changes as ``train.D``, and the mean loss before it as ``train.loss``, for each batch.
+        weights: the trainable parameters before the step, by name, and the buffers that it changed, such as a batch norm's running
+            means.
+        update: Δ by name, the change of the parameters, in float32 (float64 for float64 parameters). It is the change of the
+            parameters as rounded to their dtype, not of master weights that an optimizer may keep.
+        before, after: (N, T) losses by batch name. Both are computed with the buffers from before the step, because Δ contains only
+            parameters.
+        metrics: for each batch, C, D, M and the mean of the changes, such as ``train.D``, and the mean loss before the step, such
+            as ``train.loss``.
 
     Args:
-        model: in which state the step leaves it.
-        data: batches (x, y) by name, as :func:`evaluate`. Numbers about losses say nothing without the set that they are of.
-        losses, micro_batch: as :func:`evaluate`. In bfloat16 or float16, of the parameters or of autocast that is open around the
-            block, the losses of a small step change by less than their rounding, which D and M then are of: a warning says so.
-            Open autocast inside the block, for your own pass, and the losses are computed in float32.
+        model: the model, which stays in the state in which the step leaves it.
+        data: batches (x, y) by name, as in :func:`evaluate`. The names prefix the metrics and show which set they are of.
+        losses, micro_batch: as in :func:`evaluate`. If the parameters, or an autocast opened around the block, are bfloat16 or
+            float16, a warning says that a small step changes the losses by less than their rounding error, which D and M then
+            include. Open autocast for your own pass inside the block, and the losses are computed in float32.
 
     Raises:
-        TypeError, ValueError: as :func:`evaluate`.
-        RuntimeError: at the end of the block, where it changed no parameter: a learning rate of 0, say, has no interference.
+        TypeError, ValueError: as in :func:`evaluate`.
+        RuntimeError: at the end of the block, if no parameter changed, for instance with a learning rate of 0.
     """
 
     weights: dict[str, Tensor]
@@ -207,8 +213,8 @@ class Step:
     def __enter__(self) -> Step:
         if low := _low_precision(self._model):
             warnings.warn(
-                f"Step: losses are computed in {low}; a small step changes them by less than their rounding, and D and M are of "
-                "both. Open autocast inside of the block, or measure a float32 copy of the model",
+                f"Step: losses are computed in {low}; a small step changes them by less than their rounding error, which D and M "
+                "include. Open autocast inside the block, or measure a float32 copy of the model",
                 stacklevel=2,
             )
         self.before = self._evaluate()
@@ -223,8 +229,8 @@ class Step:
         self.update = {name: _difference(parameters[name].detach(), w) for name, w in self.weights.items()}
         if not any(u.any() for u in self.update.values()):
             raise RuntimeError(
-                "the step changed no parameter, and there is no interference to measure: its learning rate was 0, a GradScaler "
-                "skipped it, or optimizer.step() is not inside of the block"
+                "the step changed no parameter, so there is no interference to measure: its learning rate was 0, a GradScaler "
+                "skipped it, or optimizer.step() is not inside the block"
             )
         buffers = dict(self._model.named_buffers())
         moved = {name: b for name, b in self._buffers.items() if name in buffers and not torch.equal(b, buffers[name])}
@@ -245,22 +251,22 @@ class Step:
 
 
 def change_metrics(before: Tensor, after: Tensor, y: Tensor | None = None) -> dict[str, Metric]:
-    """C, D, M and the mean of ``after - before``, losses of one shape; without those whose ``y`` is ``IGNORED``."""
+    """Computes C, D, M and the mean of ``after - before``, without tokens whose ``y`` is ``IGNORED``. The shapes must be equal."""
     _check_same("after", after, "before", before)
     return number_interference(_counted(after.double() - before.double(), y))
 
 
 def first_order_metrics(changes: Tensor, first_order: Tensor, y: Tensor | None = None) -> dict[str, Metric]:
-    """How far the true changes Δℓ of losses are those to first order, Δ̃ℓ; without those whose ``y`` is ``IGNORED``.
+    """Compares the true loss changes Δℓ with the first-order ones Δ̃ℓ, without tokens whose ``y`` is ``IGNORED``.
 
     ================================  ======================================================================================
     ``first_order.C|D|M|mean``        of Δ̃ℓ
     ``first_order.relative_error``    ‖Δℓ − Δ̃ℓ‖ / ‖Δℓ‖
-    ``first_order.sign_agreement``    the share of examples whose changes have one sign
-    ``first_order.correlation``       Pearson's, of Δℓ with Δ̃ℓ
+    ``first_order.sign_agreement``    the share of examples whose two changes have the same sign
+    ``first_order.correlation``       Pearson's correlation of Δℓ with Δ̃ℓ
     ================================  ======================================================================================
 
-    Nulls are for random signs of Δℓ; that of the relative error is the root of the mean square.
+    The nulls are for random signs of Δℓ; the null of the relative error is the root of the mean square.
     """
     _check_same("first_order", first_order, "changes", changes)
     true, linear = _counted(changes.double(), y), _counted(first_order.double(), y)
@@ -273,7 +279,7 @@ def first_order_metrics(changes: Tensor, first_order: Tensor, y: Tensor | None =
         still = ((true == 0) & (linear == 0)).sum().item()
         moving = ((true != 0) & (linear != 0)).sum().item()
         agreeing = (true.sign() == linear.sign()).sum().item()
-        nan = (error - error).item()  # 0, or NaN where there is one
+        nan = (error - error).item()  # 0, or NaN if the error is not finite
         found["sign_agreement"] = Metric(agreeing / n + nan, n, (still + moving / 2) / n + nan)
     if n > 1:
         found["correlation"] = Metric(torch.corrcoef(torch.stack([true, linear]))[0, 1].item(), n, 0.0)
@@ -285,7 +291,7 @@ def prefixed(prefix: str, metrics: Mapping[str, Metric]) -> dict[str, Metric]:
 
 
 def _low_precision(model: nn.Module) -> str:
-    """The dtype of less than 32 bits that the model computes in, or nothing."""
+    """Returns the name of the dtype that the model computes in if it has fewer than 32 bits, and "" otherwise."""
     for p in model.parameters():
         if p.is_floating_point():
             autocast = torch.is_autocast_enabled(p.device.type)
@@ -296,7 +302,7 @@ def _low_precision(model: nn.Module) -> str:
 
 
 class _Bound(nn.Module):
-    """A model with its loss, so that ``functional_call`` swaps parameters for the loss function too, which may read some."""
+    """A model with its loss function. ``functional_call`` on it also replaces parameters that the loss function reads."""
 
     def __init__(self, model: nn.Module, losses: Losses) -> None:
         _check_model(model)
@@ -317,16 +323,16 @@ class _Bound(nn.Module):
         shape = tuple(batch[1].shape)
         if not isinstance(found, Tensor) or found.shape != shape:
             got = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
-            raise ValueError(f"losses: expected a function that returns one loss for each token, {shape} as y, got {got}")
+            raise ValueError(f"losses: expected a function that returns one loss per token, shape {shape} like y, got {got}")
         return found
 
 
 @contextmanager
 def eval_mode(model: nn.Module) -> Iterator[None]:
-    """``model.eval()`` for a while; puts back modes and random numbers.
+    """Puts the model into eval mode, and restores its training modes and the random state on exit.
 
-    Autocast keeps the casts of weights for as long as it is open: those from before a step would hide it, and those made here would
-    cut the gradients of the caller's own pass.
+    It clears autocast's cache of cast weights at both ends. Casts from before a step would hide the step, and casts made here would
+    cut off the gradients of the caller's own pass.
     """
     modes = [(module, module.training) for module in model.modules()]
     devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
@@ -343,14 +349,14 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Eval mode and no gradients."""
+    """Puts the model into eval mode and disables gradients."""
     with eval_mode(model), torch.no_grad():
         yield
 
 
 @contextmanager
 def _naming_operations() -> Iterator[None]:
-    """Says which operation has no forward-mode derivative; torch does not, of an autograd.Function."""
+    """Names the operation that has no forward-mode derivative. torch does not name an autograd.Function."""
     try:
         yield
     except NotImplementedError as error:
@@ -373,7 +379,7 @@ def _naming_operations() -> Iterator[None]:
 
 
 def _values(model: nn.Module, argument: str, given: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """By the first of each tensor's names, cast as the model's own."""
+    """Returns the values by the first name of each tensor, cast to the dtype and device of the model's own."""
     if not isinstance(given, Mapping):
         raise TypeError(f"{argument}: expected a mapping from names to tensors, got {type(given).__name__}")
     own: dict[str, Tensor] = dict(model.named_parameters(remove_duplicate=False))
@@ -389,7 +395,7 @@ def _values(model: nn.Module, argument: str, given: Mapping[str, Tensor]) -> dic
         known = first[id(own[name])]
         value = value.detach().to(own[name])
         if known in found and not torch.equal(found[known], value):
-            raise ValueError(f"{argument}[{name!r}]: expected the values of {known!r}, to which it is tied, got others")
+            raise ValueError(f"{argument}[{name!r}]: expected the values of {known!r}, to which it is tied, got different ones")
         found[known] = value
     return found
 
@@ -399,7 +405,7 @@ def _micro_batches(x: Tensor, y: Tensor, size: int | None) -> list[Batch]:
         if not isinstance(tokens, Tensor):
             raise TypeError(f"{name}: expected a torch.Tensor, got {type(tokens).__name__}")
         if tokens.ndim != 2 or not tokens.numel():
-            raise ValueError(f"{name}: expected tokens of shape (N, T), at least one, got {tuple(tokens.shape)}")
+            raise ValueError(f"{name}: expected at least one token, of shape (N, T), got {tuple(tokens.shape)}")
     _check_same("y", y, "x", x)
     if size is None:
         size = max(1, POSITIONS // x.shape[1])

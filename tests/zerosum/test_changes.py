@@ -408,14 +408,14 @@ def test_bad_arguments_are_named() -> None:
         evaluate(model, x, y, losses=3)  # type: ignore[arg-type]
     with pytest.raises(TypeError, match=r"x: expected a torch\.Tensor, got list"):
         evaluate(model, [1], y)  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match=r"x: expected tokens of shape \(N, T\), at least one, got \(0, 7\)"):
+    with pytest.raises(ValueError, match=r"x: expected at least one token, of shape \(N, T\), got \(0, 7\)"):
         evaluate(model, x[:0], y[:0])
     with pytest.raises(ValueError, match=r"y: expected shape \(5, 7\) as x, got \(5, 6\)"):
         evaluate(model, x, y[:, 1:])
     with pytest.raises(ValueError, match="micro_batch: expected a positive integer or None, got 0"):
         evaluate(model, x, y, micro_batch=0)
     with pytest.raises(
-        ValueError, match=r"losses: expected a function that returns one loss for each token, \(5, 7\) as y, got \(5,\)"
+        ValueError, match=r"losses: expected a function that returns one loss per token, shape \(5, 7\) like y, got \(5,\)"
     ):
         evaluate(model, x, y, losses=lambda m, x, y: token_losses(m, x, y).mean(1))
     with pytest.raises(ValueError, match="update: 'what' is neither a parameter nor a buffer"):

@@ -1,5 +1,8 @@
-"""Per-example gradient statistics of a training step. Start reading at :mod:`~zerosum.probe.probe`, then
-:mod:`~zerosum.probe.capture`; a new operation is a rule in :mod:`~zerosum.probe.rules`."""
+"""Computes per-example gradient statistics of a training step.
+
+Start reading at :mod:`~zerosum.probe.probe`, then :mod:`~zerosum.probe.capture`. To support a new operation, add a rule to
+:mod:`~zerosum.probe.rules`.
+"""
 
 from zerosum.probe.capture import auxiliary, example_ids
 from zerosum.probe.probe import Probe, check_direction

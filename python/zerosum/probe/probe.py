@@ -1,4 +1,4 @@
-"""The probe: per-example gradient statistics of a real training step, taken while the step computes its gradients."""
+"""Defines :class:`Probe`, which computes per-example gradient statistics of a training step during its backward pass."""
 
 from __future__ import annotations
 
@@ -21,8 +21,10 @@ from zerosum.probe.results import common_scale
 
 
 class Probe:
-    """Measures, for every trainable parameter, ``Σ_i g_i``, ``Σ_i |g_i|``, ``Σ_i g_i²`` and each example's norms and dots, where
-    ``g_i = torch.autograd.grad(losses[i], parameter)``, in place of the ordinary weight-gradient product::
+    """Computes ``Σ_i g_i``, ``Σ_i |g_i|``, ``Σ_i g_i²`` and each example's norms and dot products for every trainable parameter.
+
+    ``g_i = torch.autograd.grad(losses[i], parameter)`` is the gradient of example i. The probe computes the sums in place of the
+    ordinary weight-gradient product::
 
         probe = zerosum.Probe(model)
         for x, y in batches:
@@ -31,37 +33,38 @@ class Probe:
                 losses.sum().backward()                 # .grad as always
             report = probe.report()
 
-    Uses of parameters are seen as the model's operations run, whatever the module that they are in; nothing in the model is
-    changed. Whose row is whose is *proved* by differentiating the losses under other weights, once for each structure of the step.
-    Several forward and backward passes in one block are micro-batches: sums add, examples come one after another. What runs under
-    ``torch.no_grad`` is ignored. Compiled models stay compiled once their step is proved.
+    The probe watches the model's operations as they run, in any module, and changes nothing in the model. It *proves* which row
+    of an activation belongs to which example: once for each structure of the step, it differentiates reweighted losses. Several
+    forward and backward passes in one block are micro-batches: their sums are added and their examples are concatenated. The probe
+    ignores operations under ``torch.no_grad``. A compiled model stays compiled after its step is proved.
 
     Args:
-        model: the module whose trainable parameters are to be covered.
-        examples: "sequence": an example is one index of the losses' dimension of examples. "position": an example is one
-            position, N·T in all, whose gradient is what one backward pass tells of it: the outer product of one row.
-        direction: a tensor of the parameter's shape for each parameter name, such as an update Δ; gives ``dot``, ``abs_dot`` and
-            the metrics C_g, C_uG and C_ug. Covered parameters without a direction are an error.
+        model: the module whose trainable parameters are measured.
+        examples: what counts as an example. "sequence": one index of the losses' example dimension. "position": one position, N·T
+            in all; its gradient is the outer product of one row of the backward pass.
+        direction: maps parameter names to tensors of the parameters' shapes, such as an update Δ. Adds ``dot``, ``abs_dot`` and
+            the metrics C_g, C_uG and C_ug. Every covered parameter needs a direction.
         gram: whether to compute the inner products of all pairs of examples.
-        loss_reduction: what is differentiated. "auto": what the losses show (see :mod:`zerosum.probe.loss_tail`), so that a sum, a
-            mean, accumulation steps and a gradient scaler give the same results. "sum" or "mean" of the examples' losses, or what
-            each example's loss was divided by before they were added, as a number or a tensor with one entry for each example:
-            g_i is then the gradient of ℓ_i as it was before.
-        num_examples: N, where neither the first tensor that enters the model nor the losses tell.
-        strict: raise, with the parameter's name, where no rule covers a use, instead of differentiating the operation again for
-            each example; and at the end of the block, where a parameter is not covered.
-        grad_scaler: the ``torch.amp.GradScaler`` that scales the loss; results are of the loss as it was. "auto" needs none.
-        verify: "once": rows are attributed when a structure is met first, and then looked up; with fewer than 8 examples, also in
-            its next passes, until rows that the data sorts cannot have come in order by chance. "always": in every pass. k: also in
-            every k-th pass of a structure. "never": rows are taken to be (N, …), without proof. Rows in no regular order, such as
-            those of experts, are attributed in every pass but with "never".
-        every: measure in every k-th block alone; the others cost nothing, and :meth:`report` stays that of the last one measured.
-        process_group: processes that train the same model on other examples, as under DistributedDataParallel, such as
-            ``torch.distributed.group.WORLD`` (None before ``init_process_group``). :meth:`report` is then of all their examples.
-            None: of this process's, or of all ranks' where the model's parameters are sharded.
+        loss_reduction: how the differentiated loss was made of the examples' losses ℓ_i; g_i is the gradient of the unreduced ℓ_i.
+            "auto": read the reduction off the loss (see :mod:`zerosum.probe.loss_tail`). Sums, means, gradient accumulation and a
+            gradient scaler then give the same results. "sum" or "mean": that reduction over the examples. A number, or a tensor
+            with one entry per example: what each ℓ_i was divided by before the sum.
+        num_examples: N. Needed only if neither the model's first input tensor nor the losses show it.
+        strict: whether to raise an error that names the parameter, if no rule covers one of its uses or if it is not covered at the
+            end of the block. By default, the probe differentiates such an operation again for each example.
+        grad_scaler: the ``torch.amp.GradScaler`` that scales the loss; results are of the unscaled loss. Not needed with
+            ``loss_reduction="auto"``.
+        verify: when to prove which rows belong to which examples. "once": on the first pass of each structure; with fewer than 8
+            examples also on its next few passes, because a few rows that the data sorts can be in order by chance. "always": on
+            every pass. An integer k: also on every k-th pass of a structure. "never": assume that rows are (N, …), without proof.
+            Unless "never", rows in irregular order, such as those of experts, are proved on every pass.
+        every: measure only every k-th block. Other blocks add no cost and leave :meth:`report` unchanged.
+        process_group: the processes that train the same model on other examples, for instance ``torch.distributed.group.WORLD``
+            under DistributedDataParallel (it is None before ``init_process_group``). :meth:`report` then covers all their examples.
+            None: the report covers this process's examples, or all ranks' examples if the model's parameters are sharded.
 
     Raises:
-        TypeError, ValueError: an argument is not of these; the message names it.
+        TypeError, ValueError: an argument is invalid; the message names it.
     """
 
     parameter_type: type[ParameterProbe] = ParameterProbe
@@ -85,8 +88,8 @@ class Probe:
             raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
         if examples == "token":
             raise ValueError(
-                "examples: one backward pass does not tell the gradients of tokens' own losses; measure them with "
-                "zerosum.token_report(model, x, y)"
+                "examples: one backward pass does not determine the gradients of single tokens' losses; use "
+                "zerosum.token_report(model, x, y) instead of examples='token'"
             )
         if examples not in ("sequence", "position"):
             raise ValueError(f"examples: expected 'sequence' or 'position', got {examples!r}")
@@ -117,14 +120,14 @@ class Probe:
         self._capture: Capture | None = None
         self._report: Report | None = None
         self._to_join = False  # whether it is of this process's examples, and is to be of all processes'
-        self._along: Mapping[str, Tensor] | None = None  # the direction that it was measured along
+        self._along: Mapping[str, Tensor] | None = None  # the direction of the last measured block
         self._blocks = 0
         self._skipping = False
         self.every = every
 
     @property
     def direction(self) -> Mapping[str, Tensor] | None:
-        """What blocks from now on measure dots with; it may be set between blocks."""
+        """The direction for the dot products of later blocks. You may set it between blocks."""
         return self._direction
 
     @direction.setter
@@ -134,7 +137,7 @@ class Probe:
 
     @property
     def every(self) -> int:
-        """How many blocks there are for one that is measured."""
+        """k, where every k-th block is measured."""
         return self._every
 
     @every.setter
@@ -159,7 +162,7 @@ class Probe:
     def __enter__(self) -> Probe:
         if self._capture is not None:
             warnings.warn(
-                "zerosum.Probe: an exception left the probe open; it is closed, and starts anew", UserWarning, stacklevel=2
+                "zerosum.Probe: an exception left the probe open; closing it and starting a new block", UserWarning, stacklevel=2
             )
             self.close()
         if open_captures():
@@ -208,23 +211,23 @@ class Probe:
             capture.release()
 
     def close(self) -> None:
-        """Ends a block that an exception left open; nothing is reported."""
+        """Closes a block that an exception left open, without a report."""
         capture, self._capture = self._capture, None
         if capture is not None:
             capture.stop()
             capture.release()
 
     def check_repeatable(self) -> None:
-        """Raises where blocks of the same step do not do the same, or wait for other processes."""
+        """Raises an error if the probe's settings make blocks of the same step differ, or make them wait for other processes."""
         check_whole(self._model, "zerosum.capture")
         if self._process_group is not None:
             raise ValueError("probe: expected no process_group; call captured.report().all_reduce(group) instead")
         if self._every != 1:
-            raise ValueError(f"probe: expected every=1, got every={self._every}; replay the step where it is to be measured")
+            raise ValueError(f"probe: expected every=1, got every={self._every}; replay the step only where you want to measure it")
         if self._verify not in ("once", "never"):
             raise ValueError(f"probe: expected verify='once' or 'never', got verify={self._verify!r}")
         if self._grad_scaler is not None:
-            raise ValueError("probe: expected no grad_scaler, whose scale is read in every block; loss_reduction='auto' needs none")
+            raise ValueError("probe: expected no grad_scaler: its scale is read in every block; use loss_reduction='auto' instead")
 
     def _finish(self, capture: Capture) -> Report:
         passes = [p for p in capture.passes if any(t.results is not None and p in t.results.passes for t in capture.parameters)]
@@ -249,10 +252,10 @@ class Probe:
         return report
 
     def report(self) -> Report:
-        """The results of the last completed ``with`` block that was measured.
+        """Returns the results of the last completed ``with`` block that was measured.
 
-        With ``process_group`` its first call after a block is that of :meth:`Report.all_reduce`, which every process of the group
-        makes, and sends as much. Later calls send nothing, and return the same.
+        With ``process_group``, the first call after a block performs :meth:`Report.all_reduce`: every process of the group must
+        make it. Later calls return the same report without communication.
         """
         if self._report is None:
             state = "is still open" if self._capture is not None else "has not completed a `with` block"
@@ -265,13 +268,13 @@ class Probe:
         return self._report
 
     def unsettled_report(self) -> Report:
-        """:meth:`report`, but for :meth:`Report.settled`: of results that the device has not computed yet."""
+        """Returns the report without :meth:`Report.settled`, so that it need not wait for results on the device."""
         if self._report is None:
             return self.report()
         return self._report
 
     def _look_for_views(self, coverage: Coverage) -> None:
-        """In the blocks to come: what was not seen may be a view of a weight. None is looked for where none was used before."""
+        """Makes later blocks look for views of weights if some uses of a parameter were not seen: a view may have hidden them."""
         self._structures.views |= UNSEEN in coverage.not_covered.values()
 
     def _direction_of(self, names: list[str]) -> Tensor | None:
@@ -281,7 +284,7 @@ class Probe:
 
 
 def check_direction(model: nn.Module, direction: Mapping[str, Tensor] | None) -> None:
-    """Raises where ``direction`` is not a tensor of the parameter's shape for names of the model's parameters."""
+    """Raises an error unless ``direction`` maps names of the model's parameters to tensors of their shapes."""
     if direction is None:
         return
     if not isinstance(direction, Mapping):
@@ -300,5 +303,5 @@ def _check_process_group(model: nn.Module, group: dist.ProcessGroup | None) -> N
         raise TypeError(f"process_group: expected a torch.distributed.ProcessGroup or None, got {type(group).__name__}")
     if is_sharded(model):
         raise ValueError(
-            "process_group: expected None for a model whose parameters are sharded: its reports are of all ranks' examples"
+            "process_group: expected None for a model with sharded parameters, whose reports already cover all ranks' examples"
         )

@@ -1,4 +1,4 @@
-"""What a probe found: results of each parameter, metrics over all of them, and what was covered."""
+"""Defines what a probe returns: the results of each parameter, the metrics over all parameters, and the coverage."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ P = TypeVar("P")
 
 
 class ParameterReport:
-    """One covered parameter. Attributes named as the fields of :class:`zsl_kernels.InterferenceSums` hold its raw results.
+    """The results of one covered parameter. Its attributes have the names of the fields of :class:`zsl_kernels.InterferenceSums`.
 
-    The three sums are weight-shaped. ``grad_sum`` is read from the gradient that autograd stored and is gone once that was written
-    to (by gradient clipping, say): read it before, or keep a clone.
+    The three sums have the parameter's shape. ``grad_sum`` is read from the gradient that autograd stored. Read it, or clone it,
+    before anything such as gradient clipping writes to that gradient; afterwards it raises an error.
     """
 
     def __init__(self, name: str, how: str, results: Results, shape: torch.Size) -> None:
@@ -48,22 +48,22 @@ class ParameterReport:
 
     @property
     def is_sharded(self) -> bool:
-        """Whether its sums are DTensors, of which each rank has a part."""
+        """Whether the sums are DTensors, of which each rank holds a part."""
         return self._results.placed is not None
 
     @property
     def version(self) -> int:
-        """Of the memory that ``grad_sum`` is in."""
+        """The version counter of the memory that holds ``grad_sum``."""
         return self._results.version
 
     @property
     def common(self) -> Scale:
-        """What its block's results are multiplied by, as the loss shows."""
+        """The factor that the loss shows for all results of the block."""
         return self._results.common
 
     @cached_property
     def _scale(self) -> float:
-        """Waits for the device, where the loss's factors were read there."""
+        """Waits for the device if the loss's factors are there."""
         return self._results.scale * self._results.common.value
 
     @property
@@ -98,13 +98,13 @@ class ParameterReport:
 
     @cached_property
     def gram_blocks(self) -> list[Tensor] | None:
-        """The Gram of each micro-batch, one after another."""
+        """The Gram matrix of each micro-batch, in order."""
         grams = self._results.grams
         return None if grams is None else [self._scaled(gram, 2) for gram in grams]
 
     @property
     def gram(self) -> Tensor | None:
-        """(N, N); NaN for two examples of different micro-batches."""
+        """The (N, N) Gram matrix; NaN for pairs of examples from different micro-batches."""
         return None if self.gram_blocks is None else block_diagonal(self.gram_blocks)
 
     @cached_property
@@ -128,7 +128,7 @@ class ParameterReport:
         return bool(self.sq_norm.isfinite().all())
 
     def state(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        """What JSON can say of it, and tensors by their fields, in memory of their own. An embedding's sums are of touched rows."""
+        """Returns the results as JSON data and as cloned tensors by field. For an embedding, the sums hold only touched rows."""
         given: dict[str, Tensor | None] = {"abs_sum": self._sums.abs_sum, "sq_sum": self._sums.sq_sum}
         if not self._results.written_to:
             given["grad_sum"] = self._results.grad_sum
@@ -152,7 +152,7 @@ class ParameterReport:
         return parameter_of, (self.name, *self.state())
 
     def _weight_shaped(self, x: Tensor, power: int) -> Tensor:
-        """Of an embedding only the rows that some example touched are kept: the others are zero."""
+        """Expands and scales a sum. An embedding keeps only the rows that some example touched; all others are zero."""
         if (placed := self._results.placed) is not None:
             return placed(self._scaled(x, power))
         return self._scaled(self._sums.spread(x, self.shape).view(self.shape), power)
@@ -166,7 +166,7 @@ class ParameterReport:
 
 
 def _floats(metrics: Mapping[str, Metric]) -> dict[str, float]:
-    """Values, nulls and debiased values by names of their own."""
+    """Flattens metrics to floats: values, nulls and debiased values, each under its own name."""
     found: dict[str, float] = {}
     for name, metric in metrics.items():
         found[name] = metric.value
@@ -177,14 +177,14 @@ def _floats(metrics: Mapping[str, Metric]) -> dict[str, float]:
 
 
 def is_embedding(how: Iterable[str], shape: torch.Size) -> bool:
-    """Whether a parameter's rows are looked up, whatever else it is used for, such as a tied head. (Experts are looked up, but are
-    not rows.)"""
+    """Whether a parameter is a table of looked-up rows, even if it has other uses, as a tied head does. Stacked experts are looked
+    up too, but they have more than two dimensions."""
     return len(shape) == 2 and any(use.lower().startswith(("embedding", "index")) for use in how)
 
 
 @dataclass(frozen=True)
 class Coverage:
-    """Which trainable parameters the report speaks of, and how, and which not, and why."""
+    """The trainable parameters that the report covers, with the rule for each, and those it does not cover, with the reason."""
 
     covered: dict[str, str]  # name → rule
     not_covered: dict[str, str]  # name → reason
@@ -192,7 +192,7 @@ class Coverage:
 
     @property
     def share(self) -> float:
-        """The share of the trainable coordinates that is covered."""
+        """The share of the trainable coordinates that are covered."""
         total = sum(self.sizes.values())
         return sum(self.sizes[name] for name in self.covered) / total if total else math.nan
 
@@ -204,8 +204,11 @@ class Coverage:
 
 @dataclass(frozen=True)
 class Evidence:
-    """How rows were attributed to examples in a block: in ``proved`` of its ``passes`` backward passes by ``extra`` more, in the
-    others as in the pass of the same structure that was proved before. ``trusted`` is what was taken for granted."""
+    """How a block's rows were attributed to examples.
+
+    Of ``passes`` backward passes, ``proved`` were proved by ``extra`` additional backward passes. The others reuse the proof of an
+    earlier pass with the same structure. ``trusted`` lists what was assumed without proof.
+    """
 
     passes: int
     proved: int
@@ -228,9 +231,10 @@ class Evidence:
 
 
 class ByName(Generic[P]):
-    """A report's parameters. ``report[name]`` is one parameter's, by any of its names; iteration goes over the covered names.
+    """Maps parameter names to a report's parameters. ``report[name]`` accepts any of a parameter's names; iteration goes over the
+    covered parameters.
 
-    ``names`` has the name that each of a parameter's names stands for.
+    ``names`` maps every name of a parameter to the name under which the report lists it.
     """
 
     def __init__(self, parameters: dict[str, P], names: dict[str, str], coverage: Coverage) -> None:
@@ -256,12 +260,12 @@ class ByName(Generic[P]):
 
 
 class Report(ByName[ParameterReport]):
-    """The results of one probed block: sums over its backward passes, and the examples of all of them one after another.
+    """The results of one probed block: sums over its backward passes, and the examples of all passes in order.
 
     Attributes:
         num_examples: N.
         coverage: which parameters are covered, and why others are not.
-        proof: how it was made sure whose rows are whose.
+        proof: how the probe proved which rows belong to which examples.
     """
 
     def __init__(self, tracked: list[ParameterProbe], passes: list[Pass], proofs: list[Proof] | None = None) -> None:
@@ -285,11 +289,13 @@ class Report(ByName[ParameterReport]):
             raise ValueError(f"direction: expected one for every covered parameter, got none for {', '.join(missing)}")
 
     def reread(self, is_current: Callable[[], bool] | None = None, versions: Mapping[str, int] | None = None) -> Report:
-        """A report of what the tensors of this one hold now: after a replay of the CUDA graph in which the step was recorded.
+        """Returns a report of the current contents of this report's tensors, for use after a replay of a captured CUDA graph.
 
         Args:
-            is_current: says whether they still do; what is read of the report later raises an error. None: they are taken to.
-            versions: :meth:`versions` as they were after the replay, by which it is known who writes to gradients; None for now's.
+            is_current: returns whether the tensors still hold these results; if not, reading the new report raises an error. None:
+                the results are always taken to be current.
+            versions: the result of :meth:`versions` right after the replay, to detect later writes to gradients. None: read them
+                now.
         """
         versions = self.versions() if versions is None else versions
         memo: dict[Any, Any] = {}
@@ -308,18 +314,18 @@ class Report(ByName[ParameterReport]):
         proof: Evidence,
         unreached: frozenset[str] = frozenset(),
     ) -> Report:
-        """Of what is known already. ``parameters`` are those that are covered; no loss reaches those that are ``unreached``."""
+        """Builds a report from known results. ``parameters`` are the covered ones; no loss depends on the ``unreached`` ones."""
         found = cls.__new__(cls)
         ByName.__init__(found, parameters, names, coverage)
         found.num_examples, found.proof, found._doubts, found.unreached = num_examples, proof, {}, unreached
         return found
 
     def without_results(self) -> Report:
-        """Its names and coverage alone."""
+        """Returns a report with only the names and the coverage."""
         return Report.of({}, self.names, self.coverage, self.num_examples, self.proof)
 
     def settled(self) -> Report:
-        """Without the parameters of whose gradient a part was not seen, which on a device is not known before this is called."""
+        """Returns the report without parameters for which part of the gradient was not observed. Reads the device to find them."""
         if not self._doubts:
             return self
         refuted = torch.stack([torch.stack(doubts).any() for doubts in self._doubts.values()]).tolist()
@@ -336,11 +342,11 @@ class Report(ByName[ParameterReport]):
         return Report.of(parameters, self.names, coverage, self.num_examples, self.proof, self.unreached)
 
     def versions(self) -> dict[str, int]:
-        """How often the memory of each parameter's gradient was written to."""
+        """Returns the version counter of each parameter's gradient memory."""
         return {name: p.version for name, p in self._parameters.items()}
 
     def _total(self, field: str) -> Tensor | None:
-        """A scalar field over all covered parameters, in float64."""
+        """Returns the sum of a scalar field over all covered parameters, in float64."""
         parts = [getattr(p, field) for p in self._parameters.values()]
         if not parts or parts[0] is None:
             return None
@@ -364,7 +370,7 @@ class Report(ByName[ParameterReport]):
 
     @cached_property
     def gram_blocks(self) -> list[Tensor] | None:
-        """The Gram of each micro-batch, one after another."""
+        """The Gram matrix of each micro-batch, in order."""
         found = [p.gram_blocks for p in self._parameters.values()]
         if not found or found[0] is None:
             return None
@@ -372,14 +378,15 @@ class Report(ByName[ParameterReport]):
 
     @property
     def gram(self) -> Tensor | None:
-        """(N, N); NaN for two examples of different micro-batches."""
+        """The (N, N) Gram matrix; NaN for pairs of examples from different micro-batches."""
         return None if self.gram_blocks is None else block_diagonal(self.gram_blocks)
 
     @cached_property
     def metrics(self) -> dict[str, Metric]:
-        """Metrics over all covered parameters; see :func:`zerosum.metrics.gradient_metrics`. Empty where nothing is covered.
+        """The metrics over all covered parameters; see :func:`zerosum.metrics.gradient_metrics`. Empty if nothing is covered.
 
-        D_grad leaves embeddings out, as the paper does, and heads that are tied to one: NaN where nothing else is covered.
+        As in the paper, D_grad leaves out embeddings, and therefore heads that are tied to one. It is NaN if nothing else is
+        covered.
         """
         if self.l1 is None or self.sq_norm is None:
             return {}
@@ -388,13 +395,13 @@ class Report(ByName[ParameterReport]):
         return gradient_metrics(sums, self.l1, self.sq_norm, self.dot, self.gram_blocks, size=size, non_embedding=non_embedding)
 
     def _coordinates(self, names: list[str]) -> tuple[CoordinateSums, int]:
-        """Of some parameters: their sums over coordinates, and the number of these."""
+        """Returns the sums over coordinates of some parameters, and the number of coordinates."""
         sums = add_coordinates(self._parameters[name].coordinates for name in names)
         return sums, sum(self.coverage.sizes[name] for name in names)
 
     @cached_property
     def not_finite(self) -> list[str]:
-        """Parameters with a NaN or an infinity among their gradients."""
+        """The names of parameters whose gradients contain a NaN or an infinity."""
         if not self._parameters:
             return []
         finite = torch.stack([p.sq_norm.isfinite().all() for p in self._parameters.values()]).tolist()
@@ -406,7 +413,7 @@ class Report(ByName[ParameterReport]):
 
     @property
     def scope(self) -> str:
-        """Which parameters D_grad is over, in words."""
+        """A sentence that says which parameters D_grad covers."""
         out = {name: "embedding" for name, p in self._parameters.items() if p.is_embedding}
         out |= dict.fromkeys(self.coverage.not_covered, "not covered")
         said = f"D_grad is over {len(self.coverage.sizes) - len(out)} of {len(self.coverage.sizes)} trainable parameters"
@@ -416,10 +423,10 @@ class Report(ByName[ParameterReport]):
         return f"{said}, without {', '.join(shown)}" + (f" and {len(out) - 6} more" if len(out) > 6 else "")
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes everything that it says into a file of safetensors, from which :func:`zerosum.load_report` makes it again.
+        """Writes the report to a safetensors file, which :func:`zerosum.load_report` reads.
 
-        The file is complete or absent. Σ g of a parameter whose ``.grad`` was written to (by clipping, say) is left out: save the
-        report before.
+        The file is written completely or not at all. It leaves out Σ g of any parameter whose ``.grad`` was overwritten, for
+        instance by clipping: save the report before that.
 
         Raises:
             ImportError: safetensors is not installed.
@@ -429,22 +436,23 @@ class Report(ByName[ParameterReport]):
         stored.save(self, path)
 
     def all_reduce(self, group: ProcessGroup | None = None, *, direction: Mapping[str, Tensor] | None = None) -> Report:
-        """The report of all processes' examples, as one process would have made it of the ranks' batches as micro-batches. Every
-        rank of the group calls it, and each gets the same report.
+        """Returns one report of all processes' examples, as if the ranks' batches were micro-batches of one process. Every rank of
+        the group must call it; each rank gets the same report.
 
-        Σ g, Σ |g| and Σ g² are added over the ranks, scalars come one rank's after another's, and metrics have the N of all.
-        A parameter is covered where each rank covers it, or has no example that reaches it. Under DistributedDataParallel with
-        equal numbers of examples, Σ g is ``.grad`` times the number of ranks, where the losses are added up. With the factors of
-        ``loss_reduction="auto"``, an average example of all ranks weighs one.
-        The Gram keeps a block for each rank: inner products of examples on different ranks are not computed, NaN in ``gram``.
-        It sends 12 bytes for each float32 coordinate by ``all_reduce``, and the scalars.
+        - Σ g, Σ |g| and Σ g² are added over the ranks. Scalars are concatenated in rank order. Metrics use the total N.
+        - A parameter is covered if, on each rank, it is covered or no example reaches it.
+        - Under DistributedDataParallel with equal numbers of examples and summed losses, Σ g is ``.grad`` times the number of
+          ranks.
+        - With ``loss_reduction="auto"``, the factors are normalized so that the average example over all ranks has weight one.
+        - The Gram matrix has one block per rank. Inner products between ranks are not computed and are NaN in ``gram``.
+        - It sends 12 bytes for each float32 coordinate by ``all_reduce``, and the scalars.
 
         Args:
             group: the processes; None for all.
-            direction: the probe's, where it has one: the metrics along it need it again.
+            direction: the probe's direction, if it had one. The metrics along the direction need it again.
 
         Raises:
-            RuntimeError: no process group is initialized, or a rank's gradient was overwritten before.
+            RuntimeError: no process group is initialized, or a rank's gradient was already overwritten.
             ValueError: the ranks have reports of different models.
         """
         from zerosum.distributed import reports
@@ -452,11 +460,13 @@ class Report(ByName[ParameterReport]):
         return reports.all_reduce(self, group, direction)
 
     def to_dict(self, parameters: bool = False) -> dict[str, float]:
-        """Every metric as a float by its name, as loggers take them: ``D_grad``, ``D_grad_null`` (under random signs),
-        ``grad_norm_debiased`` …, with ``num_examples`` and ``coverage``, the share of the coordinates that is covered.
+        """Returns every metric as a float by name, in the form that loggers take.
+
+        The names are ``D_grad``, ``D_grad_null`` (the value under random signs), ``grad_norm_debiased`` and so on. ``num_examples``
+        and ``coverage`` (the share of covered coordinates) are included.
 
         Args:
-            parameters: whether to add each parameter's own, as ``name/D_grad``.
+            parameters: whether to add the metrics of each parameter, as ``name/D_grad``.
         """
         found = {"num_examples": float(self.num_examples), "coverage": self.coverage.share, **_floats(self.metrics)}
         if parameters:
@@ -465,14 +475,14 @@ class Report(ByName[ParameterReport]):
         return found
 
     def table(self) -> list[dict[str, Any]]:
-        """A row for each covered parameter: its name, rule, shape and size, and its metrics. ``pandas.DataFrame`` takes it."""
+        """Returns one row per covered parameter: name, rule, shape, size and metrics. You can pass it to ``pandas.DataFrame``."""
         return [
             {"name": name, "how": p.how, "shape": tuple(p.shape), "size": p.shape.numel(), **_floats(p.metrics)}
             for name, p in self._parameters.items()
         ]
 
     def by_module(self, depth: int = 1) -> dict[str, Report]:
-        """Reports of the parameters of each module, by the first ``depth`` parts of the module's name, in the model's order.
+        """Returns a report for each module, keyed by the first ``depth`` parts of its name, in the model's order.
 
         Parameters of the model itself are under "".
         """
@@ -497,7 +507,7 @@ class Report(ByName[ParameterReport]):
         return report_of, state_of(self)
 
     def __repr__(self) -> str:
-        """For a terminal; ``print`` says more."""
+        """Returns a summary for a terminal; ``print`` shows more."""
         c = self.coverage
         head = f"Report of {self.num_examples} examples, {len(c.covered)} of {len(c.sizes)} parameters covered ({c.share:.1%})"
         shown = [f"  {name:>16} {metric.value:12.5g}" for name, metric in self.metrics.items()][:20]
