@@ -1,11 +1,11 @@
-"""Loss deceleration: where a loss curve, straight on log-log axes, bends and goes on flatter.
+"""Fits loss curves and locates loss deceleration: the bend after which a curve, straight on log-log axes, falls less steeply.
 
-The curve is a smoothly broken power law with one break and no offset (Caballero et al. 2023), fitted as Mircea et al. (2025) do:
+The curve is a smoothly broken power law with one break and no offset (Caballero et al. 2023), fitted as in Mircea et al. (2025):
 
     ln L(t) = ln b − c0 ln t − c1 f1 ln(1 + exp((ln t − ln d1) / f1))
 
-Before the break its log-log slope is −c0, after it −(c0 + c1); f1 is how many e-folds of t the bend takes. At a deceleration
-c1 < 0. Needs scipy, which ``pip install 'zsl_kernels[demo]'`` brings.
+Its log-log slope is −c0 before the break and −(c0 + c1) after it; f1 is the width of the bend in e-folds of t. Deceleration means
+c1 < 0. The fit needs scipy (``pip install 'zsl_kernels[demo]'``).
 """
 
 from __future__ import annotations
@@ -23,19 +23,19 @@ from numpy.typing import ArrayLike
 from zerosum.curves import CurveError, check, thin
 from zerosum.records import smooth
 
-FEWEST = 12  # points to fit five numbers to
-BESIDE = 3  # of them on either side of a break, for it to be one
-LOCATED = 0.5  # the largest error of ln t_d with which a break has a place: a factor of 1.6
-# A difference of BICs from which evidence is called strong (Kass and Raftery 1995): the break's place was searched for too.
+FEWEST = 12  # the fewest points for a fit of five parameters
+BESIDE = 3  # the fewest points on each side of a break
+LOCATED = 0.5  # the largest error of ln t_d at which a break counts as located: a factor of 1.6
+# The BIC difference that is called strong evidence (Kass and Raftery 1995). The break's position was searched for, too.
 STRONG = 6.0
-UNITS = 1000  # fractions of steps below it are of another unit: t_d, a whole number, would lose its digits
-PUBLISHED_SPLIT = 6000.0  # where the published fits start from
-ENOUGH = 2000  # points to find the start of a longer curve's fit with
-SHARPEST = 1e-3  # of f1: less than the distance of two points, so that they cannot tell
+UNITS = 1000  # below it, fractional steps are in another unit: t_d, an integer, would lose its digits
+PUBLISHED_SPLIT = 6000.0  # where the published fits start
+ENOUGH = 2000  # points that suffice for the first fit of a longer curve
+SHARPEST = 1e-3  # lower bound of f1: below the distance of two points, so that the data cannot determine it
 LEVEL = 0.95  # of the bootstrap's intervals
 NAMES = ("b", "c0", "c1", "log_d1", "f1")
 RESULTS = (*NAMES, "L_d", "t_d", "r_d", "L_T_hat")
-# Where the fit stops: relative changes of the squared errors and the parameters. The bootstrap needs no more than three digits.
+# Where the fit stops: relative changes of the squared errors and the parameters. Three digits are enough for the bootstrap.
 TOLERANCE, ROUGH = 1e-10, 1e-6
 
 HEAD = ["L_d", "t_d", "r_d", "L̂_T", "L_T", "RSLE", "n", "verdict"]
@@ -43,33 +43,39 @@ HEAD = ["L_d", "t_d", "r_d", "L̂_T", "L_T", "RSLE", "n", "verdict"]
 
 @dataclass(frozen=True)
 class Deceleration:
-    """The fit of one curve.
+    """The fit of one loss curve.
 
     ``errors`` and ``intervals`` have one entry for each of b, c0, c1, log_d1, f1, L_d, t_d, r_d and L_T_hat.
 
     Attributes:
         b, c0, c1, log_d1, f1: the curve's parameters, log_d1 = ln d1.
         L_d, t_d: where the two straight segments meet, L_d = b t_d^−c0 at step t_d = ⌊d1⌋. The smooth curve lies above L_d there.
-        r_d: the slope after it, c0 + c1: L falls as t^−r_d.
+        r_d: the slope after the break, c0 + c1: L falls as t^−r_d.
         L_T: the last point of the curve that was fitted. L_T_hat: L_d (T / t_d)^−r_d at step T = ``final``.
         rsle: root mean squared error of ln L.
-        errors: standard errors, from the covariance of least squares with ``n_effective`` for n: averaged losses err together. NaN
-            where the data do not tell: the width f1 of a break sharper than the points are spaced.
-        intervals: 95 % percentile intervals of the bootstrap; empty without one. Like the errors they are about noise around this
-            curve, not about another form of it. How often they had the truth in 200 simulated curves: with independent noise and
-            200 points ± 1.96 errors 96 to 98 %, the intervals 90 to 97 %; with 30 points 91 to 97 and 75 to 88 %; with neighbours
-            correlated by 0.9, worth 27 points by ``n_effective`` and 11 in truth, 74 to 80 and 60 to 80 %. For averages of 60000
-            single steps both are too wide, 2 to 4 times, but for those of b and c0, which the noisy beginning decides: 93 and 75 %.
-        n: points fitted. n_effective: independent ones that they are worth, by the autocorrelation of the residuals and by how
-            unevenly these are spread over the curve: the average over a log-scaled window is noisiest at its beginning.
+        errors: standard errors, from the covariance of least squares with ``n_effective`` in place of n, because the errors of
+            averaged losses are correlated. NaN where the data do not determine a value, such as the width f1 of a break sharper
+            than the distance of the points.
+        intervals: 95 % percentile intervals of the bootstrap; empty without one. Like the errors, they describe noise around this
+            curve, not the choice of its form. Their coverage of the truth in 200 simulated curves: with independent noise and 200
+            points, ± 1.96 errors 96 to 98 %, the intervals 90 to 97 %; with 30 points, 91 to 97 and 75 to 88 %; with neighbors
+            correlated by 0.9 (``n_effective`` 27, in truth 11), 74 to 80 and 60 to 80 %. For averages of 60000 single steps, both
+            are too wide by a factor of 2 to 4, except those of b and c0, which the noisy beginning determines: 93 and 75 %.
+        n: the number of points fitted. n_effective: the equivalent number of independent points, from the autocorrelation of the
+            residuals and from how unevenly they are spread over the curve: the average over a log-scaled window is noisiest at its
+            beginning.
         one_b, one_c: the single segment L = one_b t^−one_c that the curve is compared with.
         bic_one, bic_two: ν ln(RSS/n) + k ln ν, with k = 2 and 5 and ν = n_effective − 5; the lower one is the better description.
-        found: a deceleration: two segments describe the curve better, by a BIC that is lower by 6; it falls before the break and
-            less steeply after it, and does not rise there by more than two errors of r_d; the break has points on both sides, and
-            ln t_d an error below 0.5. Of simulated straight curves, with independent, autocorrelated or averaged noise, 0 to 5 %
-            were called one. A curve that bends all the way, such as E + A t^−α, has no break and may be called one too: a wide
-            f1, above 1, and a large error of r_d tell.
-        verdict: the same in words, or what was found instead.
+        found: whether the curve decelerates. All of these must hold:
+
+            - Two segments describe the curve better, with a BIC that is lower by 6.
+            - The loss falls before the break and falls less steeply after it. It does not rise there by more than two errors of
+              r_d.
+            - The break has points on both sides, and the error of ln t_d is below 0.5.
+
+            Of simulated straight curves with independent, autocorrelated or averaged noise, 0 to 5 % passed. A curve that bends
+            everywhere, such as E + A t^−α, has no break but may pass, too; an f1 above 1 and a large error of r_d show this.
+        verdict: the result in words, including why no deceleration was found.
     """
 
     b: float
@@ -100,19 +106,19 @@ class Deceleration:
         return math.exp(self.log_d1)
 
     def at(self, steps: ArrayLike) -> np.ndarray:
-        """The fitted losses at ``steps``."""
+        """Returns the fitted losses at ``steps``."""
         return np.exp(_curve(np.log(np.asarray(steps, dtype=float)), *self._parameters()))
 
     def early(self, steps: ArrayLike) -> np.ndarray:
-        """The segment before the break, b t^−c0."""
+        """Returns the segment before the break, b t^−c0."""
         return self.b * np.asarray(steps, dtype=float) ** -self.c0
 
     def late(self, steps: ArrayLike) -> np.ndarray:
-        """The segment after it, L_d (t / t_d)^−r_d."""
+        """Returns the segment after the break, L_d (t / t_d)^−r_d."""
         return self.L_d * (np.asarray(steps, dtype=float) / self.t_d) ** -self.r_d
 
     def one(self, steps: ArrayLike) -> np.ndarray:
-        """The single segment."""
+        """Returns the single segment, one_b t^−one_c."""
         return self.one_b * np.asarray(steps, dtype=float) ** -self.one_c
 
     def __str__(self) -> str:
@@ -122,7 +128,8 @@ class Deceleration:
         return f"{self.verdict}: {', '.join(parts)}; RSLE {self.rsle:.4f} over {self.n} points"
 
     def cells(self) -> list[str]:
-        """Its line of a table under ``HEAD``. Without a deceleration its parameters would say nothing: they are left out."""
+        """Returns the fit's row of a table with the columns ``HEAD``. It omits the break's parameters if no deceleration was
+        found."""
         broken = [with_error(getattr(self, key), self.errors[key]) for key in ("L_d", "t_d", "r_d")] + [f"{self.L_T_hat:.4g}"]
         verdict = "deceleration" if self.found else self.verdict.split(":")[0]
         return [*(broken if self.found else ["–"] * 4), f"{self.L_T:.4g}", f"{self.rsle:.4f}", str(self.n), verdict]
@@ -141,20 +148,21 @@ def fit(
     bootstrap: int = 200,
     seed: int = 0,
 ) -> Deceleration:
-    """``scipy.optimize.curve_fit`` of ln L(t), dogbox, from several starts of which the best fit is kept.
+    """Fits ln L(t) with ``scipy.optimize.curve_fit`` (dogbox) from several starting points, and returns the best fit.
 
-    The losses are first averaged over a log-scaled window (:func:`zerosum.records.smooth`), then thinned
-    (:func:`zerosum.curves.thin`). The window looks back, so a break comes some 9 % of its step late, as in the published numbers.
-    The procedure is that of Mircea et al. (2025).
+    The procedure is that of Mircea et al. (2025). The losses are averaged over a log-scaled window
+    (:func:`zerosum.records.smooth`), then thinned (:func:`zerosum.curves.thin`). The window looks back, so a break is located some
+    9 % of its step too late, as in the published numbers.
 
     Args:
         steps: (n,), increasing.
         losses: (n,), > 0, in any unit.
-        smoothed: the losses are averages already, or of whole evaluation sets: take every row as it is.
-        first: take only later steps than this.
+        smoothed: fit every row as it is, because the losses are already averages or come from whole evaluation sets.
+        first: fit only later steps than this one.
         final: the step T of L_T_hat; the last step if None.
-        bootstrap: resamples behind the intervals, of the residuals in moving blocks, for neighbours err together; 0 for none.
-        seed: fixes them.
+        bootstrap: the number of bootstrap samples for the intervals; 0 for none. They resample the residuals in moving blocks,
+            because the errors of neighboring points are correlated.
+        seed: the seed of the bootstrap.
 
     Raises:
         CurveError: the curve is too short, or has a NaN, a loss <= 0 or a step that does not increase; the message says where.
@@ -171,7 +179,7 @@ def fit(
     errors = _errors(x, best, residuals, n_effective, derived, final)
     found, verdict = _verdict(x, best, errors, -float(one[0]), *bics)
     resampled = _resample(x, best, residuals, n_effective, bootstrap, seed, final)
-    with np.errstate(invalid="ignore"):  # between infinities, of a fit to what is no loss curve
+    with np.errstate(invalid="ignore"):  # between infinities, if the data are no loss curve
         edges = np.percentile(resampled, [50 * (1 - LEVEL), 50 * (1 + LEVEL)], axis=0).T if bootstrap else []
     return Deceleration(
         **derived | {"t_d": int(derived["t_d"])},  # type: ignore[arg-type]
@@ -194,7 +202,7 @@ def fit(
 def _points(
     steps: ArrayLike, losses: ArrayLike, smoothed: bool, first: float, final: float | None
 ) -> tuple[np.ndarray, np.ndarray, float]:
-    """ln t and ln L of the points to fit, and the step of the prediction."""
+    """Returns ln t and ln L of the points to fit, and the step of the prediction."""
     t, y = np.asarray(steps, dtype=float), np.asarray(losses, dtype=float)
     if t.ndim != 1 or t.shape != y.shape:
         raise CurveError(f"steps, losses: expected two arrays of the same length, got shapes {t.shape} and {y.shape}")
@@ -204,13 +212,13 @@ def _points(
     rows = len(t)
     if rows and t[-1] < UNITS and (fractions := t[t % 1 != 0]).size:
         raise CurveError(
-            f"steps: expected numbers of steps, got {fractions[0]:g} and no more than {t[-1]:g}: are they epochs, or thousands?"
+            f"steps: expected numbers of steps, got {fractions[0]:g} and at most {t[-1]:g}: are they epochs, or thousands of steps?"
         )
     if not smoothed and len(t):
         kept = thin(t)
         t, averaged = t[kept], smooth(y)[kept]
-        if (averaged <= 0).any():  # what a running sum has left of 1 after 10^16
-            raise CurveError(f"the losses, from {y.min():g} to {y.max():g}, are too far apart to be averaged")
+        if (averaged <= 0).any():  # rounding of a running sum can lose a loss that is 10^16 times smaller
+            raise CurveError(f"losses: the range from {y.min():g} to {y.max():g} is too wide to average")
         y = averaged
     t, y = t[t > first], y[t > first]
     if len(t) < FEWEST:

@@ -263,7 +263,7 @@ def test_thinning_takes_steps_that_count_tokens() -> None:
 
 def test_units_that_are_no_steps_are_refused() -> None:
     epochs = np.linspace(0.001, 3, 3000)
-    with pytest.raises(CurveError, match=r"^steps: expected numbers of steps, got 0.001 and no more than 3: are they epochs"):
+    with pytest.raises(CurveError, match=r"^steps: expected numbers of steps, got 0.001 and at most 3: are they epochs"):
         fit(epochs, 9 * epochs**-0.1, first=0)
 
 
@@ -320,7 +320,7 @@ def test_a_curve_that_is_too_short_is_refused() -> None:
         fit([], [])
     with pytest.raises(CurveError, match=r"same length, got shapes \(3,\) and \(2,\)"):
         fit([1, 2, 3], [1, 2])
-    with pytest.raises(CurveError, match="too far apart to be averaged"):
+    with pytest.raises(CurveError, match=r"losses: the range from .* is too wide to average"):
         fit(np.arange(1, 200), np.where(np.arange(1, 200) == 50, 1e30, 1.0))
     for option in ("first", "final"):
         with pytest.raises(CurveError, match=f"^{option}: expected a step"):

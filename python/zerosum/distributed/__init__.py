@@ -1,8 +1,10 @@
-"""The probe in training that runs in several processes: what it has to know of DistributedDataParallel
-(:mod:`~zerosum.distributed.ddp`), fully_shard (:mod:`~zerosum.distributed.fsdp`) and tensor parallelism
-(:mod:`~zerosum.distributed.tensor_parallel`), and how ranks' reports become one (:mod:`~zerosum.distributed.reports`).
+"""Lets the probe measure training that runs in several processes.
 
-Reports of ranks that have whole parameters are added up by :meth:`zerosum.Report.all_reduce`.
+- :mod:`~zerosum.distributed.ddp` handles DistributedDataParallel.
+- :mod:`~zerosum.distributed.fsdp` handles fully_shard (FSDP2).
+- :mod:`~zerosum.distributed.tensor_parallel` handles tensor parallelism.
+- :mod:`~zerosum.distributed.reports` combines the ranks' reports. For ranks with whole parameters, call
+  :meth:`zerosum.Report.all_reduce`.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ if TYPE_CHECKING:
 
 
 def check_supported(model: nn.Module) -> None:
-    """Raises where a model's parameters are parts of parameters, in a way that the probe does not support.
+    """Raises an error if a model's parameters are sharded in a way that the probe does not support.
 
     Raises:
         NotImplementedError: the message names the module or the parameter, and what to do instead.
@@ -27,12 +29,12 @@ def check_supported(model: nn.Module) -> None:
         from zerosum.distributed import shards
 
         if any(_is_a(module, "DistributedDataParallel") for module in model.modules()):
-            raise NotImplementedError("model: DTensors in a DistributedDataParallel are not supported: use fully_shard")
+            raise NotImplementedError("model: DTensors inside DistributedDataParallel are not supported: use fully_shard")
         shards.check(model)
 
 
 def check_whole(model: nn.Module, caller: str) -> None:
-    """Raises where a model's parameters are parts of parameters, of which only a plain probe knows what to do.
+    """Raises an error if a model's parameters are sharded, for a ``caller`` that needs whole parameters.
 
     Raises:
         NotImplementedError: the message names the module or the parameter, and what to do instead.
@@ -40,16 +42,17 @@ def check_whole(model: nn.Module, caller: str) -> None:
     _refuse_flat(model)
     if (name := _dtensor(model)) is not None:
         raise NotImplementedError(
-            f"model: {name!r} is a DTensor, a part of a parameter; {caller} measures whole ones: give it a copy of the model with "
-            "full_tensor() of each"
+            f"model: {name!r} is a DTensor, which holds part of a parameter; {caller} needs whole parameters: pass a copy of the "
+            "model with full_tensor() of each parameter"
         )
 
 
 def shards_of(model: nn.Module) -> Shards | None:
-    """The parts of parameters in a model. All ranks call it, as parameters may be gathered for it."""
+    """Returns the model's sharded parameters, or None if there are none. All ranks must call it, because it may gather
+    parameters."""
     if not is_sharded(model):
         return None
-    from zerosum.distributed import shards  # (which takes long to import)
+    from zerosum.distributed import shards  # a slow import
 
     return shards.Shards(model)
 
@@ -64,20 +67,20 @@ def _refuse_flat(model: nn.Module) -> None:
 
 
 def is_sharded(model: nn.Module) -> bool:
-    """Whether this rank has parts of a model's parameters."""
-    # Between `unshard` and `reshard` the parameters of fully_shard are whole ones.
+    """Whether this rank holds parts of a model's parameters."""
+    # Between `unshard` and `reshard`, the parameters of fully_shard are whole, so parameters alone do not show it.
     return _dtensor(model) is not None or any(_is_a(module, "FSDPModule") for module in model.modules())
 
 
 def _dtensor(model: nn.Module) -> str | None:
-    """The name of a parameter that is a part of one."""
+    """Returns the name of a parameter that is a DTensor."""
     if "torch.distributed.tensor" not in sys.modules:
         return None
     return next((name for name, p in model.named_parameters() if "DTensor" in (type(p).__name__, type(p.data).__name__)), None)
 
 
 def _is_a(module: nn.Module, name: str) -> bool:
-    """By name: importing the class takes a second."""
+    """Compares classes by name, because importing the class takes a second."""
     return any(kind.__name__ == name for kind in type(module).__mro__)
 
 

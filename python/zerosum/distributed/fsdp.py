@@ -1,13 +1,14 @@
-"""The probe of a model that ``torch.distributed.fsdp.fully_shard`` (FSDP2, HSDP) has sharded.
+"""Lets the probe measure a model that ``torch.distributed.fsdp.fully_shard`` (FSDP2, HSDP) has sharded.
 
-While a module runs, its parameters are the gathered ones, and always the same objects: the probe watches those. Each rank has
-examples of its own, so its sums are parts of sums over all ranks. They are reduced to the owners of the shards in the place where
-FSDP reduces the gradients of the same parameters, so that the ranks' collectives come in FSDP's own order. When the block is over,
-the examples' scalars of all ranks are put behind one another. A report is then of all ranks' examples, and its weight-shaped sums
-are DTensors like the parameters.
+While a module runs, it uses gathered parameters, which are always the same objects: the probe watches those. Each rank has its own
+examples, so its sums are partial sums over all ranks. They are reduced to the owners of the shards at the point where FSDP reduces
+the gradients of the same parameters, so that the ranks' collectives stay in FSDP's order. At the end of the block, the scalars of
+all ranks' examples are concatenated. The report then covers all ranks' examples, and its weight-shaped sums are DTensors like the
+parameters.
 
-A rank that proves a step differentiates it again, which needs the parameters but calls no collective of FSDP's: all of them are
-gathered before, on all ranks, if one of them proves. :class:`~zerosum.distributed.shards.Shards` does what concerns all parameters.
+A rank that proves a step differentiates it again. This needs the parameters but runs none of FSDP's collectives. Therefore, if any
+rank needs a proof, all ranks first gather all parameters. :class:`~zerosum.distributed.shards.Shards` handles the parameters
+together.
 """
 
 from __future__ import annotations
@@ -26,15 +27,15 @@ from zerosum.probe.parameters import ParameterProbe
 from zerosum.probe.results import Results
 from zsl_kernels.types import sum_dtype
 
-_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor  # (the older name is deprecated)
-TWICE = "the backward pass went through it twice"
+_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor  # the older name is deprecated
+TWICE = "the backward pass computed its gradient twice"
 
 
 class Shard:
-    """Which part of a parameter is this rank's, and how the ranks' parts of a sum become it."""
+    """The part of a parameter that this rank owns, and how a sum over the ranks is reduced to it."""
 
     def __init__(self, parameter: Any) -> None:
-        self._parameter = parameter  # FSDP's
+        self._parameter = parameter  # FSDP's parameter object
         info = parameter.mesh_info
         self._sharded = info.shard_mesh_dim is not None
         self._replicated = info.replicate_mesh_dim is not None
@@ -47,17 +48,17 @@ class Shard:
 
     @property
     def groups(self) -> list[dist.ProcessGroup]:
-        """Of the ranks that have other examples, from the outermost: all of them together are the ranks of the mesh."""
+        """The process groups of ranks with different examples, outermost first. Together they are the ranks of the mesh."""
         found = [self._info.replicate_process_group] if self._replicated else []
         return [*found, self._info.shard_process_group] if self._sharded else found
 
     @property
     def owners(self) -> dist.ProcessGroup | None:
-        """Of the ranks that have the parts of one parameter."""
+        """The process group of the ranks that hold the parts of one parameter."""
         return self._info.shard_process_group if self._sharded else None
 
     def own(self, x: Tensor, dim: int | None = None) -> Tensor:
-        """This rank's part of a tensor that is laid out as the parameter."""
+        """Returns this rank's part of a tensor that has the parameter's layout."""
         dim = self.dim if dim is None else dim
         if not self._sharded:
             return x
@@ -66,12 +67,12 @@ class Shard:
         return x.narrow(dim, start, min(size, x.shape[dim] - start))
 
     def reduced(self, x: Tensor) -> Tensor:
-        """This rank's part of the sum of (F, *parameter.shape) over the ranks."""
+        """Returns this rank's part of the sum of (F, *parameter.shape) over the ranks."""
         dim = self.dim + 1
         mine = self.own(x, dim)
         if self._sharded:
             size = -(-x.shape[dim] // self.parts)
-            rows = x.new_zeros(self.parts * size, *x.shape[:dim], *x.shape[dim + 1 :])  # (what is to be scattered comes first)
+            rows = x.new_zeros(self.parts * size, *x.shape[:dim], *x.shape[dim + 1 :])  # the scattered dimension must be first
             rows[: x.shape[dim]] = x.movedim(dim, 0)
             part = rows.new_empty(size, *rows.shape[1:])
             _reduce_scatter(part, rows, group=self._info.shard_process_group)
@@ -82,13 +83,13 @@ class Shard:
         return mine
 
     def as_dtensor(self, x: Tensor) -> DTensor:
-        """This rank's part, as a tensor that is sharded like the parameter."""
+        """Returns this rank's part as a tensor that is sharded like the parameter."""
         like: DTensor = self._parameter.sharded_param
         return DTensor.from_local(x, like.device_mesh, like.placements, run_check=False, shape=like.shape, stride=like.stride())
 
 
 class AfterBackward:
-    """What runs in the place of a group's ``post_backward``."""
+    """Replaces a parameter group's ``post_backward``: reduces the probe's sums, then calls the original."""
 
     def __init__(self, group: Any, extra: Callable[[], bool], probes: dict[nn.Parameter, ParameterProbe]) -> None:
         self._plain = group.post_backward
@@ -109,23 +110,24 @@ class AfterBackward:
 
 
 class ShardedProbe(ParameterProbe):
-    """A parameter of which this rank keeps a shard. It watches the gathered one, and its results are the shard's."""
+    """Probes a parameter of which this rank holds a shard. It watches the gathered parameter; its results are those of the
+    shard."""
 
     shard: Shard
     sums: Tensor | None  # (3, *shard), over the ranks and the passes so far
-    arrived = False  # whether its gradient has come in this backward pass
-    _waiting: Results | None = None  # this rank's part
+    arrived = False  # whether its gradient arrived in this backward pass
+    _waiting: Results | None = None  # this rank's contribution
 
     def renew(self, context: Any, direction: Tensor | None, gram: bool) -> None:
         if isinstance(direction, DTensor):
             direction = direction.full_tensor()
         super().renew(context, direction, gram)
-        self.marks.merges = True  # so that it is told of each gradient
+        self.marks.merges = True  # so that `on_gradient` is called for each gradient
         self.sums, self.arrived, self._waiting = None, False, None
 
     def on_gradient(self, grad: Tensor) -> None:
         if self.context.nested:
-            self.refuse("it is used in a reentrant checkpoint: with fully_shard use checkpoint(..., use_reentrant=False)")
+            self.refuse("a reentrant checkpoint uses it: with fully_shard, use checkpoint(..., use_reentrant=False)")
         self.arrived |= not self.context.nested
         super().on_gradient(grad)
 
@@ -141,7 +143,7 @@ class ShardedProbe(ParameterProbe):
         self._waiting = results
 
     def reduce(self) -> None:
-        """Adds the ranks' parts of this backward pass up. All ranks call it, whether they have a part or not."""
+        """Adds up the ranks' contributions to this backward pass. All ranks must call it, even without a contribution."""
         waiting, self._waiting, self.arrived = self._waiting, None, False
         like, now = self.like, self.context.current
         if waiting is None:
@@ -163,12 +165,12 @@ class ShardedProbe(ParameterProbe):
     def end_pass(self) -> None:
         super().end_pass()
         if self._waiting is not None:
-            self.refuse("its statistics came after FSDP had reduced its gradient")
+            self.refuse("its statistics were computed after FSDP had reduced its gradient")
         self.arrived, self._waiting = False, None
 
 
 def groups_of(module: FSDPModule) -> list[Any]:
-    """FSDP's groups of parameters that are gathered together."""
+    """Returns FSDP's groups of parameters that are gathered together."""
     state = module._get_fsdp_state()
     if hasattr(state, "_fsdp_param_groups"):
         return list(state._fsdp_param_groups)
@@ -176,7 +178,7 @@ def groups_of(module: FSDPModule) -> list[Any]:
 
 
 def scaled(sums: Tensor, by: float) -> Tensor:
-    """Σ g, Σ |g| and Σ g² (3, …) of gradients times a number."""
+    """Scales Σ g, Σ |g| and Σ g² (3, …) as if every gradient were multiplied by a number."""
     if by == 1:
         return sums
     factors = sums.new_tensor([by**power for power in WEIGHT_SHAPED.values()])

@@ -1,4 +1,4 @@
-"""Makes one report of the ranks' reports."""
+"""Combines the reports of several ranks into one report."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ VECTORS = [field for field in SCALARS if field != "gram"]  # (N,)
 
 
 class Ranks:
-    """Those that have other examples. Several groups, from the outermost, are the dimensions of a mesh."""
+    """The ranks that have different examples. Several groups, outermost first, are the dimensions of a mesh."""
 
     def __init__(self, groups: Sequence[dist.ProcessGroup | None]) -> None:
         self._groups = groups
 
     def any(self, flag: bool, device: torch.device) -> bool:
-        """Whether it is so on any rank."""
+        """Whether the flag is set on any rank."""
         found = torch.tensor(float(flag), device=device)
         for group in self._groups:
             dist.all_reduce(found, dist.ReduceOp.MAX, group=group)
         return bool(found)
 
     def everyone(self, mine: Any) -> list[Any]:
-        """What each rank has, in the order of the ranks."""
+        """Returns every rank's object, in rank order."""
         found = [mine]
         for group in reversed(self._groups):
             parts: list[Any] = [None] * dist.get_world_size(group)
@@ -40,7 +40,7 @@ class Ranks:
         return found
 
     def joined(self, x: Tensor, counts: Sequence[int]) -> Tensor:
-        """(F, N_r) of each rank r, as (F, Σ N_r) in the order of the ranks."""
+        """Concatenates (F, N_r) of each rank r to (F, Σ N_r), in rank order."""
         found = x.new_zeros(1, x.shape[0], max(counts))
         found[0, :, : x.shape[1]] = x
         for group in reversed(self._groups):
@@ -51,32 +51,34 @@ class Ranks:
 
 
 class Joint:
-    """What all ranks' reports say together, as each rank finds out."""
+    """What all ranks' reports contain together. Each rank computes the same."""
 
     def __init__(self, ranks: Ranks, report: Report, error: Exception | None = None) -> None:
         self._ranks, self._report = ranks, report
         self._mine: dict[str, Any] = {"error": str(error)} if error is not None else _about(report)
         self._everyone = everyone = ranks.everyone(self._mine)
         if error is not None:
-            raise error  # the others find it in `everyone`, so that none waits
+            raise error  # the other ranks find it in `everyone`, so that no rank waits forever
         for rank, about in enumerate(everyone):
             if "error" in about:
                 raise RuntimeError(f"all_reduce: rank {rank} of the group has no report to add: {about['error']}")
         self._fields: list[str] = next((about["fields"] for about in everyone if about["covered"]), [])
         for rank, about in enumerate(everyone):
             if about["sizes"] != self._mine["sizes"] or (about["covered"] and about["fields"] != self._fields):
-                raise ValueError(f"report: expected the same parameters and fields on every rank, got others on rank {rank}")
+                raise ValueError(
+                    f"report: expected the same parameters and fields on every rank, got different ones on rank {rank}"
+                )
         self.covered, self.not_covered = self._coverage()
         self._counts = [about["num_examples"] for about in everyone]
         self.num_examples = sum(self._counts)
-        # What results are multiplied by, as all ranks' losses show; and what is left of it where this rank's factors are in them.
+        # `common` is the factor for results that all ranks' losses show; `factor` is its quotient by this rank's own factor.
         known = [torch.tensor(x, dtype=torch.float64) for about in everyone if (x := about["factors"]) is not None]
         self.common = common_scale(Pass(0, 0, factors=(count, total)) for count, total in known).value
         self.factor = self.common / next((report[name].common.value for name in report), 1.0)
 
     def _coverage(self) -> tuple[dict[str, Any], dict[str, str]]:
-        """What is known of each parameter that is covered, and why the others are not. A rank none of whose examples reach a
-        parameter has zeros for it."""
+        """Returns what is known about each covered parameter, and why the others are not covered. If none of a rank's examples
+        reach a parameter, that rank contributes zeros."""
         covered, not_covered = {}, {}
         for name in self._mine["sizes"]:
             refused = [
@@ -94,15 +96,15 @@ class Joint:
         return covered, not_covered
 
     def lose(self, missing: Mapping[str, str]) -> None:
-        """Takes that some parameters are not covered after all, and why."""
+        """Marks some parameters as not covered, with the reasons."""
         for name, why in missing.items():
             self.covered.pop(name, None)
             self.not_covered.setdefault(name, why)
 
     def scalars(self, name: str, total: Callable[[Tensor], Tensor] = lambda x: x) -> tuple[dict[str, Any], list[Tensor] | None]:
-        """A parameter's scalars by field, those of all ranks behind one another, and the Grams of all ranks' passes.
+        """Returns a parameter's scalars by field, concatenated over all ranks, and the Gram matrices of all ranks' passes.
 
-        ``total`` makes those of all coordinates of those of this rank's.
+        ``total`` turns scalars over this rank's coordinates into scalars over all coordinates.
         """
         like, n, fields = self.covered[name], self._report.num_examples, self._fields
         blocks: list[int] = self._mine["blocks"]
@@ -126,7 +128,7 @@ class Joint:
 
     @property
     def how(self) -> dict[str, list[str]]:
-        """The rules that cover each parameter on some rank."""
+        """The rules that cover each parameter on any rank."""
         every = [about["covered"] for about in self._everyone]
         return {name: list(dict.fromkeys(use for x in every if name in x for use in x[name].split(" + "))) for name in self.covered}
 
@@ -140,7 +142,7 @@ class Joint:
 
 
 def _about(report: Report) -> dict[str, Any]:
-    """What every rank has to know of a report."""
+    """Returns what every rank needs to know about a report."""
     proof, first = report.proof, next(iter(report), None)
     grams = None if first is None else report[first].gram_blocks
     factors = None if first is None else report[first].common.factors
@@ -165,7 +167,7 @@ def _about(report: Report) -> dict[str, Any]:
 def all_reduce(report: Report, group: dist.ProcessGroup | None, direction: Mapping[str, Tensor] | None) -> Report:
     """See :meth:`zerosum.Report.all_reduce`."""
     if not (dist.is_available() and dist.is_initialized()):
-        raise RuntimeError("all_reduce: expected an initialized process group, got none: call torch.distributed.init_process_group")
+        raise RuntimeError("all_reduce: no process group is initialized; call torch.distributed.init_process_group first")
     refuse_sharded(report, "all_reduce")
     report = report.settled()
     joint = Joint(Ranks([group]), report, _problem(report, direction))
@@ -180,24 +182,24 @@ def all_reduce(report: Report, group: dist.ProcessGroup | None, direction: Mappi
     for work in waiting:
         work.wait()
     for results in found.values():
-        results.hold(results.sums.grad_sum)  # written to until now
+        results.hold(results.sums.grad_sum)  # the all-reduce wrote to it until now
     return joined(found, report, joint.how, joint.not_covered, joint.proofs, joint.num_examples, direction, joint.unreached)
 
 
 def _problem(report: Report, direction: Mapping[str, Tensor] | None) -> Exception | None:
-    """Why a report cannot be added."""
+    """Returns why a report cannot be added to others, as an error."""
     try:
         if report.dot is not None and direction is None:
-            raise ValueError("direction: expected the probe's, whose metrics need it again; got none")
+            raise ValueError("direction: expected the probe's direction, which the report's metrics need again; got None")
         for name in report:
-            report[name].grad_sum  # noqa: B018 (raises where it was overwritten)
+            report[name].grad_sum  # noqa: B018 (raises if it was overwritten)
     except (RuntimeError, ValueError) as error:
         return error
     return None
 
 
 def _own_sums(report: Report, name: str, like: Mapping[str, Any], factor: float) -> Tensor:
-    """This rank's three sums, (3, *shape)."""
+    """Returns this rank's three sums, (3, *shape)."""
     if name not in report:
         return torch.zeros(3, *like["shape"], dtype=like["dtype"], device=like["device"])
     p = report[name]

@@ -1,4 +1,4 @@
-"""A model whose parameters are parts of parameters: by ``fully_shard``, by tensor parallelism, or by both."""
+"""Lets the probe measure a model whose parameters are sharded by ``fully_shard``, by tensor parallelism, or by both."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ from zerosum.probe.stored import report_of_results
 
 
 class ShardedPartProbe(ShardedProbe, PartProbe):
-    """A part of a parameter, of which this rank keeps a shard."""
+    """Probes a part of a tensor-parallel parameter of which this rank holds a shard."""
 
 
 class Shards:
-    """The parameters of a model of which this rank has parts.
+    """The sharded parameters of a model.
 
-    Ranks have other examples along FSDP's dimensions of the mesh, and the same ones along the tensor-parallel dimension.
+    Ranks have different examples along FSDP's dimensions of the mesh, and the same ones along the tensor-parallel dimension.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -39,7 +39,7 @@ class Shards:
         parameters = [p for group in self._groups for p in group.fsdp_params]
         with self.gathered(all(hasattr(p, "_unsharded_param") for p in parameters)):
             self._shards = {p._unsharded_param: Shard(p) for p in parameters}
-        self.whole: dict[tuple[nn.Module, str], nn.Parameter] = {}  # the gathered parameters, by where they are
+        self.whole: dict[tuple[nn.Module, str], nn.Parameter] = {}  # the gathered parameters by module and name
         for p in parameters:
             info = p._module_info
             places = [(info.module, info.param_name), *zip(info.shared_modules, info.shared_param_names, strict=True)]
@@ -51,7 +51,7 @@ class Shards:
         self._parallel = parts[0] if parts else None
 
     def probe(self, context: Any, names: list[str], parameter: nn.Parameter) -> ParameterProbe:
-        """What watches a parameter as it is while the model runs."""
+        """Creates the probe of a parameter, which watches the object that the running model uses."""
         shard, part = self._shards.get(parameter), isinstance(parameter, DTensor)
         if shard is None:
             return (PartProbe if part else ParameterProbe)(context, names, parameter)
@@ -60,35 +60,36 @@ class Shards:
         return t
 
     def is_parallel(self, tensors: Sequence[Tensor]) -> bool:
-        """Whether a call has operands of which this rank has parts."""
+        """Whether any operand of a call is a DTensor of a tensor-parallel model."""
         return self._parallel is not None and any(isinstance(x, DTensor) for x in tensors)
 
     @staticmethod
     def rule(func: Any) -> Callable[..., Any] | None:
-        """The rule of an operation with such operands."""
+        """Returns the rule of an operation with such operands."""
         return tensor_parallel.RULES.get(func)
 
     @staticmethod
     def check_loss(outputs: Any) -> None:
-        """Raises where what is differentiated is divided over the ranks."""
+        """Raises an error if the differentiated losses are divided over the ranks."""
         if any(isinstance(x, DTensor) for x in (outputs if isinstance(outputs, (list, tuple)) else [outputs])):
             raise NotImplementedError(
-                "zerosum.Probe: a loss that is a DTensor (as with loss_parallel) is not supported: compute it of whole logits, "
-                "ColwiseParallel(output_layouts=Replicate()) for the head"
+                "zerosum.Probe: a loss that is a DTensor (as with loss_parallel) is not supported: compute it from whole logits, "
+                "with ColwiseParallel(output_layouts=Replicate()) for the head"
             )
 
-    # What all ranks do together ---------------------------------------------------------------------------------------------------
+    # Collective operations
+    # ----------------------------------------------------------------------------------------------------------
 
     def any(self, flag: bool) -> bool:
-        """Whether it is so on any of the ranks that have other examples. (Those with the same ones find the same.)"""
+        """Whether the flag is set on any rank with different examples. (Ranks with the same examples agree anyway.)"""
         return self._ranks.any(flag, self._groups[0].device) if self._groups else flag
 
     def joint(self, report: Report, passes: Sequence[Pass], probes: Sequence[ParameterProbe]) -> Report:
-        """The report of all ranks' examples, from each rank's report of its own. All ranks call it."""
+        """Combines each rank's own report into the report of all ranks' examples. All ranks must call it."""
         scales = self._ranks.everyone([p.scale for p in passes])
         if any(other != scales[0] for other in scales):
             raise ValueError(
-                f"loss_reduction: expected the same numbers of examples on all ranks where it is explicit, got scales {scales}; "
+                f"loss_reduction: an explicit value needs the same number of examples on all ranks, got scales {scales}; "
                 "use loss_reduction='auto'"
             )
         joint = Joint(self._ranks, report)
@@ -120,7 +121,7 @@ class Shards:
 
     @property
     def _is_first(self) -> bool:
-        """Whether this rank counts what is the same on all ranks of the tensor-parallel dimension."""
+        """Whether this rank counts values that are the same on all ranks of the tensor-parallel dimension."""
         return self._parallel is None or self._parallel.mesh.get_local_rank() == 0
 
     def _over_owners(self, x: Tensor) -> Tensor:
@@ -135,7 +136,7 @@ class Shards:
 
     @contextmanager
     def gathered(self, already: bool = False) -> Iterator[None]:
-        """In which all of FSDP's parameters are gathered."""
+        """Keeps all of FSDP's parameters gathered."""
         sharded = [] if already else [group for group in self._groups if not group.is_unsharded]
         if sharded:
             for module in self._modules:
@@ -148,7 +149,7 @@ class Shards:
 
     @contextmanager
     def watched(self, extra: Callable[[], bool], probes: Sequence[ParameterProbe]) -> Iterator[None]:
-        """In which sums are reduced where FSDP reduces gradients, and nothing happens in backward passes that are ``extra``."""
+        """Reduces sums where FSDP reduces gradients, and makes FSDP skip backward passes that are ``extra``."""
         known = {t.parameter: t for t in probes}
         for group in self._groups:
             group.post_backward = AfterBackward(group, extra, known)
@@ -160,12 +161,12 @@ class Shards:
 
 
 def _sums(t: ParameterProbe) -> Tensor:
-    """(3, …): what this rank has of the block's sums."""
+    """Returns this rank's part of the block's sums, (3, …)."""
     if isinstance(t, ShardedProbe):
-        assert t.sums is not None  # one rank has reduced them with all others
+        assert t.sums is not None  # a rank that covers it has reduced them with all others
         return t.sums
     if t.results is None:
-        raise AssertionError("ranks with the same examples find the same")
+        raise AssertionError("expected ranks with the same examples to cover the same parameters")
     sums = densified(t.results.sums, t.like.shape[0] if t.like.ndim else 1)
     return scaled(torch.stack([getattr(sums, field).view(t.like.shape) for field in WEIGHT_SHAPED]), t.results.scale)
 
@@ -179,7 +180,7 @@ def _same(x: Tensor) -> Tensor:
 
 
 def check(model: nn.Module) -> None:
-    """Raises where a model's parameters are parts of parameters in a way that is not supported."""
+    """Raises an error if a model's parameters are sharded in an unsupported way."""
     groups = [group for module in model.modules() if isinstance(module, FSDPModule) for group in groups_of(module)]
     sharded: set[nn.Parameter] = set()
     meshes = set()
@@ -187,7 +188,7 @@ def check(model: nn.Module) -> None:
         spec = p._unsharded_dtensor_spec if p.is_dtensor else None
         if getattr(p.mesh_info, "is_spmd_mesh", False) or (spec is not None and len(spec.placements) != 1):
             raise NotImplementedError(
-                f"model: {p._module_info.param_name!r} is sharded over a mesh of more dimensions than FSDP's and one of tensor "
+                f"model: {p._module_info.param_name!r} is sharded over a mesh with more dimensions than FSDP's and one for tensor "
                 "parallelism, which is not supported: use parallelize_module and fully_shard on submeshes"
             )
         meshes.add(p.mesh_info.mesh)
@@ -200,13 +201,13 @@ def check(model: nn.Module) -> None:
             continue
         if p.requires_grad and sharded:
             raise NotImplementedError(
-                f"model: {name!r} is not sharded, and other parameters are: call fully_shard on the whole model last, as PyTorch "
-                "advises, without ignored_params that are trained"
+                f"model: {name!r} is not sharded, but other parameters are: call fully_shard on the whole model last, as PyTorch "
+                "advises, and leave trained parameters out of ignored_params"
             )
         if isinstance(p, DTensor):
             if p.device_mesh.ndim != 1 or not (p.placements[0].is_shard() or p.placements[0].is_replicate()):
                 raise NotImplementedError(
-                    f"model: {name!r} is a DTensor of {p.placements}; tensor parallelism over one dimension of a mesh is supported"
+                    f"model: {name!r} is a DTensor of {p.placements}; only tensor parallelism over one mesh dimension is supported"
                 )
             parallel.add(p.device_mesh)
     if len(parallel) > 1:

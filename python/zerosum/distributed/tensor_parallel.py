@@ -1,12 +1,14 @@
-"""The probe of tensor-parallel parameters, which are DTensors of one mesh dimension (``parallelize_module``).
+"""Lets the probe measure tensor-parallel parameters, which are DTensors over one mesh dimension (``parallelize_module``).
 
-Every rank of the mesh has the same examples. Rows of a weight that is sharded by its outputs, or columns of one that is sharded by
-its inputs, get their gradient from operands that this rank has anyway. So a use runs on local tensors, by the rules for those, and
-leaves each example's gradient of this rank's part; Σ|g| and its kin are exact there, and norms and dots add up over the ranks. A
-norm's weight is whole on each rank, and under sequence parallelism each rank has the gradient of its positions: the examples'
-(N, K) gradients are added up first.
+Every rank of the mesh has the same examples.
 
-Whose rows are whose is found out on whole rows, which are gathered for it, so that all ranks find the same.
+- Sharded weights: this rank holds rows (sharded by outputs) or columns (sharded by inputs) of the weight, and already has the
+  operands of their gradient. A use runs on local tensors by the ordinary rules, and yields each example's gradient of this rank's
+  part. Σ|g| and the other sums are exact there; norms and dot products are added over the ranks.
+- Norms: every rank holds the whole weight. Under sequence parallelism, a rank has only the gradient from its positions, so the
+  examples' (N, K) gradients are first added over the ranks.
+
+Rows are attributed to examples on whole rows, which are gathered for this, so that all ranks find the same attribution.
 """
 
 from __future__ import annotations
@@ -28,11 +30,11 @@ from zerosum.probe.parameters import Gather, GradSource, ParameterProbe
 from zerosum.probe.results import Results
 from zerosum.probe.rules import broadcast, embedding, linear, norm
 
-MIXED_ROWS = "it is used on whole rows and on a rank's part of them"
+MIXED_ROWS = "one use takes whole rows, and another takes only this rank's part of the rows"
 
 
 class Part:
-    """Which part of a parameter this rank has."""
+    """Describes which part of a parameter this rank holds."""
 
     def __init__(self, parameter: DTensor) -> None:
         self.mesh = parameter.device_mesh
@@ -48,7 +50,7 @@ class Part:
         return self.mesh.get_group()
 
     def own(self, x: Tensor) -> Tensor:
-        """This rank's part of a tensor like the parameter."""
+        """Returns this rank's part of a tensor that has the parameter's shape."""
         whole = DTensor.from_local(x, self.mesh, [Replicate()], run_check=False)
         return whole.redistribute(placements=[self.placement]).to_local()
 
@@ -57,7 +59,7 @@ class Part:
 
 
 class PartProbe(ParameterProbe):
-    """A parameter of which this rank has a part."""
+    """Probes a parameter of which this rank holds a part."""
 
     def __init__(self, context: Any, names: list[str], parameter: Any) -> None:
         super().__init__(context, names, parameter)
@@ -69,19 +71,19 @@ class PartProbe(ParameterProbe):
         if direction is not None:
             direction = self.part.own(direction.full_tensor() if isinstance(direction, DTensor) else direction)
         super().renew(context, direction, gram)
-        self._of_rows: bool | None = None  # whether a use has a part of the rows
+        self._of_rows: bool | None = None  # whether its uses take only a part of the rows
 
     def uses(self, of_rows: bool) -> None:
-        """Takes a use that has all rows, or this rank's part of them."""
+        """Notes a use that takes all rows, or only this rank's part of them."""
         if self._of_rows not in (None, of_rows):
             raise Uncovered(MIXED_ROWS)
         self._of_rows = of_rows
 
     def stands_alone(self, piece: Any) -> bool:
-        return False  # uses take the local tensor, which the gathering node gives
+        return False  # uses take the local tensor that the gathering node returns
 
     def whole_gradient(self, grad: Tensor) -> Tensor:
-        """What autograd computes of this rank's rows, of all rows."""
+        """Returns the gradient over all rows, from the one that autograd computes over this rank's rows."""
         if self._of_rows:
             grad = grad.contiguous()
             dist.all_reduce(grad, group=self.part.group)
@@ -99,7 +101,7 @@ class PartProbe(ParameterProbe):
     def on_gradient(self, grad: Tensor) -> None:
         if isinstance(grad, DTensor):
             if grad.placements != (self.part.placement,):
-                self.refuse("part of its gradient came through an operation on DTensors that is not supported")
+                self.refuse("part of its gradient comes from an unsupported operation on DTensors")
             grad = grad.to_local()
         super().on_gradient(grad)
 
@@ -109,7 +111,7 @@ class PartProbe(ParameterProbe):
 
 
 class GatherPart(Gather):
-    """Gives a parameter's local tensor to its uses, and the parameter a DTensor for its gradient."""
+    """Passes a parameter's local tensor to its uses, and returns its gradient as a DTensor."""
 
     @staticmethod
     def forward(ctx: Any, tensor: Any, source: GradSource) -> Tensor:
@@ -143,7 +145,7 @@ def _linear(context: Any, func: Any, args: tuple[Any, ...], kwargs: dict[str, An
         y = linear.rule(context, func, (mine, _own(context, weight), None if by_input else _own(context, bias)), {})
     y = _dtensor(y, weight, Shard(last) if by_output else Partial() if by_input else Replicate(), shape)
     if by_input and bias is not None:
-        # A vector that is whole on each rank, for the sum over the ranks.
+        # The bias is whole on each rank, and is added to the sum over the ranks.
         y = y.redistribute(placements=[Replicate()])
         if context.ref(bias) is None:
             return y + bias
@@ -176,7 +178,7 @@ def _embedding(context: Any, func: Any, args: tuple[Any, ...], kwargs: dict[str,
 
 
 def _rowwise(rule: Callable[..., Any], context: Any, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """A norm or a product of each row with a vector that is whole on each rank. The rows may be a rank's part of them."""
+    """Covers a norm, or a product of each row with a vector, whose weights are whole on each rank. The rows may be sharded."""
     operands: list[Any] = [x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)]
     weights = [x for x in operands if context.ref(x) is not None]
     (x, *others) = [x for x in operands if context.ref(x) is None and x.ndim > 1]
@@ -208,7 +210,7 @@ RULES: dict[Callable[..., Any], Callable[..., Any]] = {
 
 
 class _WholeRows:
-    """In which the uses that are seen are named by whole rows: ``gather`` makes them of a gradient of this rank's part."""
+    """Attributes the uses seen in it by whole rows; ``gather`` computes these from a gradient of this rank's part."""
 
     def __init__(self, context: Any, gather: Callable[[Tensor], Tensor] | None, lead: torch.Size | None = None) -> None:
         self._context, self._gather, self._lead = context, gather, lead
@@ -242,7 +244,7 @@ def _activation(x: Any, weight: DTensor, placement: Placement) -> DTensor:
 
 
 def _own(context: Any, weight: Any) -> Any:
-    """What a rule takes: a weight of the probe's as it is, another one's local tensor."""
+    """Returns what a rule takes: the weight itself if the probe measures it, and otherwise its local tensor."""
     if weight is None:
         return None
     if context.ref(weight) is None:
@@ -254,7 +256,7 @@ def _own(context: Any, weight: Any) -> Any:
 def _see(context: Any, weight: Tensor, of_rows: bool) -> None:
     source = context.ref(weight).source
     if not isinstance(source, PartProbe):
-        raise Uncovered("a weight that is no DTensor")
+        raise Uncovered("a weight that is not a DTensor")
     source.uses(of_rows)
 
 

@@ -1,1 +1,1 @@
-"""Callbacks that measure the steps of other libraries' trainers. Each module imports the library that it is named after."""
+"""Provides callbacks that measure the steps of other libraries' trainers. Each module imports the library it is named after."""

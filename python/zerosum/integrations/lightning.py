@@ -1,4 +1,4 @@
-"""Per-example gradient statistics of steps of Lightning's ``Trainer``, by a callback."""
+"""Provides a callback that computes per-example gradient statistics of steps of Lightning's ``Trainer``."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves
 from zerosum.distributed import is_sharded
 from zerosum.integrations.measuring import Direction, StepsCallback
 
-# A script uses one of the two packages, and the callback is that one's.
+# A script uses one of the two packages; the callback must come from the same one.
 if "pytorch_lightning" in sys.modules and "lightning.pytorch" not in sys.modules:
     from pytorch_lightning import Callback
 else:
@@ -26,28 +26,32 @@ else:
 
 
 class ZeroSumCallback(StepsCallback, Callback):
-    """``with probe:`` around the micro-batches of some training steps, before gradients are unscaled and clipped::
+    """Computes the statistics of :class:`zerosum.Probe` for some training steps, before gradients are unscaled and clipped::
 
         trainer = lightning.Trainer(callbacks=[ZeroSumCallback(every=100)])
 
-    Step 1 and each multiple of ``every`` are measured, all their micro-batches together; validation never is. An example is one
-    index of the batch's first dimension. Each measured step is logged by the trainer's loggers, whatever ``log_every_n_steps``
-    is, under the names of :class:`zerosum.integrations.transformers.ZeroSumCallback`, and by ``pl_module.log_dict`` for
-    ``trainer.callback_metrics``. Loggers get Lightning's own count of steps, from 0. Under DistributedDataParallel, and
-    where ``configure_model`` calls ``fully_shard`` (``ModelParallelStrategy``), the metrics are of the examples of all ranks.
+    It measures step 1 and each multiple of ``every``, with all micro-batches of the step, and never validation. An example is one
+    index of the batch's first dimension. The names of the metrics are those of
+    :class:`zerosum.integrations.transformers.ZeroSumCallback`.
+
+    - The trainer's loggers get every measured step, whatever ``log_every_n_steps`` is, under Lightning's own count of steps, which
+      starts at 0.
+    - ``trainer.callback_metrics`` gets the metrics by ``pl_module.log_dict``.
+    - Under DistributedDataParallel, and if ``configure_model`` calls ``fully_shard`` (``ModelParallelStrategy``), the metrics cover
+      all ranks' examples.
 
     Args:
         every, direction, gram, out, options: see :class:`zerosum.integrations.measuring.StepsCallback`. Parameter names are those
             of the LightningModule. Losses are recorded at step 1 and each multiple of the trainer's ``log_every_n_steps``.
-        backwards: with manual optimization, how many calls of ``manual_backward`` a measured step has: the block ends with the
-            last of them. They may be in several batches, as in accumulation by hand.
+        backwards: with manual optimization, the number of ``manual_backward`` calls of a measured step, after which the block ends.
+            They may be in several batches, as in manual accumulation.
 
     Attributes:
-        report: of the last measured step; None before the first.
+        report: the report of the last measured step; None before the first one.
 
     Raises:
-        TypeError, ValueError: an argument is not of these, or ``out`` has another run; the message names it.
-        NotImplementedError: at the beginning of training, several processes of another strategy.
+        TypeError, ValueError: an argument is invalid, or ``out`` holds another run; the message names it.
+        NotImplementedError: at the start of training, if several processes use another strategy.
     """
 
     writer = "zerosum.integrations.lightning"
@@ -67,8 +71,8 @@ class ZeroSumCallback(StepsCallback, Callback):
         super().__init__(every, direction, gram, out, **options)
         self._backwards = backwards
         self._seen = 0  # backward passes of the open block
-        self._step = 0  # that is measured, or was last
-        self._last = False  # the batch is the last one of its step
+        self._step = 0  # the step that is measured or was measured last
+        self._last = False  # whether the batch is the last one of its step
         self._losses: list[Tensor] = []
         self._examples = 0
 
@@ -95,7 +99,7 @@ class ZeroSumCallback(StepsCallback, Callback):
         manual = not pl_module.automatic_optimization
         if not self._measuring.is_open:
             if manual and trainer.global_step + 1 == self._step:
-                self._warn(f"step {self._step} has more than backwards={self._backwards} backward passes; the others are not in it")
+                self._warn(f"step {self._step} has more than backwards={self._backwards} backward passes; it measures only those")
             return
         self._seen += 1
         if self._seen == self._backwards if manual else self._last:
@@ -118,12 +122,12 @@ class ZeroSumCallback(StepsCallback, Callback):
         if self._measuring.is_open or (pl_module.automatic_optimization and not self._last):
             return
         if self._measuring.records and self._losses and (step == 1 or step % trainer.log_every_n_steps == 0):
-            # Lightning divides each by the number that it accumulates, also where an epoch's last step has fewer.
+            # Lightning divides each loss by the number of accumulated batches, even if an epoch's last step has fewer.
             mean = torch.stack(self._losses).mean() * trainer.accumulate_grad_batches
             ranks = 1
             if trainer.world_size > 1:
                 mean = trainer.strategy.reduce(mean, reduce_op="mean")
-                ranks = trainer.strategy.distributed_sampler_kwargs["num_replicas"]  # that have other examples
+                ranks = trainer.strategy.distributed_sampler_kwargs["num_replicas"]  # ranks with different examples
             self._measuring.loss(step, float(mean), self._examples * ranks)
         self._losses.clear()
         self._examples = 0

@@ -1,4 +1,4 @@
-"""What the callbacks of all trainers share: which steps are measured, what is logged of them, and the file of a run."""
+"""Holds what all trainers' callbacks share: the choice of measured steps, what is logged, and the run's file."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from zerosum.records import RecordFile, record
 
 Direction = Mapping[str, Tensor] | Callable[[nn.Module], Mapping[str, Tensor] | None]
 PREFIX = "zerosum/"
-# The callbacks decide these themselves.
+# Arguments of the probe that the callbacks set.
 OURS = ("model", "every", "direction", "gram", "grad_scaler", "process_group")
 
 
@@ -59,17 +59,19 @@ class Measuring:
         self._options = dict(options)
         self.auto = options.get("loss_reduction", "auto") == "auto"
         self._out = None if out is None else Path(out)
-        self.records = out is not None  # in one of the processes
+        self.records = out is not None  # true in all processes, though only one writes
         self._config = {"writer": writer, "update": None, "examples": options.get("examples", "sequence")}
         self._probe: Probe | None = None
         self._file: RunFile | None = None
-        self._new = False  # a report that was not taken yet
+        self._new = False  # whether the report has not been taken yet
         self._seconds = 0.0
         self._asked = 0
 
     def begin(self, model: nn.Module, step: int, writes: bool = True, joins: bool = False) -> None:
-        """Training goes on after ``step`` steps, with the file of ``out`` if this process ``writes`` it. ``joins``: reports are of
-        the examples of all processes, each of which measures the same steps."""
+        """Prepares for training that continues after ``step`` steps, and opens the file in ``out`` if this process ``writes`` it.
+
+        ``joins``: reports cover the examples of all processes, each of which measures the same steps.
+        """
         self.close()
         self._new = False
         self._asked = step
@@ -80,8 +82,8 @@ class Measuring:
             self._file = RunFile(self._out, self._config, step)
 
     def due(self, step: int) -> bool:
-        """Whether a step, counted from 1, is measured: step 1, and the first that reaches another multiple of ``every``. Not if it
-        was asked about before."""
+        """Whether to measure a step, counted from 1: step 1, and the first step at or past each multiple of ``every``. False for a
+        step that was already asked about."""
         before, self._asked = self._asked, max(self._asked, step)
         return step > before and (step == 1 or step // self.every > before // self.every)
 
@@ -90,7 +92,7 @@ class Measuring:
         return self._probe is not None and self._probe.measuring
 
     def open(self) -> None:
-        """The block of a step begins. Micro-batches share it."""
+        """Opens the block of a step, which its micro-batches share."""
         assert self._probe is not None
         direction = self._direction
         self._probe.direction = direction(self._probe.model) if callable(direction) else direction
@@ -98,7 +100,7 @@ class Measuring:
         self._probe.__enter__()
 
     def finish(self) -> None:
-        """The block ends, before anything changes the gradients."""
+        """Closes the block and takes its report. Call it before anything changes the gradients."""
         assert self._probe is not None
         self._probe.__exit__(None)
         self.report = self._probe.report()
@@ -106,20 +108,20 @@ class Measuring:
         self._new = True
 
     def abandon(self) -> None:
-        """Ends a block that an exception left open; nothing is reported."""
+        """Closes a block that an exception left open, without a report."""
         if self.is_open:
             assert self._probe is not None
             self._probe.close()
 
     def close(self) -> None:
-        """Ends an open block, and the file."""
+        """Closes an open block and the file."""
         self.abandon()
         if self._file is not None:
             self._file.close()
             self._file = None
 
     def take(self, step: int) -> dict[str, float]:
-        """What is to be logged of a measured step, once; empty where there is nothing. The record goes to the file."""
+        """Returns what to log of a measured step, once, and writes its record to the file. Empty if there is nothing new."""
         if not self._new or self.report is None:
             return {}
         self._new = False
@@ -127,7 +129,9 @@ class Measuring:
         coverage = self.report.coverage
         if not metrics:
             reasons = "; ".join(f"{name} ({reason})" for name, reason in list(coverage.not_covered.items())[:3])
-            warnings.warn(f"zerosum: step {step} has no metrics, no parameter is covered: {reasons}", UserWarning, stacklevel=2)
+            warnings.warn(
+                f"zerosum: step {step} has no metrics because no parameter is covered: {reasons}", UserWarning, stacklevel=2
+            )
         if self._file is not None:
             about = {"covered": coverage.share, "not_covered": list(coverage.not_covered), "finite": self.report.finite}
             self._file.append(record("probe", step, metrics, seconds=round(self._seconds, 4), **about))
@@ -147,10 +151,10 @@ class StepsCallback:
     """The part of a trainer's callback that does not depend on the trainer.
 
     Attributes:
-        report: of the last measured step; None before the first.
+        report: the report of the last measured step; None before the first one.
     """
 
-    writer: str  # the name of its module, for ``config.json``
+    writer: str  # the name of the callback's module, for ``config.json``
 
     def __init__(
         self,
@@ -162,16 +166,16 @@ class StepsCallback:
     ) -> None:
         """
         Args:
-            every: how many steps there are for one that is measured.
+            every: measure step 1 and each step that is a multiple of this.
             direction: a tensor of the parameter's shape for each parameter name of the trainer's model, or a function of the model
                 that returns such a mapping, called before each measured step. Adds C_g, C_uG and C_ug.
             gram: whether to compute the inner products of all pairs of examples of a micro-batch.
-            out: a folder for ``metrics.jsonl``, which ``zerosum plot`` reads: the metrics of measured steps, and the loss of the
-                steps that the trainer logs. A run that is resumed from a checkpoint goes on with it.
+            out: a folder for ``metrics.jsonl``, which ``zerosum plot`` reads. It gets the metrics of measured steps, and the loss
+                of the steps that the trainer logs. A run that is resumed from a checkpoint continues the file.
             options: other arguments of :class:`zerosum.Probe`.
 
         Raises:
-            TypeError, ValueError: an argument is not of these; the message names it.
+            TypeError, ValueError: an argument is invalid; the message names it.
         """
         self._measuring = Measuring(self.writer, every, direction, gram, out, options)
 
@@ -181,19 +185,19 @@ class StepsCallback:
 
 
 def flat(metrics: Mapping[str, Metric]) -> dict[str, float]:
-    """``{"zerosum/D_grad": …, "zerosum/null/D_grad": …}``: the finite values, and what random signs would have given."""
+    """Returns ``{"zerosum/D_grad": …, "zerosum/null/D_grad": …}``: the finite values, and those under random signs."""
     named = {f"{PREFIX}{name}": metric.value for name, metric in metrics.items()}
     nulls = {f"{PREFIX}null/{name}": metric.null for name, metric in metrics.items() if metric.null is not None}
     return {name: value for name, value in (named | nulls).items() if math.isfinite(value)}
 
 
 class RunFile:
-    """``metrics.jsonl`` and ``config.json`` of a run that a trainer makes, as ``zerosum plot`` reads them.
+    """Writes ``metrics.jsonl`` and ``config.json`` of a trainer's run, for ``zerosum plot``.
 
-    Records of steps after ``step`` are dropped: they were made after the checkpoint that training goes on from.
+    It drops records of steps after ``step``: they come from after the checkpoint at which training resumes.
 
     Raises:
-        ValueError: the folder has another run, or one that this training does not go on with.
+        ValueError: the folder holds another run, or a run that this training does not continue.
         BlockingIOError: another process writes to the folder; ``strerror`` says which.
         OSError: the folder cannot be used.
     """
@@ -213,14 +217,14 @@ class RunFile:
         text = json.dumps(config, indent=1) + "\n"
         if not settings.exists():
             if any(entry.suffix != TEMPORARY and entry.name != LOCK for entry in path.iterdir()):
-                raise ValueError(f"out: expected a new folder or one of this callback's runs, {path} has other files")
+                raise ValueError(f"out: expected a new folder or one of this callback's runs, but {path} has other files")
             replace_text(settings, text)
         elif (found := read_bytes(settings).decode("utf-8", "replace")) != text:
-            raise ValueError(f"out: {settings} is of another run: expected {text.strip()}, got {found.strip()[:200]}")
+            raise ValueError(f"out: {settings} belongs to another run: expected {text.strip()}, got {found.strip()[:200]}")
         file = RecordFile(metrics, lock=False)
         if step == 0 and file.records:
             file.close()
-            raise ValueError(f"out: {metrics} has records already, and training begins at step 0: choose another folder")
+            raise ValueError(f"out: {metrics} already has records, but training begins at step 0: choose another folder")
         file.keep_up_to(step)
         return file
 

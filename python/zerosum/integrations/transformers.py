@@ -1,4 +1,4 @@
-"""Per-example gradient statistics of steps of ``transformers.Trainer``, by a callback."""
+"""Provides a callback that computes per-example gradient statistics of steps of ``transformers.Trainer``."""
 
 from __future__ import annotations
 
@@ -17,26 +17,30 @@ from zerosum.integrations.measuring import StepsCallback
 
 
 class ZeroSumCallback(StepsCallback, TrainerCallback):
-    """``with probe:`` around the micro-batches of some training steps, before gradients are clipped::
+    """Computes the statistics of :class:`zerosum.Probe` for some training steps, before gradients are clipped::
 
         trainer = Trainer(model, args, train_dataset=data, callbacks=[ZeroSumCallback(every=100)])
 
-    Step 1 and each multiple of ``every`` are measured, all their micro-batches together; evaluation never is. An example is one
-    sequence of the batch, and in packed batches one document: batches without ``attention_mask`` whose ``position_ids`` start
-    anew. Its loss is what the step's loss says of it (:class:`zerosum.Probe`, ``loss_reduction="auto"``): neither accumulation
-    nor ``num_items_in_batch`` changes the results. Each measured step is logged by ``Trainer.log``: ``zerosum/D_grad`` and the
-    other metrics of :func:`zerosum.metrics.gradient_metrics` that are finite, ``zerosum/null/…`` (what random signs would give),
-    ``zerosum/examples``, ``zerosum/covered`` (the share of trainable coordinates) and ``zerosum/finite`` (0 or 1). Under
-    DistributedDataParallel they are of the examples of all ranks.
+    It measures step 1 and each multiple of ``every``, with all micro-batches of the step, and never evaluation. An example is one
+    sequence of the batch. In packed batches it is one document; a batch is packed if it has no ``attention_mask`` and its
+    ``position_ids`` restart at 0. The probe reads each example's loss off the step's loss (``loss_reduction="auto"``), so neither
+    accumulation nor ``num_items_in_batch`` changes the results.
 
-    Its arguments are those of :class:`zerosum.integrations.measuring.StepsCallback`.
+    ``Trainer.log`` logs each measured step; under DistributedDataParallel the values cover all ranks' examples:
+
+    - ``zerosum/D_grad`` and the other finite metrics of :func:`zerosum.metrics.gradient_metrics`.
+    - ``zerosum/null/…``: their values under random signs.
+    - ``zerosum/examples``, ``zerosum/covered`` (the share of trainable coordinates) and ``zerosum/finite`` (0 or 1).
+
+    The arguments are those of :class:`zerosum.integrations.measuring.StepsCallback`.
 
     Attributes:
-        report: of the last measured step; None before the first.
+        report: the report of the last measured step; None before the first one.
 
     Raises:
-        ValueError: at the beginning of training, ``out`` has another run.
-        NotImplementedError: there, several devices of one process, or several processes that are not under DistributedDataParallel.
+        ValueError: at the start of training, if ``out`` holds another run.
+        NotImplementedError: at the start of training, if one process has several devices, or if several processes do not use
+            DistributedDataParallel.
     """
 
     writer = "zerosum.integrations.transformers"
@@ -44,7 +48,7 @@ class ZeroSumCallback(StepsCallback, TrainerCallback):
     _logged = 0
 
     def close(self) -> None:
-        """Ends what an exception between two micro-batches left open. One inside of a step ends it by itself."""
+        """Closes what an exception between two micro-batches left open. (An exception inside a step closes the block itself.)"""
         self._measuring.close()
         if self._trainer is not None:
             self._trainer.__dict__.pop("training_step", None)
@@ -65,12 +69,12 @@ class ZeroSumCallback(StepsCallback, TrainerCallback):
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self._measuring.due(state.global_step + 1):
             assert self._trainer is not None
-            # No hook lies between the last backward pass and the clipping of gradients.
+            # No callback runs between the last backward pass and gradient clipping, so `training_step` is wrapped.
             step = functools.partial(self._measured_step, self._trainer, self._trainer.training_step)
             self._trainer.training_step = step  # type: ignore[method-assign]
 
     def _measured_step(self, trainer: transformers.Trainer, step: Any, *args: Any, **kwargs: Any) -> Tensor:
-        """``training_step`` of one micro-batch, in the step's block."""
+        """Runs ``training_step`` of one micro-batch inside the step's block."""
         measuring = self._measuring
         try:
             if not measuring.is_open:
@@ -94,9 +98,9 @@ class ZeroSumCallback(StepsCallback, TrainerCallback):
         if not (logs := self._measuring.take(state.global_step)):
             return
         should_log = control.should_log
-        # Not a subclass's `log`: TRL's adds what it has gathered since its last call, which belongs to the Trainer's own.
+        # Not a subclass's `log`: TRL's would add what it gathered since its last call, which belongs to the Trainer's own log.
         transformers.Trainer.log(self._trainer, logs)  # type: ignore[arg-type]
-        control.should_log = should_log  # each log clears it, and the Trainer's own is still to come
+        control.should_log = should_log  # each log clears it, but the Trainer's own is still to come
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         if logs and "loss" in logs:
@@ -111,7 +115,7 @@ class ZeroSumCallback(StepsCallback, TrainerCallback):
 
 
 def _calling_trainer() -> transformers.Trainer:
-    """The Trainer whose callback runs. It is not among what callbacks are given."""
+    """Returns the Trainer that calls the callback, from the call stack, because callbacks do not receive it."""
     frame = sys._getframe(1)
     while frame is not None:
         if isinstance(found := frame.f_locals.get("self"), transformers.Trainer):
@@ -124,7 +128,7 @@ def _check_supported(trainer: transformers.Trainer, auto: bool) -> None:
     kind, processes = trainer.accelerator.distributed_type.name, trainer.args.world_size
     if trainer.args.n_gpu > 1:
         raise NotImplementedError(
-            f"ZeroSumCallback: expected a device for each process, got {trainer.args.n_gpu} in one (torch.nn.DataParallel): "
+            f"ZeroSumCallback: expected one device per process, got {trainer.args.n_gpu} in one (torch.nn.DataParallel): "
             "start the script with torchrun"
         )
     if processes > 1 and not kind.startswith("MULTI_"):  # as accelerate calls DistributedDataParallel
@@ -134,9 +138,9 @@ def _check_supported(trainer: transformers.Trainer, auto: bool) -> None:
     smoothing = trainer.args.label_smoothing_factor
     if smoothing and auto:
         warnings.warn(
-            f"ZeroSumCallback: label_smoothing_factor={smoothing:g} adds two losses of each token, so that gradients are measured "
-            f"1 / (1 - {smoothing:g} + {smoothing:g} / classes) times as large; loss_reduction=N, the examples of a step, says "
-            "their scale",
+            f"ZeroSumCallback: label_smoothing_factor={smoothing:g} adds two losses for each token, so gradients are measured "
+            f"1 / (1 - {smoothing:g} + {smoothing:g} / classes) times too large; set loss_reduction to the number of examples in a "
+            "step to fix the scale",
             UserWarning,
             stacklevel=2,
         )
@@ -144,14 +148,14 @@ def _check_supported(trainer: transformers.Trainer, auto: bool) -> None:
 
 @torch.compiler.disable
 def _name_documents(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Tells the probe whose rows are whose in a packed batch."""
+    """Tells the probe which rows belong to which document of a packed batch."""
     positions, tokens = kwargs.get("position_ids"), kwargs.get("input_ids")
-    # As in transformers, positions tell documents apart only without a mask.
+    # As in transformers, positions separate documents only without a mask.
     if positions is None or tokens is None or kwargs.get("attention_mask") is not None or not torch.is_grad_enabled():
         return
     starts = positions == 0
     if not bool(starts[:, 1:].any()):
         return
-    # Padding has position 0, too, in TRL's batches. Like a document of one token it predicts nothing.
+    # In TRL's batches, padding also has position 0. Like a document of one token, it predicts nothing.
     lone = starts & torch.cat([starts[:, 1:], torch.ones_like(starts[:, :1])], 1)
     zerosum.example_ids(tokens, position_ids=positions.masked_fill(lone, -1))

@@ -1,4 +1,4 @@
-"""The fused head of TRL's trainers, which computes each token's log-probability in an ``autograd.Function`` of its own."""
+"""Covers the fused head of TRL's trainers, which computes each token's log-probability in its own ``autograd.Function``."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ import zsl_kernels as zk
 
 @functools.cache
 def cover_fused_head() -> None:
-    """Lets every probe measure ``trl.kernels.chunked_logprob.ChunkedLogProbFunction``, where TRL has it."""
+    """Registers a rule so that every probe measures ``trl.kernels.chunked_logprob.ChunkedLogProbFunction``, if TRL has it."""
     try:
         from trl.kernels.chunked_logprob import ChunkedLogProbFunction
-    except ImportError:  # of another version: the probe says that it does not see the head
+    except ImportError:  # another version of TRL: the probe reports that it does not cover the head
         return
 
     @zerosum.rule(ChunkedLogProbFunction)
@@ -47,7 +47,7 @@ def cover_fused_head() -> None:
 
 
 class _NotMeasured(torch.autograd.Function):
-    """The entropy, for the eye. A loss that is made of it would lack its gradient, and is refused."""
+    """Passes the entropy through for logging. It has no gradient, so a loss that depends on it is refused."""
 
     @staticmethod
     def forward(ctx: Any, entropy: Tensor, losses: Tensor) -> Tensor:
@@ -57,5 +57,5 @@ class _NotMeasured(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None) -> tuple[None, None]:
         if grad is not None:
-            raise NotImplementedError("zerosum: a loss of the tokens' entropy is not supported in TRL's fused head")
+            raise NotImplementedError("zerosum: a loss that depends on the tokens' entropy is not supported with TRL's fused head")
         return None, None

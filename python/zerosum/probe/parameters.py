@@ -516,7 +516,7 @@ class ParameterProbe(GradSource):
             self.marks.merges = True
         elif results.latest in self.results.passes:
             self.refuse(
-                "the backward pass went through it twice, or its gradient came in parts (reentrant checkpoints of one weight)"
+                "the backward pass computed its gradient twice, or the gradient came in parts (reentrant checkpoints of one weight)"
             )
         elif self.results.written_to:
             self.refuse("its .grad was modified in place between two backward passes (zero_grad(set_to_none=False), clipping, …)")

@@ -545,7 +545,7 @@ class ChunkParameter(_Kept):
 
     def _finish(self, contributions: Contributions) -> Sums:
         if self._added is self.context.current:
-            self.refuse("the backward pass went through it twice")
+            self.refuse("the backward pass computed its gradient twice")
         self._added = self.context.current
         if self.tail is not None:
             contributions.extend(self.tail)

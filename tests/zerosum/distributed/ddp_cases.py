@@ -416,10 +416,10 @@ def case_refusals(rank: int, world: int) -> None:
         nn.utils.clip_grad_norm_(model.parameters(), 1e-3)
     told(written, "rank 1 of the group has no report to add: grad_sum of", "grad_sum of 'first.weight' shares memory")
     direction = direction_for(model) if rank == 0 else None
-    told(report(direction=direction), "got others on rank 1", "got others on rank 1", direction=direction)
+    told(report(direction=direction), "got different ones on rank 1", "got different ones on rank 1", direction=direction)
     if rank == 1:
         model.head.requires_grad_(False)
-    told(report(), "got others on rank 1", "got others on rank 0")
+    told(report(), "got different ones on rank 1", "got different ones on rank 0")
 
 
 def case_refused_on_one_rank(rank: int, world: int) -> None:

@@ -447,7 +447,7 @@ def case_hidden_uses(rank: int, world: int) -> None:
 def case_refusals(rank: int, world: int) -> None:
     batches = data(world)
     model = model_of(Deep)
-    with pytest.raises(NotImplementedError, match=r"'0.weight' is not sharded, and other parameters are: call fully_shard"):
+    with pytest.raises(NotImplementedError, match=r"'0.weight' is not sharded, but other parameters are: call fully_shard"):
         zerosum.Probe(nn.Sequential(model.first, fully_shard(model.middle)).double())
     flat = FullyShardedDataParallel(model_of(Deep), device_id=torch.device("cpu"))
     with pytest.raises(NotImplementedError, match=r"FSDP1.*fully_shard \(FSDP2\)"):

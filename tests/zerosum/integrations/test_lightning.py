@@ -192,7 +192,7 @@ def test_a_resumed_run_goes_on_with_its_file(tmp_path: Path) -> None:
     assert records() == before
     (run,), _ = read_runs([out])
     assert list(run.curve("D_grad").steps) == [1, 2, 4]
-    with pytest.raises(ValueError, match="has records already"):
+    with pytest.raises(ValueError, match="already has records"):
         trained(tmp_path, Module(), ZeroSumCallback(every=2, out=out), **(options | {"enable_checkpointing": False}))
 
 

@@ -188,11 +188,11 @@ def test_a_resumed_run_goes_on_with_its_file(tmp_path: Path) -> None:
     curve = run.curve("D_grad")
     assert dict(zip(curve.steps, curve.values, strict=True)) == pytest.approx(logged(again, "zerosum/D_grad"), rel=1e-9)
     assert run.over("D_grad") == ("N = 4 sequences of training batches", "exact", "")
-    with pytest.raises(ValueError, match=r"out: .*metrics\.jsonl has records already"):
+    with pytest.raises(ValueError, match=r"out: .*metrics\.jsonl already has records"):
         trained(tmp_path, gpt2(), ZeroSumCallback(every=2, out=out))
     assert recorded(out) == after
     (out / "config.json").write_text("{}\n")
-    with pytest.raises(ValueError, match=r"out: .*config\.json is of another run"):
+    with pytest.raises(ValueError, match=r"out: .*config\.json belongs to another run"):
         trained(tmp_path, gpt2(), ZeroSumCallback(every=2, out=out), resume=checkpoint, **saved)
 
 
