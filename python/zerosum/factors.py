@@ -1,5 +1,7 @@
-"""The two factors of linear layers' per-example gradients, kept and differentiable: for penalties on gradients, and for what the
-ops of :mod:`zsl_kernels` compute of them."""
+"""Computes the two factors of linear layers' per-example gradients in differentiable form.
+
+Use them for penalties on gradients, or as inputs of the ops of :mod:`zsl_kernels`.
+"""
 
 from __future__ import annotations
 
@@ -11,8 +13,9 @@ from torch import Tensor, nn
 
 
 class Factors:
-    """``(layer_input, torch.autograd.grad(losses.sum(), layer_output)[0])`` of some ``nn.Linear`` layers: a and b, of which
-    g_i = b_iᵀ a_i is the gradient of example i::
+    """Computes ``(layer_input, torch.autograd.grad(losses.sum(), layer_output)[0])`` of some ``nn.Linear`` layers.
+
+    These are the factors a and b of each example's gradient, g_i = b_iᵀ a_i::
 
         with zerosum.Factors(model.head) as factors:
             losses = per_example_loss(model(x), y)                      # (N,)
@@ -20,16 +23,16 @@ class Factors:
         s = zk.interference(a, b)
         (losses.mean() - s.grad_sum.abs().sum() / s.abs_sum.sum()).backward()
 
-    Rows are taken to be (N, …, K): the first dimension is that of the examples. That is not proved, unlike a probe's. Gradients are
-    those of the layer's own uses: what reaches a tied weight by another way, and biases, are not among them.
+    It assumes that rows are (N, …, K), with the examples in the first dimension; unlike a probe, it does not prove this. The
+    factors cover the uses of the weight in the layer itself. They cover neither other uses of a tied weight nor biases.
 
     Args:
-        layers: ``nn.Linear`` modules whose ``forward`` is not overridden. They run in the block, once or more often.
+        layers: ``nn.Linear`` modules whose ``forward`` is not overridden. Each must run in the block at least once.
 
     Raises:
-        TypeError: a layer is another module.
-        ValueError: no layer is given, or one twice.
-        RuntimeError: in the block, where a layer runs without gradients.
+        TypeError: a layer is not such a module.
+        ValueError: no layer is given, or a layer is given twice.
+        RuntimeError: in the block, if a layer runs without gradients.
     """
 
     def __init__(self, *layers: nn.Linear) -> None:
@@ -38,17 +41,17 @@ class Factors:
                 raise TypeError(f"layers[{k}]: expected an nn.Linear with its own forward, got {type(layer).__name__}")
         if not layers or len(set(layers)) < len(layers):
             raise ValueError(
-                f"layers: expected one or more different layers, got {len(layers)}, {len(set(layers))} of them different"
+                f"layers: expected one or more distinct layers, got {len(layers)}, of which {len(set(layers))} are distinct"
             )
         self._layers = layers
         self._uses: list[list[_Use]] = [[] for _ in layers]
         self._handles: list[Any] = []
 
     def __enter__(self) -> Factors:
-        """Starts anew: what an earlier block kept is forgotten."""
+        """Starts a new block and forgets what an earlier one kept."""
         self._uses = [[] for _ in self._layers]
         for layer, uses in zip(self._layers, self._uses, strict=True):
-            # First of all hooks: the others may change the output.
+            # This hook must run first, because other hooks may change the output.
             self._handles.append(layer.register_forward_hook(partial(_keep, uses, str(layer)), prepend=True))
         return self
 
@@ -58,25 +61,24 @@ class Factors:
         self._handles = []
 
     def of(self, loss: Tensor, *, create_graph: bool = False) -> list[tuple[Tensor, Tensor]]:
-        """``(layer_input, torch.autograd.grad(loss, layer_output)[0])`` of each layer, by one backward pass that keeps the graph.
+        """Returns ``(layer_input, torch.autograd.grad(loss, layer_output)[0])`` of each layer. The backward pass keeps the graph.
 
         Args:
             loss: Σ_i ℓ_i, one number.
-            create_graph: whether what is computed of the factors will be differentiated, as a penalty is. Without it both are
-                detached.
+            create_graph: whether the factors are differentiable, as a penalty needs. If False, both are detached.
 
         Returns:
             a (N, T, K) and b (N, T, O) for each layer. T counts all positions of all of the layer's uses. ``a`` has the dtype of
-            ``b``, which under autocast is the lower one.
+            ``b``, which is the lower one under autocast.
 
         Raises:
-            ValueError: the loss is not one number, or an input has no dimension of examples, or uses differ in N.
-            RuntimeError: a layer did not run in the block, or the loss does not depend on it, or its input or output was modified
-                in place.
+            ValueError: the loss is not one number, an input has no example dimension, or uses differ in N.
+            RuntimeError: a layer did not run in the block, the loss does not depend on it, or its input or output was modified in
+                place.
         """
         if loss.numel() != 1:
             raise ValueError(f"loss: expected one number, the sum of the examples' losses, got shape {tuple(loss.shape)}")
-        kept = [list(uses) for uses in self._uses]  # (A checkpoint that computes again adds to them.)
+        kept = [list(uses) for uses in self._uses]  # a copy, because a checkpoint that recomputes appends to them
         for layer, uses in zip(self._layers, kept, strict=True):
             if not uses:
                 raise RuntimeError(f"{layer} did not run in the block")
@@ -114,5 +116,5 @@ def _keep(uses: list[_Use], layer: str, _: nn.Module, inputs: tuple[Tensor, ...]
 
 
 def _rows(x: Tensor) -> Tensor:
-    """(N, …, K) as (N, T, K)."""
+    """Reshapes (N, …, K) to (N, T, K)."""
     return x.reshape(x.shape[0], -1, x.shape[-1])

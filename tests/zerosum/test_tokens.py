@@ -597,7 +597,9 @@ def test_an_operation_that_the_probe_cannot_see(kind: type[TwoLayers], missing: 
         assert_truth(report, truth, gram=False, refusable=True)
 
 
-@pytest.mark.parametrize(("reentrant", "message"), [(False, "hands its activations to a checkpoint"), (True, "use_reentrant=True")])
+@pytest.mark.parametrize(
+    ("reentrant", "message"), [(False, "uses activation checkpointing or offloading"), (True, "use_reentrant=True")]
+)
 @pytest.mark.parametrize("behind", [False, True])
 def test_a_checkpoint_is_refused(reentrant: bool, behind: bool, message: str) -> None:
     class Checkpointed(Mixing):
@@ -745,9 +747,9 @@ def test_bad_arguments_are_named() -> None:
 def test_bad_losses_are_named() -> None:
     model, (x, y) = gpt(), batch(2, 7, VOCAB)
     report: Any = zerosum.token_report
-    with pytest.raises(ValueError, match=r"losses: expected one for each token, \(1, 7\), got shape \(1,\)"):
+    with pytest.raises(ValueError, match=r"losses: expected one loss per token, shape \(1, 7\), got shape \(1,\)"):
         report(model, x, y, losses=lambda m, x, y: token_losses(m, x, y).mean(1))
-    with pytest.raises(ValueError, match=r"losses: expected one for each token, \(1, 7\), got float"):
+    with pytest.raises(ValueError, match=r"losses: expected one loss per token, shape \(1, 7\), got float"):
         report(model, x, y, losses=lambda m, x, y: 1.0)
     with pytest.raises(ValueError, match=r"losses: expected a function that autograd can differentiate"):
         report(model, x, y, losses=lambda m, x, y: token_losses(m, x, y).detach())

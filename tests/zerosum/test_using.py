@@ -507,7 +507,7 @@ def test_what_has_no_factors_is_refused() -> None:
     with pytest.raises(TypeError, match=r"layers\[0\]: .* got Embedding"):
         zerosum.Factors(nn.Embedding(3, 3))  # type: ignore[arg-type]
     for layers in ((), (layer, layer)):
-        with pytest.raises(ValueError, match="layers: expected one or more different layers"):
+        with pytest.raises(ValueError, match="layers: expected one or more distinct layers"):
             zerosum.Factors(*layers)
     with zerosum.Factors(layer, other) as factors:
         loss = layer(torch.randn(2, 3)).sum()

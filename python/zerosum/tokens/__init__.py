@@ -1,7 +1,8 @@
-"""The true per-token gradient: g_i is the gradient of one predicted token's loss, which reaches every earlier position.
+"""Computes statistics of true per-token gradients: g_i is the gradient of one predicted token's loss.
 
-:func:`token_report` measures it, exactly or from a sample of tokens, at a small fraction of the cost of one backward pass for each
-token. ``passes`` has the two passes over a sequence, ``cut`` finds where they meet, ``sampling`` and ``report`` estimate.
+Such a gradient reaches every earlier position. :func:`token_report` measures them, exactly or from a sample of tokens, at a small
+fraction of the cost of one backward pass per token. ``passes`` contains the two passes over a sequence, ``cut`` finds the tensor at
+which they meet, and ``sampling`` and ``report`` compute estimates.
 """
 
 from zerosum.tokens.measure import token_report

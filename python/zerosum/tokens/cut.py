@@ -1,9 +1,9 @@
-"""Where a model stops mixing positions: the tensor from which on each position's loss is its own.
+"""Finds the tensor after which a model no longer mixes positions, so that each position's loss depends on its own row only.
 
-Behind its last attention a transformer works position by position. Let h (N, T, ·) be a tensor that every path from the losses
-to earlier layers passes through, and row (i, t) of it all that loss (i, t) depends on. Then one ordinary backward pass gives
-∂ℓ_it/∂h for *every* token at once, each in its own row: what lies behind h has rank-one gradients, and what lies before it is
-reached by starting there, one row for each token.
+After its last attention, a transformer works on each position separately. Let h (N, T, ·) be a tensor through which every path
+from the losses to earlier layers passes, such that loss (i, t) depends on row (i, t) of h only. One ordinary backward pass then
+gives ∂ℓ_it/∂h for *every* token at once, each in its own row. Weights after h have rank-one gradients. Weights before h are reached
+by backward passes that start at h, one row per token.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from torch.autograd.graph import GradientEdge, Node
 
 
 def separators(losses: Tensor, activations: Container[Node]) -> Iterator[GradientEdge]:
-    """The tensors through which every path from ``losses`` passes, from the losses on, as edges of the graph.
+    """Yields the tensors through which every path from ``losses`` passes, starting at the losses, as edges of the graph.
 
-    ``activations`` are the nodes that made tensors which depend on data. A node's inputs were made before it: nodes taken by
-    falling sequence numbers come after all that depends on them, and one of them separates the graph where nothing that is left
-    leads to another activation. (A node with several results, such as a split, is none: no edge has them all.)
+    ``activations`` are the nodes whose results depend on data. A node's inputs were created before it, so taking nodes by falling
+    sequence number visits every node after all that depend on it. A node separates the graph if no waiting node leads to another
+    activation. (A node with several results, such as a split, is skipped: no single edge carries them all.)
     """
     assert losses.grad_fn is not None
-    count = 0  # heapq compares what comes first alone
+    count = 0  # breaks ties, because nodes cannot be compared
     heap: list[tuple[int, int, Node]] = [(-losses.grad_fn._sequence_nr(), count, losses.grad_fn)]
     waiting = {losses.grad_fn}
     while heap:
@@ -40,12 +40,12 @@ def separators(losses: Tensor, activations: Container[Node]) -> Iterator[Gradien
 
 
 def _leads_to(node: Node, activations: Container[Node]) -> bool:
-    """Whether the node depends on an activation, and not on weights alone."""
+    """Whether the node depends on an activation, and not only on weights."""
     return any(x in activations for x in _walk([node], stop=activations))
 
 
 def _walk(nodes: Iterable[Node], stop: Container[Node]) -> Iterator[Node]:
-    """All nodes that these lead to, themselves included; not beyond those of ``stop``."""
+    """Yields these nodes and all nodes that they lead to, without going past those in ``stop``."""
     seen: set[Node] = set()
     stack = list(nodes)
     while stack:
@@ -59,7 +59,7 @@ def _walk(nodes: Iterable[Node], stop: Container[Node]) -> Iterator[Node]:
 
 
 def leaves(node: Node, stop: Node | None = None) -> set[int]:
-    """The ids of the leaf tensors that a node leads to, by paths that do not go through ``stop``."""
+    """Returns the ids of the leaf tensors that a node leads to, along paths that avoid ``stop``."""
     found = _walk([node], set() if stop is None else {stop})
     return {id(leaf) for x in found if x is not stop and (leaf := getattr(x, "variable", None)) is not None}
 
@@ -67,8 +67,8 @@ def leaves(node: Node, stop: Node | None = None) -> set[int]:
 def row_wise(losses: Tensor, edges: list[GradientEdge], signs: Tensor) -> list[bool]:
     """Whether row (i, t) of each tensor's gradient comes from loss (i, t) alone, for losses (N, T).
 
-    With the losses' signs changed at random, such a row is the same with that sign, to the last bit, for every operation on it
-    rounds symmetrically; one that other losses reach is not.
+    Random signs on the losses test this. A row with one loss changes by exactly that sign, bit for bit, because every operation
+    rounds symmetrically. A row that other losses reach does not.
     """
     plain, signed = (
         torch.autograd.grad(losses, edges, weights.to(losses.dtype), retain_graph=True, allow_unused=True)
@@ -78,13 +78,13 @@ def row_wise(losses: Tensor, edges: list[GradientEdge], signs: Tensor) -> list[b
 
 
 def follows(plain: Tensor | None, signed: Tensor | None, signs: Tensor) -> bool:
-    """Whether each row of a gradient has the sign of its own loss alone, for losses (N, T) with and without these signs."""
+    """Whether each row of a gradient changes by its own loss's sign only, given gradients without and with the (N, T) signs."""
     x, y = (position_rows(x, signs.shape) for x in (plain, signed))
     return x is not None and y is not None and torch.equal(y, x * signs.reshape(-1, 1).to(x.dtype))
 
 
 def position_rows(x: Tensor | None, shape: torch.Size) -> Tensor | None:
-    """(N, T, …) or (N·T, …) as (N·T, F), and None if it is neither."""
+    """Reshapes (N, T, …) or (N·T, …) to (N·T, F); returns None for other shapes."""
     if x is None or not x.ndim or (x.shape[: len(shape)] != shape and x.shape[0] != shape.numel()):
         return None
     return x.reshape(shape.numel(), -1)

@@ -1,4 +1,4 @@
-"""Measuring every token's own gradient, or a sample's."""
+"""Defines :func:`token_report`, which measures the gradient of every token's loss, or of a sample of tokens."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from zerosum.training.model import token_losses
 from zsl_kernels.types import sum_dtype
 
 Progress = Callable[[int, int], None]
-# More tokens at once gain little: a weight's inputs are shared by a chunk, and its products are wide enough with these.
+# Larger chunks gain little: a chunk shares a weight's inputs, and with this many tokens its products are wide enough.
 LARGEST_CHUNK = 24
 
 
@@ -40,39 +40,40 @@ def token_report(
     progress: Progress | None = None,
     results_device: torch.device | str | None = None,
 ) -> Report | SampledReport:
-    """For g_it = ``torch.autograd.grad(losses(model, x, y)[i, t], parameter)``, the gradient of each token's loss: Σ g, Σ|g|, Σ g²,
-    norms and dots, of every trainable parameter.
+    """Computes Σ g, Σ|g|, Σ g², norms and dot products of per-token gradients, for every trainable parameter.
 
-    Exact by default: every token is an example, N·T in all, in the order of ``x.flatten()``. Tokens whose target is -100 are no
-    examples: N and every (N,) tensor leave them out, and the losses that the function gives for them are not read. With
-    ``sample`` the numerators Σ g are exact, and so are what lies behind the last mixing of positions and, with a direction, every
-    token's dot; Σ|g|, norms and Σ_j |p_ij| are estimated from that many draws, and metrics carry standard errors.
+    The gradient of token (i, t) is g_it = ``torch.autograd.grad(losses(model, x, y)[i, t], parameter)``.
 
-    The model runs in eval mode, one sequence at a time, and is left as it was; gradients in ``.grad`` are not touched. If it is
-    causal, positions behind a chunk of tokens are cut off.
+    - By default, the results are exact. Every token is an example, N·T in all, in the order of ``x.flatten()``.
+    - Tokens whose target is -100 do not count. N and every (N,) tensor leave them out, and their losses are not read.
+    - With ``sample``, some results remain exact: the sums Σ g, all statistics of weights after the last mixing of positions, and,
+      with a direction, every token's dot product. Σ|g|, norms and Σ_j |p_ij| are estimated from that many draws, and metrics carry
+      standard errors.
+
+    The model runs in eval mode, one sequence at a time. It is left unchanged, and so are gradients in ``.grad``. If the model is
+    causal, the passes skip the positions after a chunk of tokens.
 
     Args:
-        model: computes each sequence by itself, by the same operations.
+        model: must compute each sequence separately and by the same operations.
         x: (N, T) token ids.
         y: (N, T) targets.
-        losses: ``losses(model, x, y)`` gives the (N, T) losses. By default the cross entropies of the logits that ``model(x)``
-            returns: a tensor (N, T, vocab), a ``.logits`` or "logits" of the output, or the first entry of a tuple.
+        losses: ``losses(model, x, y)`` returns the (N, T) losses. By default, they are the cross entropies of the logits that
+            ``model(x)`` returns: a tensor (N, T, vocab), a ``.logits`` or "logits" of the output, or the first entry of a tuple.
         direction: a tensor of the parameter's shape for each parameter name, such as an update Δ.
         sample: how many tokens to draw, at least 8; None for all tokens.
-        memory: bytes that everything may take beyond the model, ``direction`` and the sums, which are four tensors of each
-            weight's shape, or five with ``sample``. Within it are the activations of ordinary passes and of chunks, the gradients
-            that go back through them, what is kept of a tied head and, with ``sample``, of each token at the last mixing of
-            positions, and one weight's sums that are being added. (The kernels' own workspaces, some tens of MB at most, come on
-            top.) It sets how many sequences run at once and how many tokens go back at once, by what the first sequence's forward
-            passes keep.
-        seed: fixes the draws.
-        progress: called with the numbers of tokens that are done and that there are to do.
-        results_device: where the sums are kept; on the weights' own devices if None. With "cpu" a GPU holds the sums of one weight
-            at a time, and those of the report are on the CPU, the same up to rounding. Scalars stay on the model's device.
+        memory: a limit, in bytes, on what is held in addition to the model, ``direction`` and the sums. (The sums are four tensors
+            of each weight's shape, or five with ``sample``.) The limit includes activations, the gradients of backward passes, the
+            uses of a tied head, one weight's sums while they are added and, with ``sample``, each token's row at the last mixing of
+            positions. It excludes the kernels' workspaces, some tens of MB at most. The limit and the first sequence's forward
+            passes determine how many sequences and tokens run at once.
+        seed: the seed of the draws.
+        progress: called with the number of tokens done and the total number.
+        results_device: the device that holds the sums; None for the weights' own devices. With "cpu", a GPU holds the sums of one
+            weight at a time, and the report's sums are on the CPU, equal up to rounding. Scalars stay on the model's device.
 
     Raises:
-        TypeError, ValueError: an argument is not of these, all targets are -100, or ``memory`` is too small for one sequence and
-            one token; the message names it.
+        TypeError, ValueError: an argument is invalid, all targets are -100, or ``memory`` is too small for one sequence and one
+            token; the message names the argument.
     """
     _check(model, x, y, losses, direction, sample, memory)
     kept_on = _device(results_device)
@@ -151,17 +152,17 @@ class _Measurement:
         self.generator = torch.Generator().manual_seed(seed)
         counted = (y != IGNORED).flatten()
         self.examples: Tensor | None = None if bool(counted.all()) else counted
-        self.places = counted.nonzero().flatten().cpu()  # of each example in x.flatten()
-        # Whether rows are apart shows where they have losses: here all of them are to have one.
+        self.places = counted.nonzero().flatten().cpu()  # index of each example in x.flatten()
+        # Only rows with losses show whether rows are separate, so every token here gets a target.
         short = min(x.shape[1], 64)
         first_x, first_y = x[:2, :short], y[:2, :short]
         if self.examples is not None:
             first_y = first_y.where(first_y != IGNORED, y.flatten()[int(self.places[0])])
         self.cut: Cut = find_cut(model, losses, first_x[:1], first_y[:1], self.generator)
         self.causal = self._is_causal()
-        half = max(short // 2, min(short, 2))  # so that two take no more than one whole
+        half = max(short // 2, min(short, 2))  # two halves take no more memory than one whole sequence
         together = self._run_together(first_x[:, :half], first_y[:, :half])
-        # The uses of a tied head are as large as the logits: kept for one sequence at a time.
+        # The uses of a tied head are as large as the logits, so they are kept for one sequence at a time.
         self.most = max(POSITIONS // x.shape[1], 1) if together and not (exactly and self.cut.tied) else 1
         subject = Subject(model, losses, self.cut, self.examples is not None, kept_on)
         self.tail = TailPass(subject, self._direction_of)
@@ -184,7 +185,7 @@ class _Measurement:
 
     @torch.no_grad()
     def _is_causal(self) -> bool:
-        """Whether losses depend on no later token."""
+        """Whether no loss depends on a later token."""
         T = self.x.shape[1]
         if T < 2:
             return True
@@ -213,17 +214,17 @@ class _Measurement:
         return Report(tracked, [Pass(0, total)])
 
     def _rows_of(self, k: int) -> slice:
-        """Those of the k-th sequence of a micro-batch."""
+        """Returns the rows of the k-th sequence of a micro-batch."""
         T = self.x.shape[1]
         return slice(k * T, (k + 1) * T)
 
     def _examples_of(self, i: int) -> Tensor:
-        """The positions of sequence i that are examples."""
+        """Returns the positions of sequence i that are examples."""
         T = self.x.shape[1]
         return (self.places[self.places // T == i] % T).to(self.x.device)
 
     def _run_together(self, x: Tensor, y: Tensor) -> bool:
-        """Whether several sequences in one batch can be told apart at the cut, as those of (T, N, ·) models cannot."""
+        """Whether several sequences of a batch can be separated at the cut. For models that compute (T, N, ·), they cannot."""
         pass_ = TailPass(Subject(self.model, self.losses, self.cut), lambda names: None, measure=False)
         try:
             alone, both = (pass_.run(x[:n], y[:n])[0] for n in (1, len(x)))
@@ -234,7 +235,7 @@ class _Measurement:
         return bool(torch.allclose(alone, both[: x.shape[1]], rtol=min(0.1, 1e3 * pass_.eps)))
 
     def _micro_batches(self) -> Iterator[slice]:
-        """Sequences that run together: the first alone, which tells what one takes."""
+        """Yields slices of sequences that run together. The first sequence runs alone, to learn how much memory one needs."""
         start, size = 0, 1
         while start < len(self.x):
             yield slice(start, min(start + size, len(self.x)))
@@ -251,7 +252,7 @@ class _Measurement:
     def _refuse_strayed(self) -> None:
         for t in [*self.tail.tracked, *self.chunks.tracked]:
             if id(t.parameter) in self.tail.strayed:
-                t.refuse("not all sequences use it on one side of the last mixing of positions, as experts are used")
+                t.refuse("some sequences use it before the last mixing of positions and others after it, as with experts")
 
     def _take_back(
         self,
@@ -264,12 +265,14 @@ class _Measurement:
         done: int,
         total: int,
     ) -> None:
-        """Tokens (R,) of sequence i, by rising position, with these weights; ``sizes`` (T,) and ``rows`` (T, F) are the sequence's
-        at the cut, and ``uses`` those of tied weights in its tail."""
+        """Runs the tokens (R,) of sequence i, in rising order and with these weights, backward from the cut.
+
+        ``sizes`` (T,) and ``rows`` (T, F) are the sequence's values at the cut; ``uses`` are those of tied weights in its tail.
+        """
         size = min(LARGEST_CHUNK, self.budget.tokens()) if len(tokens) else 1
         for start in range(0, len(tokens), size):
             at, factors = tokens[start : start + size], weights[start : start + size]
-            # Of a single position the dimension of positions could not be told from that of sequences.
+            # With a single position, the position dimension could not be told from the sequence dimension.
             upto = max(int(at[-1]) + 1, 2) if self.causal else self.x.shape[1]
             x, y = self.x[i : i + 1, :upto], self.y[i : i + 1, :upto]
             with torch.no_grad():
@@ -278,7 +281,7 @@ class _Measurement:
             self.progress(done + start + len(at), total)
 
     def _result(self, t: ChunkParameter) -> ParameterProbe:
-        """A parameter of the chunks, with results as those of a probe."""
+        """Returns a parameter of the chunks with its results, in the form of a probe's."""
         exact = self._checked(t)
         if exact is None or t.total is None:
             return t
@@ -290,7 +293,8 @@ class _Measurement:
         return t
 
     def _checked(self, t: ChunkParameter) -> Tensor | None:
-        """Its gradient's sum over all tokens, if it is covered. All tokens' gradients must add up to it."""
+        """Returns the sum of a covered parameter's gradient over all tokens, after checking that the tokens' gradients add up to
+        it."""
         total, exact = t.total, self.tail.sums.get(id(t.parameter))
         if not t.problem and (total is None or exact is None):
             t.refuse("no gradient reached it")
@@ -300,7 +304,7 @@ class _Measurement:
         if total.grad_sum is not None:
             error = distance(total.grad_sum, exact)
             if error > rounding(self.tail.eps, _size(t), self.largest_sum):
-                t.refuse("its tokens' gradients do not add up to its gradient: some use of it was not seen")
+                t.refuse("its tokens' gradients do not add up to its gradient: some use of it was not observed")
                 return None
         return exact
 
@@ -311,7 +315,7 @@ class _Measurement:
     def sampled(self, n: int) -> SampledReport:
         N, T = self.x.shape
         signs = torch.randint(2, (N, T), generator=self.generator).mul(2).sub(1).to(self.x.device)
-        at_cut: list[Tensor] = []  # (T, F) of each sequence
+        at_cut: list[Tensor] = []  # (T, F) for each sequence
         sizes: list[Tensor] = []  # (T,)
         for which in self._micro_batches():
             size, rows = self._run_tail(which, signs[which])[:2]
@@ -338,7 +342,7 @@ class _Measurement:
         return self._estimate(halves, first, second, dot)
 
     def _take_back_draws(self, draws: Draws, rows: list[Tensor], sizes: list[Tensor], done: int, total: int) -> None:
-        """Sequence by sequence."""
+        """Runs the draws backward, sequence by sequence."""
         T, device = self.x.shape[1], self.x.device
         places = self.places[draws.tokens]
         for i in (places // T).unique().tolist():
@@ -348,11 +352,11 @@ class _Measurement:
             self._take_back(i, tokens, sizes[i], rows[i], weights, uses, done + int(mine[0]), total)
 
     def _influence(self, t: ChunkParameter, draws: int) -> Tensor | None:
-        """∂(Σ_j |G_j| / A_j)/∂A_j up to its sign, for A_j = Σ_i |g_ij| as these draws tell it, which are half of all."""
+        """Computes ∂(Σ_j |G_j| / A_j)/∂A_j up to its sign, with A_j = Σ_i |g_ij| estimated from these draws, half of all draws."""
         if t.total is None or t.problem or is_embedding(t.how, t.parameter.shape):
             return None
         sizes, total = 2 * t.total.abs_sum, self.tail.sums[id(t.parameter)].abs()
-        # 1/A² of an estimate A is too large by the factor 1 + 3 var A / A², to second order.
+        # The square of the reciprocal of an estimate A is too large by the factor 1 + 3 var A / A², to second order.
         squares = t.total.variance(draws).mul_(3 * 4).addcmul_(sizes, sizes)
         return torch.where(sizes > total, total.div_(squares), 0)
 
@@ -366,7 +370,7 @@ class _Measurement:
         n = len(halves[0]) + len(halves[1])
         parameters, tracked = [], self._in_order([*self.tail.tracked, *self.chunks.tracked])
         for one in self.chunks.tracked:
-            one.direction = None  # the influence: it was the draws'
+            one.direction = None  # it was the influence, needed by the draws only
         exact = {"l1": 0.0, "sq_norm": 0.0}
         for t in tracked:
             if isinstance(t, ChunkParameter):
@@ -402,7 +406,7 @@ class _Measurement:
             not_covered={t.name: t.problem for t in tracked if t.problem},
             sizes={t.name: t.parameter.numel() for t in tracked},
         )
-        # Where all parameters are the tail's, or only embeddings are not, a half has no scalars of its own: they are zero.
+        # If only embeddings lie before the cut, or nothing does, a half has no scalars of its own: they are zero.
         zeros = [torch.zeros(len(half), dtype=torch.float64, device=self.x.device) for half in halves]
         l1, sq_norm = (
             torch.cat([part.get(name, zero) for part, zero in zip((first, second), zeros, strict=True)])

@@ -1,4 +1,4 @@
-"""What the passes of :mod:`zerosum.tokens.passes` hold, and how they hold less."""
+"""Counts and limits the memory of the passes of :mod:`zerosum.tokens.passes`."""
 
 from __future__ import annotations
 
@@ -9,26 +9,26 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
-# Coordinates of a weight that are looked at together, where that takes temporaries of higher precision.
+# Coordinates of a weight per slice, for work that needs temporaries of higher precision.
 SLICE = 2**17
 
 
-# Tensors of the largest activation's size, for each token of a chunk, that a vectorized backward pass holds at once.
+# Tensors of the largest activation's size that a vectorized backward pass holds at once, for each token of a chunk.
 HELD = 5
-# The same for an ordinary pass over a sequence, beyond what its forward pass keeps.
+# Such tensors of an ordinary pass over a sequence, beyond what its forward pass keeps.
 HELD_BY_A_PASS = 4
-# The same of a tied weight's uses in the tail, for each token of a chunk.
+# Tensors of the size of a tied weight's uses in the tail that are held for each token of a chunk.
 HELD_OF_USES = 3
 # Tensors of a weight's shape that are held while its sums are added to the results.
 HELD_OF_A_WEIGHT = 5
 
 
 class SavedTensors:
-    """Counts the bytes that a forward pass keeps for its backward pass, the model's own left out.
+    """Counts the bytes that a forward pass keeps for its backward pass, without the model's own tensors.
 
     Attributes:
-        total: of all tensors, each counted once.
-        largest: of the largest.
+        total: the bytes of all tensors, each counted once.
+        largest: the bytes of the largest tensor.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -36,7 +36,7 @@ class SavedTensors:
         self._seen = {_storage(x) for x in (*model.parameters(), *model.buffers())}
 
     def watch(self) -> AbstractContextManager[None]:
-        """In which a forward pass is counted."""
+        """Counts a forward pass that runs in this context."""
         return saved_tensors_hooks(self._pack, lambda x: x)
 
     def _pack(self, x: Tensor) -> Tensor:
@@ -45,14 +45,14 @@ class SavedTensors:
             size = x.numel() * x.element_size()
             self.total += max(size, x.untyped_storage().nbytes())
             self.largest = max(self.largest, size)
-        # A result that its own node keeps would, by its node, keep itself for ever.
+        # Detach it: a result that its own node keeps would keep itself alive through that node.
         return x.detach()
 
 
 class Budget:
-    """Divides bytes among what :func:`zerosum.token_report` holds beside the model and the sums.
+    """Divides a number of bytes among what :func:`zerosum.token_report` holds in addition to the model and the sums.
 
-    ``forward`` is what the forward pass of a chunk keeps, ``weight`` the size of the largest weight's sum.
+    ``forward`` is what the forward pass of a chunk keeps, and ``weight`` the size of the largest weight's sum.
     """
 
     def __init__(self, memory: int, forward: SavedTensors, weight: int) -> None:
@@ -63,13 +63,14 @@ class Budget:
         self._sequence = self._kept = 0
 
     def note_pass(self, saved: SavedTensors, rows: int, uses: int, positions: int) -> None:
-        """Learns what one sequence takes: what its pass keeps, the bytes of its rows at the cut and of the tied weights' uses."""
+        """Learns what one sequence needs: what its pass keeps, and the bytes of its rows at the cut and of the tied weights'
+        uses."""
         self._sequence = saved.total + HELD_BY_A_PASS * saved.largest + rows + uses
         self._forward += uses
         self._token += HELD_OF_USES * (uses // positions)
 
     def keep(self, size: int) -> None:
-        """Sets bytes aside.
+        """Reserves bytes for the whole run.
 
         Raises:
             ValueError: too little is left for one sequence or one token.
@@ -79,21 +80,21 @@ class Budget:
         least = fixed + max(self._sequence, self._forward + self._token)
         if least > self._memory:
             raise ValueError(
-                f"memory: expected at least {least} bytes, got {self._memory}: {fixed} throughout, and {self._sequence} for one "
-                f"sequence's losses or {self._forward} and {self._token} for each token that goes back"
+                f"memory: expected at least {least} bytes, got {self._memory}: {fixed} for the whole run, and either "
+                f"{self._sequence} for one sequence's losses or {self._forward} + {self._token} for the backward pass of each token"
             )
 
     def sequences(self) -> int:
-        """How many fit into one ordinary pass."""
+        """Returns how many sequences fit into one ordinary pass."""
         return (self._memory - self._weight - self._kept) // max(self._sequence, 1)
 
     def tokens(self) -> int:
-        """How many of a sequence can go back at once."""
+        """Returns how many tokens of a sequence one vectorized backward pass can take."""
         return (self._memory - self._weight - self._kept - self._forward) // max(self._token, 1)
 
 
 def size_of(*tensors: Tensor) -> int:
-    """Their bytes, each memory counted once."""
+    """Returns the bytes of the tensors, with shared memory counted once."""
     return sum({_storage(x): x.numel() * x.element_size() for x in tensors}.values())
 
 
@@ -102,19 +103,19 @@ def _storage(x: Tensor) -> int:
 
 
 def placeholder(like: Tensor) -> Tensor:
-    """Zeros of this shape that take no memory: for autograd to return where a gradient has been dealt with."""
+    """Returns zeros of this shape that take no memory, for autograd to return in place of a gradient that was already consumed."""
     return like.new_zeros(()).expand(like.shape)
 
 
 def slices(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """Weights of one shape, some of their coordinates at a time, in float64."""
+    """Yields slices of tensors of one shape, in float64."""
     flat = [x.reshape(-1) for x in tensors]
     for parts in zip(*(x.split(SLICE) for x in flat), strict=True):
         yield tuple(part.double() for part in parts)
 
 
 def distance(x: Tensor, y: Tensor | None = None) -> float:
-    """‖x − y‖, or ‖x‖, in float64, without a copy of them in float64."""
+    """Computes ‖x − y‖, or ‖x‖, in float64, without a float64 copy of the tensors."""
     pairs = slices(x) if y is None else slices(x, y)
     parts = [(part - rest[0] if rest else part).square().sum() for part, *rest in pairs]
     return float(torch.stack(parts).sum().sqrt()) if parts else 0.0

@@ -1,11 +1,12 @@
-"""The two passes over a sequence: one that takes what is a token's own, and one that takes a chunk of tokens back together.
+"""Runs the two passes over a sequence: one over all tokens up to the cut, and one over a chunk of tokens from the cut back.
 
-The *tail* is what lies behind the cut (:mod:`zerosum.tokens.cut`). One ordinary backward pass from all losses gives the gradient's
-sum for every weight, the statistics of the tail's weights, whose examples are single rows, and each token's row at the cut.
+The *tail* is the part of the model after the cut (:mod:`zerosum.tokens.cut`). One ordinary backward pass from all losses gives the
+sum of every weight's gradient, the statistics of the tail's weights, whose examples are single rows, and each token's row at the
+cut.
 
-From there a *chunk* of C tokens of one sequence goes back at once: the sequence runs forward once, up to the chunk's last token,
-and a vectorized backward pass starts from C rows. So a weight's inputs are shared by the C examples, and its
-gradients (C, T, O) with these (T, K) are one wide product for the kernel.
+The second pass runs a *chunk* of C tokens of one sequence backward at once. The sequence runs forward once, up to the chunk's last
+token, and a vectorized backward pass starts from C rows. The C examples therefore share a weight's inputs (T, K), and their
+gradients (C, T, O) and the inputs form one wide product for the kernel.
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ _OTHERWISE = "token_report: expected a model that computes every sequence, and e
 
 @dataclass(frozen=True, eq=False)
 class SharedLayout(Layout):
-    """Of an activation of one sequence, whose gradients come for several examples at once: all rows are every example's."""
+    """The layout of an activation of one sequence whose gradients come for several examples at once: every example has all rows."""
 
     def rows(self, x: Tensor) -> Tensor:
         x = self._of_examples(x)
@@ -66,7 +67,7 @@ class SharedLayout(Layout):
 
     @staticmethod
     def _of_examples(x: Tensor) -> Tensor:
-        """(E, *x.shape) of a tensor that vmap has batched, and (1, *x.shape) of another."""
+        """Returns (E, *x.shape) for a tensor that vmap has batched, and (1, *x.shape) for any other."""
         f = torch._C._functorch
         if not f.is_batchedtensor(x):
             return x.unsqueeze(0)
@@ -74,7 +75,7 @@ class SharedLayout(Layout):
 
 
 class SharedSequence(Prover):
-    """One sequence runs forward, and ``count`` examples, losses of some of its tokens, run backward."""
+    """Attributes a pass in which one sequence runs forward, and ``count`` examples, the losses of some tokens, run backward."""
 
     def __init__(self) -> None:
         super().__init__(loss=_SUM, structures=Structures())
@@ -85,7 +86,7 @@ class SharedSequence(Prover):
         for site in capture.sites:
             site.layout = layout
         self.structures.passes += 1
-        # Outside of vmap: what a use leaves is not batched any more.
+        # The statistics are computed outside vmap, because what a use leaves is no longer batched.
         return Proof(Pass(self.structures.passes, self.count, unbatched=temporarily_pop_interpreter_stack))
 
 
@@ -97,8 +98,10 @@ def _rms_norm(func: Any, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
 
 
 class Place(NamedTuple):
-    """Which of the activations of a forward pass: the ``number``-th (N, T, …) or (N·T, …) of a function and a shape. What depends
-    on the data, like the rows that reach an expert, is of other shapes and does not count."""
+    """Identifies an activation of a forward pass: the ``number``-th (N, T, …) or (N·T, …) of a function and a shape.
+
+    Activations of data-dependent shapes, such as the rows that reach an expert, do not count.
+    """
 
     name: str
     rest: tuple[int, ...]
@@ -107,7 +110,8 @@ class Place(NamedTuple):
 
 @dataclass(frozen=True)
 class Cut:
-    """Where the activation is made, and which parameters lie behind it alone (``tail``), or on both sides (``tied``)."""
+    """Where the activation at the cut is made, and which parameters are used after it only (``tail``) or on both sides
+    (``tied``)."""
 
     place: Place
     tail: frozenset[int]
@@ -116,10 +120,10 @@ class Cut:
 
 @dataclass(frozen=True)
 class Subject:
-    """What all passes of a report are of.
+    """What all passes of a report share.
 
     Attributes:
-        ignores: whether tokens without a target are among those that come.
+        ignores: whether some tokens have no target.
         kept_on: the device of the sums; None for the weights' own.
     """
 
@@ -139,7 +143,7 @@ class Subject:
 
 
 class AtCut(NamedTuple):
-    """The activation at the cut in one forward pass. ``sizes`` (N·T,) are the norms of its rows, by which it is known again."""
+    """The activation at the cut in one forward pass. The norms of its rows, ``sizes`` (N·T,), identify it in another pass."""
 
     edge: GradientEdge
     shape: torch.Size
@@ -147,11 +151,11 @@ class AtCut(NamedTuple):
 
 
 class _Reached(BaseException):
-    """Leaves the model at the cut. (No exception of the model's own, which it might catch.)"""
+    """Leaves the model at the cut. It is a BaseException so that the model does not catch it."""
 
 
 class TokenCapture(Capture):
-    """A capture that also notes which nodes of the graph made activations, and finds the one at the cut."""
+    """Captures a pass, notes which nodes of the graph made activations, and finds the activation at the cut."""
 
     def __init__(
         self,
@@ -171,11 +175,11 @@ class TokenCapture(Capture):
         self._shape = torch.Size()
         self._seen: Counter[tuple[str, tuple[int, ...]]] = Counter()
         self.eps = 0.0  # the unit roundoff of the least precise activation
-        self.ignores = False  # whether tokens without a target are among those that come
+        self.ignores = False  # whether some tokens have no target
 
     def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
         if self._stops and func in _RMS_NORMS and not self._touches((*args, *(kwargs or {}).values())):
-            # A GPU's fused one has no vectorized derivative. (With a weight that is measured its rule takes the derivative.)
+            # A GPU's fused RMS norm has no vectorized derivative. (For a measured weight, its rule computes the derivative.)
             result: Any = _rms_norm(func, *args, **(kwargs or {}))
         else:
             result = super().__torch_function__(func, types, args, kwargs)
@@ -201,21 +205,21 @@ class TokenCapture(Capture):
                 raise _Reached
 
     def release(self) -> None:
-        # The graph's nodes hold the capture: autograd's part of such a circle is invisible to the garbage collector.
+        # The graph's nodes refer to the capture, and the garbage collector cannot see autograd's part of such a cycle.
         self.cut = None
         self.activations.clear()
         super().release()
 
     def add_up(self) -> None:
-        """Not after each pass: the sums over coordinates are those of all of them."""
+        """Does nothing after a pass: the sums over coordinates are computed once, for all passes."""
 
     def forget_pass(self) -> None:
-        """Goes on as if a forward pass without a backward pass had not been."""
+        """Forgets a forward pass that had no backward pass."""
         self._begin_epoch()
 
     def forward_to_cut(self, losses: Losses, x: Tensor, y: Tensor) -> AtCut:
-        """What :meth:`forward` computes before the cut, without the rest: a head is much of a small model. Fused attention has no
-        vectorized derivative; written out, it has."""
+        """Runs :meth:`forward` only up to the cut, because the head is a large part of a small model. It disables fused attention,
+        which has no vectorized derivative."""
         self._stops = True
         try:
             with sdpa_kernel(SDPBackend.MATH):
@@ -224,20 +228,20 @@ class TokenCapture(Capture):
             pass
         finally:
             self._stops = False
-        assert self.cut is not None  # forward raises where there is none
+        assert self.cut is not None  # `forward` raises an error if there is no cut
         return self.cut
 
     def forward(self, losses: Losses, x: Tensor, y: Tensor) -> Tensor:
-        """(N, T) losses, with the nodes of activations on the way."""
+        """Computes the (N, T) losses, and notes the nodes of activations."""
         self.activations.clear()
         self._seen.clear()
         self._shape, self.cut = x.shape, None
         values = losses(self.model, x, y)
         if not isinstance(values, Tensor) or values.shape != x.shape:
             got = f"shape {tuple(values.shape)}" if isinstance(values, Tensor) else type(values).__name__
-            raise ValueError(f"losses: expected one for each token, {tuple(x.shape)}, got {got}")
+            raise ValueError(f"losses: expected one loss per token, shape {tuple(x.shape)}, got {got}")
         if self.ignores:
-            # Whatever the loss of a token without a target is, it is no example's.
+            # The loss of a token without a target does not count, whatever its value.
             with torch._C.DisableTorchFunction():
                 values = values.masked_fill(y == IGNORED, 0)
         if not values.isfinite().all():
@@ -250,13 +254,13 @@ class TokenCapture(Capture):
 
 
 def find_cut(model: nn.Module, losses: Losses, x: Tensor, y: Tensor, generator: torch.Generator) -> Cut:
-    """The deepest separator whose gradient is row-wise, and behind which the probe can tell what each row does."""
+    """Finds the deepest tensor that separates the graph, has a row-wise gradient, and after which the probe covers every weight."""
     capture = TokenCapture(model, _positions(), _no_direction)
     capture.start()
     try:
         with disable_saved_tensors_hooks(
-            "token_report: the model hands its activations to a checkpoint or an offload, which cannot take part in backward "
-            "passes of many tokens at once; expected a model without (`memory` bounds what they take)"
+            "token_report: the model uses activation checkpointing or offloading, which does not support backward passes of many "
+            "tokens at once; disable it (`memory` limits how much activations take)"
         ):
             values = capture.forward(losses, x, y)
     finally:
@@ -281,17 +285,19 @@ def find_cut(model: nn.Module, losses: Losses, x: Tensor, y: Tensor, generator: 
         tail.close()
         if whole:
             return cut
-    raise RuntimeError("losses: expected a row-wise function of (N, T) tokens; not even the losses' own gradient is")
+    raise RuntimeError(
+        "losses: expected each token's loss to be computed from its own row, but the losses themselves are not row-wise"
+    )
 
 
 def rounding(eps: float, size: float, largest: float) -> float:
-    """How much two ways to one sum of this size may differ, where the largest of the model's sums are as large as that: what
-    vanishes in exact arithmetic is rounding noise of those."""
+    """Returns how much two computations of one sum of this size may differ. ``largest`` is the size of the model's largest sum:
+    a sum that vanishes in exact arithmetic is rounding noise of that one."""
     return min(6e-2, 1e4 * eps) * size + 10 * eps * largest
 
 
 def _positions() -> Prover:
-    """Every position is an example."""
+    """Returns a prover for which every position is an example."""
     return Prover(positions=True, loss=_SUM, structures=Structures())
 
 
@@ -300,13 +306,13 @@ def _no_direction(names: list[str]) -> None:
 
 
 class _Kept(ParameterProbe):
-    """A weight whose sums are kept on the device ``kept_on``, which may be another than its own."""
+    """Probes a weight whose sums are kept on the device ``kept_on``, which may differ from its own."""
 
     immediate = False
     kept_on: torch.device | None = None
 
     def may_read(self, x: Tensor) -> bool:
-        return True  # what is not covered is measured in another way
+        return True  # what is not covered is measured by another pass
 
     def _request(self) -> Request:
         asked = super()._request()
@@ -316,7 +322,7 @@ class _Kept(ParameterProbe):
 
 
 class _TailParameter(_Kept):
-    """Measures what lies behind the cut; of a tied weight it keeps the uses there."""
+    """Probes a weight after the cut. For a tied weight it keeps the uses there."""
 
     tied = False
     uses: Contributions | None = None
@@ -331,7 +337,7 @@ class _TailParameter(_Kept):
         super().take_results(results)
 
     def end_pass(self) -> None:
-        # The backward pass went no further than the cut: what is left with a tied weight are its uses in the tail.
+        # The backward pass ended at the cut, so a tied weight now holds exactly its uses in the tail.
         if self.tied:
             self.uses = self.take()
             if self._late is not None:
@@ -346,11 +352,12 @@ class _TailParameter(_Kept):
 
 
 class TailPass:
-    """Ordinary passes over sequences: the gradient's sum of every weight, the tail's statistics, and each token's row at the cut.
+    """Runs ordinary passes over sequences: computes every weight's gradient sum, the tail's statistics and each token's row at the
+    cut.
 
-    ``sums`` are Σ_i g_i over all tokens so far of the weights before the cut, by the parameter's id, and ``signed`` Σ_i ε_i g_i
-    of all weights where signs were given, both on the subject's ``kept_on``; ``tracked`` are the tail's parameters. With
-    ``measure=False`` it only looks for the uses of tied weights.
+    ``sums`` are Σ_i g_i of the weights before the cut over all tokens so far, by the parameter's id. ``signed`` are Σ_i ε_i g_i of
+    all weights, if signs were given. Both are on the subject's ``kept_on``. ``tracked`` are the tail's parameters. With
+    ``measure=False``, the pass only collects the uses of tied weights.
     """
 
     def __init__(self, subject: Subject, direction: Direction, measure: bool = True) -> None:
@@ -359,7 +366,7 @@ class TailPass:
         self._capture = subject.capture(_positions(), direction, _TailParameter)
         self.sums: dict[int, Tensor] = {}
         self.signed: dict[int, Tensor] = {}
-        self.strayed: set[int] = set()  # parameters that lie on another side of the cut than in the first sequence
+        self.strayed: set[int] = set()  # parameters on a different side of the cut than in the first sequence
         self.tracked: list[_TailParameter] = []
         self._others: list[_TailParameter] = []
         for t in self._capture.parameters:
@@ -372,10 +379,10 @@ class TailPass:
     def run(
         self, x: Tensor, y: Tensor, signs: Tensor | None = None, saved: SavedTensors | None = None
     ) -> tuple[Tensor, Tensor, dict[int, Contributions]]:
-        """The sizes (N·T,) of what is at the cut for sequences (N, T), its gradient's rows (N·T, F), and the uses of tied weights
+        """Runs sequences (N, T). Returns the sizes (N·T,) and the gradient's rows (N·T, F) at the cut, and the uses of tied weights
         in the tail.
 
-        ``signs`` (N, T) are of the losses for ``signed``. ``saved`` counts what is kept for the backward passes.
+        ``signs`` (N, T) are the losses' signs for ``signed``. ``saved`` counts what is kept for the backward passes.
         """
         capture = self._capture
         capture.start()
@@ -388,7 +395,7 @@ class TailPass:
             total = values.sum(dtype=torch.float64)
             inputs: list[Any] = [*(t.parameter for t in self.tracked), cut.edge]
             with warnings.catch_warnings(), _taking(self.tracked, _drop):
-                # Of a tail that is none: :meth:`covers` tells.
+                # The warning is about a tail that does not keep rows separate, which `covers` reports.
                 warnings.filterwarnings("ignore", "zerosum.Probe: the examples are coupled", UserWarning)
                 *_, at_cut = torch.autograd.grad(total, inputs, retain_graph=True, allow_unused=True)
         finally:
@@ -416,24 +423,24 @@ class TailPass:
             t.uses = None
         rows = position_rows(at_cut, values.shape)
         assert rows is not None
-        return cut.sizes, rows.detach(), uses  # (the cut itself would hold the graph)
+        return cut.sizes, rows.detach(), uses  # the cut itself would keep the graph alive
 
     def _add(self, sums: dict[int, Tensor], t: ParameterProbe, grad: Tensor) -> None:
         before = sums.get(id(t.parameter))
         if before is None:
-            # A copy: several weights, and the results, may have one gradient's memory.
+            # A copy, because several weights, and the results, may share one gradient's memory.
             sums[id(t.parameter)] = grad.detach().to(self._kept_on or grad.device, copy=True)
         else:
             before.add_(grad.detach().to(before.device))
 
     def grad_sum(self, t: ParameterProbe) -> Tensor | None:
-        """Σ_i g_i of any weight, as far as it was measured."""
+        """Returns Σ_i g_i of any weight, as far as it was measured."""
         if id(t.parameter) not in self._cut.tail:
             return self.sums.get(id(t.parameter))
         return None if t.results is None else t.results.sums.spread(t.results.grad_sum, t.parameter.shape).view(t.parameter.shape)
 
     def _look_behind(self, values: Tensor, edge: GradientEdge) -> None:
-        """Whether the cut of this sequence has the same weights behind it."""
+        """Notes parameters that are on a different side of this sequence's cut."""
         assert values.grad_fn is not None
         mine = {id(t.parameter) for t in self._capture.parameters}
         before, behind = leaves(edge.node) & mine, leaves(values.grad_fn, stop=edge.node) & mine
@@ -445,12 +452,13 @@ class TailPass:
         return self._capture.eps
 
     def covers(self) -> bool:
-        """Whether the probe could tell each row's part of all that is used in the tail."""
+        """Whether the probe attributed every use of a weight in the tail to rows."""
         used = [*self.finish(), *(t for t in self._others if t.tied)]
         return not any(t.problem for t in used)
 
     def adds_up(self, parameters: list[nn.Parameter], gradients: Sequence[Tensor | None]) -> bool:
-        """Whether the sums are these gradients: all that leads to a weight passes through the cut, or lies behind it."""
+        """Whether the sums equal these gradients, that is, whether every path to a weight passes through the cut or starts after
+        it."""
         probes: dict[int, ParameterProbe] = {id(t.parameter): t for t in self._capture.parameters}
         largest = max((distance(g) for g in gradients if g is not None), default=0.0)
         for p, g in zip(parameters, gradients, strict=True):
@@ -466,7 +474,7 @@ class TailPass:
         self._capture.release()
 
     def finish(self, examples: Tensor | None = None) -> list[_TailParameter]:
-        """The tail's parameters with their results. ``examples`` is a mask of all tokens; the gradients of the others are zero."""
+        """Returns the tail's parameters with their results. ``examples`` masks the tokens; the others have zero gradients."""
         with torch.no_grad():
             for t in self.tracked:
                 t.finish()
@@ -480,13 +488,13 @@ class TailPass:
 
 
 def _drop(t: ParameterProbe, grad: Tensor) -> None:
-    """The results have it."""
+    """Does nothing with a gradient that the results already contain."""
 
 
 @contextmanager
 def _taking(parameters: Iterable[ParameterProbe], take: Callable[[ParameterProbe, Tensor], None]) -> Iterator[None]:
-    """In which each weight's gradient goes to ``take`` as soon as it is complete. What autograd then returns is a placeholder: it
-    would hold the gradients of all weights together."""
+    """Passes each weight's gradient to ``take`` as soon as it is complete. autograd returns placeholders instead, so that it need
+    not hold the gradients of all weights together."""
 
     def hook(t: ParameterProbe, grad: Tensor) -> Tensor:
         grad = grad.to_dense() if grad.is_sparse else grad
@@ -503,9 +511,9 @@ def _taking(parameters: Iterable[ParameterProbe], take: Callable[[ParameterProbe
 @dataclass
 class Accumulated:
     """The sums of one weight over the chunks so far, Σ c_i g_i, Σ c_i |g_i| and Σ c_i² g_i² with the examples' factors c, and the
-    examples' own scalars."""
+    examples' scalars."""
 
-    grad_sum: Tensor | None  # where it is asked for
+    grad_sum: Tensor | None  # None if it is not needed
     abs_sum: Tensor
     sq_sum: Tensor
     scalars: dict[str, list[Tensor]]
@@ -530,12 +538,13 @@ class Accumulated:
                 self.scalars.setdefault(name, []).append(value.double() / factors.double() ** power)
 
     def variance(self, draws: int) -> Tensor:
-        """Of ``abs_sum``, where the examples are that many draws and their factors the draws' weights."""
+        """Estimates the variance of ``abs_sum``, for examples that are this many draws, with the draws' weights as factors."""
         return self.abs_sum.square().div_(-draws).add_(self.sq_sum).clamp_(min=0).mul_(draws / (draws - 1))
 
 
 class ChunkParameter(_Kept):
-    """Adds the chunks up, Σ g_i only where that is ``checked``. ``tail`` are this chunk's uses behind the cut, of a tied weight."""
+    """Adds up the chunks of a weight, and Σ g_i only if ``checked``. ``tail`` are this chunk's uses after the cut, of a tied
+    weight."""
 
     checked = True
     total: Accumulated | None = None
@@ -559,13 +568,13 @@ class ChunkParameter(_Kept):
         if self.refused or self._waits():
             return super().gradient(contributions)
         self._finish(contributions)
-        # The chunk's sums have been added: autograd is given nothing to hold, and :meth:`on_gradient` sees whether more came.
+        # The chunk's sums were added. autograd gets a placeholder, and `on_gradient` checks whether more gradient arrives.
         grad = placeholder(self.parameter)
         self._fused = grad.data_ptr(), grad._version
         return grad
 
     def on_gradient(self, grad: Tensor) -> None:
-        # What uses leave is one sum for all examples; one for each of them came by another way.
+        # Covered uses leave one sum for all examples. A batched gradient, one per example, came from a use that was not observed.
         if not torch._C._functorch.is_batchedtensor(grad):
             super().on_gradient(grad)
         elif not self.problem:
@@ -577,7 +586,7 @@ class ChunkParameter(_Kept):
 
 
 class ChunkPass:
-    """Takes chunks of tokens back from the cut, and adds up what lies before it."""
+    """Runs chunks of tokens backward from the cut, and adds up the statistics of the weights before it."""
 
     def __init__(self, subject: Subject, direction: Direction, checked: bool = True) -> None:
         self._losses = subject.losses
@@ -593,7 +602,7 @@ class ChunkPass:
                 self.tracked.append(t)
 
     def weigh(self, x: Tensor, y: Tensor) -> SavedTensors:
-        """What the forward pass of the sequence (1, T) keeps."""
+        """Measures what the forward pass of the sequence (1, T) keeps."""
         saved = SavedTensors(self._capture.model)
         self._capture.start()
         try:
@@ -609,9 +618,11 @@ class ChunkPass:
     def run(
         self, x: Tensor, y: Tensor, tokens: Tensor, rows: Tensor, factors: Tensor, tail: Mapping[int, Contributions], sizes: Tensor
     ) -> None:
-        """One chunk of the sequence x (1, T): ``tokens`` (C,) are its positions, ``rows`` (C, F) their gradients at the cut,
-        ``factors`` (C,) what each example is multiplied by, ``tail`` the uses of tied weights there, ``sizes`` (T,) those of the
-        activation at the cut in the other pass."""
+        """Runs one chunk of the sequence x (1, T).
+
+        ``tokens`` (C,) are its positions, ``rows`` (C, F) their gradients at the cut, ``factors`` (C,) the examples' factors,
+        ``tail`` the uses of tied weights in the tail, and ``sizes`` (T,) the sizes of the activation at the cut in the other pass.
+        """
         capture, C = self._capture, len(tokens)
         self._prover.count = C
         for t in self.tracked:
@@ -640,7 +651,7 @@ class ChunkPass:
         self._capture.release()
 
     def take_scalars(self) -> dict[str, Tensor]:
-        """The examples' scalars since the last time, each a total over the parameters that have it."""
+        """Returns and clears the examples' scalars since the last call, each summed over the parameters that have it."""
         found: dict[str, Tensor] = {}
         for t in self.tracked:
             if t.total is not None and not t.problem:

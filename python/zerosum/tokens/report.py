@@ -1,4 +1,4 @@
-"""What a sample of tokens tells of all of them."""
+"""Defines the report of a sample of tokens, which estimates statistics of all tokens."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from zerosum.tokens.sampling import Draws
 
 @dataclass(frozen=True)
 class ParameterEstimate:
-    """One parameter's sums over all tokens: ``grad_sum`` exact, ``abs_sum`` and its standard error ``abs_error`` estimated.
+    """One parameter's sums over all tokens: ``grad_sum`` is exact; ``abs_sum`` is an estimate with standard error ``abs_error``.
 
-    ``signed_sum`` is Σ_i ε_i g_i with random signs, the same for all parameters: one draw of the null, which the mean over
-    coordinates makes precise. ``exact`` says that ``abs_sum`` was not estimated.
+    ``signed_sum`` is Σ_i ε_i g_i with random signs ε_i, the same for all parameters. It is a single draw of the null, which the
+    mean over coordinates makes precise. If ``exact`` is true, ``abs_sum`` is exact, too.
     """
 
     name: str
@@ -33,15 +33,15 @@ class ParameterEstimate:
     exact: bool
 
     def ratio(self, numerator: Tensor) -> Tensor:
-        """|numerator| / Σ_i |g_i| for each coordinate, between 0 and 1.
+        """Computes |numerator| / Σ_i |g_i| for each coordinate, between 0 and 1.
 
-        Of an estimate A the reciprocal is too large by the factor 1 + var A / A², to second order; what no drawn token touched, but
-        some token did, was touched by few, and counts as 1.
+        The reciprocal of an estimate A is too large by the factor 1 + var A / A², to second order; this is corrected. A coordinate
+        that some token touched, but no drawn token, was touched by few tokens, so its ratio is set to 1.
         """
         return _ratio(*(x.double() for x in (numerator, self.abs_sum, self.abs_error)))
 
     def total_ratio(self, numerator: Tensor) -> float:
-        """The sum of :meth:`ratio` over all coordinates."""
+        """Computes the sum of :meth:`ratio` over all coordinates."""
         return _total(_ratio(*parts).sum() for parts in slices(numerator, self.abs_sum, self.abs_error))
 
     @property
@@ -55,15 +55,16 @@ def _ratio(numerator: Tensor, size: Tensor, error: Tensor) -> Tensor:
 
 
 def _total(parts: Iterable[Tensor]) -> float:
-    """Their sum, which waits for a device once."""
+    """Returns their sum, with one wait for the device."""
     return float(torch.stack(list(parts)).sum())
 
 
 @dataclass(frozen=True)
 class Scalars:
-    """Of each drawn token, over all parameters that were sampled, (n,); of every token, over those that are exact, a total.
+    """Scalars of the drawn tokens, (n,), over the sampled parameters, and totals over all tokens for the exact parameters.
 
-    ``abs_dot`` is of the first draws alone, ``influence`` of the others: Σ_j |g_ij| ∂D_grad/∂(Σ_i |g_ij|), up to its sign.
+    ``abs_dot`` is known for the first half of the draws only, and ``influence`` for the second: Σ_j |g_ij| ∂D_grad/∂(Σ_i |g_ij|),
+    up to its sign.
     """
 
     l1: Tensor
@@ -78,10 +79,10 @@ class SampledReport(ByName[ParameterEstimate]):
     """The results of :func:`zerosum.tokens.token_report` for a sample. ``report[name]`` is one parameter's estimate.
 
     Attributes:
-        num_examples: all tokens, N·T without those that are no examples.
+        num_examples: the number of tokens that count: N·T without those that have no target.
         draws: the drawn tokens, by their number among the examples, and their weights.
-        dot: (num_examples,) first-order loss changes of all tokens along the direction, exact, or None.
-        coverage: as of :class:`zerosum.Report`.
+        dot: (num_examples,) first-order loss changes of all tokens along the direction, exact; None without a direction.
+        coverage: as in :class:`zerosum.Report`.
     """
 
     def __init__(
@@ -133,7 +134,7 @@ class SampledReport(ByName[ParameterEstimate]):
         return found
 
     def _interference(self, parameters: list[ParameterEstimate]) -> dict[str, Metric]:
-        """D_grad, over all coordinates but those of embeddings and over all."""
+        """Computes D_grad, without embeddings (``D_grad``) and over all coordinates (``D_grad_all``)."""
         found = {}
         for name, chosen in (
             ("D_grad", [p for p in parameters if p.name not in self._embeddings]),

@@ -1,9 +1,9 @@
-"""Sums over all tokens, estimated from some of them.
+"""Estimates sums over all tokens from a sample of tokens.
 
-Tokens are drawn with replacement, token i with probability p_i, and a drawn one counts w = 1/(n p_i) times. So Σ_i |g_ij| is
-estimated without bias, and the spread of the n weighted terms tells the estimate's standard error. Where p_i is
-proportional to the size of the term the spread is least (Hansen and Hurwitz, 1943); the norm of the loss's gradient at the
-cut, through which all of g_i passes, is known for every token and close to it.
+Tokens are drawn with replacement. Token i has probability p_i, and each time it is drawn it has weight w = 1/(n p_i). This
+estimates Σ_i |g_ij| without bias, and the spread of the n weighted terms gives the standard error. The variance is smallest if p_i
+is proportional to the size of the term (Hansen and Hurwitz, 1943). The norm of the loss's gradient at the cut is close to that and
+known for every token, because all of g_i passes through the cut.
 """
 
 from __future__ import annotations
@@ -14,20 +14,21 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+# This share of the draws ignores the bound, so that no weight gets large where the bound is far too small.
 # This share of the draws ignores the bound, so that no weight is large where the bound is far too small.
 UNIFORM = 0.1
 
 
 @dataclass(frozen=True)
 class Draws:
-    """``tokens`` (n,) are indices into the N·T tokens, and ``weights`` (n,) how many tokens each of them stands for."""
+    """A sample: ``tokens`` (n,) are indices into the N·T tokens, and ``weights`` (n,) say how many tokens each one represents."""
 
     tokens: Tensor
     weights: Tensor
 
     @classmethod
     def proportional(cls, bound: Tensor, n: int, generator: torch.Generator) -> Draws:
-        """``n`` draws from tokens with these bounds (N·T,) of their gradients' norms."""
+        """Draws ``n`` tokens, given bounds (N·T,) of the norms of their gradients."""
         bound = bound.double().cpu()
         total = bound.sum()
         even = torch.full_like(bound, 1 / len(bound))
@@ -39,7 +40,7 @@ class Draws:
         return len(self.tokens)
 
     def halves(self) -> tuple[Draws, Draws]:
-        """The first and the second half of them, each by rising token."""
+        """Returns the first and the second half of the draws, each sorted by token."""
         k = len(self) // 2
         found = []
         for tokens, weights in ((self.tokens[:k], self.weights[:k]), (self.tokens[k:], self.weights[k:])):
@@ -51,14 +52,14 @@ class Draws:
         return Draws(torch.cat([self.tokens, other.tokens]), torch.cat([self.weights, other.weights]))
 
     def total(self, x: Tensor) -> float:
-        """Σ over all tokens of what ``x`` (n,) says of the drawn ones."""
+        """Estimates the sum over all tokens from the values ``x`` (n,) of the drawn ones."""
         return float((self.weights * x.double().cpu()).sum())
 
     def error(self, x: Tensor, n: int | None = None) -> float:
-        """The standard error of a total over ``n`` draws, these or more of their kind, from ``x`` (len(self),) of these."""
+        """Estimates the standard error of a total over ``n`` such draws, from the values ``x`` (len(self),) of these draws."""
         k, n = len(self), len(self) if n is None else n
         if k < 2:
             return math.nan
-        # A total is the mean of n terms n·w·x, where n·w = 1/p is the same for any n.
+        # A total is the mean of n terms n·w·x, and n·w = 1/p does not depend on n.
         terms = self.weights * n * x.double().cpu()
         return float(terms.std() / math.sqrt(n))
