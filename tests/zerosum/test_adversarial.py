@@ -797,7 +797,7 @@ def test_a_backward_pass_that_failed_is_not_counted() -> None:
     with (probe := zerosum.Probe(model, gram=True)):
         step(model, tokens)
     assert_truth(probe.report(), truth, refusable=True)
-    assert set(probe.report().coverage.not_covered.values()) <= {"a backward pass failed half-way"}
+    assert set(probe.report().coverage.not_covered.values()) <= {"a backward pass raised an error before it ended"}
 
 
 @pytest.mark.parametrize("kind", [TwoLayers, Tied])

@@ -603,7 +603,7 @@ def test_a_weight_that_only_compiled_code_uses_otherwise() -> None:
     report = steps.probed(tokens)
     assert_gradients(gradients(steps.model), plain, 1e-12)
     assert set(report.coverage.not_covered) == {"first.weight"}
-    assert "not there when the step was proved" in report.coverage.not_covered["first.weight"]
+    assert "did not run when the step was proved" in report.coverage.not_covered["first.weight"]
     steps.model.hidden = True
     truth = steps.truth(tokens)
     for name in report:

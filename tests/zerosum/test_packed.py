@@ -215,7 +215,7 @@ def test_losses_that_couple_the_rows_of_a_document() -> None:
         parts = [F.cross_entropy(model(x, 0 * x, torch.arange(len(x))), y, reduction="none") for x, y in batch.documents]
         return torch.stack([square(part) for part in parts])
 
-    with pytest.warns(UserWarning, match="no sum that the probe can read"):
+    with pytest.warns(UserWarning, match="cannot read how the loss was reduced"):
         check(model, losses, step, vanishing=("qkv.bias",))
 
 
@@ -255,7 +255,7 @@ def test_rows_that_are_picked_before_the_head_are_to_be_declared() -> None:
         F.cross_entropy(model.head(h[mask]), batch.targets[mask]).backward()
 
     assert_refused(
-        model, step, r"has the rows \(1, 14\) that zerosum.example_ids tells of; where losses are of rows that were picked"
+        model, step, r"has the rows \(1, 14\) that were passed to zerosum.example_ids; if the losses are for selected rows"
     )
 
 
@@ -451,17 +451,17 @@ def test_ids_of_other_rows_than_the_losses_are_refused() -> None:
         h = model.body(batch.declare("ids"), batch.ids, batch.positions)
         F.cross_entropy(model.head(h.flip(1))[0], batch.targets[0]).backward()
 
-    assert_refused(model, step, "rows of other examples than zerosum.example_ids says")
+    assert_refused(model, step, "rows that zerosum.example_ids assigns to other examples")
 
 
 @pytest.mark.parametrize(("arguments", "error", "message"), [
     ({}, TypeError, "expected one of ids, cu_seqlens and position_ids, got none"),
     ({"ids": torch.zeros(5).long(), "position_ids": torch.zeros(5).long()}, TypeError, "got ids, position_ids"),
     ({"ids": [0, 1]}, TypeError, "ids: expected a torch.Tensor of integers, got list"),
-    ({"ids": torch.zeros(4).long()}, ValueError, r"ids: expected 5 integers, one for each row, got torch.int64 \(4,\)"),
-    ({"ids": torch.zeros(5)}, ValueError, "ids: expected 5 integers, one for each row, got torch.float32"),
-    ({"ids": torch.zeros(2, 5).long()}, ValueError, r"ids: expected integers \(1, 5\), one for each row"),
-    ({"ids": torch.full((5,), -2)}, ValueError, "ids: expected values from 0 on, or -1 for rows of no example, got -2"),
+    ({"ids": torch.zeros(4).long()}, ValueError, r"ids: expected 5 integers, one per row, got torch.int64 \(4,\)"),
+    ({"ids": torch.zeros(5)}, ValueError, "ids: expected 5 integers, one per row, got torch.float32"),
+    ({"ids": torch.zeros(2, 5).long()}, ValueError, r"ids: expected integers \(1, 5\), one per row"),
+    ({"ids": torch.full((5,), -2)}, ValueError, "ids: expected values >= 0, or -1 for rows of no example, got -2"),
     ({"ids": torch.full((5,), -1)}, ValueError, "ids: expected at least one row that belongs to an example, got none of 5"),
     ({"ids": torch.tensor([0, 1, 2, 3, 4])}, ValueError, r"ids: expected values in \[0, 4\), got 0 to 4; num_examples is 4"),
     ({"position_ids": torch.zeros(3, 1, 5).long()}, ValueError, "position_ids: expected 5 integers"),
@@ -479,7 +479,7 @@ def test_arguments_that_are_wrong_are_named(arguments: dict[str, Any], error: ty
 
 
 def test_cumulative_lengths_are_of_one_row() -> None:
-    with zerosum.Probe(reader()), pytest.raises(ValueError, match=r"x: expected one row of documents .* got \(2, 5\)"):
+    with zerosum.Probe(reader()), pytest.raises(ValueError, match=r"x: expected a single row of documents .* got \(2, 5\)"):
         zerosum.example_ids(torch.zeros(2, 5).long(), cu_seqlens=torch.tensor([0, 5]))
 
 
@@ -488,9 +488,9 @@ def test_two_batches_before_one_backward_pass_are_refused() -> None:
     with zerosum.Probe(reader()):
         zerosum.example_ids(tokens, torch.tensor([0, 0, 1, 1, 1]))
         zerosum.example_ids(tokens, cu_seqlens=torch.tensor([0, 2, 5]))  # the same
-        with pytest.raises(ValueError, match="other rows were declared before, and no backward pass came in between"):
+        with pytest.raises(ValueError, match="different rows were declared before, without a backward pass in between"):
             zerosum.example_ids(tokens, torch.tensor([0, 0, 0, 1, 1]))
-    with zerosum.Probe(reader(), "position"), pytest.raises(RuntimeError, match="expected a probe with sequences as examples"):
+    with zerosum.Probe(reader(), "position"), pytest.raises(RuntimeError, match="expected a probe with examples='sequence'"):
         zerosum.example_ids(tokens, tokens)
 
 

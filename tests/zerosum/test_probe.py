@@ -167,7 +167,7 @@ def decayed(model: TwoLayers, tokens: Tensor) -> Tensor:
 
 
 def test_what_is_not_covered_is_named_with_its_reason() -> None:
-    losses, reason = decayed, "a part of the loss is no example's own: it reaches the weights by add (head.weight)"
+    losses, reason = decayed, "a part of the loss belongs to no example: it reaches the weights by add (head.weight)"
     model, tokens = setup(TwoLayers)
     losses(model, tokens).sum().backward()
     plain = gradients(model)
@@ -488,7 +488,7 @@ def test_arguments_are_checked_and_named() -> None:
         zerosum.Probe(model, direction={"nose": torch.zeros(3)})
     with pytest.raises(ValueError, match=r"direction\['head.weight'\]: expected a tensor of shape \(5, 12\), got \(3,\)"):
         zerosum.Probe(model, direction={"head.weight": torch.zeros(3)})
-    with pytest.raises(ValueError, match=r"loss_reduction: expected .* got 'a tensor of shape \(2,\), not all of it positive"):
+    with pytest.raises(ValueError, match=r"loss_reduction: expected .* got 'a tensor of shape \(2,\) that is not all positive"):
         zerosum.Probe(model, loss_reduction=torch.tensor([1.0, 0.0]))
     with pytest.raises(TypeError, match=r"grad_scaler: expected a torch\.amp\.GradScaler, got float"):
         zerosum.Probe(model, grad_scaler=2.0)

@@ -431,7 +431,7 @@ def derivative(
         own = any(hasattr(node, name) for name in ("site", "again", "source"))
         users = isinstance(node, torch.autograd.function.BackwardCFunction) and not own and not ddp.is_sink(node)
         if users and not ends.isdisjoint(nodes_between([node], set())):
-            raise Unproved(f"{node.name()} is a function of the user's")
+            raise Unproved(f"{node.name()} is a user-defined function")
     return found
 
 
@@ -460,7 +460,7 @@ def couples(
     """
     past = {n for n in cut.bypass if getattr(n, "variable", None) is None and not hasattr(n, "source")}
     if op := _of_gradients(roots, cut.edges):
-        return f"{op} of their gradients is a part of the loss; zerosum.auxiliary(the part) sets it apart"
+        return f"the loss contains {op} of their gradients; wrap that part in zerosum.auxiliary(part)"
     with torch.enable_grad(), stopping(cut.edges), repeatable(cut.edges):
         first = derivative(roots, grads, cut.edges)
         ordered = [g for g in first if g is not None and g.requires_grad]

@@ -66,7 +66,7 @@ class Capture(TorchFunctionMode):
         self.prover = prover
         self.structures = structures
         if prover.positions:
-            self.inseparable = "positions cannot be told apart in it"
+            self.inseparable = "positions cannot be separated in it"
         self.phase = Phase.PLAIN
         self.current: Pass | None = None
         self.passes: list[Pass] = []
@@ -109,7 +109,7 @@ class Capture(TorchFunctionMode):
                     tree.probes[p] = t
                 t.renew(self, direction(known), gram)
                 if p.is_complex():
-                    t.refuse("its numbers are complex")
+                    t.refuse("it is complex")
                 self.parameters.append(t)
         self.sources: dict[int, GradSource] = {id(t.parameter): t for t in self.parameters}
         self._derived: list[DerivedWeight] = []
@@ -503,7 +503,7 @@ class Capture(TorchFunctionMode):
     def differentiate_whole(self, t: ParameterProbe, reason: str) -> None:
         """Covers a weight by differentiating the whole loss for each example, where nothing cheaper does."""
         if self.shards is not None:
-            t.refuse(f"{reason}; the whole loss is not differentiated again for each example where weights are sharded")
+            t.refuse(f"{reason}; with sharded weights, the probe does not differentiate the whole loss again for each example")
         elif self.inseparable:
             t.refuse(f"{reason}; {self.inseparable}" if self.inseparable not in reason else reason)
         elif t not in self.whole:
@@ -653,7 +653,9 @@ class Capture(TorchFunctionMode):
             return self._run(engine, outputs, inputs, kwargs, Phase.PLAIN, self.current if self._depth else None)
         self._find_whole(proof)
         if proof.apart and self.shards is not None:
-            raise NotImplementedError("zerosum.auxiliary: a model that fully_shard has sharded is not supported: leave the term in")
+            raise NotImplementedError(
+                "zerosum.auxiliary: a model that fully_shard has sharded is not supported: do not mark the term"
+            )
         if proof.apart:
             # Part of the loss is no example's: what is measured is not what is accumulated.
             self._measure_apart(proof)
@@ -665,7 +667,7 @@ class Capture(TorchFunctionMode):
             for t in self.parameters:
                 t.drop()
                 if t.results is not None and proof.of in t.results.passes:
-                    t.refuse("a backward pass failed half-way")
+                    t.refuse("a backward pass raised an error before it ended")
             raise
         finally:
             self._end_pass(proof)
@@ -764,7 +766,7 @@ class Capture(TorchFunctionMode):
             return
         if reentrant([e.node for e in proof.cut.edges]):
             for t in wanted:
-                t.refuse(f"{self.whole[t]}; behind it is a reentrant checkpoint, which cannot be differentiated for one example")
+                t.refuse(f"{self.whole[t]}; a reentrant checkpoint comes after it, which cannot be differentiated for one example")
             return
         E = proof.of.examples
         found = [t.parameter.new_zeros(E, *t.parameter.shape) for t in wanted]

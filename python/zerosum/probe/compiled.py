@@ -56,8 +56,8 @@ SHAPES = 4  # steps of other shapes run uncompiled: a compiler keeps few graphs 
 MISSES = 3  # compiled steps that nothing was known of, after which all run uncompiled
 REST = 8  # uncompiled blocks after such a step, which may prove one like it
 
-UNPROVED = "the step ran compiled, and no step like it has been proved; the next ones run uncompiled"
-UNKNOWN = "used in compiled code by an operation that was not there when the step was proved"
+UNPROVED = "the step ran compiled before a step like it was proved; the next steps run uncompiled"
+UNKNOWN = "used in compiled code by an operation that did not run when the step was proved"
 
 
 @dataclass

@@ -1,4 +1,4 @@
-"""Functions of parameters alone: how a result's per-example gradients go on to what it is made of."""
+"""Handles tensors computed from parameters only, by passing their per-example gradients on to those parameters."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from zerosum.probe.rules.site import Phase, RuleContext
 def derive(
     context: RuleContext, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], refs: list[Ref], out: Tensor
 ) -> DerivedWeight:
-    """The result of a call, which depends on weights alone, as a weight."""
+    """Treats the result of a call that depends on weights only as a weight."""
     parents = list(dict.fromkeys(t for ref in refs for t in ref.source.parameters))
     derived = DerivedWeight(context, out, parents)
     if func is F.embedding and embedding.plain(args, kwargs):
@@ -30,7 +30,7 @@ def derive(
 
 
 def derive_lookup(context: RuleContext, ids: Tensor, weight: Ref) -> DerivedWeight:
-    """Rows of a table at indices that are the same for all examples, as a weight that is nowhere itself."""
+    """Treats rows of a table, at indices that are the same for all examples, as a weight without computing the tensor."""
     like = weight.source.tensor
     out = torch.empty(*ids.shape, like.shape[1], dtype=like.dtype, device="meta", requires_grad=True)
     derived = DerivedWeight(context, out, weight.source.parameters)
@@ -39,7 +39,7 @@ def derive_lookup(context: RuleContext, ids: Tensor, weight: Ref) -> DerivedWeig
 
 
 def _lookup(context: RuleContext, ids: Tensor, weight: Ref) -> Pullback:
-    """Rows of a table at indices that are the same for all examples."""
+    """Returns the pullback for rows of a table at indices that are the same for all examples."""
     K = weight.piece.size[1]
     parent = weight.source
     for t in parent.parameters:
@@ -67,7 +67,8 @@ def _lookup(context: RuleContext, ids: Tensor, weight: Ref) -> Pullback:
 
 
 def _any(context: RuleContext, sources: list[GradSource], out: Tensor) -> Pullback:
-    """Any function: its vector-Jacobian product is taken with each example's gradient, back to what is no function itself."""
+    """Returns the pullback for any other function: its vector-Jacobian product with each example's gradient, back to the
+    sources."""
     edge, value = get_gradient_edge(out), torch.empty_strided(out.size(), out.stride(), dtype=out.dtype, device="meta")
     device = out.device
 
@@ -83,7 +84,7 @@ def _any(context: RuleContext, sources: list[GradSource], out: Tensor) -> Pullba
         with context.silenced(Phase.PLAIN):
             try:
                 found = torch.autograd.grad([edge], wanted, [given], retain_graph=True, is_grads_batched=True, allow_unused=True)
-            except RuntimeError:  # an operation that knows no batches of gradients
+            except RuntimeError:  # an operation without batched gradients
                 each = [torch.autograd.grad([edge], wanted, [x], retain_graph=True, allow_unused=True) for x in given]
                 found = tuple(None if gs[0] is None else torch.stack(gs) for gs in zip(*each, strict=True))  # type: ignore[misc]
         for source, gs in zip(sources, found, strict=True):

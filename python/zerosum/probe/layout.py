@@ -1,4 +1,4 @@
-"""How the rows of an activation are divided among the examples."""
+"""Describes how the rows of an activation are divided among the examples."""
 
 from __future__ import annotations
 
@@ -12,18 +12,19 @@ from torch import Tensor
 
 
 class Uncovered(Exception):
-    """Why a rule cannot cover a call."""
+    """Raised when a rule cannot cover a call; the message is the reason."""
 
 
 @dataclass(frozen=True, eq=False)
 class Layout:
     """The example of every row of an activation ``(*lead, F)``.
 
-    Regular: dimension ``axis`` of ``lead`` is ``(outer, sequences, inner)``, flattened: ``(N, T)`` in order is ``axis=0``,
-    ``(T, N)`` is ``axis=1``, ``(N·T,)`` is ``axis=0, inner=T``. Irregular: ``ids`` has the example of every row, ``(prod(lead),)``.
+    Regular: dimension ``axis`` of ``lead`` is ``(outer, sequences, inner)``, flattened. ``(N, T)`` in order is ``axis=0``,
+    ``(T, N)`` is ``axis=1``, ``(N·T,)`` is ``axis=0, inner=T``. Irregular: ``ids`` holds the example of every row,
+    ``(prod(lead),)``.
 
-    Where positions are the examples, each of the sequences has ``positions`` of them, in the order of the rows: ``place`` is their
-    dimension behind that of the sequences.
+    If positions are the examples, each sequence has ``positions`` of them, in the order of the rows. ``place`` is their dimension
+    once that of the sequences has been moved to the front.
     """
 
     examples: int
@@ -39,17 +40,17 @@ class Layout:
         return self.examples // self.positions if self.positions else self.examples
 
     def same_as(self, other: Layout) -> bool:
-        """Whether both are regular and divide rows alike."""
+        """Whether both are regular and divide rows in the same way."""
         mine, theirs = ((x.ids is None, x.axis, x.outer, x.inner, x.place) for x in (self, other))
         return mine == theirs and self.ids is None
 
     @cached_property
     def plain(self) -> bool:
-        """Whether the rows come example by example."""
+        """Whether the rows are sorted by example."""
         return self.ids is None and self.axis == 0 and self.outer == 1 and self.place == 1
 
     def first(self, x: Tensor) -> Tensor:
-        """(sequences, …), and with positions (sequences, positions, …)."""
+        """Moves the sequences to the front: (sequences, …), or (sequences, positions, …) if positions are the examples."""
         if self.outer != 1 or self.inner != 1:
             x = x.unflatten(self.axis, (self.outer, self.sequences, self.inner)).movedim(self.axis + 1, 0)
         elif self.axis:
@@ -57,7 +58,7 @@ class Layout:
         return x.movedim(self.place, 1) if self.place != 1 else x
 
     def rows(self, x: Tensor) -> Tensor:
-        """``(*lead, F)`` as (E, T, F), or as (P, F) with :attr:`ids`."""
+        """Reshapes ``(*lead, F)`` to (E, T, F), or to (P, F) with :attr:`ids`."""
         if self.ids is not None:
             return x.reshape(-1, x.shape[-1])
         if not self.plain:
@@ -65,11 +66,11 @@ class Layout:
         return x.reshape(self.examples, x.shape[:-1].numel() // max(self.examples, 1), x.shape[-1])
 
     def ragged(self, device: torch.device) -> dict[str, Any]:
-        """What tells an op of ``zsl_kernels`` whose the rows are, where they are irregular."""
+        """Returns the arguments that tell an op of ``zsl_kernels`` the example of each row, for irregular rows."""
         return {} if self.ids is None else {"example_ids": self.ids, "num_examples": self.examples}
 
     def all_ids(self, lead: torch.Size, device: torch.device) -> Tensor:
-        """The example of every row, (prod(lead),)."""
+        """Returns the example of every row, (prod(lead),)."""
         if self.ids is not None:
             return self.ids
         if self.examples <= 1:
@@ -84,7 +85,7 @@ class Layout:
         return torch.empty_like(number).view(-1).index_put_((ordered.reshape(-1),), mine.reshape(-1))
 
     def slice(self, x: Tensor, mine: slice) -> tuple[Tensor, Tensor | None]:
-        """Some rows of ``x`` (P, F), and the example of each."""
+        """Returns some rows of ``x`` (P, F), and the example of each."""
         return x[mine], self.all_ids(x.shape[:-1], x.device)[mine]
 
     def is_diagonal(self, shape: torch.Size, ndim: int) -> bool:
@@ -93,7 +94,7 @@ class Layout:
         return regular and len(shape) == ndim > 0 and shape[0] == self.examples > 1
 
     def per_example(self, g: Tensor, shape: torch.Size) -> Tensor:
-        """(E, *shape): the gradient ``g`` of a weight that was broadcast from ``shape``, by example."""
+        """Returns (E, *shape): the gradient ``g`` of a weight that was broadcast from ``shape``, by example."""
         lead = (1,) * (g.ndim - len(shape)) + tuple(shape)
         if self.examples > 1 and self.ids is None and not self.positions and lead[self.axis] == 1:
             parts = g.unflatten(self.axis, (self.outer, self.sequences, self.inner)).movedim(self.axis + 1, 0)

@@ -1,14 +1,14 @@
-"""What was differentiated, and what it has to do with the examples' own losses, read off the losses themselves.
+"""Reads off the loss how it was reduced from the examples' losses, so that results do not depend on the reduction.
 
-Between the root of a backward pass and the examples' losses there are reductions, weights and divisions. The gradient c at the
-losses says what they did. Where the step adds up a tensor of N losses, ℓ_i are those numbers, times c_i over the mean of all c;
-otherwise ℓ_i is made of the rows' losses ℓ_r:
+Between the examples' losses and the root of a backward pass there are reductions, weights and divisions. The gradient c at the
+losses shows what they did. If the step adds up a tensor of N losses, ℓ_i is entry i times c_i over the mean of all c. Otherwise ℓ_i
+is computed from the rows' losses ℓ_r:
 
-    ℓ_i = Σ_{r of i} c_r ℓ_r / mean_i(Σ_{r of i} c_r),
+    ℓ_i = Σ_{r of i} c_r ℓ_r / mean_i(Σ_{r of i} c_r).
 
-so that an average example's rows weigh one. The mean is over the examples of all of a block's micro-batches. That leaves invariant
-whether one trains with a sum, a mean over examples or over all rows, divided by accumulation steps or by a number of items, or
-scaled by a gradient scaler. Rows with c_r = 0, such as ignored targets, are none, and an example without rows does not count.
+The rows of an average example then have total weight one. The mean is over the examples of all micro-batches of a block. The
+results are the same for a sum, a mean over examples or over all rows, a division by accumulation steps or a number of items, and a
+gradient scaler. Rows with c_r = 0, such as ignored targets, do not count, and neither do examples without rows.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from torch.autograd.graph import GradientEdge, Node
 import zsl_kernels as zk
 from zerosum.probe.attribution import hooked
 
-# The place of `reduction` among the positional arguments.
+# The index of `reduction` among the positional arguments.
 LOSSES: dict[Any, int] = {
     F.cross_entropy: 6,
     F.nll_loss: 6,
@@ -45,14 +45,14 @@ _CLASSES = (F.cross_entropy, F.nll_loss, zk.linear_cross_entropy)
 
 @dataclass(eq=False)
 class LossCall:
-    """A call of a known loss function: rows' losses and their reduction."""
+    """A call of a known loss function, with its rows' losses and their reduction."""
 
     name: str
     node: Node
     reduction: str
-    shape: torch.Size  # of the result
+    shape: torch.Size  # the shape of the result
     targets: Tensor
-    classes: bool  # whether the targets are classes, one for each row
+    classes: bool  # whether the targets are class indices, one per row
     distributions: bool  # whether they are distributions over the classes
     ignore_index: int
     weight: Tensor | None
@@ -73,16 +73,16 @@ class LossCall:
         weight = kwargs.get("weight", args[2] if len(args) > 2 and func in (F.cross_entropy, F.nll_loss) else None)
         if func is zk.linear_cross_entropy:
             weight = None
-        # Narrow integers would be compared with a narrowed ignore_index.
+        # long(), because integers of fewer bits would be compared with an ignore_index cut to their width.
         targets = targets.detach().long() if classes else targets.detach()
         return cls(func.__name__, result.grad_fn, reduction, result.shape, targets, classes, distributions, ignore, weight)
 
     def valid(self) -> Tensor | None:
-        """Which rows count, of the targets' shape; None for all."""
+        """Returns which rows count, in the targets' shape; None for all rows."""
         return self.targets != self.ignore_index if self.classes else None
 
     def rows(self, grad: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Σ_r c_r for the gradient at the result, and which rows count."""
+        """Returns Σ_r c_r, given the gradient at the result, and which rows count."""
         grad = grad.detach().double()
         valid = self.valid()
         size = self._sizes(valid)
@@ -97,12 +97,12 @@ class LossCall:
 
     @property
     def count(self) -> int:
-        """Of rows; of distributions over classes, one each."""
+        """The number of rows. A distribution over classes is one row."""
         classes = self.targets.shape[1 if self.targets.ndim > 1 else 0] if self.distributions else 1
         return self.targets.numel() // max(classes, 1)
 
     def _sizes(self, valid: Tensor | None) -> Tensor | None:
-        """The rows' own weights in the loss, 0 for those that do not count."""
+        """Returns the rows' own weights in the loss, 0 for rows that do not count."""
         if valid is None:
             return None
         if self.weight is None or self.weight.ndim != 1:
@@ -112,7 +112,7 @@ class LossCall:
 
 @dataclass(frozen=True)
 class Term:
-    """One part of what was differentiated: the tensor at the end of ``path`` from a root.
+    """One part of the loss: the tensor at the end of ``path`` from a root.
 
     ``call``: the number of the loss function's call that made it; None for losses with a dimension ``axis`` of examples.
     """
@@ -123,11 +123,12 @@ class Term:
     call: int | None
 
 
-COMPILED = "CompiledFunctionBackward"  # torch's node for code that was compiled
+COMPILED = "CompiledFunctionBackward"  # torch's node for compiled code
 
 
 def follow_path(roots: Sequence[GradientEdge], path: tuple[int, ...], names: tuple[str, ...]) -> GradientEdge | None:
-    """The edge at the end of a path, if the graph has the same nodes on the way. (A compiled model's node may be at its end.)"""
+    """Returns the edge at the end of a path, if the graph has the same nodes along it. (The last may be a compiled model's
+    node.)"""
     if path[0] >= len(roots):
         return None
     edge = roots[path[0]]
@@ -162,7 +163,7 @@ class TailReader:
         self._at_cut: dict[int, Tensor] = {}
 
     def reading(self) -> AbstractContextManager[None]:
-        """In which the backward pass runs."""
+        """Returns the context in which the backward pass must run."""
 
         def keep(found: dict[int, Tensor], k: int, number: int, grads: tuple[Tensor | None, ...]) -> None:
             if (g := grads[number]) is not None:
@@ -173,12 +174,12 @@ class TailReader:
         return hooked((edge.node, partial(keep, found, k, edge.output_nr)) for found, k, edge in (*terms, *cut))
 
     def take(self, gradients: Sequence[Tensor | None], at_cut: Sequence[Tensor | None] = ()) -> None:
-        """The gradients, where they are known otherwise."""
+        """Sets the gradients, if they are already known."""
         self._found = {k: g for k, g in enumerate(gradients) if g is not None}
         self._at_cut = {k: g for k, g in enumerate(at_cut) if g is not None}
 
     def factors(self, rows_per_example: int = 1) -> tuple[Tensor, Tensor] | None:
-        """The number of examples with losses, and Σ c over all rows. On the device; nothing waits."""
+        """Returns the number of examples with losses and Σ c over all rows, on the device, without waiting for it."""
         total: Tensor | None = None
         active: Tensor | None = None
         for k, (term, _, call) in enumerate(self._terms):
@@ -200,20 +201,20 @@ class TailReader:
         return active.sum().double() * rows_per_example, total
 
     def _with_gradients(self) -> Tensor | None:
-        """Which examples have gradients at the cut."""
+        """Returns which examples have nonzero gradients at the cut."""
         parts = [self._of_gradient(g, self.cut[k][1]) for k, g in self._at_cut.items()]
         return torch.stack(parts).any(0) if parts else None
 
     def _of_gradient(self, gradient: Tensor, axis: int) -> Tensor:
         rows = (gradient != 0).movedim(axis, 0)
-        count = len(rows) if self._labels is None else len(self._labels)  # (of the first two dimensions, maybe)
+        count = len(rows) if self._labels is None else len(self._labels)  # labels may cover the first two dimensions
         return self._by_example(rows.reshape(count, -1).any(1))
 
     def _by_example(self, rows: Tensor) -> Tensor:
         if self._labels is None:
             return rows
         counts = torch.zeros(self._examples, dtype=torch.long, device=rows.device)
-        rows = rows & (self._labels >= 0)  # those of no example have no loss
+        rows = rows & (self._labels >= 0)  # rows of no example have no loss
         return counts.index_add_(0, self._labels.clamp(min=0), rows.long()) > 0
 
     def _rows_by_example(self, valid: Tensor, axis: int) -> Tensor | None:
@@ -224,7 +225,7 @@ class TailReader:
         return self._by_example(rows)
 
     def uniform(self) -> float | None:
-        """1/c, where every row has the same c."""
+        """Returns 1/c if every row has the same c."""
         values = []
         for k, (_, _, call) in enumerate(self._terms):
             if (grad := self._found.get(k)) is None:

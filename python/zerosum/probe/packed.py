@@ -1,8 +1,8 @@
-"""Whose the rows of packed sequences are, as the user says: by ids, by cumulative lengths, or by positions that restart.
+"""Maps the rows of packed sequences to examples as the user declares it: by ids, cumulative lengths, or positions that restart.
 
-B rows of R positions hold N documents. The losses are told apart at the tensors that have these B·R rows (:meth:`Packed.ends`), and
-the naming of :mod:`~zerosum.probe.attribution` then finds out whose rows reach each use of a weight. Where these are the declared
-ones in the declared order (:class:`Place`), the next batch's ids say it without another proof, whatever its lengths are.
+B rows of R positions hold N documents. The cut is at tensors that have these B·R rows (:meth:`Packed.ends`), and
+:mod:`~zerosum.probe.attribution` finds which rows reach each use of a weight. If these are the declared rows in the declared order
+(:class:`Place`), the next batch's ids determine its rows without another proof, whatever its lengths are.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from torch import Tensor
 from zerosum.probe.attribution import layout_of
 from zerosum.probe.layout import Layout
 
-# The positions that a tensor has of each row: all, and those without the last or the first one, as shifted losses have.
+# The positions of a row that a tensor may have: all, or all but the last or the first one, as shifted losses do.
 _PARTS = (slice(None), slice(None, -1), slice(1, None))
 
 
 @dataclass(frozen=True)
 class End:
-    """Rows of losses: ``size`` along one dimension; with ``positions``, (size, positions) along the first two."""
+    """The shape of rows of losses: ``size`` along one dimension or, with ``positions``, (size, positions) along the first two."""
 
     part: int
     size: int
@@ -33,7 +33,7 @@ class End:
 
 @dataclass(frozen=True)
 class Place:
-    """Where a use's rows have the packed ones: a part of them, along ``dims`` dimensions from ``axis`` on."""
+    """Where a use's rows contain the packed rows: a part of them, along ``dims`` dimensions from ``axis`` on."""
 
     part: int
     axis: int
@@ -42,7 +42,7 @@ class Place:
 
 @dataclass(frozen=True, eq=False)
 class Packed:
-    """``labels`` (B, R): the example of each row, from 0 to ``examples`` - 1, or -1 for rows of no example."""
+    """The declared rows. ``labels`` (B, R) is the example of each row, from 0 to ``examples`` - 1, or -1 for rows of no example."""
 
     labels: Tensor
     examples: int
@@ -51,20 +51,20 @@ class Packed:
 
     @cached_property
     def padded(self) -> bool:
-        """Whether there are rows of no example."""
+        """Whether some rows belong to no example."""
         return bool((self.labels < 0).any())
 
     def same_as(self, other: Packed) -> bool:
         return self.examples == other.examples and torch.equal(self.labels, other.labels)
 
     def part(self, number: int) -> Tensor:
-        """The labels of one of the parts, flattened; the same tensor each time."""
+        """Returns the labels of one of the parts, flattened; the same tensor each time."""
         if number not in self._parts:
             self._parts[number] = self.labels[:, _PARTS[number]].flatten()
         return self._parts[number]
 
     def ends(self) -> Iterator[End]:
-        """The shapes that rows of losses may have."""
+        """Yields the shapes that rows of losses may have."""
         B, R = self.labels.shape
         for number, length in ((0, R), (1, R - 1), (2, R - 1)):
             if length > 0:
@@ -73,7 +73,7 @@ class Packed:
                     yield End(number, B, length)
 
     def _fitting(self, lead: torch.Size) -> Iterator[tuple[Place, Tensor]]:
-        """The places that rows of this shape may have, each with the labels of all rows."""
+        """Yields the places that rows of this shape may have, each with the labels of all rows."""
         B, R = self.labels.shape
         for number, length in ((0, R), (1, R - 1), (2, R - 1)):
             mine = self.labels[:, _PARTS[number]]
@@ -85,7 +85,7 @@ class Packed:
                     yield Place(number, axis, 2), mine.reshape(B, length, *behind[1:]).expand(lead)
 
     def place_of(self, names: Tensor) -> Place | None:
-        """The only place that fits rows with these names, (*lead); None where there is none or several are."""
+        """Returns the only place that fits rows with these names, (*lead); None if no place or several places fit."""
         reached = names >= 0
         if not bool(reached.any()) or bool((names < -1).any()):
             return None
@@ -93,13 +93,13 @@ class Packed:
         return fitting[0] if len(fitting) == 1 else None
 
     def disagrees(self, names: Tensor) -> bool:
-        """Whether rows with these names are the packed ones, and of other examples than declared."""
+        """Whether rows with these names are the packed rows but belong to other examples than declared."""
         found = [mine.to(names.device) for place, mine in self._fitting(names.shape) if place.part == 0]
         known = names >= 0
         return bool(found) and all(bool((known & (mine >= 0) & (names != mine)).any()) for mine in found)
 
     def layout(self, place: Place, lead: torch.Size) -> Layout:
-        """The layout of a use's rows that are at a place."""
+        """Returns the layout of a use's rows at a place."""
         key = place, lead
         if key not in self._layouts:
             mine = next(mine for one, mine in self._fitting(lead) if one == place)
@@ -107,7 +107,7 @@ class Packed:
         return self._layouts[key]
 
     def layout_by_shape(self, lead: torch.Size) -> Layout | None:
-        """The layout of rows that have the packed ones in their first dimensions, by their shape alone."""
+        """Returns the layout of rows whose first dimensions are the packed rows, judged by shape only."""
         B = self.labels.shape[0]
         for place, _ in self._fitting(lead):
             if place.part == 0 and (place.axis == 0 or (B == 1 and place.axis == 1 and lead[0] == 1)):
@@ -116,7 +116,7 @@ class Packed:
 
 
 def declared(x: Tensor, ids: Any, cu_seqlens: Any, position_ids: Any) -> tuple[Packed, str]:
-    """What the arguments of :func:`zerosum.example_ids` say, and which of them says it."""
+    """Parses the arguments of :func:`zerosum.example_ids`. Returns the declared rows and the name of the argument given."""
     if not isinstance(x, Tensor):
         raise TypeError(f"x: expected a torch.Tensor, got {type(x).__name__}")
     given = {"ids": ids, "cu_seqlens": cu_seqlens, "position_ids": position_ids}
@@ -138,27 +138,27 @@ def declared(x: Tensor, ids: Any, cu_seqlens: Any, position_ids: Any) -> tuple[P
 
 
 def _rows(x: Tensor, name: str, value: Tensor) -> Tensor:
-    """(B, R) integers, one for each row of ``x``."""
-    whole = not x.is_floating_point()  # tokens: every dimension is of rows
+    """Returns (B, R) integers, one per row of ``x``."""
+    whole = not x.is_floating_point()  # tokens: every dimension counts rows
     if value.ndim == 2:
-        expected, what = tuple(x.shape[:2]), f"integers {tuple(x.shape[:2])}, one for each row"
+        expected, what = tuple(x.shape[:2]), f"integers {tuple(x.shape[:2])}, one per row"
     else:
         one_row = x.ndim > 1 and x.shape[0] == 1 and (whole or len(value) != 1)
         expected = (x.shape[1] if one_row else x.shape[0],) if x.ndim else ()
-        what = f"{expected[0] if expected else 'no'} integers, one for each row"
+        what = f"{expected[0] if expected else 'no'} integers, one per row"
     integers = not (value.is_floating_point() or value.is_complex() or value.dtype == torch.bool)
     if value.ndim not in (1, 2) or tuple(value.shape) != expected or not integers:
         raise ValueError(f"{name}: expected {what}, got {value.dtype} {tuple(value.shape)}")
     if name == "ids" and value.numel() and int(value.min()) < -1:
-        raise ValueError(f"ids: expected values from 0 on, or -1 for rows of no example, got {int(value.min())}")
+        raise ValueError(f"ids: expected values >= 0, or -1 for rows of no example, got {int(value.min())}")
     return value.detach().long().reshape(-1, value.shape[-1])
 
 
 def _of_lengths(x: Tensor, cu_seqlens: Tensor) -> Tensor:
-    """(1, R) of the cumulative lengths (N + 1,); rows behind the last document belong to none."""
+    """Returns (1, R) labels from cumulative lengths (N + 1,); rows after the last document belong to none."""
     whole = not x.is_floating_point()
     if x.ndim == 0 or (whole and x.ndim > 1 and x.shape[0] != 1):
-        raise ValueError(f"x: expected one row of documents with cu_seqlens, (R, …) or (1, R, …), got {tuple(x.shape)}")
+        raise ValueError(f"x: expected a single row of documents with cu_seqlens, (R, …) or (1, R, …), got {tuple(x.shape)}")
     one_row = x.ndim > 1 and x.shape[0] == 1
     R = x.shape[1] if one_row else x.shape[0]
     ends = cu_seqlens.detach()
@@ -171,7 +171,7 @@ def _of_lengths(x: Tensor, cu_seqlens: Tensor) -> Tensor:
     if not int(lengths.min()):
         raise ValueError(
             f"cu_seqlens: expected documents of at least one row, got an empty one at index {int(lengths.argmin())}; "
-            "cu_seqlens.unique_consecutive() leaves such out"
+            "cu_seqlens.unique_consecutive() removes it"
         )
     labels = torch.full((1, R), -1, device=ends.device)
     labels[0, : int(ends[-1])] = torch.arange(len(lengths), device=ends.device).repeat_interleave(lengths)
@@ -179,7 +179,7 @@ def _of_lengths(x: Tensor, cu_seqlens: Tensor) -> Tensor:
 
 
 def starts(position_ids: Tensor) -> Tensor:
-    """(B, R) bool: where documents start. Positions (B, R) restart there; a negative one belongs to no document."""
+    """Returns a (B, R) mask of document starts, where positions (B, R) restart; a negative position belongs to no document."""
     before = torch.cat([torch.full_like(position_ids[:, :1], -1), position_ids[:, :-1]], 1)
     return (position_ids >= 0) & ((position_ids <= before) | (before < 0) | (position_ids == 0))
 

@@ -1,9 +1,9 @@
-"""What a probe keeps of one weight while the model runs.
+"""Collects the uses of one weight while the model runs, and computes its gradient together with the statistics.
 
-Every use of a weight takes the output of one autograd node, :class:`Gather`, in its place. A use leaves its part of the weight's
-gradient with the :class:`GradSource` and returns none to autograd; the engine runs the node when every use that this backward
-pass reaches has done so, and there the gradient and its statistics are computed together, in one pass. So a use that is detached
-or never reached does not count, and one more use costs no more products.
+Every use of a weight takes the output of one autograd node, :class:`Gather`, in place of the weight. In the backward pass, a use
+leaves its part of the weight's gradient with the :class:`GradSource` and returns no gradient to autograd. The engine runs the node
+when every use that this backward pass reaches has done so. The node then computes the gradient and its statistics together, in one
+pass. A use that is detached or never reached therefore does not count, and additional uses cost no additional products.
 """
 
 from __future__ import annotations
@@ -21,39 +21,39 @@ from zerosum.probe.contributions import Contribution, Contributions, Dense, Piec
 from zerosum.probe.results import Pass, Results
 from zsl_kernels.weight_uses.eager import State, Weight
 
-# Of parameters whose gradient is zero for every example.
+# Reasons for parameters whose gradient is zero for every example.
 UNREACHED = ("no gradient reached it inside the probe", "not used inside the probe")
 UNSEEN = "part of its gradient came through an operation that the probe cannot see"
 
 
 class Context(Protocol):
-    """What a weight has to know of the capture that it belongs to."""
+    """What a weight needs to know about its capture."""
 
     state: State
-    traced: int  # the uses of the epoch that ran in compiled code
-    copies: bool  # whether gradients are written to in the backward pass
+    traced: int  # number of the epoch's uses that ran in compiled code
+    copies: bool  # whether gradients are overwritten during the backward pass
 
     @property
     def epoch(self) -> int:
-        """Counts what runs forward between backward passes."""
+        """Counts the forward phases between backward passes."""
 
     @property
     def current(self) -> Pass | None:
-        """The backward pass that is being measured."""
+        """The backward pass that is being measured, if any."""
 
     @property
     def nested(self) -> bool:
-        """Whether this is a backward pass inside of another's."""
+        """Whether this backward pass runs inside another one."""
 
     @property
     def running(self) -> bool:
-        """Whether a backward pass runs, so that what runs forward is a checkpoint's."""
+        """Whether a backward pass is running, so that forward code is a checkpoint's recomputation."""
 
 
 class GradSource:
-    """A tensor whose per-example gradient is gathered: a parameter, or a function of parameters alone."""
+    """A tensor whose per-example gradient is gathered: a parameter, or a tensor computed from parameters only."""
 
-    gram = False  # whether the inner products of examples are asked for
+    gram = False  # whether to compute the inner products of examples
     direction: Tensor | None = None
     gather: type[Gather]
 
@@ -63,8 +63,8 @@ class GradSource:
         self.base = Piece.of(tensor)
         self.ref = Ref(self, self.base)
         self._gathered: tuple[int, Tensor] | None = None
-        self.roots: list[GradSource] = [self]  # what its gradients are pulled back to, where it is a function of others
-        self._count = 0  # of uses in this epoch
+        self.roots: list[GradSource] = [self]  # the sources to which the gradients of a derived weight are pulled back
+        self._count = 0  # number of uses in this epoch
         self._left: Contributions | None = None
 
     def covered_by(self, how: str) -> None:
@@ -72,7 +72,7 @@ class GradSource:
             parameter.covered_by(how)
 
     def gathered(self) -> Tensor:
-        """Stands for the tensor in every use of this epoch."""
+        """Returns the tensor that replaces this one in every use of this epoch."""
         epoch = self.context.epoch
         if self._gathered is None or self._gathered[0] != epoch:
             self._gathered = (epoch, self.gather.apply(self.tensor, self))
@@ -81,7 +81,7 @@ class GradSource:
         return self._gathered[1]
 
     def stands_alone(self, piece: Piece) -> bool:
-        """Whether a use of this piece is taken for the only one in its pass, and needs no gathering node."""
+        """Whether this use of the piece is assumed to be the only one in its pass, and needs no gathering node."""
         return False
 
     def view(self, piece: Piece) -> Tensor:
@@ -91,17 +91,17 @@ class GradSource:
         return whole.as_strided(piece.size, piece.stride, whole.storage_offset() + piece.offset - self.base.offset)
 
     def add(self, piece: Piece, contribution: Contribution) -> None:
-        """Leaves one use's part of the gradient."""
+        """Adds one use's part of the gradient."""
         if self._left is None:
             self._left = Contributions(self.base)
         self._left.add(piece, contribution)
 
     def pull(self, piece: Piece, contribution: Contribution) -> None:
-        """Leaves a use whose part of the gradient autograd computes."""
+        """Adds a use whose part of the gradient autograd computes."""
         raise NotImplementedError
 
     def drop(self) -> None:
-        """Forgets what was left for a gradient that was not asked for."""
+        """Discards the parts of a gradient that was not requested."""
         self._left = None
 
     def take(self) -> Contributions | None:
@@ -109,29 +109,29 @@ class GradSource:
         return left
 
     def gradient(self, contributions: Contributions) -> Tensor:
-        """Σ_i g_i over the uses, and on the way what else is wanted of them."""
+        """Returns Σ_i g_i over the uses, and computes the requested statistics."""
         raise NotImplementedError
 
     def sole(self, piece: Piece) -> Request | None:
-        """What is asked of a use that is the only one, and of the whole, so that it may be computed at once."""
+        """Returns the request for a use that is the only one and uses the whole weight, so that it can be computed immediately."""
         return None
 
     def refuse(self, problem: str) -> None:
         raise NotImplementedError
 
     def gradient_of(self, contribution: Contribution) -> Tensor:
-        """:meth:`gradient` of the whole weight's only use."""
+        """Returns :meth:`gradient` for the only use of the whole weight."""
         contributions = Contributions(self.base)
         contributions.add(self.base, contribution)
         return self.gradient(contributions)
 
     @property
     def ready(self) -> bool:
-        """Whether the gradient of a use that stands alone may be computed at once."""
+        """Whether the gradient of a use that stands alone can be computed immediately."""
         return False
 
     def gradient_of_product(self, b: Tensor, a: Tensor) -> Tensor:
-        """:meth:`gradient` of ``torch.einsum("nto,ntk->nok", b, a)``, where it is :attr:`ready`."""
+        """Returns :meth:`gradient` of ``torch.einsum("nto,ntk->nok", b, a)``. Valid if :attr:`ready`."""
         raise NotImplementedError
 
     @property
@@ -139,7 +139,7 @@ class GradSource:
         return None if self.direction is None else self.direction.reshape(-1)
 
     def gradient_of_dense(self, g: Tensor) -> Tensor:
-        """:meth:`gradient` of each example's gradient (E, …), where it is :attr:`ready`."""
+        """Returns :meth:`gradient` of each example's gradient (E, …). Valid if :attr:`ready`."""
         raise NotImplementedError
 
     @property
@@ -148,12 +148,12 @@ class GradSource:
 
     @property
     def parameters(self) -> list[ParameterProbe]:
-        """The parameters that it is made of."""
+        """The parameters that it is computed from."""
         raise NotImplementedError
 
 
 class Gather(torch.autograd.Function):
-    """The identity. Its backward computes the gradient from what the uses left, and adds what came through autograd."""
+    """The identity. Its backward computes the gradient from the uses' parts, and adds any gradient that came through autograd."""
 
     @staticmethod
     def forward(ctx: Any, tensor: Tensor, source: GradSource) -> Tensor:
@@ -176,7 +176,7 @@ GradSource.gather = Gather
 
 @dataclass(frozen=True)
 class Ref:
-    """A tensor that is a source, or a view of one."""
+    """A source, or a view of one."""
 
     source: GradSource
     piece: Piece
@@ -188,7 +188,7 @@ class Ref:
         self.source.covered_by(how)
 
     def leave(self, contribution: Contribution) -> None:
-        """Leaves one use's part of the gradient; with create_graph autograd computes it, since it must stay differentiable."""
+        """Adds one use's part of the gradient. With create_graph, autograd computes it, because it must stay differentiable."""
         (self.source.pull if torch.is_grad_enabled() else self.source.add)(self.piece, contribution)
 
 
@@ -196,9 +196,9 @@ Pullback = Callable[[Contributions], Tensor]
 
 
 class DerivedWeight(GradSource):
-    """A function of parameters alone, such as ``1 + weight.float()`` or the rows of a position embedding.
+    """A tensor computed from parameters only, such as ``1 + weight.float()`` or the rows of a position embedding.
 
-    ``pullback`` takes its per-example gradients on to the weights that it is made of.
+    ``pullback`` passes its per-example gradients on to the weights that it is computed from.
     """
 
     pullback: Pullback
@@ -229,22 +229,22 @@ class DerivedWeight(GradSource):
 class ParameterProbe(GradSource):
     """One trainable parameter under a probe.
 
-    Where all of its uses pass through the gathering node, its gradient and statistics are one pass. Where some do not (a function
-    of the parameter, an operation that is differentiated again for each example), autograd computes the gradient as ever and the
-    statistics follow when it is complete, which a hook on the parameter tells.
+    If all of its uses go through the gathering node, one pass computes its gradient and statistics. Some uses may not: a function
+    of the parameter, or an operation that is differentiated again for each example. Autograd then computes the gradient as usual,
+    and a hook on the parameter computes the statistics once the gradient is complete.
     """
 
-    immediate = True  # whether what a use leaves may be computed at once
+    immediate = True  # whether a use's part may be computed immediately
 
     def __init__(self, context: Context, names: list[str], parameter: nn.Parameter) -> None:
         super().__init__(context, parameter)
         self.name = names[0]
         self.names = names
         self.parameter = parameter
-        self.like: Tensor = parameter  # what its gradients are laid out as
+        self.like: Tensor = parameter  # a tensor with the layout of the gradients
         self.marks = Weight(context.state)
         self.marks.owner = weakref.ref(self)
-        self._several = False  # whether it has had more than one use in some pass
+        self._several = False  # whether it had more than one use in some pass
 
     def renew(self, context: Context, direction: Tensor | None, gram: bool) -> None:
         """Starts a block."""
@@ -258,20 +258,20 @@ class ParameterProbe(GradSource):
         self.gram = gram
         self.how: list[str] = []  # the rules that cover it
         self.problem = ""  # why it is not covered
-        self.unreached = False  # whether that is because no example's loss depends on it
+        self.unreached = False  # whether the reason is that no example's loss depends on it
         self.used = False  # whether a use of it was seen
-        self.eps = 0.0  # the unit roundoff of what its uses were computed in, where that is not their own
+        self.eps = 0.0  # the unit roundoff of the precision of its uses, if that is not their dtype's
         self.results: Results | None = None
-        self.doubts: list[Tensor] = []  # each, on a device: whether part of its gradient was not seen
+        self.doubts: list[Tensor] = []  # each on a device: whether part of its gradient was not observed
         self._gathered = None
         self._count = 0
         self._left = None
         self._whole_piece = False
         self._late: Contributions | None = None
-        self._whole = False  # whether what is late is all of the gradient, whatever the uses leave
-        self._partial: Tensor | None = None  # the gradient of the backward passes in this one
-        self._measured: Results | None = None  # what was computed of a gradient that has not come to the parameter yet
-        self._fused: tuple[int, int] | None = None  # where the gradient lies that the node returned, and its version
+        self._whole = False  # whether the late contributions are the whole gradient, whatever the uses leave
+        self._partial: Tensor | None = None  # the gradient from backward passes nested in this one
+        self._measured: Results | None = None  # results for a gradient that has not arrived at the parameter yet
+        self._fused: tuple[int, int] | None = None  # address and version of the gradient that the node returned
 
     def _mark(self) -> None:
         self.marks.refused = self.marks.barred or self.refused
@@ -298,12 +298,12 @@ class ParameterProbe(GradSource):
         return True
 
     def _not_alone(self) -> None:
-        """One use was taken for the only one, and here is another: statistics come after the gradient."""
+        """A use was assumed to be the only one, but there is another: statistics must wait for the complete gradient."""
         self.marks.single, self._several = False, True
         self.marks.deferred = self.context.epoch
 
     def use_apart(self) -> None:
-        """Notes a use whose gradient comes to the parameter without a gathering node, whatever other uses there are."""
+        """Notes a use whose gradient reaches the parameter without a gathering node, whatever its other uses are."""
         marks, epoch = self.marks, self.context.epoch
         if epoch in (marks.alone, marks.gathered):
             self.defer()
@@ -315,7 +315,7 @@ class ParameterProbe(GradSource):
         return super().gathered()
 
     def note_uses(self) -> None:
-        """Remembers, when a pass is over, whether it was used once."""
+        """Remembers, at the end of a pass, whether the weight was used exactly once."""
         marks, epoch = self.marks, self.context.epoch
         if marks.alone == epoch:
             return
@@ -336,7 +336,7 @@ class ParameterProbe(GradSource):
             self.how.append(how)
 
     def refuse(self, problem: str) -> None:
-        """The first problem is the one to tell; what was gathered is not the whole gradient."""
+        """Marks the parameter as not covered. The first reason is kept; results are dropped, as they are not the whole gradient."""
         self.problem = self.problem or problem
         self.results = None
         self._late = None
@@ -355,7 +355,7 @@ class ParameterProbe(GradSource):
         self._late.add(piece, contribution)
 
     def give(self, gradients: Tensor) -> None:
-        """(E, *shape): all of the pass's gradients, as found by other means than its uses."""
+        """Sets all of the pass's gradients, (E, *shape), which were computed by other means than its uses."""
         self._late = Contributions(self.base)
         self._late.add(self.base, Dense(gradients))
         self._whole = True
@@ -367,7 +367,7 @@ class ParameterProbe(GradSource):
         return Request(now.examples, self.direction, self.gram, now.denominators)
 
     def _waits(self) -> bool:
-        """Whether statistics come after the gradient."""
+        """Whether statistics must wait for the complete gradient."""
         now = self.context.current
         assert now is not None
         return self.marks.deferred == self.context.epoch or self.context.nested or now.denominators is not None
@@ -385,8 +385,8 @@ class ParameterProbe(GradSource):
             self._late.extend(contributions)
             return contributions.grad_sum(self.like)
         sums = self._finish(contributions)
-        # Autograd takes a gradient over without a copy only if it holds the sole reference to the tensor: the results keep another
-        # tensor of the same memory.
+        # Autograd takes over a gradient without a copy only if it holds the sole reference to the tensor. Therefore the results
+        # keep a different tensor with the same memory.
         grad = densified(sums, self.like.shape[0] if self.like.ndim else 1).grad_sum
         grad = grad.view(self.like.shape).to(self.like.dtype)
         self._fused = (grad.data_ptr(), grad._version)
@@ -412,20 +412,20 @@ class ParameterProbe(GradSource):
         return self._measure(sums)
 
     def _measure(self, sums: Sums) -> Tensor:
-        """Keeps the sums until the gradient, which this returns, has come to the parameter."""
+        """Keeps the sums until their gradient, which this returns, has arrived at the parameter."""
         now = self.context.current
         assert now is not None
         self._measured = Results(sums, now, self.like)
-        grad = sums.grad_sum.view(self.like.shape)  # (another tensor: see `gradient`)
+        grad = sums.grad_sum.view(self.like.shape)  # a different tensor, as in `gradient`
         if grad.dtype != self.like.dtype:
             grad = grad.to(self.like.dtype)
         self._fused = (grad.data_ptr(), grad._version)
         return grad
 
     def on_gradient(self, grad: Tensor) -> None:
-        """The parameter's gradient of one backward pass is complete: finishes what had to wait, and checks that none is missing.
+        """Finishes what had to wait for the parameter's complete gradient of one backward pass, and checks that no part is missing.
 
-        (It is not called where a use has left its sums with ``marks``, and just its gradient has come.)
+        (It is not called if a single use left its sums with ``marks`` and only that use's gradient arrived.)
         """
         fused, self._fused = self._fused, None
         measured, self._measured = self._measured, None
@@ -433,7 +433,7 @@ class ParameterProbe(GradSource):
         if self.problem or now is None:
             return
         if self.context.nested:
-            # A reentrant checkpoint has a backward pass of its own, and another may follow that uses the same weight.
+            # A reentrant checkpoint runs its own backward pass, and another one that uses the same weight may follow.
             self._partial = grad.clone() if self._partial is None else self._partial.add_(grad)
             return
         if self._partial is not None:
@@ -441,17 +441,17 @@ class ParameterProbe(GradSource):
         if fused is not None and self._late is None and (fused == (grad.data_ptr(), grad._version) or not grad.numel()):
             if measured is not None:
                 if self.context.traced and measured.grad_sum.data_ptr() == grad.data_ptr():
-                    measured.hold(grad.detach())  # what compiled code returned is another tensor of this memory
+                    measured.hold(grad.detach())  # compiled code returned a different tensor with this memory
                 self.take_results(measured)
             return
         with torch.no_grad(), torch._C.DisableTorchFunction():
             if self._late is None:
-                # (With create_graph the gradient came through autograd; its statistics are late ones.)
+                # (With create_graph, the gradient came through autograd, and its statistics are computed late.)
                 self.refuse(UNSEEN)
                 return
             late, self._late, self._whole = self._late, None, False
             self._mark()
-            plain = None  # the sum as it was differentiated, where that is not the results'
+            plain = None  # the sum as it was differentiated, if it differs from the results'
             if now.denominators is not None:
                 plain = late.grad_sum(self.like)
             eps = max(late.eps, torch.finfo(grad.dtype).eps, self.eps)
@@ -462,7 +462,7 @@ class ParameterProbe(GradSource):
             self._compare(sums, grad, eps, plain)
 
     def take_marked(self) -> bool:
-        """Takes what the only use has left with ``marks``, if its gradient has come."""
+        """Takes the sums that the only use left with ``marks``, if its gradient has arrived."""
         if (left := self.marks.take()) is None:
             return False
         if not self.problem:
@@ -480,11 +480,11 @@ class ParameterProbe(GradSource):
         if self._whole:
             self._whole = False
             self._mark()
-        self._late = self._measured = self._fused = None  # of a gradient that was not asked for
+        self._late = self._measured = self._fused = None  # of a gradient that was not requested
         self.drop()
 
     def _compare(self, sums: Sums, grad: Tensor, eps: float, plain: Tensor | None) -> None:
-        """Whether the statistics' sum is the gradient: an operation that nobody saw shows here."""
+        """Checks that the statistics' sum equals the gradient, which reveals operations that the probe did not observe."""
         grad = grad.to_dense() if grad.is_sparse else grad
         total = densified(sums, grad.shape[0] if grad.ndim else 1)
         found = total.grad_sum.view(grad.shape) if plain is None else plain
@@ -492,12 +492,12 @@ class ParameterProbe(GradSource):
         size = torch.linalg.vector_norm(total.abs_sum if plain is None else grad, dtype=torch.float64)
         differs = error > min(6e-2, 1e4 * eps) * size
         if not self.may_read(grad):
-            self.doubts.append(differs)  # the report reads it
+            self.doubts.append(differs)  # `Report.settled` reads it
         elif differs:
             self.refuse(UNSEEN)
 
     def may_read(self, x: Tensor) -> bool:
-        """Whether a backward pass may look at what was computed, for which a device is waited for."""
+        """Whether a backward pass may read computed values, which waits for a device."""
         return x.is_cpu
 
     def _finish(self, contributions: Contributions) -> Sums:
@@ -508,7 +508,7 @@ class ParameterProbe(GradSource):
         return sums
 
     def take_results(self, results: Results) -> None:
-        """Keeps the results of one pass beside those of earlier ones."""
+        """Stores the results of one pass, or merges them with those of earlier passes."""
         if self.context.copies:
             results.own()
         if self.results is None:
@@ -524,13 +524,13 @@ class ParameterProbe(GradSource):
             self.results.merge(results)
 
     def release(self) -> None:
-        """Lets go of the graph, whose nodes hold this: nothing should wait for the garbage collector."""
+        """Drops references to the graph, whose nodes refer to this object, so that nothing waits for the garbage collector."""
         self.drop()
         self.marks.take()
         self._gathered = self._partial = self._late = self._measured = self.results = None
 
     def finish(self) -> None:
-        """Says what became of it, after the block's last backward pass."""
+        """Records why the parameter has no results, after the block's last backward pass."""
         if not self.problem and self.results is None:
             self.unreached = True
             self.refuse(UNREACHED[0] if self.used else UNREACHED[1])

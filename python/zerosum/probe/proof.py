@@ -37,10 +37,10 @@ if TYPE_CHECKING:
     from zerosum.probe.capture import Capture
 
 MIXED_CHECKPOINT = "a reentrant checkpoint's result has rows of several examples, or in no regular order"
-ANOTHER_END = "its step has uses as one that was proved, but another loss; it is proved when it comes again"
-BESIDE_CHECKPOINT = "its gradient comes partly through a reentrant checkpoint, and partly beside it"
-PADDING = "rows that belong to no example have a loss: ignore their targets (-100), or give them to an example"
-STRANGE = "a row's loss reaches rows of other examples than zerosum.example_ids says"
+ANOTHER_END = "its step uses weights like a proved step, but has a different loss; the probe proves it when it occurs again"
+BESIDE_CHECKPOINT = "its gradient comes partly through a reentrant checkpoint, and partly around it"
+PADDING = "rows that belong to no example have a loss: ignore their targets (-100), or assign them to an example"
+STRANGE = "a row's loss depends on rows that zerosum.example_ids assigns to other examples"
 REENTRANT = "CheckpointFunctionBackward"  # torch's; it refuses torch.autograd.grad
 Step = tuple[GradientEdge, tuple[int, ...], tuple[str, ...]]  # an edge with the path to it
 ATTEMPTS = 4  # cuts that are tried, each nearer to the model
@@ -308,7 +308,7 @@ class Tree:
                 name = f"{prefix}.{key}" if prefix else key
                 if isinstance(parameter, nn.parameter.UninitializedParameter):
                     raise ValueError(
-                        f"model: expected initialized parameters, got {name!r} of a lazy module; run the model once before"
+                        f"model: expected initialized parameters, got {name!r} of a lazy module; run the model once before this"
                     )
                 self.names.setdefault(whole.get((module, key), parameter), []).append(name)
         self.modules = list(modules)
@@ -404,7 +404,7 @@ class Prover:
     def declare(self, x: Tensor, packed: Packed, argument: str) -> None:
         """Takes whose the rows of the next pass are."""
         if self.positions:
-            raise RuntimeError("zerosum.example_ids: expected a probe with sequences as examples, got examples='position'")
+            raise RuntimeError("zerosum.example_ids: expected a probe with examples='sequence', got examples='position'")
         N = self.num_examples
         if N is not None and packed.examples > N:
             if argument == "ids":
@@ -414,7 +414,7 @@ class Prover:
         packed = Packed(packed.labels.to(x.device), packed.examples if N is None else N)
         if self.declared is not None and not self.declared.same_as(packed):
             raise ValueError(
-                f"{argument}: other rows were declared before, and no backward pass came in between; "
+                f"{argument}: different rows were declared before, without a backward pass in between; "
                 "run backward() for each batch of packed rows"
             )
         self.declared = self.declared or packed
@@ -443,9 +443,9 @@ class Prover:
             return
         self.structures.told_of_documents = True
         warnings.warn(
-            f"zerosum.Probe: {what} {documents} documents in one row, as packed sequences do, and all of the row is one example: "
-            "D_grad and the other metrics say nothing. zerosum.example_ids(x, position_ids=…) in the block, before the model is "
-            "called, makes each document an example; num_examples=1 says that the row is one",
+            f"zerosum.Probe: {what} {documents} documents in one row, as in packed sequences, but the whole row is one example, "
+            "for which D_grad and the other metrics are meaningless. To make each document an example, call zerosum.example_ids(x, "
+            "position_ids=…) in the block, before the model. If the row is one example, pass num_examples=1",
             UserWarning,
             stacklevel=2,
         )
@@ -477,9 +477,9 @@ class Prover:
             elif self.structures.examples_second is None:
                 self.structures.examples_second = False
                 warnings.warn(
-                    f"zerosum.Probe: the model's input is ({found[0]}, 1, …) and there is one loss. These are {found[0]} examples, "
-                    f"or one example whose positions come first. The probe assumes {found[0]} examples: num_examples says "
-                    "otherwise",
+                    f"zerosum.Probe: the model's input is ({found[0]}, 1, …) and there is one loss. This is either "
+                    f"{found[0]} examples, or one example with positions in the first dimension. The probe assumes {found[0]} "
+                    "examples; pass num_examples if this is wrong",
                     UserWarning,
                     stacklevel=2,
                 )
@@ -667,8 +667,8 @@ class Prover:
                 proof.reader = reader
         elif stored.used == 1 and stored.examples and not capture._over and not capture.warned:
             warnings.warn(
-                "zerosum.Probe: what was differentiated is no sum that the probe can read (loss_reduction='auto'): results are of "
-                "it as it is. Give the probe what each example's loss was divided by: loss_reduction='sum', 'mean' or denominators",
+                "zerosum.Probe: loss_reduction='auto' cannot read how the loss was reduced, so the results are for the loss "
+                "without rescaling. Pass loss_reduction='sum', 'mean', or the denominators of the examples' losses",
                 UserWarning,
                 stacklevel=2,
             )
@@ -702,8 +702,8 @@ class Prover:
         shown = per_row if per_row is not None and calls else per_example
         couples = f" couples the examples (a mean over {rows} rows of {stored.examples} examples):" if calls else ""
         warnings.warn(
-            f"zerosum.Probe: loss_reduction={loss.shown} says that each example's loss was divided by {said * loss.factor:g}; the "
-            f"loss{couples} divides by {shown * loss.factor:g}. Use loss_reduction='auto', or give the denominators",
+            f"zerosum.Probe: loss_reduction={loss.shown} means that each example's loss was divided by {said * loss.factor:g}, but "
+            f"the loss{couples} divides by {shown * loss.factor:g}. Use loss_reduction='auto', or give the denominators",
             UserWarning,
             stacklevel=2,
         )
@@ -730,16 +730,21 @@ class Prover:
                 best = finding
             if best is not None and best.perfect and (packed is not None or (best.orderly and best.examples > 1)):
                 break
-        one = "; if all of it is one example, num_examples=1 says so" if self.num_examples is None and 1 in _vectors(roots) else ""
+        one = (
+            "; if the whole batch is one example, pass num_examples=1" if self.num_examples is None and 1 in _vectors(roots) else ""
+        )
         if best is None:
             # A graph that leads to no use, or losses that nothing tells apart.
             if not self._reaches(capture, roots, grads):
                 return None
-            problem = f"the examples are coupled before the loss: no tensor on the way from it has a dimension of examples{one}"
+            problem = (
+                "the examples are coupled before the loss: no tensor between the loss and the weights has an example "
+                f"dimension{one}"
+            )
             if packed is not None:
                 problem = (
-                    f"no tensor on the way from the loss has the rows {tuple(packed.labels.shape)} that zerosum.example_ids tells "
-                    "of; where losses are of rows that were picked, give it those rows and their ids"
+                    f"no tensor between the loss and the weights has the rows {tuple(packed.labels.shape)} that were "
+                    "passed to zerosum.example_ids; if the losses are for selected rows, pass those rows and their ids instead"
                 )
             best = Finding(Cut([], []), sizes[0] if sizes else 0, None, [], [Named(None, problem, True) for _ in capture.sites])
         if best.perfect and best.labels is None and packed is None:
@@ -761,7 +766,7 @@ class Prover:
         if _unclear(best):
             N = best.examples
             problem = (
-                f"examples meet before the loss, which comes in {N} parts of {N} rows: a part may be an example's or a position's"
+                f"the examples are coupled before the loss, which has {N} parts of {N} rows: a part may be an example or a position"
             )
             best.named = [Named(None, n.problem or problem, True, reached=n.reached) for n in best.named]
         self._tell(capture, best)
@@ -802,26 +807,26 @@ class Prover:
                     continue
                 assumed = "one example"
                 shown = (
-                    f"the model's input is (1, {n}, …) and there are {n} losses. This is one example of {n} positions, or {n} "
-                    "examples whose positions come first"
+                    f"the model's input is (1, {n}, …) and there are {n} losses. This is either one example of {n} positions, "
+                    f"or {n} examples with positions in the first dimension"
                 )
             elif not bool((counts > 1).any()):
                 continue
             elif N == 1:
                 assumed = f"{n} examples"
                 shown = (
-                    f"the model's input is one row, of whose losses there are {n} sums. These are {n} examples, such as packed "
-                    "sequences, or one"
+                    f"the model's input is one row, but its losses form {n} sums. These are either {n} examples, such as "
+                    "packed sequences, or one example"
                 )
             else:
                 assumed = f"{N} examples"
                 shown = (
-                    f"the model's input has {N} rows, of whose losses there are {n} sums. These are {N} examples, or {n} such as "
-                    "packed sequences"
+                    f"the model's input has {N} rows, but their losses form {n} sums. These are either {N} examples, or {n} "
+                    "examples, such as packed sequences"
                 )
             if N not in self.structures.told:
                 self.structures.told.add(N)
-                said = f"zerosum.Probe: {shown}. The probe assumes {assumed}: num_examples says otherwise"
+                said = f"zerosum.Probe: {shown}. The probe assumes {assumed}; pass num_examples if this is wrong"
                 warnings.warn(said, UserWarning, stacklevel=2)
             return found if N == 1 and tuple(lead[:2]) != (1, n) else None
         return None
@@ -1025,7 +1030,7 @@ class Prover:
             try:
                 coupled = attribution.couples(roots, grads, cut, N, labels)
             except attribution.Unproved as reason:
-                unproved = f"what lies between the losses and the root cannot be differentiated twice ({reason})"
+                unproved = f"the computation from the examples' losses to the final loss cannot be differentiated twice ({reason})"
             if (
                 labels is not None
                 and bool((labels < 0).any())
@@ -1179,7 +1184,7 @@ class Prover:
         if not places or (
             len(places) > 1 and T > 1 and not (places[0] == 0 and layout.axis == 0 and len(behind) == len(places) == 1)
         ):
-            shape = f"rows {tuple(lead)}, which do not have one dimension of {T} positions"
+            shape = f"rows {tuple(lead)}, which do not have exactly one dimension of {T} positions"
             return Named(None, shape)
         return Named(Layout(N * T, layout.axis, layout.outer, layout.inner, positions=T, place=places[0] + 1), settled=settled)
 
@@ -1211,8 +1216,8 @@ class Prover:
         reason = next(n.problem for n in finding.named if n.mixed and n.reached)
         if self.declared is not None and "rows serve several examples" in reason:
             reason += (
-                " (documents meet there, as in attention without a mask that keeps them apart; transformers makes one of "
-                "position_ids only where attention_mask is None and use_cache is False)"
+                " (documents interact there, as in attention without a mask that separates them; transformers derives such a "
+                "mask from position_ids only if attention_mask is None and use_cache is False)"
             )
         names = list(dict.fromkeys(mixed))
         shown = ", ".join(names[:3]) + (", …" if len(names) > 3 else "")
@@ -1319,8 +1324,8 @@ class Prover:
             return {}
         through = ", ".join(dict.fromkeys(_place(node) for node in finding.cut.bypass))
         reason = (
-            f"a part of the loss is no example's own: it reaches the weights by {through} without passing through the examples' "
-            "losses. zerosum.auxiliary(term) sets it apart"
+            f"a part of the loss belongs to no example: it reaches the weights by {through} without passing through the "
+            "examples' losses. Wrap it in zerosum.auxiliary(term)"
         )
         if capture.strict:
             raise NotImplementedError(f"zerosum.Probe(strict=True): {names[0]} is not covered: {reason}")
@@ -1329,9 +1334,9 @@ class Prover:
         if hidden and not capture._over:
             capture.warned = True
             warnings.warn(
-                f"zerosum.Probe: {', '.join(hidden)} enters the loss by an operation that the probe cannot see, behind the last "
-                "tensor that tells examples apart, as the head of a fused loss does. It is not covered, and metrics such as D_grad "
-                "are over the other parameters. Cover it with zerosum.rule, or with zsl_kernels.linear_cross_entropy in the model",
+                f"zerosum.Probe: {', '.join(hidden)} enters the loss by an operation that the probe cannot see, after the last "
+                "tensor that separates examples, as the head of a fused loss does. It is not covered, and metrics such as D_grad "
+                "are over the other parameters. Cover it with zerosum.rule, or use zsl_kernels.linear_cross_entropy in the model",
                 UserWarning,
                 stacklevel=2,
             )
@@ -1443,14 +1448,19 @@ class Prover:
             elif self.declared is not None:
                 found = self.declared.layout_by_shape(torch.Size(lead))
                 shown = tuple(self.declared.labels.shape)
-                problem = "" if found else f"used by {site.label} on rows {tuple(lead)}, which are not the packed ones, {shown}"
+                problem = "" if found else f"used by {site.label} on rows {tuple(lead)}, which are not the packed rows {shown}"
                 named.append(Named(found, problem))
             elif lead and lead[0] % N == 0 and lead[0]:
                 layout = Layout(N, inner=lead[0] // N)
                 named.append(self._of_positions(capture, layout, torch.Size(lead), True) if self.positions else Named(layout))
             else:
-                named.append(Named(None, f"used by {site.label} on rows {tuple(lead)}, which do not start with N = {N} examples"))
-        return Finding(Cut([], []), N, None, [], named, unproved="verify='never': rows are taken to be (N, …)")
+                named.append(
+                    Named(
+                        None,
+                        f"used by {site.label} on rows {tuple(lead)}, whose first dimension is not a multiple of N = {N} examples",
+                    )
+                )
+        return Finding(Cut([], []), N, None, [], named, unproved="verify='never': rows are assumed to be (N, …)")
 
     # Reentrant checkpoints --------------------------------------------------------------------------------------------------------
 
@@ -1474,7 +1484,7 @@ class Prover:
         if axis < 0:
             for site in sites:
                 site.problem = MIXED_CHECKPOINT
-            self._warn_once(capture, f"{MIXED_CHECKPOINT}: the weights inside of it are not covered")
+            self._warn_once(capture, f"{MIXED_CHECKPOINT}: the weights inside it are not covered")
             return Proof(of)
         for edge, grad in zip(roots, grads, strict=True):
             if grad is not None and shape_of(edge)[axis : axis + 1] == (N,):

@@ -1,4 +1,4 @@
-"""What comes of a weight's gradients: sums and scalars, over one backward pass or over several."""
+"""Holds a weight's sums and scalars, over one backward pass or over several."""
 
 from __future__ import annotations
 
@@ -21,35 +21,35 @@ from zsl_kernels.weight_uses.eager import Left, coordinate_sums_of_left
 
 @dataclass(eq=False)
 class Pass:
-    """One measured backward pass: its number of examples, and what it has to do with their own losses.
+    """One measured backward pass: its number of examples, and how its loss relates to the examples' own losses.
 
-    g_i = ``scale`` · the gradient of what was differentiated, times ``denominators[i]`` where these differ; what ``factors`` say is
-    a number for all passes of a block (:func:`common_scale`).
+    g_i = ``scale`` · the gradient of what was differentiated, times ``denominators[i]`` if these differ. ``factors`` lead to one
+    more factor for all passes of a block (:func:`common_scale`).
     """
 
     number: int
     examples: int
     scale: float = 1.0
     denominators: Tensor | None = None
-    factors: tuple[Tensor, Tensor] | None = None  # the number of examples with losses, and Σ c over them, where read off the loss
+    factors: tuple[Tensor, Tensor] | None = None  # the number of examples with losses, and Σ c over them, if read off the loss
     unbatched: Any = field(default=nullcontext, repr=False)  # the context in which results are computed
 
     @property
     def simple(self) -> bool:
-        """Whether a use's statistics are those of its gradient as it is."""
+        """Whether a use's statistics are those of its gradient without scaling."""
         return self.denominators is None and self.unbatched is nullcontext
 
 
 class Scale:
-    """A number that may be on a device, which is waited for once, when it is asked for."""
+    """A number that may be on a device. Reading ``value`` waits for the device once."""
 
     def __init__(self, number: Tensor | float, factors: tuple[Tensor, Tensor] | None = None) -> None:
         self._number = number
-        self.factors = factors  # what it was computed of: the sums of :attr:`Pass.factors`
+        self.factors = factors  # the sums of :attr:`Pass.factors` that it was computed from
 
     @classmethod
     def of_factors(cls, count: Tensor, total: Tensor) -> Scale:
-        """What makes an average example's losses weigh one: n / |Σ c|."""
+        """Returns n / |Σ c|, which gives an average example weight one."""
         return cls(torch.where((count > 0) & (total != 0), count / total.abs(), 1.0), (count, total))
 
     def reread(self) -> Scale:
@@ -64,7 +64,7 @@ ONE = Scale(1.0)
 
 
 class _Scalars(NamedTuple):
-    """Those of one pass, without its sums."""
+    """The scalars of one pass, without its sums."""
 
     l1: Tensor
     sq_norm: Tensor
@@ -80,18 +80,18 @@ class _Scalars(NamedTuple):
 class Results:
     """A parameter's sums and scalars for the loss that was differentiated, over its passes.
 
-    ``grad_sum`` is another tensor of the memory that autograd stored as ``.grad``, so that it costs nothing; its version tells
-    whether someone has written to it since.
+    ``grad_sum`` shares the memory that autograd stored as ``.grad``, so it takes none of its own. Its version counter shows whether
+    someone has written to it since.
     """
 
-    left: Left | None = None  # what was left of sums that nobody has read yet
-    common = ONE  # what all of the block's results are multiplied by
+    left: Left | None = None  # sums that nobody has read yet
+    common = ONE  # the factor of all of the block's results
     coordinates: tuple[_Table, int] | None = None
-    placed: Callable[[Tensor], Tensor] | None = None  # makes a DTensor of a shard
-    _scale: float | None = None  # None: that of its one pass
+    placed: Callable[[Tensor], Tensor] | None = None  # turns a shard into a DTensor
+    _scale: float | None = None  # None for the scale of its only pass
     _is_current: Callable[[], bool] | None = None
     _grams: list[Tensor] | None = None  # of several passes
-    _absent = False  # whether grad_sum was lost before the results came here
+    _absent = False  # whether grad_sum was overwritten before the results were stored
 
     def __init__(self, sums: Sums | Left, of: Pass, parameter: Tensor) -> None:
         if isinstance(sums, Left):
@@ -113,8 +113,10 @@ class Results:
         coordinates: CoordinateSums | None = None,
         absent: bool = False,
     ) -> Results:
-        """Of no step: the sums and scalars of the losses themselves, in memory that nobody else writes to. ``absent``: Σ g is not
-        among them, as it had been overwritten."""
+        """Builds results that belong to no step: sums and scalars of the losses themselves, in memory that nobody else writes to.
+
+        ``absent``: Σ g is missing, because it had been overwritten.
+        """
         mine = cls.__new__(cls)
         mine.sums, mine.passes, mine._scalars, mine._scale = sums, set(), {}, 1.0
         mine._shape, mine._dtype, mine._grams = shape, sums.abs_sum.dtype, grams
@@ -137,7 +139,7 @@ class Results:
 
     @property
     def grams(self) -> list[Tensor] | None:
-        """The Gram of each pass."""
+        """The Gram matrix of each pass."""
         return self._grams if self._grams is not None else None if self.sums.gram is None else [self.sums.gram]
 
     @property
@@ -145,7 +147,7 @@ class Results:
         return self.latest.scale if self._scale is None else self._scale
 
     def own(self) -> None:
-        """Keeps a copy of ``grad_sum``, whose memory is about to be written to."""
+        """Replaces ``grad_sum`` by a copy, because its memory is about to be overwritten."""
         self.sums.grad_sum = self.sums.grad_sum.clone()
         self.hold(self.sums.grad_sum)
 
@@ -154,7 +156,7 @@ class Results:
 
     @property
     def version(self) -> int:
-        """Of the memory that ``grad_sum`` is in."""
+        """The version counter of the memory that holds ``grad_sum``."""
         return self.grad_sum._version if self.left is None else self.left.version
 
     @property
@@ -162,7 +164,7 @@ class Results:
         return self._absent or self.version != self._version
 
     def reread(self, is_current: Callable[[], bool] | None, version: int, memo: dict[Any, Any]) -> Results:
-        """Of what the tensors hold now, until they hold something else. ``memo`` has what results of one block share."""
+        """Returns results that read the tensors' present contents. ``memo`` holds what the results of one block share."""
         mine = copy.copy(self)
         mine._is_current, mine._version = is_current, version
         mine.common = memo.setdefault(self.common, self.common.reread())
@@ -174,17 +176,17 @@ class Results:
     def check_current(self, name: str) -> None:
         if self._is_current is not None and not self._is_current():
             raise RuntimeError(
-                f"{name!r}: the step was replayed again, and its memory holds the results of that replay: "
-                "read what is needed of a report before the next replay"
+                f"{name!r}: a later replay of the step has overwritten these results: "
+                "read what you need from a report before the next replay"
             )
 
     def merge(self, other: Results) -> None:
-        """Adds another micro-batch: sums add, and the examples come after these."""
+        """Adds another micro-batch: adds its sums, and appends its examples."""
         num_rows = self._shape[0] if len(self._shape) else 1
         mine, its = densified(self.sums, num_rows), densified(other.sums, num_rows)
         first = self._scale is None
         for name, power in WEIGHT_SHAPED.items():
-            # Not in place the first time: autograd owns the memory of the first gradient, and adds to it.
+            # The first time, not in place: autograd owns the memory of the first gradient and adds to it.
             total, more = getattr(mine, name), getattr(its, name) * other.scale**power
             total = total * self.scale**power if first else total
             setattr(mine, name, total.add_(more.view(total.shape)))
@@ -192,7 +194,7 @@ class Results:
         self.sums, self._scale = mine, 1.0
         self.hold(mine.grad_sum)
         self.passes |= other.passes
-        # Without the passes' own sums, which are as large as the weight. (Earlier passes' are gone already.)
+        # Keep scalars only: the passes' sums are as large as the weight. (Those of earlier passes are gone already.)
         for one in (self, other) if first else (other,):
             self._scalars[one.latest] = _Scalars.of(one.sums)
         self.latest = other.latest
@@ -202,11 +204,11 @@ class Results:
         if self.written_to:
             raise RuntimeError(
                 f"grad_sum of {name!r} shares memory with the parameter's .grad, which was modified in place after the probe "
-                "(gradient clipping, zero_grad(set_to_none=False), …): read it before that"
+                "(gradient clipping, zero_grad(set_to_none=False), …): read grad_sum before that"
             )
 
     def finish(self, passes: Sequence[Pass]) -> None:
-        """Scalars of all of the block's passes behind one another; zeros for those that did not reach the weight."""
+        """Concatenates the scalars of all of the block's passes, with zeros for passes that did not reach the weight."""
         if self._scale is None:
             if len(passes) == 1:
                 return
@@ -226,7 +228,7 @@ class Results:
             known = [part for part in parts if part is not None]
             if not parts or len(known) < len(parts):
                 continue
-            if name == "gram":  # not joined: it would be as large as all pairs of examples, of which most are not known
+            if name == "gram":  # not joined: the joint Gram has an entry for every pair of examples, and most are unknown
                 self.sums.gram, self._grams = None, known
             else:
                 setattr(self.sums, name, torch.cat(known))
@@ -234,7 +236,7 @@ class Results:
 
 
 def common_scale(passes: Iterable[Pass]) -> Scale:
-    """n / |Σ c| over the passes of a block: what makes an average example's losses weigh one."""
+    """Returns n / |Σ c| over the passes of a block, which gives an average example weight one."""
     known = [p.factors for p in passes if p.factors is not None]
     if not known:
         return ONE
@@ -243,10 +245,10 @@ def common_scale(passes: Iterable[Pass]) -> Scale:
 
 
 def add_up(results: Iterable[tuple[Results, Tensor | None]], total: Callable[[Tensor], Tensor] | None = None) -> None:
-    """The sums over coordinates of all that have none yet, in one call, and in one more for what nobody has read yet. They stay on
-    the device.
+    """Computes the missing sums over coordinates in one call, and in a second call for sums that nobody has read yet. The results
+    stay on the device.
 
-    ``total`` makes those of all coordinates of the sums of this process's.
+    ``total`` turns sums over this process's coordinates into sums over all coordinates.
     """
     waiting = [(r, u) for r, u in results if r.coordinates is None]
     if total is None:
@@ -276,7 +278,7 @@ def add_up(results: Iterable[tuple[Results, Tensor | None]], total: Callable[[Te
 
 
 class _Table:
-    """Sums over coordinates of several weights, a row for each, which come from their device in one copy when one is read."""
+    """Sums over coordinates of several weights, one row each, which are copied from their device once, when one is read."""
 
     def __init__(self, rows: Tensor) -> None:
         self._rows = rows
@@ -290,6 +292,6 @@ class _Table:
 
 
 def coordinate_sums(coordinates: tuple[_Table, int]) -> CoordinateSums:
-    """Reads what :func:`add_up` left on the device, and waits for it."""
+    """Reads what :func:`add_up` left on the device, which waits for it."""
     table, row = coordinates
     return CoordinateSums(*table.rows[row])
