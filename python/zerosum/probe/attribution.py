@@ -1,13 +1,14 @@
-"""Whose is a row? Differentiate Σ_i w_i ℓ_i with weights that are signed powers of two, and read the weight off the row's gradient.
+"""Finds which example each row of an activation belongs to, by differentiating reweighted losses.
 
-Products and sums scale by a power of two without rounding. So where a row of an activation depends on no loss but ℓ_i, its
-gradient becomes exactly w_i times what it was, and the factor names the example. A row whose gradient fits no weight serves several
-examples: the proof that they meet there. Sixteen weights name 16 examples in one backward pass and 256 in two; one more pass with
-weights drawn at random makes sure that no row fits by chance.
+The method differentiates Σ_i w_i ℓ_i, where the weights w_i are signed powers of two, and reads the weight off each row's gradient.
+Products and sums scale by a power of two without rounding. If a row of an activation depends on ℓ_i only, its gradient is therefore
+multiplied by exactly w_i, and the factor identifies the example. A row whose gradient fits no weight depends on several examples,
+which proves that they interact there. Sixteen weights identify 16 examples in one backward pass and 256 in two. One more pass, with
+random weights, makes sure that no row fits by chance.
 
-The losses are told apart at a *cut*: tensors with a dimension of examples through which all of the gradient passes
-(:func:`find_cut`). What lies between the cut and the root of the backward pass must keep examples apart as well, which its second
-derivative shows (:func:`couples`).
+The losses are reweighted at a *cut*: tensors with an example dimension through which all of the gradient passes (:func:`find_cut`).
+The computation between the cut and the root of the backward pass must keep examples separate as well, which its second derivative
+shows (:func:`couples`).
 """
 
 from __future__ import annotations
@@ -30,19 +31,19 @@ from torch.utils.hooks import RemovableHandle
 from zerosum.distributed import ddp
 from zerosum.probe.layout import Layout
 
-UNREACHED = -1  # no loss's gradient reaches the row
-MIXED = -2  # several losses' gradients reach it
+UNREACHED = -1  # the row receives no gradient from any loss
+MIXED = -2  # the row receives gradients from several losses
 BASE = 16  # weights of one pass: ±2^k for k from -3 to 4
 SMALLEST = 2.0**-3
 PROJECTIONS = 3
 QUANTILES = (0.5, 0.9, 0.99, 0.999)
-CLEAR = 0.25  # an error up to which a row's weight can be read through noise
-MOST_LOST = 0.5  # of the rows, that may be lost in noise
-MOST_STRANGE = 0.01  # of the rows, whose weights may be read wrong
+CLEAR = 0.25  # the largest error at which a row's weight can be read through noise
+MOST_LOST = 0.5  # the largest share of rows that noise may hide
+MOST_STRANGE = 0.01  # the largest share of rows whose weights may be misread
 
 
 def digits(examples: int) -> int:
-    """How many passes name that many examples."""
+    """Returns how many passes identify that many examples."""
     count, passes = BASE, 1
     while count < examples:
         count, passes = count * BASE, passes + 1
@@ -50,13 +51,13 @@ def digits(examples: int) -> int:
 
 
 def weights_of_digit(examples: int, digit: int) -> Tensor:
-    """(E,) float64 weights that spell one digit of each example's number."""
+    """Returns (E,) float64 weights that encode one digit of each example's number."""
     d = torch.arange(examples) // BASE**digit % BASE
     return _weight(d)
 
 
 def random_weights(examples: int) -> Tensor:
-    """(E,) float64 weights that are the same in every process, and of no pattern."""
+    """Returns (E,) float64 pseudorandom weights, the same in every process."""
     generator = torch.Generator().manual_seed(examples)
     return _weight(torch.randint(BASE, (examples,), generator=generator))
 
@@ -66,7 +67,8 @@ def _weight(digit: Tensor) -> Tensor:
 
 
 def along(weights: Tensor, axis: int, like: Tensor) -> Tensor:
-    """(E,) weights as a tensor that broadcasts along a dimension of ``like``, or along its first two where E is their product."""
+    """Reshapes (E,) weights to broadcast along a dimension of ``like``, or along its first two if E is the product of their
+    sizes."""
     behind = like.ndim - axis - 1
     if len(weights) != like.shape[axis]:
         return weights.to(like).view(like.shape[0], like.shape[1], *[1] * (behind - 1))
@@ -75,17 +77,17 @@ def along(weights: Tensor, axis: int, like: Tensor) -> Tensor:
 
 @contextmanager
 def repeatable(edges: Sequence[GradientEdge]) -> Iterator[None]:
-    """Where backward passes give the same bits again, as far as PyTorch's operations can. Those of the CPU do so anyway."""
+    """Makes backward passes bitwise repeatable, as far as PyTorch's operations allow. On the CPU they already are."""
     if all(_device(edge).type == "cpu" for edge in edges):
         yield
         return
     before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     handles: list[RemovableHandle] = []
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", ".*[dD]eterministic")  # of operations that have no other form, and of cuBLAS
+        warnings.filterwarnings("ignore", ".*[dD]eterministic")  # from cuBLAS, and operations without a deterministic form
         try:
             torch.use_deterministic_algorithms(True, warn_only=True)
-            # Fused attention can add in order, but does so only where warnings would be errors.
+            # Fused attention can sum in a fixed order, but does so only if nondeterminism is an error rather than a warning.
             for node in nodes_between([edge.node for edge in edges], set()):
                 if "AttentionBackward" in node.name():
                     handles.append(node.register_prehook(lambda _: torch.use_deterministic_algorithms(True)))
@@ -100,8 +102,8 @@ def repeatable(edges: Sequence[GradientEdge]) -> Iterator[None]:
 
 
 def _attention_again(node: Any, found: Sequence[Tensor | None], grads: Sequence[Tensor | None]) -> tuple[Tensor | None, ...] | None:
-    """The gradients of an attention's query, key and value by another kernel: cuDNN's cannot add in order. None where it drops out
-    weights, which another kernel would draw anew."""
+    """Computes the gradients of an attention's query, key and value with another kernel, because cuDNN's cannot sum in a fixed
+    order. Returns None if it uses dropout, which another kernel would draw anew."""
     grad, dropped = grads[0], node._saved_dropout_p
     if grad is None or dropped:
         return None
@@ -120,21 +122,21 @@ def _attention_again(node: Any, found: Sequence[Tensor | None], grads: Sequence[
 
 @dataclass
 class Signature:
-    """What is kept of a gradient (R, F): for each row some projections, and its norm. Both scale as the row does."""
+    """Summarizes a gradient (R, F): some projections and the norm of each row. Both scale with the row."""
 
-    projected: Tensor  # (R, PROJECTIONS) float64, or (R, 1) where rows are single numbers
+    projected: Tensor  # (R, PROJECTIONS) float64, or (R, 1) if rows are single numbers
     norm: Tensor  # (R,)
     lead: torch.Size
     eps: float
 
     @property
     def strength(self) -> Tensor:
-        """(R,) the largest projection: next to nothing beside the norm where a row lies across the directions by chance."""
+        """The largest projection of each row, (R,). It is far below the norm if a row is nearly orthogonal to the directions."""
         return self.projected.abs().amax(1)
 
     @classmethod
     def of(cls, rows: Tensor) -> Signature:
-        """``rows`` is (*lead, F)."""
+        """Summarizes ``rows`` (*lead, F)."""
         lead, width = rows.shape[:-1], rows.shape[-1]
         flat = rows.detach().reshape(-1, width).double()
         if width == 1:
@@ -145,30 +147,30 @@ class Signature:
 
 
 def follows(plain: Signature, weighted: Signature, weights: Tensor) -> Tensor:
-    """(R,) whether each row is the plain one times its own weight, (R,), up to rounding of its dtype."""
+    """Returns (R,) whether each row is the plain one times its own weight, given (R,), up to rounding of its dtype."""
     return error_of(plain, weighted, weights) <= tolerance(plain.eps) * plain.norm
 
 
 def error_of(plain: Signature, weighted: Signature, weights: Tensor) -> Tensor:
-    """(R,) how far each row is from the plain one times its own weight, (R,), as a part of the weight."""
+    """Returns (R,) how far each row is from the plain one times its own weight, given (R,), relative to the weight."""
     return (weighted.projected - weights[:, None] * plain.projected).abs().amax(1) / weights.abs()
 
 
 @dataclass
 class Noise:
-    """How far a pass is from one that scales exactly, as where a device adds by atomics, or where float16 underflows."""
+    """How far a pass is from exact scaling, for instance because a device sums with atomics or float16 underflows."""
 
     plain: Signature
-    samples: tuple[Tensor, Tensor]  # (R,) of each row, by two passes
-    largest: Tensor  # (R,) of more samples
+    samples: tuple[Tensor, Tensor]  # errors (R,) of the rows in two passes
+    largest: Tensor  # (R,) the largest error over all samples
 
     @classmethod
     def between(cls, plain: Signature, again: Sequence[Signature], scaled: Sequence[Signature]) -> Noise | None:
-        """``again``: of further plain passes; ``scaled``: of passes in which all weights are ``SMALLEST``. None where all of them
-        are the first to the last bit.
+        """Measures the noise from further plain passes ``again``, and from passes ``scaled`` in which all weights are ``SMALLEST``.
+        Returns None if all of them equal the first pass bit for bit.
 
-        All of four samples of a noisy row, each of three projections, are small by chance once in millions. Single numbers are one
-        sample of their noise: those that lie together in the last dimension are taken together.
+        For a noisy row, all of four samples of three projections are small by chance once in millions. A row of one number has only
+        one sample of its noise, so such rows are pooled along the last dimension.
         """
         ones = torch.ones_like(plain.norm)
         errors = [*(error_of(plain, x, ones) for x in again), *(error_of(plain, x, SMALLEST * ones) for x in scaled)]
@@ -182,15 +184,15 @@ class Noise:
 
     @property
     def size(self) -> Tensor:
-        """(R,) as a part of what can be read of a row."""
+        """The noise (R,) relative to what can be read of a row."""
         return self.largest / self.plain.strength
 
     def explains(self, errors: Tensor, where: Tensor) -> bool:
-        """Whether a pass with weights has errors (R,) that are distributed as those of a pass without, as parts of the rows' norms.
+        """Whether a weighted pass has errors (R,) with the distribution of a plain pass's, relative to the rows' norms.
 
-        Those of rows of one example are. The weights of other examples are up to 128 times the own one: the largest errors of
-        rows of several examples are many times the part of the others. One sample says which rows are far from lost in noise, the
-        other is what their errors are compared with. (A weight that is read wrong makes an error of any size.)
+        This holds for rows of one example. The weights of other examples are up to 128 times as large as a row's own, so the
+        largest errors of rows of several examples are far above it. One sample selects the rows that noise does not hide, and the
+        other is what their errors are compared with. (A misread weight makes an error of any size.)
         """
         first, second = self.samples
         chosen = where & (first <= CLEAR / 2 * self.plain.strength)
@@ -201,22 +203,25 @@ class Noise:
 
 
 def _sample(x: Tensor) -> Tensor:
-    """At most so many numbers as torch sorts."""
+    """Returns at most as many numbers as torch can sort."""
     x = x.nan_to_num(nan=0.0)
     return x[:: len(x) // (1 << 22) + 1]
 
 
 def tolerance(eps: float) -> float:
-    """Scaling by a power of two is exact, but two runs of one pass may sum in another order, as atomics do, and a few derivatives
-    round: that of ``logcumsumexp`` takes the logarithm of the gradient, and was seen to be off by 4000 units. So 9e-13 of a row is
-    allowed in float64, 8e-6 in float32. A part of a row that is smaller than that and belongs to another example is not noticed."""
+    """Returns the relative error that is allowed for a row.
+
+    Scaling by a power of two is exact. However, two runs of a pass may sum in a different order, for instance with atomics, and a
+    few derivatives round: that of ``logcumsumexp`` takes the logarithm of the gradient, with an observed error of 4000 units. The
+    result is 9e-13 in float64 and 8e-6 in float32. A smaller contribution of another example to a row goes unnoticed.
+    """
     if eps > 1e-5:
         return eps
     return 4096 * eps if eps < 1e-10 else 64 * eps
 
 
 def read_digit(plain: Signature, weighted: Signature) -> tuple[Tensor, Tensor]:
-    """(R,) the digit that each row spells, and (R,) whether it spells one."""
+    """Returns (R,) the digit that each row encodes, and (R,) whether it encodes one."""
     at = plain.projected.abs().argmax(1, keepdim=True)
     ratio = (weighted.projected.gather(1, at) / plain.projected.gather(1, at))[:, 0]
     exponent = ratio.abs().log2().round().nan_to_num(nan=99.0, posinf=99.0, neginf=99.0)
@@ -227,7 +232,7 @@ def read_digit(plain: Signature, weighted: Signature) -> tuple[Tensor, Tensor]:
 def name_rows(
     plain: Signature, spelled: Sequence[Signature], checked: Signature, examples: int, noise: Noise | None = None
 ) -> Tensor:
-    """(*lead) the example of each row, or UNREACHED or MIXED."""
+    """Returns (*lead) the example of each row, or UNREACHED or MIXED."""
     names = torch.zeros(len(plain.norm), dtype=torch.long, device=plain.norm.device)
     fits = torch.ones_like(names, dtype=torch.bool)
     errors = []
@@ -238,7 +243,7 @@ def name_rows(
         errors.append(error_of(plain, weighted, _weight(found)))
     fits &= names < examples
     errors.append(error_of(plain, checked, random_weights(examples).to(plain.norm.device)[names.clamp(max=examples - 1)]))
-    # What is left of gradients that cancel fits no weight where a pass does not repeat to the last bit. It counts for nothing.
+    # If a pass is not bitwise repeatable, the remainder of gradients that cancel fits no weight. Such rows do not count.
     largest = plain.norm.nan_to_num(posinf=0.0).max() if len(plain.norm) else plain.norm.new_zeros(())
     quiet = plain.norm <= plain.eps * largest
     finite = plain.norm.isfinite()
@@ -252,7 +257,7 @@ def name_rows(
         if enough and all(noise.explains(x, tells) for x in errors):
             names[~clear] = MIXED
             names[~tells] = UNREACHED
-            # An error past CLEAR takes some noise; another weight that is clear takes much.
+            # Little noise can move an error past CLEAR, but only much noise makes a row fit another weight clearly.
             lost, doubtful = tells & ~clear & (noise.size > CLEAR / 8), noise.size > CLEAR / 2
             shape = plain.lead
             return _through_noise(names.view(shape), lost.view(shape), doubtful.view(shape), examples)
@@ -260,13 +265,13 @@ def name_rows(
         fits &= x <= tolerance(plain.eps) * plain.norm
     names[~fits] = MIXED
     names[~fits & quiet] = UNREACHED
-    names[~finite] = UNREACHED  # infinities and NaN tell nothing
+    names[~finite] = UNREACHED  # infinities and NaN carry no information
     return names.view(plain.lead)
 
 
 def _through_noise(names: Tensor, lost: Tensor, doubtful: Tensor, examples: int) -> Tensor:
-    """Names that were read through noise. Where all rows are in a regular order but those that are ``lost`` and a few ``doubtful``
-    ones, the order says whose these are. In no order nothing says it."""
+    """Returns the rows' names when they were read through noise. If all rows are in a regular order, except ``lost`` rows and a few
+    ``doubtful`` ones, that order determines the exceptions. Without a regular order, they stay undetermined."""
     for axis, _, inner in _candidates(names.shape, examples):
         mine = torch.arange(names.shape[axis], device=names.device) // inner % examples
         strange = (names != mine.view(-1, *[1] * (names.ndim - axis - 1))) & (names >= 0)
@@ -276,7 +281,7 @@ def _through_noise(names: Tensor, lost: Tensor, doubtful: Tensor, examples: int)
 
 
 def layout_of(names: Tensor, examples: int) -> tuple[Layout, bool]:
-    """The layout that names rows so, and whether it is the only one: where some rows are unreached, several may fit."""
+    """Returns the layout that names rows so, and whether it is the only one: with unreached rows, several may fit."""
     if examples <= 1:
         return Layout(examples), True
     reached = names >= 0
@@ -297,7 +302,7 @@ def layout_of(names: Tensor, examples: int) -> tuple[Layout, bool]:
 
 
 def _candidates(lead: torch.Size, examples: int) -> Iterable[tuple[int, int, int]]:
-    """(axis, outer, inner) of the regular layouts, the usual ones first."""
+    """Returns (axis, outer, inner) of the regular layouts that fit, the usual ones first."""
     found = []
     for axis, size in enumerate(lead):
         if size and size % examples == 0:
@@ -312,7 +317,7 @@ def _candidates(lead: torch.Size, examples: int) -> Iterable[tuple[int, int, int
 
 
 def shape_of(edge: GradientEdge) -> tuple[int, ...]:
-    """Of the tensor that the edge is the gradient of."""
+    """Returns the shape of the tensor whose gradient the edge carries."""
     return tuple(int(n) for n in edge.node._input_metadata[edge.output_nr].shape)
 
 
@@ -322,8 +327,8 @@ def edge_of(tensor: Tensor | GradientEdge) -> GradientEdge:
 
 @dataclass
 class Cut:
-    """Tensors that tell the losses apart: ``edges``, each with its dimension of examples. ``bypass``: nodes by which a part of the
-    gradient goes past them."""
+    """Tensors that separate the losses: ``edges``, each with its example dimension. ``bypass`` lists nodes through which part of
+    the gradient passes them by."""
 
     edges: list[GradientEdge]
     axes: list[int]
@@ -339,11 +344,11 @@ def find_cut(
     ignored: Iterable[Node] = (),
     positions: int = 0,
 ) -> Cut:
-    """The last tensors before the roots that have a dimension of examples, but for those of ``skip``; with ``positions``, a second
-    one of positions. The dimension is the first in ``tier`` 0; in tier k, the k-th that has their number.
+    """Finds the tensors closest to the roots that have an example dimension and, with ``positions``, a second one of positions.
 
-    ``barrier(node)``: whether a node belongs to a use of a weight, beyond which no losses are looked for. Nodes in ``ignored`` are
-    auxiliary losses.
+    In ``tier`` 0 the first dimension must have the examples' number; in tier k it is the k-th dimension that has it. Edges in
+    ``skip`` are passed over. ``barrier(node)`` says whether a node belongs to a use of a weight, beyond which no losses are
+    searched. Nodes in ``ignored`` are auxiliary losses.
     """
     cut = Cut([], [])
     stack, seen, ignored = list(reversed(roots)), set(), set(ignored)
@@ -375,7 +380,7 @@ Hook = Callable[[tuple[Tensor | None, ...]], tuple[Tensor | None, ...] | None]
 
 @contextmanager
 def hooked(hooks: Iterable[tuple[Node, Hook]]) -> Iterator[None]:
-    """In which nodes hand the gradients of their results to hooks, which may give others."""
+    """Passes the gradients of nodes' results to hooks, which may replace them."""
     handles = [node.register_prehook(hook) for node, hook in hooks]
     try:
         yield
@@ -385,10 +390,10 @@ def hooked(hooks: Iterable[tuple[Node, Hook]]) -> Iterator[None]:
 
 
 def stopping(edges: Sequence[GradientEdge]) -> AbstractContextManager[None]:
-    """In which backward passes go no further than some tensors, whose gradients can still be had.
+    """Stops backward passes at some tensors, whose gradients are still available.
 
-    A tensor of a cut may be computed from another one: a penalty on hidden states beside the losses, losses that count twice. What
-    reaches it by the other one is not to be counted with both.
+    A tensor of a cut may be computed from another one, for instance if a penalty on hidden states is added to the losses. What
+    reaches the second tensor through the first must not be counted for both.
     """
 
     def stop(number: int, grads: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
@@ -398,7 +403,7 @@ def stopping(edges: Sequence[GradientEdge]) -> AbstractContextManager[None]:
 
 
 def nested(edges: Sequence[GradientEdge]) -> bool:
-    """Whether some tensors are computed from others of them."""
+    """Whether some of the tensors are computed from others of them."""
     nodes = {e.node for e in edges}
     return len(nodes) > 1 and any(
         not nodes.isdisjoint(nodes_between([x for x, _ in node.next_functions if x is not None], set())) for node in nodes
@@ -406,16 +411,17 @@ def nested(edges: Sequence[GradientEdge]) -> bool:
 
 
 class Unproved(Exception):
-    """Why nothing can be said of what lies behind a cut."""
+    """Raised when nothing can be proved about the computation after a cut; the message is the reason."""
 
 
 def derivative(
     roots: Sequence[GradientEdge], grads: Sequence[Tensor | None], edges: Sequence[GradientEdge]
 ) -> tuple[Tensor | None, ...]:
-    """What was differentiated by some tensors, to be differentiated again. A result without a graph is a constant.
+    """Differentiates the loss with respect to some tensors, so that it can be differentiated again. A result without a graph is
+    constant.
 
     Raises:
-        Unproved: an operation behind the tensors cannot be differentiated twice, or does not tell whether it can.
+        Unproved: an operation after the tensors cannot be differentiated twice, or it is unknown whether it can.
     """
     given = [
         torch.ones(shape_of(e), device=_device(e), dtype=_dtype(e)) if g is None else g for e, g in zip(roots, grads, strict=True)
@@ -425,7 +431,7 @@ def derivative(
             found = torch.autograd.grad(list(roots), list(edges), given, create_graph=True, allow_unused=True)
         except RuntimeError as problem:
             raise Unproved(str(problem).splitlines()[0]) from problem
-    # A user's function may compute its backward pass of numbers that it kept, which says nothing of what they depend on.
+    # A user's function may compute its backward from numbers that it saved, which hides what these depend on.
     ends = {e.node for e in edges}
     for node in nodes_between([e.node for e in roots], ends):
         own = any(hasattr(node, name) for name in ("site", "again", "source"))
@@ -436,7 +442,7 @@ def derivative(
 
 
 def nodes_between(nodes: Iterable[Node], stop: set[Node]) -> Iterable[Node]:
-    """What some nodes lead to, up to those of ``stop``."""
+    """Yields some nodes and all nodes that they lead to, up to those in ``stop``."""
     seen: set[Node] = set()
     stack = list(nodes)
     while stack:
@@ -451,12 +457,13 @@ def nodes_between(nodes: Iterable[Node], stop: set[Node]) -> Iterable[Node]:
 def couples(
     roots: Sequence[GradientEdge], grads: Sequence[Tensor | None], cut: Cut, examples: int, labels: Tensor | None = None
 ) -> str:
-    """Why the gradient at one example's part of the cut depends on another's, or an empty string. ``labels``: the example of each
-    of the cut's rows, where these are not the examples; rows of none (-1) are one more example.
+    """Returns why the gradient at one example's part of the cut depends on another example, or an empty string.
 
-    The Hessian H of what was differentiated with respect to the cut has no entries between examples exactly where H (w ∘ v), for
-    random v and weights w of the examples, is w ∘ (H v). Nor may the gradient depend on what goes past the cut, which several
-    examples may have made. (Weights, and functions of them alone, none has made.)
+    ``labels`` gives the example of each of the cut's rows, if rows are not examples; rows of none (-1) count as one more example.
+
+    Let H be the Hessian of the loss with respect to the cut. It has no entries between examples exactly if H (w ∘ v) = w ∘ (H v)
+    for random v and weights w of the examples. The gradient must not depend on what bypasses the cut either, which several examples
+    may have produced. (Weights, and tensors computed from weights only, do not come from examples.)
     """
     past = {n for n in cut.bypass if getattr(n, "variable", None) is None and not hasattr(n, "source")}
     if op := _of_gradients(roots, cut.edges):
@@ -482,23 +489,23 @@ def couples(
     for x, y, axis in zip(plain, weighted, cut.axes, strict=True):
         if x is None or y is None:
             continue
-        rows, other = (z.movedim(axis, 0).reshape(rows_of, -1).double() for z in (x, y))  # (With positions, axis is 0.)
+        rows, other = (z.movedim(axis, 0).reshape(rows_of, -1).double() for z in (x, y))  # with positions, axis is 0
         w = weights.to(rows.device)[:, None]
         bound = 256 * torch.finfo(x.dtype).eps * w.abs() * rows.norm(dim=1, keepdim=True)
-        # Against what was summed: a product with v cancels.
+        # The bound is relative to the summands, because a product with v cancels.
         bound = bound + 64 * torch.finfo(x.dtype).eps * rows.abs().max()
         if not bool(((other - w * rows).abs() <= bound).all()):
             return "the loss is not a sum over them"
     return ""
 
 
-# How torch names the derivative of an op of zsl_kernels. None of them can be differentiated twice.
+# torch's name for the derivative of an op of zsl_kernels. None of these can be differentiated twice.
 OP = re.compile("GeneratedBackwardFor_zsl_(.*)_defaultBackward")
 
 
 def _of_gradients(roots: Sequence[GradientEdge], edges: Sequence[GradientEdge]) -> str:
-    """The op of examples' gradients, such as ``zk.interference``, by which a penalty is computed of some tensors; or nothing. What
-    it is taken of may be any examples, and its second derivative, which would tell, does not exist."""
+    """Returns the op of examples' gradients, such as ``zk.interference``, that computes a penalty from some tensors, or "". The
+    penalty may couple any examples, and its second derivative, which would show that, does not exist."""
     ends = {e.node for e in edges}
     for node in nodes_between([e.node for e in roots], ends):
         if (op := OP.fullmatch(node.name())) and not ends.isdisjoint(nodes_between([node], set())):
@@ -515,8 +522,8 @@ def _dtype(edge: GradientEdge) -> torch.dtype:
 
 
 def reached_leaves(nodes: Iterable[Node], gathered: bool = True) -> set[int]:
-    """The ids of the leaf tensors that some nodes lead to; with ``gathered=False``, by other paths than the uses of weights that
-    the probe has seen."""
+    """Returns the ids of the leaf tensors that some nodes lead to. With ``gathered=False``, paths through observed uses of weights
+    do not count."""
     found: set[int] = set()
     seen: set[Node] = set()
     stack = list(nodes)

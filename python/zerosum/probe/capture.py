@@ -1,4 +1,4 @@
-"""Sees every use of a weight while the model runs, and hands it to the rule of its operation."""
+"""Observes every use of a weight while the model runs, and passes it to the rule of its operation."""
 
 from __future__ import annotations
 
@@ -39,14 +39,14 @@ _VIEWS = {getattr(Tensor, name).__get__ for name in ("T", "mT", "H", "mH")}
 
 
 class Capture(TorchFunctionMode):
-    """Watches torch function calls while a probe is open. Nothing of the model is changed, but for a hook on each parameter that is
-    removed again.
+    """Watches torch function calls while a probe is open. It changes nothing in the model except a hook on each parameter, which it
+    removes again.
 
-    An *epoch* is what runs forward until the first use of a weight after a backward pass. Its uses are known until then, so that a
-    graph may be differentiated in parts.
+    An *epoch* is the forward code that runs until the first use of a weight after a backward pass. Its uses are kept until then, so
+    that a graph can be differentiated in parts.
     """
 
-    inseparable = ""  # why nothing is differentiated again for one example
+    inseparable = ""  # why the probe cannot differentiate an operation again for one example
 
     def __init__(
         self,
@@ -76,7 +76,7 @@ class Capture(TorchFunctionMode):
         self.state.forward, self.state.thread = True, threading.get_ident()
         self.state.setting = recorded.setting()
         if not KNOWN.keys() >= {call.func for call in structures.calls.values() if call.short is not None}:
-            structures.calls.clear()  # a rule has been registered for what was known
+            structures.calls.clear()  # a rule was registered for a call that was already known
             structures.known.clear()
         self.known = structures.known
         self.sites: list[Site] = []
@@ -84,11 +84,11 @@ class Capture(TorchFunctionMode):
         self.losses: list[LossCall] = []
         self.auxiliary: set[Node] = set()
         self.inputs: list[Tensor] = []  # the first tensor of each call of the model
-        self.extra = False  # whether the backward pass that runs is one that the training does not do
+        self.extra = False  # whether the running backward pass is the probe's own
         self.signatures: dict[Site, Signature] = {}
         self.anchor = torch.zeros((), requires_grad=True)
-        self._bases = structures.tracks or structures.views  # whether views of weights are looked for
-        self._depth = 0  # of backward passes inside of one another
+        self._bases = structures.tracks or structures.views  # whether to look for views of weights
+        self._depth = 0  # nesting depth of backward passes
         self._proving = False  # whether rows are being attributed
         self._over = False  # whether a backward pass ended this epoch
         self._thread = threading.get_ident()
@@ -113,15 +113,15 @@ class Capture(TorchFunctionMode):
                 self.parameters.append(t)
         self.sources: dict[int, GradSource] = {id(t.parameter): t for t in self.parameters}
         self._derived: list[DerivedWeight] = []
-        self.whole: dict[ParameterProbe, str] = {}  # weights whose gradients the loss is differentiated for, example by example
+        self.whole: dict[ParameterProbe, str] = {}  # weights for which the whole loss is differentiated for each example
         self.passes_epoch = -1  # the epoch of the last pass
-        self.mark = 0  # the sites before those that a checkpoint computes again
+        self.mark = 0  # index of the first site that a checkpoint recomputes
         self._poison = ""
-        # The dimension of examples of each reentrant checkpoint's results; -1 where their rows are of several.
+        # The example dimension of each reentrant checkpoint's results; -1 if their rows belong to several examples.
         self.checkpoints: dict[Node, int] = {}
         self.warned = False
         self._retained: list[weakref.ref[Tensor]] = []
-        # Which tensors depend on no data, while that has to be found out.
+        # Which tensors do not depend on data, while that must be determined.
         self._constants: WeakIdKeyDictionary | None = WeakIdKeyDictionary() if structures.tracks else None
         if self._constants is not None:
             own = (x for m in self.modules for x in vars(m).values() if isinstance(x, Tensor))
@@ -129,13 +129,13 @@ class Capture(TorchFunctionMode):
             for x in (*model.buffers(), *frozen, *own):
                 self._constants[x] = True
             self._frozen = {p.untyped_storage()._cdata for p in frozen}
-        self.recomputed = False  # whether a checkpoint has computed uses again
-        self.hooked = False  # whether hooks of the user's see what is computed
+        self.recomputed = False  # whether a checkpoint has recomputed uses
+        self.hooked = False  # whether the user's hooks see what is computed
         self.compiling = False  # whether code may be compiled in this block
-        self.traced = 0  # the uses of the epoch that ran in compiled code
-        self._by_memory: dict[Any, ParameterProbe] = {}  # compiled code hands on a weight's memory
-        self._stamps: dict[int, tuple[Site, str]] = {}  # what they are known by
-        self._tables: list[DerivedWeight] = []  # the rows of position tables in it
+        self.traced = 0  # number of the epoch's uses that ran in compiled code
+        self._by_memory: dict[Any, ParameterProbe] = {}  # compiled code passes a weight's memory, not the parameter object
+        self._stamps: dict[int, tuple[Site, str]] = {}  # uses in compiled code, by their stamps
+        self._tables: list[DerivedWeight] = []  # rows of position tables in compiled code
         self.sees_all = self._bases or self._constants is not None  # whether calls without weights matter too
         self._stack = ExitStack()
 
@@ -146,7 +146,7 @@ class Capture(TorchFunctionMode):
             if self.shards is not None:
                 stack.enter_context(self.shards.watched(lambda: self.unnoticed, self.parameters))
             for t in self.parameters:
-                # (As register_hook does, without its handle.)
+                # Like register_hook, but without its handle.
                 hooks: dict[Any, Any] | None = t.parameter._backward_hooks
                 if hooks is None:
                     t.parameter._backward_hooks = hooks = OrderedDict()
@@ -177,7 +177,7 @@ class Capture(TorchFunctionMode):
             for function, replacement in APPLIED.items():
                 stack.enter_context(_seen_applying(function, replacement))
             if "torch._dynamo" in sys.modules:
-                # Compiled code would bypass the mode: inside the block it runs as it was written.
+                # Compiled code would bypass the mode, so code in the block runs uncompiled.
                 stack.enter_context(torch.compiler.set_stance("force_eager"))
             stack.enter_context(self)
             self._stack = stack.pop_all()
@@ -194,7 +194,7 @@ class Capture(TorchFunctionMode):
         self.phase = Phase.PLAIN
         for t in self.parameters:
             if not t.parameter._backward_hooks:
-                t.parameter._backward_hooks = None  # as if there had never been any
+                t.parameter._backward_hooks = None  # as before the first hook
 
     @property
     def epoch(self) -> int:
@@ -202,7 +202,7 @@ class Capture(TorchFunctionMode):
 
     @property
     def poison(self) -> str:
-        """Why rows that come next in this backward pass may be of several examples."""
+        """The reason why the next rows in this backward pass may belong to several examples, or ""."""
         return self._poison
 
     @poison.setter
@@ -214,11 +214,11 @@ class Capture(TorchFunctionMode):
     @property
     def elsewhere(self) -> bool:
         """Whether this is another thread of the user's, whose backward passes the mode does not see. (Autograd runs the backward
-        passes of other devices in threads of its own, with the mode on.)"""
+        passes of other devices in its own threads, with the mode on.)"""
         return not self._depth and self.open and threading.get_ident() != self._thread
 
     def release(self) -> None:
-        """Lets go of what refers to each other."""
+        """Breaks reference cycles."""
         for t in self.parameters:
             t.release()
         for proof in self.proofs:
@@ -239,27 +239,28 @@ class Capture(TorchFunctionMode):
 
     @property
     def unnoticed(self) -> bool:
-        """Whether what runs is the probe's own, of which users' hooks are told nothing."""
+        """Whether the running code is the probe's own, which users' hooks must not see."""
         return self.extra or self._proving
 
     @property
     def running(self) -> bool:
-        """Whether a backward pass runs."""
+        """Whether a backward pass is running."""
         return self._depth > 0
 
     @property
     def nested(self) -> bool:
-        """Whether this is a backward pass inside of another's."""
+        """Whether this backward pass runs inside another one."""
         return self._depth > 1
 
     def unbatched(self) -> AbstractContextManager[Any]:
-        """In which the results of a backward pass are computed."""
+        """Returns the context in which a backward pass's results are computed."""
         return nullcontext() if self.current is None else self.current.unbatched()
 
-    # What a rule asks ------------------------------------------------------------------------------------------------------------
+    # The context that rules use
+    # -----------------------------------------------------------------------------------------------------
 
     def ref(self, x: Any) -> Ref | None:
-        """The weight that ``x`` is, or is a view of."""
+        """Returns a reference to the weight that ``x`` is or is a view of, or None."""
         if x is None or not isinstance(x, Tensor) or not x.requires_grad:
             return None
         source = self.sources.get(id(x))
@@ -281,13 +282,13 @@ class Capture(TorchFunctionMode):
         self.signatures[site] = Signature.of(rows)
 
     def forget(self, x: Tensor) -> None:
-        """Lets a function of weights alone be what it is: a term of the loss, and no use of them."""
+        """Stops treating a tensor computed from weights only as a weight, because it is a term of the loss."""
         if isinstance(self.sources.get(id(x)), DerivedWeight):
             del self.sources[id(x)]
 
     @contextmanager
     def watching(self) -> Iterator[None]:
-        """In which the mode is on again: it is off while it handles a call."""
+        """Turns the mode on again: it is off while it handles a call."""
         with self:
             yield
 
@@ -304,7 +305,7 @@ class Capture(TorchFunctionMode):
         return result
 
     def _touches(self, args: Iterable[Any]) -> bool:
-        """Whether a weight is among the arguments."""
+        """Whether an argument is a weight."""
         sources, bases = self.sources, self._bases
         for x in args:
             if id(x) in sources:
@@ -318,7 +319,7 @@ class Capture(TorchFunctionMode):
         return False
 
     def _follow(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
-        """Notes results that depend on no data."""
+        """Notes results that do not depend on data."""
         assert self._constants is not None
         if getattr(func, "__name__", "") in _ACCESSORS and func not in _VIEWS:
             return
@@ -333,8 +334,8 @@ class Capture(TorchFunctionMode):
                     self._constants[r] = constant
 
     def _of_frozen(self, x: Tensor) -> bool:
-        """Whether a tensor depends on no data, although it may require a gradient: PEFT makes new Parameters of frozen ones, which
-        require one by default, to detach what it computes of them."""
+        """Whether a tensor does not depend on data, even if it requires a gradient. PEFT makes new Parameters from frozen ones,
+        which require one by default, and then detaches what it computes from them."""
         assert self._constants is not None
         if not x.requires_grad or x in self._constants:
             return self.is_constant(x) or self._constants.get(x) is True
@@ -344,7 +345,7 @@ class Capture(TorchFunctionMode):
         return not x.requires_grad and (x.ndim == 0 or (self._constants is not None and self._constants.get(x) is True))
 
     def _weights(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """A call that has weights among its operands."""
+        """Handles a call that has weights among its operands."""
         if (known := self._as_before(func, args, kwargs)) is not None:
             return known[0]
         name = getattr(func, "__name__", str(func))
@@ -354,7 +355,7 @@ class Capture(TorchFunctionMode):
                 self._constants[result] = True
             return result
         if torch._C._functorch.maybe_current_level() is not None or torch.autograd.forward_ad._current_level >= 0:
-            return func(*args, **kwargs)  # vmap and its kin bring examples of their own, and forward mode no gradients
+            return func(*args, **kwargs)  # vmap and similar transforms add their own batch dimension; forward mode has no gradients
         if self.elsewhere:
             return func(*args, **kwargs)
         tensors = [x for x in again.leaves(args, kwargs) if isinstance(x, Tensor)]
@@ -365,7 +366,7 @@ class Capture(TorchFunctionMode):
         if not others:
             result = func(*args, **kwargs)
             if not any(isinstance(x, Tensor) for x in again.leaves(result)):
-                return result  # numel() and its kin tell what a weight is like, and use it for nothing
+                return result  # numel() and similar calls only ask about a weight
         if not self._depth and self._over:
             self._begin_epoch()
         for ref in refs:
@@ -381,7 +382,7 @@ class Capture(TorchFunctionMode):
         device = refs[0].source.tensor.device.type
         autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
         if not self._depth:
-            # (What is looked up alike for all examples is a function of one weight.)
+            # (A lookup with the same ids for all examples is a function of one weight.)
             lookup = (refs[0].source.parameters[0].name,) if alone and func is F.embedding else ()
             self.keys.append((func, tuple(x.shape for x in tensors), tensors[0].dtype, autocast, alone, *lookup))
             if not alone:
@@ -396,7 +397,7 @@ class Capture(TorchFunctionMode):
         return self._use(func, args, kwargs, refs, tensors)
 
     def _as_before(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any] | None:
-        """The result of a call that is like the one at its place in the last pass."""
+        """Returns the result, in a tuple, of a call that repeats the call at its position in the last pass; None for a new call."""
         if self._depth or self._constants is not None:
             return None
         if self._over:
@@ -429,13 +430,13 @@ class Capture(TorchFunctionMode):
         return (result,)
 
     def begin(self) -> Site:
-        """The site of the known call that runs next."""
+        """Opens the site of the known call that runs next."""
         call = self.structures.calls[len(self.keys)]
         assert call.short is not None
         return call.short.begin(self, call)
 
     def _is_alone(self, key: Any, others: list[Tensor]) -> bool:
-        """Whether a call is a function of weights alone: what else it has does not depend on data."""
+        """Whether a call depends on weights only, because its other operands do not depend on data."""
         if not others:
             return True
         place = (len(self.keys), *key[:2])
@@ -443,12 +444,12 @@ class Capture(TorchFunctionMode):
         if known is None:
             known = self._constants is not None and all(self.is_constant(x) for x in others)
             if self._constants is None:
-                self.structures.tracks = True  # from the next block on
+                self.structures.tracks = True  # to determine it from the next block on
             self.structures.alone[key] = self.structures.alone[place] = known
         return known
 
     def _unknown(self, func: Any, refs: list[Ref], tensors: list[Tensor]) -> Any:
-        """The call, where nothing says whether its other operands depend on data."""
+        """Returns keys of the call if it is unknown whether its other operands depend on data, and else None."""
         others = [x for x in tensors if self.ref(x) is None]
         if self._constants is None or any(x.requires_grad or x in self._constants for x in others):
             return None
@@ -457,7 +458,7 @@ class Capture(TorchFunctionMode):
         return (len(self.keys) - 1, func, ids), (func, ids, shapes)
 
     def _use(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], refs: list[Ref], tensors: list[Tensor]) -> Any:
-        """A weight's use with activations, by the rule of its operation."""
+        """Handles a use of a weight with activations, by the rule of its operation."""
         name = getattr(func, "__name__", str(func))
         before = len(self.sites)
         reason = f"used by {name}, which no rule covers"
@@ -501,7 +502,7 @@ class Capture(TorchFunctionMode):
         return func(*args, **kwargs)
 
     def differentiate_whole(self, t: ParameterProbe, reason: str) -> None:
-        """Covers a weight by differentiating the whole loss for each example, where nothing cheaper does."""
+        """Covers a weight by differentiating the whole loss for each example, as a last resort."""
         if self.shards is not None:
             t.refuse(f"{reason}; with sharded weights, the probe does not differentiate the whole loss again for each example")
         elif self.inseparable:
@@ -519,10 +520,11 @@ class Capture(TorchFunctionMode):
             for t in ref.source.parameters:
                 t.eps = max(t.eps, torch.finfo(dtype).eps)
 
-    # Functions of parameters alone -----------------------------------------------------------------------------------------------
+    # Tensors computed from parameters only
+    # ------------------------------------------------------------------------------------------
 
     def _derive(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], refs: list[Ref], result: Any) -> None:
-        """Notes a function of parameters alone, so that its uses are the parameters'."""
+        """Registers a tensor computed from parameters only, so that its uses count as the parameters' uses."""
         for out in again.leaves(result):
             if not isinstance(out, Tensor) or self.ref(out) is not None:
                 continue
@@ -550,7 +552,7 @@ class Capture(TorchFunctionMode):
     # Compiled code -------------------------------------------------------------------------------------------------------------
 
     def enter_traced(self, stamp: int, kind: str, tensors: Sequence[Tensor | None]) -> None:
-        """Takes a use that runs in compiled code."""
+        """Registers a use that runs in compiled code."""
         if not self._watching or self._depth:
             return
         if self._over:
@@ -588,7 +590,7 @@ class Capture(TorchFunctionMode):
                 site.alone |= 1 << k
 
     def _add_traced(self, stamp: int, tensors: Sequence[Tensor | None]) -> None:
-        """Takes a sum of rows and of what is the same for all examples. Where there is one position table, it is that."""
+        """Registers a sum of rows and a tensor that is the same for all examples: the rows of the only position table, if any."""
         if len(self._tables) == 1:
             x, same = (y.shape for y in tensors if y is not None)
             (derived,) = self._tables
@@ -599,12 +601,12 @@ class Capture(TorchFunctionMode):
             self.traced += 1
 
     def refuse_traced(self, weight: Tensor) -> None:
-        """Takes a use in compiled code that is not known."""
+        """Refuses a weight because of an unknown use in compiled code."""
         if (t := self._by_memory.get(_memory(weight))) is not None:
             t.refuse(compiled.UNKNOWN)
 
     def leave_traced(self, stamp: int, grad: Tensor, saved: Sequence[Tensor], wanted: Sequence[bool]) -> Sequence[Tensor | None]:
-        """The gradients of a use's weight and bias, where they are measured."""
+        """Returns the gradients of a use's weight and bias, if they are measured."""
         if stamp not in self._stamps or self.phase is not Phase.MEASURING:
             return None, None
         site, kind = self._stamps[stamp]
@@ -614,7 +616,7 @@ class Capture(TorchFunctionMode):
                 ref.source.pull(ref.piece, part)
             return None, None
         if not all(source.ready for source in site.sources):
-            # Something waits for other uses, or for the whole gradient: the compiler's tensors do not.
+            # A source waits for other uses or for the whole gradient. The compiler reuses its tensors' memory, so copy them.
             grad, saved = grad.clone(), [x.clone() for x in saved]
         if kind in ("linear", "addmm"):
             backward = linear.backward if kind == "linear" else linear.addmm_backward
@@ -627,12 +629,12 @@ class Capture(TorchFunctionMode):
     # Backward --------------------------------------------------------------------------------------------------------------------
 
     def _run_backward(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Runs the engine with the mode on, so that what a checkpoint computes again is seen again.
+        """Runs the engine with the mode on, so that uses that a checkpoint recomputes are observed again.
 
-        These functions hand tensors to the mode first, and a mode is off while it handles a call. Graph edges they take as they
-        are.
+        These functions would pass tensors to the mode first, and a mode is off while it handles a call. They do not do this with
+        graph edges.
         """
-        outputs, *inputs = args  # the inputs of `grad`; all else comes by keyword
+        outputs, *inputs = args  # the inputs of `grad`; everything else is passed by keyword
         kwargs = {("grad_tensors" if key == "gradient" else key): value for key, value in kwargs.items()}
         if func in (Tensor.backward, torch.autograd.backward) and inputs:
             names = ("grad_tensors", "retain_graph", "create_graph")
@@ -657,7 +659,7 @@ class Capture(TorchFunctionMode):
                 "zerosum.auxiliary: a model that fully_shard has sharded is not supported: do not mark the term"
             )
         if proof.apart:
-            # Part of the loss is no example's: what is measured is not what is accumulated.
+            # Part of the loss belongs to no example, so what is measured differs from what is accumulated.
             self._measure_apart(proof)
             return self._run(engine, outputs, inputs, kwargs, Phase.PLAIN, None)
         try:
@@ -683,18 +685,18 @@ class Capture(TorchFunctionMode):
         state.at_once = phase is Phase.MEASURING and self._depth == 1 and of is not None and of.simple
         sites = len(self.sites)
         try:
-            # (What was compiled computes nothing again that has to be seen, and the compiler's own calls are not to be.)
+            # (Compiled code recomputes nothing that must be observed, and the compiler's own calls must not be.)
             with nullcontext() if self.traced else self:
                 return engine(_edges(outputs), *map(_edges, inputs), **kwargs)
         finally:
             state.at_once, state.forward = once and not self.poison, forward
             self._depth -= 1
             if not self._depth:
-                del self.sites[sites:]  # what was computed again
+                del self.sites[sites:]  # the recomputed ones
             self.phase, self.current = before
 
     def _prepare(self, roots: list[GradientEdge], grads: list[Tensor | None]) -> Proof | None:
-        """What is known of the graph that a backward pass goes through; None where it leads to no use of a weight."""
+        """Returns what is known about the graph of a backward pass; None if it leads to no use of a weight."""
         if self._depth:
             return self.prover.nested(self, roots, grads) if self.phase is Phase.MEASURING else None
         if not self.sites and not self.whole:
@@ -712,7 +714,7 @@ class Capture(TorchFunctionMode):
         return proof
 
     def _differentiable(self, roots: list[GradientEdge]) -> AbstractContextManager[None]:
-        """In which the step may be differentiated again: shards of weights are gathered, on all ranks if one needs it."""
+        """Allows differentiating the step again: gathers sharded weights, on all ranks if one needs it."""
         if self.shards is None or not self.shards.any(self.prover.differentiates(self, roots)):
             return nullcontext()
         return self.shards.gathered()
@@ -720,7 +722,7 @@ class Capture(TorchFunctionMode):
     def extra_backward(
         self, outputs: Sequence[GradientEdge], inputs: Sequence[Any], grads: Sequence[Tensor | None], phase: Phase
     ) -> tuple[Tensor | None, ...]:
-        """``torch.autograd.grad`` that leaves no trace: nothing is accumulated, and no hook of the user's runs."""
+        """Runs ``torch.autograd.grad`` without side effects: it accumulates nothing and runs no user hooks."""
         quiet = ddp.unnoticed(self.structures.ddps) if self.copies else nullcontext()
         with self.silenced(phase), quiet, repeatable(outputs) if phase is Phase.NAMING else nullcontext():
             return self._run(
@@ -734,7 +736,7 @@ class Capture(TorchFunctionMode):
 
     @contextmanager
     def silenced(self, phase: Phase) -> Iterator[None]:
-        """In which users' hooks do not run."""
+        """Disables users' hooks."""
         state = self.state
         before, self.extra, phase_before, once = self.extra, True, self.phase, (state.at_once, state.forward)
         self.phase, state.at_once, state.forward = phase, False, False
@@ -745,7 +747,7 @@ class Capture(TorchFunctionMode):
         for x, _ in kept:
             x.grad = None
         try:
-            # (A checkpoint computes again what it did, with the mode on.)
+            # (A checkpoint recomputes with the mode on, as in its first run.)
             with torch._C._EnableTorchFunction():
                 yield
         finally:
@@ -756,7 +758,7 @@ class Capture(TorchFunctionMode):
                 x.grad = grad
 
     def _find_whole(self, proof: Proof) -> None:
-        """The gradients of weights that nothing cheaper covers, by one backward pass of the whole loss for each example."""
+        """Computes the gradients of weights that need it by one backward pass of the whole loss per example."""
         wanted = [t for t in self.whole if not t.problem]
         if not wanted or self._depth:
             return
@@ -775,7 +777,7 @@ class Capture(TorchFunctionMode):
             gs = self.extra_backward(proof.cut.edges, [t.parameter for t in wanted], proof.part(i), Phase.PLAIN)
             for t, mine, g in zip(wanted, found, gs, strict=True):
                 if g is not None:
-                    # Copied at once: a function may return the same memory in each pass, as graphed callables do.
+                    # Copy immediately: a function may return the same memory in each pass, as graphed callables do.
                     mine[i] = (g.to_dense() if g.is_sparse else g).detach()
                     reached.add(t)
         for t, mine in zip(wanted, found, strict=True):
@@ -785,7 +787,7 @@ class Capture(TorchFunctionMode):
                 t.defer()
 
     def _measure_apart(self, proof: Proof) -> None:
-        """Measures the examples' own losses in a backward pass of its own."""
+        """Measures the examples' own losses in a separate backward pass."""
         assert proof.cut is not None
         inputs = [t.parameter for t in self.parameters]
         self.current = proof.of
@@ -805,7 +807,7 @@ class Capture(TorchFunctionMode):
 
     @contextmanager
     def _own_hooks(self) -> Iterator[None]:
-        """In which the probe's hooks on parameters run, and no others."""
+        """Runs the probe's hooks on parameters and disables all others."""
         self.extra = True
         hooks = [(h, dict(h)) for t in self.parameters if (h := t.parameter._backward_hooks)]
         for h, saved in hooks:
@@ -841,9 +843,9 @@ class Capture(TorchFunctionMode):
         self._over, self.state.forward = True, False
 
     def add_up(self) -> None:
-        """The sums over coordinates of what was measured."""
+        """Computes the sums over coordinates of what was measured."""
         if self.shards is not None:
-            return  # those of the whole batch, at the end of the block
+            return  # computed for all ranks at the end of the block
         add_up((t.results, t.direction) for t in self.parameters if t.results is not None)
 
     def _begin_epoch(self) -> None:
@@ -868,7 +870,7 @@ class Capture(TorchFunctionMode):
         return self.open and not self.extra and not self.elsewhere
 
     def declare(self, x: Tensor, packed: Packed, argument: str) -> None:
-        """Takes whose the rows of what runs forward next are."""
+        """Registers which example each row of the next forward pass belongs to."""
         if not self._watching or self._depth or not torch.is_grad_enabled():
             return
         if self._over:
@@ -877,7 +879,7 @@ class Capture(TorchFunctionMode):
         self.prover.declare(x, packed, argument)
 
     def before_model(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Learns N from what enters the model."""
+        """Learns N from the model's inputs."""
         if not self._watching or self._depth or not torch.is_grad_enabled():
             return
         if torch._C._functorch.maybe_current_level() is not None:
@@ -893,7 +895,7 @@ class Capture(TorchFunctionMode):
         inputs = [x for x in again.leaves(args, kwargs) if isinstance(x, Tensor)]
         if self._constants is not None:
             for x in inputs:
-                self._constants[x] = False  # whatever it was made of, it is data
+                self._constants[x] = False  # an input is data, however it was made
         if self.structures.compiled is not None:
             self.structures.compiled.look(inputs)
         if inputs:
@@ -901,7 +903,7 @@ class Capture(TorchFunctionMode):
             self.prover.look(kwargs)
 
     def _loss(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """A loss function, which says what rows it is over."""
+        """Handles a loss function, which shows the rows that it reduces."""
         touches = torch.is_grad_enabled() and (self._touches(args) or self._touches(kwargs.values()))
         result = self._weights(func, args, kwargs) if touches else func(*args, **kwargs)
         if isinstance(result, Tensor) and result.grad_fn is not None and not self._depth:
@@ -914,7 +916,7 @@ class Capture(TorchFunctionMode):
         return result
 
     def _register_hook(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """A user's hook, which is not to see the probe's own backward passes."""
+        """Wraps a user's hook, so that it does not see the probe's own backward passes."""
         x, *rest = args
         if x.is_leaf or not rest:
             return func(*args, **kwargs)
@@ -942,23 +944,24 @@ class Capture(TorchFunctionMode):
 def example_ids(
     x: Tensor, ids: Tensor | None = None, *, cu_seqlens: Tensor | None = None, position_ids: Tensor | None = None
 ) -> Tensor:
-    """``x``, after telling an open probe which example each of its rows belongs to; without one, ``x`` alone.
+    """Tells an open probe which example each row of ``x`` belongs to, and returns ``x``. Without an open probe it only returns
+    ``x``.
 
-    For sequences that are packed one after another. ``x`` is a tensor of token ids or of activations whose rows are the packed
-    ones: (R, …), (1, R, …), or (B, R, …) for several packed rows. Call it once for each backward pass, before the model is called.
-    N is the probe's ``num_examples``, or else what the argument says. The losses may be totals of each example, (N,), or those of
-    rows, (R,), (B, R) or one position fewer, of which a row's own belongs to the example of that row.
+    Use it for sequences that are packed one after another. ``x`` is a tensor of token ids, or of activations whose rows are the
+    packed ones: (R, …), (1, R, …), or (B, R, …) for several packed rows. Call it once per backward pass, before the model. N is the
+    probe's ``num_examples``, or else follows from the argument. The losses may be totals of each example, (N,), or losses of rows,
+    (R,), (B, R) or one position fewer; the loss of a row belongs to the row's example.
 
     Args:
         ids: (R,) or (B, R) integers from 0 to N - 1, and -1 for rows of no example, such as padding.
         cu_seqlens: (N + 1,) integers from 0: document i has the rows from ``cu_seqlens[i]`` to ``cu_seqlens[i + 1]`` of one row (R,
-            …) or (1, R, …). What comes behind the last one is padding.
-        position_ids: (R,) or (B, R) integers: a document starts with each row of ``x``, and where they are 0 or do not increase.
-            Negative ones are those of padding.
+            …) or (1, R, …). Rows after the last document are padding.
+        position_ids: (R,) or (B, R) integers. A document starts at the beginning of each row of ``x``, and wherever they are 0 or
+            do not increase. Negative integers mark padding.
 
     Raises:
-        TypeError: not one of the three is given, or not as a tensor.
-        ValueError: it has another shape or other values, or differs from what was said before, without a backward pass between.
+        TypeError: not exactly one of the three is given, or it is not a tensor.
+        ValueError: its shape or values are invalid, or it differs from an earlier call without a backward pass in between.
         RuntimeError: the probe's examples are positions.
     """
     if captures := open_captures():
@@ -969,10 +972,10 @@ def example_ids(
 
 
 def auxiliary(loss: Tensor) -> Tensor:
-    """``loss``, after telling an open probe that it is no example's own: a router's balance loss, a penalty on the weights.
+    """Tells an open probe that ``loss`` belongs to no example, such as a router's balance loss, and returns it.
 
-    The examples' own losses are then measured in a backward pass of their own; ``.grad`` is that of the whole loss. Call it before
-    ``backward()``, with the term as it is in the graph: ``zerosum.auxiliary(out.aux_loss); out.loss.backward()``.
+    The probe then measures the examples' own losses in a separate backward pass; ``.grad`` is still that of the whole loss. Call it
+    before ``backward()``, with the term that is in the graph: ``zerosum.auxiliary(out.aux_loss); out.loss.backward()``.
 
     Raises:
         TypeError: ``loss`` is not a tensor.
@@ -994,7 +997,7 @@ def open_captures() -> list[Capture]:
 
 
 class _Guarded:
-    """A user's hook that sees the training's own backward passes alone."""
+    """Wraps a user's hook so that it sees only the training's own backward passes."""
 
     def __init__(self, capture: Capture, hook: Any) -> None:
         self._capture = weakref.ref(capture)
@@ -1006,8 +1009,8 @@ class _Guarded:
 
 
 class _GuardedForward(_Guarded):
-    """A module's hook, which runs again where a checkpoint runs the module again for the probe's own passes, if it changes what the
-    module takes or gives."""
+    """Wraps a module's forward hook. When a checkpoint reruns the module in the probe's own passes, the hook runs only if it
+    changes the module's inputs or outputs."""
 
     _changes = False
 
@@ -1020,7 +1023,7 @@ class _GuardedForward(_Guarded):
 
 
 class _Hook(NotCopied):
-    """Calls a method while its object is alive. Copies of a model that is probed may carry it away without harm."""
+    """Calls a method as long as its object is alive. A copy of a probed model may safely contain it."""
 
     def __init__(self, target: Any, method: str) -> None:
         self._target = weakref.ref(target)
@@ -1033,7 +1036,7 @@ class _Hook(NotCopied):
 
 @contextmanager
 def _seen_applying(function: type[torch.autograd.Function], replacement: Any) -> Iterator[None]:
-    """In which the mode sees an autograd.Function's ``apply``, by a rule of the user's."""
+    """Lets the mode see calls of an autograd.Function's ``apply``, for a rule of the user's."""
     plain = function.apply
 
     def apply(*args: Any, **kwargs: Any) -> Any:

@@ -1,7 +1,8 @@
-"""What one use of a weight tells of every example's gradient without holding it, and how several uses become one result.
+"""Represents what one use of a weight contributes to every example's gradient, and combines several uses into one result.
 
-A weight's per-example gradient is the sum over its uses, and every |·| and square is taken of that sum. So uses are gathered
-until all of a backward pass's have come, and only then combined, by the cheapest exact way.
+A use does not hold the per-example gradients themselves. A weight's per-example gradient is the sum over its uses, and every |·|
+and square applies to that sum. Therefore uses are collected until the backward pass has reached all of them, and are then combined
+in the cheapest exact way.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from zsl_kernels.types import sum_dtype
 
 
 class Piece(NamedTuple):
-    """A weight, or a view of it, by its geometry in the weight's storage."""
+    """A weight or a view of it, described by its geometry in the weight's storage."""
 
     size: tuple[int, ...]
     stride: tuple[int, ...]
@@ -33,7 +34,7 @@ class Piece(NamedTuple):
         return cls(tuple(x.size()), tuple(x.stride()), int(x.storage_offset()))
 
     def view(self, x: Tensor, base: Piece) -> Tensor:
-        """This piece of ``x``, a dense tensor that is laid out as the whole weight ``base``."""
+        """Returns this piece of ``x``, a dense tensor with the layout of the whole weight ``base``."""
         return x.as_strided(self.size, self.stride, x.storage_offset() + self.offset - base.offset)
 
     @property
@@ -42,17 +43,17 @@ class Piece(NamedTuple):
 
     @property
     def extent(self) -> int:
-        """Entries of memory from its first to its last."""
+        """The number of memory entries from the first to the last one of the piece."""
         return 1 + sum((n - 1) * s for n, s in zip(self.size, self.stride, strict=True)) if self.numel else 0
 
     @property
     def repeats(self) -> bool:
-        """Whether a dimension repeats one entry of memory."""
+        """Whether a dimension repeats one memory entry (has stride 0)."""
         return any(s == 0 and n > 1 for n, s in zip(self.size, self.stride, strict=True))
 
     @property
     def overlaps(self) -> bool:
-        """Whether an entry of memory may appear twice, other than by such a dimension."""
+        """Whether a memory entry may occur twice for any other reason."""
         reach = 0
         for s, n in sorted((s, n) for n, s in zip(self.size, self.stride, strict=True) if n > 1 and s):
             if s <= reach:
@@ -70,7 +71,7 @@ class Piece(NamedTuple):
 
 @dataclass
 class OuterProduct:
-    """g_i = Σ_t left_itᵀ right_it: (E, T, R) and (E, T, C), or rows (P, R) and (P, C) with the example of each."""
+    """Represents g_i = Σ_t left_itᵀ right_it, by (E, T, R) and (E, T, C), or by rows (P, R) and (P, C) with the example of each."""
 
     left: Tensor
     right: Tensor
@@ -80,7 +81,7 @@ class OuterProduct:
         return OuterProduct(self.right, self.left, self.ids)
 
     def flat(self) -> tuple[Tensor, Tensor, Tensor]:
-        """As rows with their examples."""
+        """Returns the rows with the example of each."""
         if self.ids is not None:
             return self.left, self.right, self.ids
         E, T = self.left.shape[:2]
@@ -107,7 +108,7 @@ class OuterProduct:
         )
 
     def picked(self, examples: Tensor) -> OuterProduct:
-        """Of some of the examples alone, in this order."""
+        """Returns the contribution of some examples, in this order."""
         if self.ids is None:
             return OuterProduct(self.left[examples], self.right[examples])
         which, ids = (self.ids[:, None] == examples).nonzero(as_tuple=True)
@@ -116,8 +117,8 @@ class OuterProduct:
 
 @dataclass
 class RowGather:
-    """g_i has the rows Σ_{t: ids_it = v} e_it: (E, T) and (E, T, K), or (P,) and (P, K) with the example of each. Negative ids are
-    skipped."""
+    """Represents g_i with rows Σ_{t: ids_it = v} e_it, by (E, T) and (E, T, K), or by (P,) and (P, K) with the example of each.
+    Negative ids are skipped."""
 
     rows: Tensor
     e: Tensor
@@ -152,7 +153,7 @@ class RowGather:
 
 @dataclass
 class Dense:
-    """g_i itself, (E, *piece): of parameters so small that it may be held."""
+    """Holds g_i itself, (E, *piece), for parameters that are small enough."""
 
     g: Tensor
 
@@ -171,7 +172,8 @@ class Dense:
 
 @dataclass
 class DiagonalRows:
-    """g_i is (*piece[1:]) in row i and zero in the others: of a weight that was repeated for the examples. (E, *piece[1:])."""
+    """Represents g_i that is (*piece[1:]) in row i and zero elsewhere, by (E, *piece[1:]), for a weight repeated for the
+    examples."""
 
     g: Tensor
 
@@ -187,13 +189,13 @@ class DiagonalRows:
         return DiagonalRows(self.g * by.to(self.g.dtype).view(-1, *[1] * (self.g.ndim - 1)))
 
     def picked(self, examples: Tensor) -> DiagonalRows:
-        raise NotImplementedError("a weight that was repeated for the examples is no weight of some of them")
+        raise NotImplementedError("a weight that was repeated for all examples cannot be restricted to some of them")
 
 
 @dataclass
 class StreamedHead:
-    """A :func:`zsl_kernels.linear_cross_entropy`: a product whose left side, the gradient of the logits, is computed a chunk of the
-    vocabulary at a time."""
+    """Represents a use by :func:`zsl_kernels.linear_cross_entropy`: a product whose left side, the gradient of the logits, is
+    computed one chunk of the vocabulary at a time."""
 
     h: Tensor
     weight: Tensor
@@ -202,7 +204,7 @@ class StreamedHead:
     c: Tensor
     ignore_index: int
     chunk: int
-    sums: Sums | None = None  # where they were computed on the way
+    sums: Sums | None = None  # set if they were computed along the way
 
     def chunks(self) -> Iterator[tuple[int, int, Tensor]]:
         return output_gradients(self.h, self.weight, self.targets, self.lse, self.c, self.ignore_index, self.chunk)
@@ -229,9 +231,9 @@ Contribution = OuterProduct | RowGather | Dense | DiagonalRows | StreamedHead
 
 @dataclass
 class Sums:
-    """The fields of :class:`zsl_kernels.InterferenceSums` for one parameter; of touched rows alone where ``rows`` says which.
+    """The fields of :class:`zsl_kernels.InterferenceSums` for one parameter, restricted to the touched rows ``rows`` if given.
 
-    ``padded``: some of ``rows`` may be -1, where the sums are zero. How many are touched is then known to the device alone."""
+    ``padded``: some of ``rows`` may be -1, where the sums are zero. Only the device then knows how many rows are touched."""
 
     grad_sum: Tensor
     abs_sum: Tensor
@@ -245,7 +247,7 @@ class Sums:
     padded: bool = field(default=False, init=False)
 
     def spread(self, x: Tensor, shape: torch.Size) -> Tensor:
-        """One of the sums, over all rows of a weight of this shape."""
+        """Expands one of the sums to all rows of a weight of this shape."""
         if self.rows is None:
             return x
         if self.padded:
@@ -253,7 +255,7 @@ class Sums:
         return x.new_zeros(shape).index_copy_(0, self.rows, x)
 
     def at_rows(self, x: Tensor) -> Tensor:
-        """Of a weight-shaped tensor the rows that the sums have, and zeros where they have none."""
+        """Returns the rows of a weight-shaped tensor that the sums have, with zeros for rows of -1."""
         if self.rows is None:
             return x
         if not self.padded:
@@ -261,24 +263,24 @@ class Sums:
         return x.index_select(0, self.rows.clamp(min=0)).masked_fill_((self.rows < 0).unsqueeze(1), 0)
 
 
-# The fields, with the power of g that they scale with.
+# The fields, with the power of g by which each scales.
 SCALARS = {"l1": 1, "sq_norm": 2, "dot": 1, "abs_dot": 1, "gram": 2}
 WEIGHT_SHAPED = {"grad_sum": 1, "abs_sum": 1, "sq_sum": 2}
 
 
 @dataclass
 class Request:
-    """What is computed of a weight's gradients."""
+    """What to compute from a weight's gradients."""
 
     examples: int
     direction: Tensor | None
     gram: bool
-    scale: Tensor | None = None  # (E,): factors of the examples, where they differ
+    scale: Tensor | None = None  # (E,): the examples' factors, if they differ
 
 
 @dataclass
 class Contributions:
-    """What the uses of one weight leave in one backward pass, by the piece of the weight that was used."""
+    """The contributions of one weight's uses in one backward pass, by the piece of the weight that each used."""
 
     base: Piece
     of_piece: dict[Piece, list[Contribution]] = field(default_factory=dict)
@@ -289,7 +291,7 @@ class Contributions:
         if isinstance(use, DiagonalRows) and piece.stride[0] == 0:
             piece, use = Piece(piece.size[1:], piece.stride[1:], piece.offset), Dense(use.g)
         if isinstance(use, Dense):
-            # Entries that were repeated in memory are one entry, whose gradient is the sum.
+            # Entries repeated in memory are a single entry, whose gradient is the sum.
             repeated = [d for d, (n, s) in enumerate(zip(piece.size, piece.stride, strict=True)) if s == 0 or n == 1]
             if repeated:
                 use = Dense(use.g.sum([d + 1 for d in repeated]))
@@ -306,15 +308,15 @@ class Contributions:
         return max((torch.finfo(dtype_of(use)).eps for uses in self.of_piece.values() for use in uses), default=0.0)
 
     def scaled(self, by: Tensor) -> Contributions:
-        """With every example's gradient multiplied by its factor."""
+        """Returns them with every example's gradient multiplied by its factor."""
         return Contributions(self.base, {piece: [use.scaled(by) for use in uses] for piece, uses in self.of_piece.items()})
 
     def picked(self, examples: Tensor) -> Contributions:
-        """Of some of the examples alone, in this order."""
+        """Returns the contributions of some examples, in this order."""
         return Contributions(self.base, {piece: [use.picked(examples) for use in uses] for piece, uses in self.of_piece.items()})
 
     def tensors(self) -> list[Tensor]:
-        """What the uses hold."""
+        """Returns the tensors that the uses hold."""
         return [x for uses in self.of_piece.values() for use in uses for x in vars(use).values() if isinstance(x, Tensor)]
 
     def extend(self, other: Contributions) -> None:
@@ -322,7 +324,7 @@ class Contributions:
             self.of_piece.setdefault(piece, []).extend(uses)
 
     def grad_sum(self, like: Tensor) -> Tensor:
-        """Σ_i g_i alone, in the shape and dtype of the weight ``like``."""
+        """Returns Σ_i g_i only, in the shape and dtype of the weight ``like``."""
         total = _zeros(like, self.base, sum_dtype(like.dtype))
         for piece, uses in self.of_piece.items():
             for use in uses:
@@ -330,7 +332,7 @@ class Contributions:
         return total.to(like.dtype)
 
     def materialize(self, examples: int, like: Tensor) -> Tensor:
-        """(E, *weight) gradients."""
+        """Returns the (E, *weight) gradients."""
         dtype, extent = sum_dtype(like.dtype), self.base.extent
         total = torch.zeros(examples, extent, dtype=dtype, device=like.device)
         for piece, uses in self.of_piece.items():
@@ -340,7 +342,7 @@ class Contributions:
         return total.as_strided((examples, *self.base.size), (extent, *self.base.stride))
 
     def combine(self, like: Tensor, asked: Request) -> Sums:
-        """Every field, of the sum over the uses."""
+        """Computes every requested field of the sum over the uses."""
         if asked.scale is not None:
             self.of_piece = self.scaled(asked.scale).of_piece
         if len(self.of_piece) == 1:
@@ -372,18 +374,18 @@ class Contributions:
 
 
 def _squeezed(piece: Piece) -> Piece:
-    """Without its dimensions of one entry."""
+    """Returns the piece without its dimensions of size 1."""
     kept = [d for d, n in enumerate(piece.size) if n != 1]
     return Piece(tuple(piece.size[d] for d in kept), tuple(piece.stride[d] for d in kept), piece.offset)
 
 
 def _zeros(like: Tensor, base: Piece, dtype: torch.dtype) -> Tensor:
-    """Zeros of the weight's own layout, so that pieces of the one are pieces of the other."""
+    """Returns zeros with the weight's memory layout, so that pieces of the weight apply to them."""
     return torch.empty_strided(base.size, base.stride, dtype=dtype, device=like.device).zero_()
 
 
 def _disjoint(pieces: Sequence[Piece], base: Piece) -> bool:
-    """Whether no entry of the weight belongs to two pieces, or twice to one."""
+    """Whether every entry of the weight belongs to at most one piece, and at most once."""
     ordered = sorted(pieces, key=lambda piece: piece.offset)
     gaps = all(a.offset + a.extent <= b.offset for a, b in itertools.pairwise(ordered))
     if gaps and not any(piece.overlaps or piece.repeats for piece in pieces):
@@ -498,8 +500,8 @@ def _lookups(lookup: RowGather, asked: Request, direction: Tensor | None) -> Sum
 
 
 def most_rows(lookup: RowGather) -> int | None:
-    """How many rows the sums of a lookup are to have, so that nothing waits for a device to count those that are touched. On the
-    CPU counting costs nothing."""
+    """Returns the number of rows for a lookup's sums, an upper bound on a device so that nothing waits for a count of the touched
+    rows. On the CPU, counting costs nothing."""
     return None if lookup.e.device.type == "cpu" else min(lookup.num_rows, lookup.rows.numel())
 
 
@@ -513,7 +515,7 @@ def _dense(use: Dense, asked: Request, direction: Tensor | None) -> Sums:
 
 
 def _head(use: StreamedHead, lookup: RowGather | None, asked: Request, direction: Tensor | None) -> Sums:
-    """The head's chunks of the vocabulary, each with the embedding's rows that fall into it."""
+    """Yields the head's chunks of the vocabulary, each with the embedding's rows in its range."""
     sums = HeadSums(use.h, use.weight.shape[0], direction, asked.gram)
     embedding = None
     if lookup is not None:
@@ -524,7 +526,7 @@ def _head(use: StreamedHead, lookup: RowGather | None, asked: Request, direction
 
 
 def densified(sums: Sums, num_rows: int) -> Sums:
-    """The same with sums over all rows."""
+    """Expands sums over touched rows to sums over all rows."""
     if sums.rows is None:
         return sums
     full = [sums.spread(x, torch.Size((num_rows, *x.shape[1:]))) for x in (sums.grad_sum, sums.abs_sum, sums.sq_sum)]
