@@ -1,9 +1,9 @@
-"""Steps that stay compiled under a probe.
+"""Keeps steps of a compiled model compiled while a probe measures them.
 
-A step is proved uncompiled, as every other. Once it is, later blocks put on a mode that a compiler can trace. Dynamo guards on the
-modes, so it keeps a graph for the inside of the block beside the plain one. In it the known uses of weights are ops that tell when
-they run (:mod:`zsl_kernels.weight_uses.compiled`). So a compiled pass leaves the same uses as an uncompiled one, and what was
-proved is looked up in the same way. What is not known runs uncompiled, as before.
+A step is proved uncompiled, like any other. After that, later blocks use a mode that a compiler can trace. Dynamo guards on modes,
+so it keeps one graph for code inside the block and one for plain code. In the graph for the block, known uses of weights are ops
+that report when they run (:mod:`zsl_kernels.weight_uses.compiled`). A compiled pass therefore leaves the same uses as an uncompiled
+one, and looks up the proof in the same way. Unknown steps run uncompiled, as before.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from zerosum.probe.capture import Capture
     from zerosum.probe.proof import Stored
 
-# The functions that stay in compiled code. A compiler may call one by another of its names.
+# The functions that stay in compiled code. A compiler may call one of them by another name.
 KINDS: dict[Any, str] = {
     F.linear: "linear",
     **dict.fromkeys((torch.addmm, Tensor.addmm), "addmm"),
@@ -45,16 +45,16 @@ KINDS: dict[Any, str] = {
     **dict.fromkeys((torch.mul, torch.multiply, Tensor.mul, Tensor.multiply, Tensor.__mul__, Tensor.__rmul__), "scale"),
     **dict.fromkeys((torch.add, Tensor.add, Tensor.__add__, Tensor.__radd__), "add"),
 }
-# What may become of a position table's rows before they are added.
+# Operations on a position table's rows that may come before the addition.
 _PASSED_ON = (Tensor.to, Tensor.contiguous, Tensor.unsqueeze)
 FUNCTIONS: dict[str, Any] = {"scale": torch.mul, "add": torch.add}
 for function, kind in KINDS.items():
     FUNCTIONS.setdefault(kind, function)
 _OWN_RULES = {function: RULES[function] for function in KINDS if function in RULES}
-_HOOK = "zerosum"  # the key of the hook on the model: a graph is for the same keys
-SHAPES = 4  # steps of other shapes run uncompiled: a compiler keeps few graphs of a function
-MISSES = 3  # compiled steps that nothing was known of, after which all run uncompiled
-REST = 8  # uncompiled blocks after such a step, which may prove one like it
+_HOOK = "zerosum"  # the key of the hook on the model; it is constant because a graph is valid for the same keys only
+SHAPES = 4  # steps of more shapes run uncompiled, because a compiler keeps few graphs of a function
+MISSES = 3  # the number of unknown compiled steps after which all steps run uncompiled
+REST = 8  # the number of uncompiled blocks after such a step, in which a step like it may be proved
 
 UNPROVED = "the step ran compiled before a step like it was proved; the next steps run uncompiled"
 UNKNOWN = "used in compiled code by an operation that did not run when the step was proved"
@@ -65,16 +65,16 @@ class Step:
     """A step that was proved and may stay compiled."""
 
     stored: Stored
-    order: list[int]  # the places of its uses in the uncompiled step
+    order: list[int]  # the positions of its uses in the uncompiled step
     ends: list[tuple[int, ...]]  # the shapes of the loss's terms
     training: bool
-    block: int  # the last in which it ran uncompiled
-    met: bool = False  # whether it has run where it might be compiled
+    block: int  # the last block in which it ran uncompiled
+    met: bool = False  # whether it has run where it could have been compiled
     checked: bool = False  # whether its sums were compared with autograd's gradients
 
 
 class CompiledSteps:
-    """What a probe keeps of compiled steps."""
+    """What a probe keeps about compiled steps."""
 
     def __init__(self) -> None:
         self.barred = ""  # why every step runs uncompiled
@@ -84,13 +84,13 @@ class CompiledSteps:
         self._mode: Traced | None = None
         self._parameters: tuple[int, ...] = ()
         self._rest = self._missed = self._block = 0
-        self._calm = False  # whether the last step that ran was known
+        self._calm = False  # whether the last step was known
 
     def bar(self, reason: str) -> None:
         self.barred = self.barred or reason
 
     def look(self, inputs: Sequence[Tensor]) -> None:
-        """Finds out whether the model is compiled, as it is called without being so."""
+        """Determines whether the model is compiled, in a call that is not."""
         if self.barred or "torch._dynamo" not in sys.modules:
             return
         self.seen = self.seen or in_compiled_code()
@@ -98,7 +98,7 @@ class CompiledSteps:
             self.bar("a dimension of its input was marked as dynamic")
 
     def mode_for(self, capture: Capture) -> Traced | None:
-        """The mode of a block whose steps may stay compiled; None where there are no such steps."""
+        """Returns the mode of a block whose steps may stay compiled; None if there are no such steps."""
         if self.barred or "torch._dynamo" not in sys.modules:
             return None
         self.seen = self.seen or any(_is_compiled(module) for module in capture.modules)
@@ -118,7 +118,7 @@ class CompiledSteps:
         return self._mode
 
     def _renew(self, capture: Capture) -> None:
-        """Forgets all steps where the trainable parameters are others."""
+        """Forgets all steps if the trainable parameters have changed."""
         parameters = tuple(id(t.parameter) for t in capture.parameters)
         if parameters != self._parameters:
             self._steps.clear()
@@ -127,12 +127,12 @@ class CompiledSteps:
 
     @property
     def compiling(self) -> bool:
-        """Whether what was not compiled before may be: a known step is likely to come next that has not been. In other blocks what
-        is not known runs as it was written, to be proved."""
+        """Whether code may be compiled in this block, because a known step that was not compiled yet is likely to be next. In other
+        blocks, unknown code runs uncompiled, so that it can be proved."""
         return self._calm and any(not step.met and self._block - step.block <= SHAPES for step in self._steps.values())
 
     def learn(self, capture: Capture, stored: Stored, roots: Sequence[GradientEdge]) -> None:
-        """Keeps a step that has just run uncompiled, if it may stay compiled from now on."""
+        """Stores a step that has just run uncompiled, if it may stay compiled from now on."""
         if self.barred or not self.seen:
             return
         self._renew(capture)
@@ -158,14 +158,14 @@ class CompiledSteps:
         if self._calm:
             step = self._steps[key]
             step.block = self._block
-            step.met |= capture.compiling  # it could have been compiled in this block, and was not: nor will it be
+            step.met |= capture.compiling  # it could have been compiled in this block but was not, and so never will be
         elif len(self._steps) < SHAPES:
             self.tables |= {(numbers[0], use[1][0]) for numbers, use in key[0] if use[0] == "table"}
             ends_at = [shape_of(edge) for edge in terms if edge is not None]
             self._steps[key] = Step(stored, order, ends_at, capture.model.training, self._block)
 
     def find(self, capture: Capture, roots: Sequence[GradientEdge]) -> Step | None:
-        """The step that has run forward compiled, whose uses are put in the order in which they were proved."""
+        """Returns the step whose forward pass ran compiled, and puts its uses into the order in which they were proved."""
         key, order = self._key(capture, roots)
         step = None if key is None else self._steps.get(key)
         if step is None or capture.auxiliary or capture.prover.declared is not None:
@@ -179,7 +179,7 @@ class CompiledSteps:
         return step
 
     def _key(self, capture: Capture, roots: Sequence[GradientEdge]) -> tuple[Any, list[int]]:
-        """What tells one step from others, and its uses in an order that does not depend on how the compiler has ordered them."""
+        """Returns what identifies a step, and its uses in an order that does not depend on the compiler."""
         known = {id(t): k for k, t in enumerate(capture.parameters)}
         names = {t.name: k for k, t in enumerate(capture.parameters)}
         entries: list[tuple[tuple[int, int], Any, int]] = []
@@ -203,7 +203,7 @@ class CompiledSteps:
                 elif use[0] != "add" and id(ref.source) in known and ref.piece == ref.source.base:
                     mine.append(known[id(ref.source)])
                 else:
-                    return None, []  # a part or a function of weights
+                    return None, []  # a piece of a weight, or a tensor computed from weights
             entries.append(((mine[0], mine[1] if len(mine) > 1 else -1), use, place))
         tables, sums = (sum(use[0] == kind for _, use, _ in entries) for kind in ("table", "add"))
         if tables > 1 or tables != sums or next(sites, None) is not None:
@@ -215,7 +215,7 @@ class CompiledSteps:
         return (uses, ends, losses, capture.model.training), [place for _, _, place in entries if place >= 0]
 
     def miss(self, roots: Sequence[GradientEdge]) -> None:
-        """Takes account of a compiled step that nothing was known of."""
+        """Notes a compiled step that was unknown."""
         self._missed += 1
         self._rest = REST
         if any(edge.node.name() == COMPILED for edge in roots):
@@ -225,8 +225,8 @@ class CompiledSteps:
 
 
 class Traced(TorchFunctionMode):
-    """The mode of a block whose steps may stay compiled. A compiler traces what it does to the uses of weights; in code that is not
-    compiled it hands every call to the capture."""
+    """The mode of a block whose steps may stay compiled. A compiler traces how it replaces uses of weights by ops. In uncompiled
+    code it passes every call to the capture."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -240,11 +240,12 @@ class Traced(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
         if torch.compiler.is_dynamo_compiling():
             return traced(self, func, args, kwargs or {})
-        if func in OPS or self.capture is None:  # (a graph that runs operation by operation)
+        if func in OPS or self.capture is None:  # (in a graph that runs operation by operation)
             return func(*args, **kwargs) if kwargs else func(*args)
         return self.capture.__torch_function__(func, types, args, kwargs)
 
-    # What the ops tell ------------------------------------------------------------------------------------------------------------
+    # Calls from the ops
+    # -------------------------------------------------------------------------------------------------------------
 
     def enter(self, kind: str, tensors: Sequence[Tensor | None]) -> int:
         stamp = next(self._stamps)
@@ -261,7 +262,7 @@ class Traced(TorchFunctionMode):
 
 
 class ModelHook(NotCopied):
-    """The hook on a model, before it is called. A compiler that traces the call leaves it out."""
+    """A hook that runs before the model is called. A compiler that traces the call leaves it out."""
 
     def __init__(self, mode: Traced) -> None:
         self._mode = mode
@@ -273,7 +274,7 @@ class ModelHook(NotCopied):
             self._mode.capture.before_model(model, args, kwargs)
 
     def put_on(self, model: nn.Module) -> None:
-        # (As register_forward_pre_hook does, under the same key in every block.)
+        # Like register_forward_pre_hook, but under the same key in every block.
         model._forward_pre_hooks[_HOOK] = self  # type: ignore[index]
         model._forward_pre_hooks_with_kwargs[_HOOK] = True  # type: ignore[index]
 
@@ -284,8 +285,8 @@ class ModelHook(NotCopied):
 
 
 def traced(mode: Traced, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """A call in code that is compiled: of a known function on whole weights an op, and else the call itself, with an op that tells
-    of each weight among its operands. (A compiler traces this: it is to be simple.)"""
+    """Runs a call in code that is compiled. A known function on whole weights becomes an op. Any other call runs unchanged, with an
+    op that reports each weight among its operands. (A compiler traces this function, so keep it simple.)"""
     if not torch.is_grad_enabled():
         return func(*args, **kwargs)
     kind = KINDS.get(func)
@@ -297,7 +298,7 @@ def traced(mode: Traced, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any
 
 
 def _used(token: Tensor, kind: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
-    """The op in place of a call; None where it is none of whole weights and rows."""
+    """Returns the result of the op that replaces a call; None unless it is a known function of whole weights and rows."""
     x: Any
     weight: Any
     bias: Any
@@ -341,18 +342,18 @@ def _used(token: Tensor, kind: str, args: tuple[Any, ...], kwargs: dict[str, Any
 
 
 def _is_use(x: Tensor, weight: Any, bias: Any) -> bool:
-    """Whether rows meet a weight or a bias."""
+    """Whether rows are combined with a weight or a bias."""
     return x.ndim > 1 and (_is_weight(weight) or _is_weight(bias)) and not _is_weight(x)
 
 
 def _is_shared(same: Tensor, x: Tensor) -> bool:
-    """Whether it may be rows of a position table, beside rows of several examples."""
+    """Whether this may be the sum of a position table's rows and rows of several examples."""
     rows = x.ndim == 3 and x.shape[0] > 1 and (same.shape == x.shape[1:] or (same.ndim == 3 and same.shape == (1, *x.shape[1:])))
     return rows and same.requires_grad and not _is_weight(same) and not _is_weight(x) and same.dtype == x.dtype
 
 
 def _lowered(x: Tensor) -> Tensor:
-    """The rows of a product, as they are under autocast."""
+    """Returns the rows of a product, as they are under autocast."""
     kind = x.device.type
     lowers = torch.is_autocast_enabled(kind) and x.dtype != torch.float64
     return x.to(torch.get_autocast_dtype(kind)) if lowers else x
@@ -363,7 +364,7 @@ def _is_weight(x: Any) -> bool:
 
 
 def _told(token: Tensor, x: Any) -> Any:
-    """An operand, with an op that tells of it where it is a weight."""
+    """Returns an operand, with an op that reports it if it is a weight."""
     if isinstance(x, nn.Parameter):
         return torch.ops.zsl.use_unknown.default(x, token) if x.requires_grad else x
     if type(x) is tuple:
@@ -374,7 +375,7 @@ def _told(token: Tensor, x: Any) -> Any:
 
 
 def _use_of(key: Any) -> Any:
-    """What a capture notes of a use, whatever name it was called by; None where it would not stay in compiled code."""
+    """Returns the capture's key of a use, whatever name it was called by; None if it would not stay in compiled code."""
     function, shapes, dtype, autocast, alone, *_ = key
     kind = KINDS.get(function)
     if kind is None or (autocast is not None and kind in ("scale", "add")):
@@ -397,7 +398,7 @@ def _use_of(key: Any) -> Any:
 
 
 def in_compiled_code() -> bool:
-    """Whether what runs was called by a function that is to be compiled."""
+    """Whether the running code was called by a function that is to be compiled."""
     frame = sys._getframe(1)
     while frame is not None:
         if frame.f_code.co_name == "compile_wrapper" and frame.f_code.co_filename.endswith("eval_frame.py"):
@@ -411,7 +412,7 @@ def _is_compiled(module: nn.Module) -> bool:
 
 
 def _default_compiler() -> bool:
-    """Whether compiled code runs as it does if nothing else is said."""
+    """Whether compiled code runs in the default way."""
     dynamo = sys.modules["torch._dynamo"]
     if not hasattr(dynamo.eval_frame, "set_code_exec_strategy"):
         return False  # another release of torch

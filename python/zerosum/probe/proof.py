@@ -1,7 +1,7 @@
-"""Proves, once for each structure of a step, whose rows reach every use of a weight, and keeps what was found.
+"""Proves, once for each structure of a step, which example the rows at every use of a weight belong to, and stores the result.
 
-A *structure* is the sequence of uses with their shapes and dtypes, and the operations at the root of the backward pass. Its layouts
-are named by :mod:`~zerosum.probe.attribution` before the backward pass, then only looked up.
+A *structure* is the sequence of uses with their shapes and dtypes, and the operations at the root of the backward pass. On its
+first pass, :mod:`~zerosum.probe.attribution` finds the layouts of its rows before the backward pass. Later passes look them up.
 """
 
 from __future__ import annotations
@@ -41,14 +41,14 @@ ANOTHER_END = "its step uses weights like a proved step, but has a different los
 BESIDE_CHECKPOINT = "its gradient comes partly through a reentrant checkpoint, and partly around it"
 PADDING = "rows that belong to no example have a loss: ignore their targets (-100), or assign them to an example"
 STRANGE = "a row's loss depends on rows that zerosum.example_ids assigns to other examples"
-REENTRANT = "CheckpointFunctionBackward"  # torch's; it refuses torch.autograd.grad
+REENTRANT = "CheckpointFunctionBackward"  # torch's node, which does not support torch.autograd.grad
 Step = tuple[GradientEdge, tuple[int, ...], tuple[str, ...]]  # an edge with the path to it
-ATTEMPTS = 4  # cuts that are tried, each nearer to the model
+ATTEMPTS = 4  # the number of cuts to try, each closer to the model
 
 
 @dataclass
 class Named:
-    """What naming found for one use."""
+    """The attribution of one use's rows."""
 
     layout: Layout | None
     problem: str = ""
@@ -56,28 +56,28 @@ class Named:
     settled: bool = True
     reached: bool = True
     names: Tensor | None = None
-    bypassed: bool = False  # whether a part of the loss reaches it past the cut
+    bypassed: bool = False  # whether part of the loss reaches it without passing through the cut
 
 
 @dataclass
 class Finding:
-    """A cut, with what it tells of each use."""
+    """A cut, and what it shows about each use."""
 
     cut: Cut
     examples: int
-    labels: Tensor | None  # the example of each index of the cut's dimensions, where that is not the index
+    labels: Tensor | None  # the example of each index of the cut's dimensions, if it is not the index itself
     gradients: list[Tensor]
     named: list[Named]
-    coupled: str = ""  # why what lies behind the cut does not keep examples apart
+    coupled: str = ""  # why the computation after the cut does not keep examples separate
     passes: int = 0
-    unproved: str = ""  # what lies behind the cut could not be differentiated twice
-    checkpoints: dict[Node, int] = field(default_factory=dict)  # reentrant ones, with their results' dimension of examples, or -1
-    first: bool = True  # whether it is the cut next to the roots
+    unproved: str = ""  # why the computation after the cut could not be differentiated twice
+    checkpoints: dict[Node, int] = field(default_factory=dict)  # reentrant ones, with their results' example dimension, or -1
+    first: bool = True  # whether it is the cut closest to the roots
     consistent: bool = True  # whether the first use has its examples in the first dimension
     orderly: bool = True  # whether the first use has its examples in regular order
-    doubtful: bool = False  # whether a tensor of the cut has the examples' number by chance
+    doubtful: bool = False  # whether a tensor of the cut has a dimension of the examples' number by chance
     end: End | None = None  # the packed rows that the cut has
-    strange: bool = False  # whether it names packed rows otherwise than the user does
+    strange: bool = False  # whether it attributes packed rows differently than the user declared
 
     @property
     def reached(self) -> int:
@@ -95,30 +95,30 @@ class Finding:
 
 @dataclass
 class Stored:
-    """What is kept of a structure."""
+    """What is stored about a structure."""
 
     examples: int
     layouts: list[Layout | None]
     problems: list[str]
     reached: list[bool]
-    regular: bool  # whether it need not be named again
+    regular: bool  # whether its rows need not be attributed again
     labels: Tensor | None
     cut: list[tuple[tuple[int, ...], tuple[str, ...], int]]  # paths to the edges, and their axes
     terms: list[Term] | None
-    refused: dict[int, str]  # by the parameter's id
-    hidden: set[int]  # parameters that are used where no mode sees it
+    refused: dict[int, str]  # reasons by the parameter's id
+    hidden: set[int]  # parameters with uses that no mode sees
     passes: int
     since: int  # the pass in which it was proved
     settled: list[bool]  # whether no other layout fits a use's rows
-    checkpoints: list[int]  # the dimension of examples of reentrant checkpoints, in the order of :func:`_checkpoints`
+    checkpoints: list[int]  # the example dimensions of reentrant checkpoints, in the order of :func:`_checkpoints`
     nested: bool = False  # whether some of the terms are computed from others
     used: int = 0
     unproved: str = ""
-    proofs: int = 1  # that found these layouts, one after another
+    proofs: int = 1  # the number of consecutive proofs that found these layouts
     short: tuple[int, bytes] = (0, b"")  # the number of examples, and for each use whether its rows are regular
-    varies: bool = False  # whether another proof found other layouts: the order of rows is of the data
-    places: list[Place | None] | None = None  # of each use's rows among those that the user declares
-    part: int | None = None  # of the declared rows, that the labels are; None where there are no labels
+    varies: bool = False  # whether another proof found other layouts: the order of rows depends on the data
+    places: list[Place | None] | None = None  # where each use's rows are among those that the user declared
+    part: int | None = None  # the part of the declared rows that the labels are; None without labels
 
     def __post_init__(self) -> None:
         pairs = list(zip(self.layouts, self.problems, strict=True))
@@ -128,10 +128,10 @@ class Stored:
             self.short = examples.pop(), bytes(plain)
 
     def follow(self, earlier: Stored) -> None:
-        """Takes account of what an earlier proof of the same structure found."""
+        """Combines it with what an earlier proof of the same structure found."""
         self.used = earlier.used
         if self.places is not None:
-            # (Layouts are of the documents' lengths; places among the declared rows are what stays.)
+            # (Layouts depend on the documents' lengths. What remains equal is the places among the declared rows.)
             assert earlier.places is not None
             self._follow(earlier, all(a == b for a, b in zip(self.places, earlier.places, strict=True)))
             return
@@ -144,7 +144,7 @@ class Stored:
         self.regular = self.regular and not self.varies
 
     def of_rows(self, sites: Sequence[Site], packed: Packed | None) -> Stored:
-        """The same for a pass whose packed rows are of other documents."""
+        """Returns the same for a pass whose packed rows hold other documents."""
         if packed is None or self.places is None:
             return self
         pairs = zip(sites, self.places, self.layouts, strict=True)
@@ -155,7 +155,7 @@ class Stored:
 
 @dataclass(eq=False)
 class Proof:
-    """What is known of one backward pass."""
+    """What is known about one backward pass."""
 
     of: Pass
     cut: Cut | None = None
@@ -163,16 +163,16 @@ class Proof:
     labels: Tensor | None = None
     reader: TailReader | None = None
     rows_per_example: int = 1
-    apart: bool = False  # whether the examples' losses are measured apart from the training's backward pass
+    apart: bool = False  # whether the examples' losses are measured in a separate backward pass
     passes: int = 0  # extra backward passes that the attribution took
     since: int = 0
-    trusted: str = ""  # what was taken for granted
-    stored: Stored | None = None  # where the step may stay compiled from now on
+    trusted: str = ""  # what was assumed without proof
+    stored: Stored | None = None  # set if the step may stay compiled from now on
     roots: list[GradientEdge] = field(default_factory=list)
 
     @contextmanager
     def reading(self) -> Iterator[None]:
-        """In which the training's backward pass runs: takes the losses' factors."""
+        """Collects the losses' factors while the training's backward pass runs in this context."""
         if self.reader is None:
             yield
             return
@@ -181,12 +181,12 @@ class Proof:
         self.of.factors = self.reader.factors(self.rows_per_example)
 
     def release(self) -> None:
-        """Lets go of the graph, whose nodes lead back here by ways that the garbage collector does not see."""
+        """Drops references to the graph, whose nodes refer back to this object in ways that the garbage collector cannot see."""
         self.cut, self.gradients, self.labels, self.reader = None, [], None, None
         self.stored, self.roots = None, []
 
     def part(self, example: int) -> list[Tensor]:
-        """The gradients at the cut, of one example alone."""
+        """Returns the gradients at the cut with those of all other examples set to zero."""
         assert self.cut is not None
         out = []
         for g, axis in zip(self.gradients, self.cut.axes, strict=True):
@@ -196,7 +196,7 @@ class Proof:
 
 
 class Call:
-    """A call that has weights among its operands, to be known again by its function, its weights and its operands' shapes."""
+    """A call that has weights among its operands. It is recognized by its function, its weights and its operands' shapes."""
 
     __slots__ = ("autocast", "by_rule", "device", "eps", "func", "key", "label", "names", "shapes", "short", "sources", "weights")
 
@@ -211,10 +211,10 @@ class Call:
         autocast: torch.dtype | None,
     ) -> None:
         self.sources = sources
-        self.autocast = autocast  # to what the operands are cast
+        self.autocast = autocast  # the dtype to which autocast casts the operands
         self.eps = 0.0 if autocast is None else torch.finfo(autocast).eps
-        self.by_rule = False  # whether the rule of its function covered it
-        self.short: Short | None = None  # how it runs without Python
+        self.by_rule = False  # whether its function's rule covered it
+        self.short: Short | None = None  # how to run it without Python
         weights = {id(source.parameter) for source in sources}
         self.func, self.label, self.key, self.names = func, label, key, tuple(kwargs)
         args = (*args, *kwargs.values())
@@ -223,7 +223,7 @@ class Call:
         self.device = next(x.device.type for x in args if isinstance(x, Tensor))
 
     def fits(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-        """Whether a call with these arguments is like this one."""
+        """Whether a call with these arguments repeats this one."""
         if kwargs or self.names:
             if tuple(kwargs) != self.names:
                 return False
@@ -244,16 +244,16 @@ class Call:
 
 @dataclass
 class Short:
-    """A call that :mod:`zsl_kernels.weight_uses.eager` runs, and how it begins.
+    """A call that :mod:`zsl_kernels.weight_uses.eager` can run, and how it begins.
 
-    ``native`` does not refer to it: the garbage collector does not see into C++.
+    ``native`` must not refer to this object, because the garbage collector does not see into C++.
     """
 
     native: Any
-    operands: list[ParameterProbe | None]  # the weight and the bias, where they are the probe's
+    operands: list[ParameterProbe | None]  # the weight and the bias, if the probe measures them
     lead: Sequence[int]  # the rows' dimensions
     covers: list[tuple[ParameterProbe, str]]
-    alone: int  # as a site's
+    alone: int  # as in a site
 
     def begin(self, capture: Capture, call: Call) -> Site:
         site = Site(capture, call.label, [None if t is None else t.ref for t in self.operands], self.lead)
@@ -267,16 +267,16 @@ class Short:
 
     @classmethod
     def of(cls, state: State, known: Known, call: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Short | None:
-        """None where the call cannot run without Python."""
+        """Builds it, or returns None if the call cannot run without Python."""
         if uses.Call is None:
             return None
         bound, args = known.bind(*args, **kwargs), (*args, *kwargs.values())
         if len(args) > len(bound) or any(x is not y for x, y in zip(args, bound, strict=False)):
-            return None  # keywords in another order, or none of a use's
+            return None  # keywords in another order, or keywords that a use does not have
         if known.kind == "layer_norm" and (len(args) < len(bound) or len(args[1]) != 1):
             return None
         if known.kind == "layer_norm" and call.autocast is not None:
-            # It is computed in float32 on a device alone, to which the use casts its input but no weight.
+            # Only devices compute it in float32, and then the use casts its input but no weight.
             weights = [x for x in args[2:4] if x is not None]
             if call.device != "cuda" or any(x.dtype != torch.float32 for x in weights):
                 return None
@@ -293,7 +293,7 @@ class Short:
 
 
 class Tree:
-    """A model's modules, and its parameters with all of their names."""
+    """A model's modules, and its parameters with all their names."""
 
     def __init__(self, model: nn.Module) -> None:
         self.shards = shards_of(model)
@@ -312,7 +312,7 @@ class Tree:
                     )
                 self.names.setdefault(whole.get((module, key), parameter), []).append(name)
         self.modules = list(modules)
-        self.probes: dict[nn.Parameter, ParameterProbe] = {}  # of the blocks so far
+        self.probes: dict[nn.Parameter, ParameterProbe] = {}  # from the blocks so far
         self._parts = self._parts_of(model)
 
     def is_of(self, model: nn.Module) -> bool:
@@ -335,21 +335,21 @@ class Tree:
 
 
 class Structures:
-    """What a probe keeps from block to block."""
+    """What a probe keeps between blocks."""
 
     def __init__(self) -> None:
         self.found: dict[Any, Stored] = {}
         self.state = State()
-        self.alone: dict[Any, bool] = {}  # which calls are functions of weights alone
-        self.calls: dict[int, Call] = {}  # of the last pass, by their place in it
-        self.known: dict[int, Any] = {}  # those of them that run without Python
+        self.alone: dict[Any, bool] = {}  # which calls depend on weights only
+        self.calls: dict[int, Call] = {}  # the calls of the last pass, by position
+        self.known: dict[int, Any] = {}  # the calls among them that run without Python
         self.tree: Tree | None = None
-        self.ddps: list[DistributedDataParallel] = []  # that write to the gradients
-        self.told_of_documents = False  # that positions restart where there is one example
-        self.told: set[int] = set()  # numbers of examples of which it was said that they may be others
-        self.examples_second: bool | None = None  # whether the model's input has positions first; None: not known
+        self.ddps: list[DistributedDataParallel] = []  # wrappers that overwrite gradients
+        self.told_of_documents = False  # whether the warning about positions that restart was given
+        self.told: set[int] = set()  # numbers of examples for which the warning about other numbers was given
+        self.examples_second: bool | None = None  # whether the model's input has positions first; None if unknown
         self.views = False  # whether views of weights are used
-        self.tracks = True  # whether that has to be found out in the next block
+        self.tracks = True  # whether to determine that in the next block
         self.compiled: CompiledSteps | None = None  # None: no step stays compiled
         self.passes = 0
 
@@ -363,7 +363,7 @@ class Structures:
         key: Any,
         autocast: torch.dtype | None,
     ) -> None:
-        """Keeps a call whose weights are whole parameters."""
+        """Stores a call whose weights are whole parameters."""
         self.known.pop(place, None)
         weights = {id(ref.source.tensor) for ref in refs if ref.source.tensor is ref.source.parameters[0].tensor}
         operands = (*args, *kwargs.values())
@@ -394,15 +394,16 @@ class Prover:
         self.loss = loss
         self.verify = verify
         self.structures = structures
-        self.declared: Packed | None = None  # the example of each row of the pass, as the user says
-        self.positions_given: Tensor | None = None  # position_ids or cu_seqlens that entered the model
-        self._found: dict[Any, tuple[Finding | None, Tensor | None]] = {}  # what cuts have told of the graph at hand
-        self._barred: set[Site] = set()  # uses whose gradient comes by a reentrant checkpoint and another way
+        self.declared: Packed | None = None  # the example of each row of the pass, as the user declared it
+        self.positions_given: Tensor | None = None  # position_ids or cu_seqlens among the model's inputs
+        self._found: dict[Any, tuple[Finding | None, Tensor | None]] = {}  # what cuts of the current graph have shown
+        self._barred: set[Site] = set()  # uses whose gradient comes through a reentrant checkpoint and around it
 
-    # What is known before ---------------------------------------------------------------------------------------------------------
+    # Before the backward pass
+    # -------------------------------------------------------------------------------------------------------
 
     def declare(self, x: Tensor, packed: Packed, argument: str) -> None:
-        """Takes whose the rows of the next pass are."""
+        """Registers which example each row of the next pass belongs to."""
         if self.positions:
             raise RuntimeError("zerosum.example_ids: expected a probe with examples='sequence', got examples='position'")
         N = self.num_examples
@@ -420,7 +421,7 @@ class Prover:
         self.declared = self.declared or packed
 
     def look(self, kwargs: dict[str, Any]) -> None:
-        """Notices packed sequences: positions that may restart within a row, or cumulative lengths."""
+        """Notices signs of packed sequences: positions that may restart within a row, or cumulative lengths."""
         self.positions_given = None
         for name, value in kwargs.items():
             tells = name == "position_ids" or name.startswith(("cu_seqlens", "cu_seq_lens"))
@@ -429,7 +430,7 @@ class Prover:
                 return
 
     def _tell_of_documents(self, capture: Capture) -> None:
-        """Says where all is one example, and what enters the model has several documents."""
+        """Warns if the whole batch is one example, but the model's inputs contain several documents."""
         given = self.positions_given
         if given is None or self.num_examples is not None or self.structures.told_of_documents or capture._over:
             return
@@ -452,11 +453,11 @@ class Prover:
 
     @staticmethod
     def _leads(capture: Capture) -> list[Sequence[int]]:
-        """The shapes of what enters the model; where it is not called, of the rows of its first use of a weight."""
+        """Returns the shapes of the model's inputs or, if it is not called, of the rows of the first use of a weight."""
         return [x.shape for x in capture.inputs if x.ndim] or [site.lead for site in capture.sites if site.lead][:1]
 
     def _sizes(self, capture: Capture, roots: Sequence[GradientEdge], grads: Sequence[Tensor | None]) -> list[int]:
-        """What N may be, the likeliest first."""
+        """Returns the possible values of N, the most likely first."""
         if self.declared is not None:
             return [self.declared.examples]
         if self.num_examples is not None:
@@ -464,16 +465,16 @@ class Prover:
         leads = self._leads(capture)
         inputs = [lead[0] for lead in reversed(leads) if lead]
         rows = [lead[0] * lead[1] for lead in leads if len(lead) > 1]
-        # A vector of losses, where it is not one of all positions' losses.
+        # A vector of losses, unless it holds the losses of all positions.
         flat = {*rows, *(n - 1 for n in rows if inputs and inputs[0] == 1)}
         lengths = list(_vectors(roots))
         vectors = [size for size in lengths if size > 1 and size not in flat - set(inputs)]
-        # As many losses as the input has of a second dimension: positions may come first.
+        # Its length may equal the input's second dimension, if positions come first.
         second = {n for lead in leads for n in lead[1:2]}
         found = [*(size for size in vectors if size in second), *inputs, *vectors]
         if found and found[0] > 1 and 1 in lengths and 1 in second:
             if self.structures.examples_second:
-                found.insert(0, 1)  # as in the passes before, which had more examples
+                found.insert(0, 1)  # as in earlier passes, which had more examples
             elif self.structures.examples_second is None:
                 self.structures.examples_second = False
                 warnings.warn(
@@ -490,7 +491,7 @@ class Prover:
     # One backward pass ------------------------------------------------------------------------------------------------------------
 
     def attribute(self, capture: Capture, roots: list[GradientEdge], grads: list[Tensor | None]) -> Proof | None:
-        """Gives the sites of a backward pass their layouts. None where it reaches no use of a weight."""
+        """Sets the layouts of a backward pass's sites. Returns None if the pass reaches no use of a weight."""
         if not roots:
             return None
         if capture.traced:
@@ -531,23 +532,23 @@ class Prover:
         return proof
 
     def _holds(self, stored: Stored) -> bool:
-        """Whether what is known of a structure is not to be proved again."""
+        """Whether a known structure need not be proved again."""
         due = self.verify == "always" or (isinstance(self.verify, int) and stored.used % self.verify == 0)
         return stored.regular and stored.proofs >= _enough(stored.examples) and not due
 
     def differentiates(self, capture: Capture, roots: list[GradientEdge]) -> bool:
-        """Whether the step has to be differentiated again to attribute its rows."""
+        """Whether the step must be differentiated again to attribute its rows."""
         stored = self.structures.found.get(self._key(capture, roots))
         return bool(roots) and self.verify != "never" and (stored is None or not self._holds(stored))
 
     def _note(self, proof: Proof, stored: Stored, roots: list[GradientEdge]) -> None:
-        """Keeps what is needed to leave a step compiled, where that may be."""
+        """Stores what is needed to leave a step compiled, if that is allowed."""
         steps = self.structures.compiled
         if steps is not None and steps.seen and stored.regular and stored.proofs >= _enough(stored.examples) and not proof.apart:
             proof.stored, proof.roots = stored, roots
 
     def _compiled(self, capture: Capture, roots: list[GradientEdge], grads: list[Tensor | None]) -> Proof | None:
-        """The proof of a known step some of whose uses have run in compiled code. What is not known cannot be proved there."""
+        """Returns the proof of a known step with uses that ran in compiled code. An unknown step cannot be proved there."""
         steps = self.structures.compiled
         assert steps is not None
         step = steps.find(capture, roots)
@@ -560,7 +561,7 @@ class Prover:
         step.stored.used += 1
         step.met = True
         if not step.checked:
-            # Once the sums are computed apart from the gradients, and compared with them.
+            # On its first compiled pass, a step computes the sums apart from the gradients and compares them.
             step.checked = True
             for t in capture.parameters:
                 t.marks.deferred = capture.epoch
@@ -575,7 +576,7 @@ class Prover:
         return tuple(capture.keys), ends, sizes, len(capture.sites), capture.model.training, bool(capture.auxiliary), declared
 
     def _again(self, capture: Capture, roots: list[GradientEdge], grads: list[Tensor | None], stored: Stored) -> Proof | None:
-        """The proof of a known structure, if the graph has the same losses at its end."""
+        """Returns the proof of a known structure, if the graph has the same losses at its end."""
         cut = None
         if capture.whole or capture.auxiliary or stored.hidden:
             edges = [follow_path(roots, path, names) for path, names, _ in stored.cut]
@@ -593,7 +594,7 @@ class Prover:
         return proof
 
     def _pass(self, capture: Capture, examples: int) -> Pass:
-        """A new pass, or that of a graph which is differentiated again."""
+        """Returns a new pass, or the earlier pass of a graph that is differentiated again."""
         if self.positions:
             examples *= self._positions_of(capture)
         if capture.passes and capture.passes_epoch == capture.epoch and capture.passes[-1].examples == examples and capture._over:
@@ -639,7 +640,7 @@ class Prover:
     def _settle(
         self, capture: Capture, roots: list[GradientEdge], grads: list[Tensor | None], proof: Proof, stored: Stored
     ) -> None:
-        """How the gradients are scaled, and whether a part of the loss is set apart."""
+        """Determines how the gradients are scaled, and whether part of the loss is marked as auxiliary."""
         proof.apart = bool(capture.auxiliary) and proof.cut is not None
         before = sum(p.examples for p in capture.passes if p is not proof.of)
         if self.loss is not None:
@@ -674,7 +675,7 @@ class Prover:
             )
 
     def _contradict(self, capture: Capture, roots: list[GradientEdge], grads: list[Tensor | None], stored: Stored) -> None:
-        """Warns where an explicit reduction is not what the loss shows."""
+        """Warns if an explicit reduction contradicts what the loss shows."""
         loss = self.loss
         assert loss is not None
         if not stored.terms or self.positions or stored.examples < 2 or loss.uneven is not None:
@@ -721,7 +722,7 @@ class Prover:
             if not N:
                 continue
             if labels is not None and packed is None and best is not None and not best.cut.bypass:
-                continue  # rows tell nothing more than what has been seen
+                continue  # rows show nothing beyond what is already known
             finding = self._find_of(capture, roots, grads, N, end, labels)
             rows_alone = labels is not None and packed is None
             if rows_alone and best and best.good and finding and not self._of_losses(capture, roots, best, finding):
@@ -734,7 +735,7 @@ class Prover:
             "; if the whole batch is one example, pass num_examples=1" if self.num_examples is None and 1 in _vectors(roots) else ""
         )
         if best is None:
-            # A graph that leads to no use, or losses that nothing tells apart.
+            # The graph leads to no use of a weight, or no tensor separates the losses.
             if not self._reaches(capture, roots, grads):
                 return None
             problem = (
@@ -775,10 +776,10 @@ class Prover:
     def _other_reading(
         self, capture: Capture, roots: list[GradientEdge], grads: list[Tensor | None], N: int, named: list[Named]
     ) -> Finding | None:
-        """Warns where the losses fit another number of examples as well as N, with which the uses are ``named``.
+        """Warns if the losses fit another number of examples as well as N, for which the uses are ``named``.
 
-        What was found with that number is returned where it is the likelier one: one row, whose losses are added up to several,
-        has several sequences."""
+        Returns the finding for that number if it is more likely: one row whose losses form several sums holds several
+        sequences."""
         if self.num_examples is not None or self.positions or capture._over:
             return None
         lead = next(reversed(self._leads(capture)), ())
@@ -788,7 +789,7 @@ class Prover:
             found = self._find_of(capture, roots, grads, n, End(0, n, 0), None)
             if found is None or not found.perfect or any(shape_of(e) != (n,) for e in found.cut.edges):
                 continue
-            part: Finding | None = found  # one of the vectors: they may be parts of a longer one
+            part: Finding | None = found  # one of the vectors, which may be parts of a longer one
             if len(found.cut.edges) > 1:
                 part = self._name(capture, roots, grads, Cut(found.cut.edges[:1], [0]), n, None)
             if part is None:
@@ -832,7 +833,7 @@ class Prover:
         return None
 
     def _ordered(self, capture: Capture, roots: list[GradientEdge], grads: list[Tensor | None], finding: Finding) -> Finding:
-        """With the examples in the order of the first vector of losses, where the last one is a permutation of it."""
+        """Reorders the examples to the order of the first vector of losses, if the last one is a permutation of it."""
         cut, N = finding.cut, finding.examples
         if finding.coupled or finding.labels is not None or len(cut.edges) != 1 or shape_of(cut.edges[0]) != (N,):
             return finding
@@ -850,14 +851,14 @@ class Prover:
         (moved,) = capture.extra_backward(cut.edges, [edge], [places], Phase.NAMING)
         if plain is None or moved is None or not bool((plain != 0).all()):
             return finding
-        order = (moved / plain).round().long() - 1  # of the cut's entries, in that of the first vector
+        order = (moved / plain).round().long() - 1  # the position of each entry of the cut in the first vector
         if not torch.equal(order.sort()[0], torch.arange(N, device=order.device)) or bool((order.diff() == 1).all()):
             return finding
         again = self._name(capture, roots, grads, cut, N, order.argsort())
         return finding if again is None else again
 
     def _divisions(self, capture: Capture, sizes: list[int]) -> Iterator[tuple[Tensor | None, int, End]]:
-        """Labels, N, and the dimensions that they label."""
+        """Yields labels, N, and the dimensions that the labels describe."""
         for N in sizes:
             if self.declared is None or N > 1:
                 yield None, N, End(0, N, 0)
@@ -865,14 +866,14 @@ class Prover:
             for end in self.declared.ends():
                 yield self.declared.part(end.part), self.declared.examples, end
             return
-        # Rows that were flattened, (N·T,): in order, which the uses that they reach confirm.
+        # Flattened rows, (N·T,), are assumed to be in order, which the uses that they reach confirm.
         for N, T in ((x.shape[0], x.shape[1]) for x in capture.inputs[-1:] if x.ndim > 1):
             for per in (T, T - 1):
                 if N in sizes and N > 1 and per > 1:
                     yield torch.arange(N).repeat_interleave(per), N, End(0, N * per, 0)
 
     def _single(self, capture: Capture, roots: list[GradientEdge], grads: list[Tensor | None], N: int) -> Finding:
-        """One example, or none: all is its own."""
+        """Handles one example or none, where all rows belong to that example."""
         cut = Cut([], [])
         if N == 1:
             cut = find_cut(roots, 1, self._barrier, set(), 1, capture.auxiliary)
@@ -880,7 +881,7 @@ class Prover:
         return Finding(cut, N, None, gradients, [self._of_one(capture, site, N) for site in capture.sites])
 
     def _of_one(self, capture: Capture, site: Site, N: int) -> Named:
-        """A use's rows, where all are one sequence's."""
+        """Returns the layout of a use's rows if they all belong to one sequence."""
         if not self.positions or not N:
             return Named(Layout(N))
         lead = tuple(site.lead)
@@ -888,8 +889,8 @@ class Prover:
 
     @staticmethod
     def _of_losses(capture: Capture, roots: list[GradientEdge], best: Finding, flat: Finding) -> bool:
-        """Whether what goes past a cut is a sum over rows that were flattened, or known losses of them. A mean of features over all
-        rows, from which something is computed, is no example's own: that is how routers are balanced."""
+        """Whether what bypasses a cut is a sum over flattened rows, or known losses of them. A mean of features over all rows from
+        which something is computed belongs to no example: routers are balanced in this way."""
         calls = {call.node for call in capture.losses}
         ends = {(e.node, e.output_nr) for e in (*best.cut.edges, *flat.cut.edges)}
         stack, seen = list(roots), set()
@@ -951,7 +952,7 @@ class Prover:
     def _alone(
         self, capture: Capture, roots: list[GradientEdge], grads: list[Tensor | None], finding: Finding
     ) -> list[tuple[GradientEdge, Finding | None]]:
-        """What each tensor of a cut tells, where there are several of them and they do not tell the losses apart together."""
+        """Returns what each tensor of a cut shows, if there are several and together they do not separate the losses."""
         cut = finding.cut
         if len(cut.edges) < 2 or finding.perfect:
             return []
@@ -968,8 +969,8 @@ class Prover:
         finding: Finding,
         alone: list[tuple[GradientEdge, Finding | None]],
     ) -> Finding | None:
-        """The cut without its tensors that tell nothing: they have the examples' number by chance, as a balance loss of as many
-        experts has. None where there are no such tensors, or no others."""
+        """Returns the cut without tensors that show nothing, because one of their dimensions equals N by chance, as in a balance
+        loss of N experts. Returns None if there are no such tensors, or no others."""
         chance = {(e.node, e.output_nr) for e, one in alone if one is not None and (one.coupled or not one.good)}
         cut = finding.cut
         own = [k for k, e in enumerate(cut.edges) if (e.node, e.output_nr) not in chance]
@@ -998,7 +999,7 @@ class Prover:
     def _gradients(
         self, capture: Capture, roots: list[GradientEdge], grads: list[Tensor | None], cut: Cut, raw: bool = False
     ) -> list[Any]:
-        """What was differentiated by the tensors of the cut, each without what reaches it by another one of them."""
+        """Returns the gradients of the loss at the cut's tensors, each without what reaches it through another one of them."""
         with attribution.stopping(cut.edges):
             found = capture.extra_backward(roots, cut.edges, grads, Phase.NAMING)
         if raw:
@@ -1021,7 +1022,7 @@ class Prover:
         N: int,
         labels: Tensor | None,
     ) -> Finding | None:
-        """Names the rows of all uses from one cut. None where no use is reached. The same cut comes up again and again."""
+        """Attributes the rows of all uses from one cut; None if no use is reached. Caches its results, as cuts recur often."""
         edges = frozenset(zip(((e.node, e.output_nr) for e in cut.edges), cut.axes, strict=True))
         key = edges, frozenset(cut.bypass), N, id(labels)
         if key not in self._found:
@@ -1038,12 +1039,12 @@ class Prover:
             ):
                 coupled = PADDING
             finding = Finding(cut, N, labels, gradients, [], coupled, unproved=unproved)
-            self._found[key] = self._name_uses(capture, finding), labels  # (kept, for its id)
+            self._found[key] = self._name_uses(capture, finding), labels  # (the labels are kept so that their id stays valid)
         found, _ = self._found[key]
         return None if found is None else replace(found, named=[replace(one) for one in found.named])
 
     def _name_uses(self, capture: Capture, finding: Finding) -> Finding | None:
-        """Fills in what a cut tells of each use."""
+        """Fills in what a cut shows about each use."""
         cut, N, labels, gradients = finding.cut, finding.examples, finding.labels, finding.gradients
         if finding.coupled:
             behind = _all_sites_before([e.node for e in cut.edges]) | _all_sites_before(cut.bypass)
@@ -1079,7 +1080,7 @@ class Prover:
             if site in places:
                 named[places[site]].bypassed = True
         if self.declared is not None:
-            # By the use that is nearest to the input, before anything sorts rows; not by rows that serve several examples.
+            # Judge by the use closest to the input, before anything sorts rows, but not by rows of several examples.
             apart = (n.names for n in named if n.reached and n.names is not None and not bool((n.names == MIXED).any()))
             first = next(apart, None)
             finding.strange = first is not None and self.declared.disagrees(first)
@@ -1098,10 +1099,10 @@ class Prover:
         problem: str = "",
         by_name: bool = False,
     ) -> tuple[int, list[tuple[Node, int]]]:
-        """Names what backward passes from some tensors reach, up to reentrant checkpoints; returns the number of passes, and these
-        checkpoints, each with its results' dimension of examples, or -1."""
+        """Attributes what backward passes from some tensors reach, up to reentrant checkpoints. Returns the number of passes, and
+        these checkpoints, each with its results' example dimension, or -1."""
         sites, checkpoints = _sites_before([e.node for e in edges])
-        # What is also reached through a checkpoint has its whole gradient from there alone, where no backward pass of ours can go.
+        # A use that a checkpoint also reaches gets its whole gradient only there, where the probe's backward passes cannot go.
         behind = set(attribution.nodes_between([x for node in checkpoints for x, _ in node.next_functions if x is not None], set()))
         beside = [site for site, node in sites.items() if node in behind]
         twofold = [node for node in checkpoints if node in behind]
@@ -1158,7 +1159,7 @@ class Prover:
         return 2 + len(spelled) + len(more), list(boundaries.items())
 
     def _judge(self, capture: Capture, names: Tensor, N: int, problem: str = "") -> Named:
-        """The layout of rows with these names."""
+        """Returns the layout of rows with these names."""
         if problem:
             return Named(None, problem, True)
         mixed = int((names == MIXED).sum())
@@ -1171,7 +1172,7 @@ class Prover:
         return Named(layout, settled=settled)
 
     def _of_positions(self, capture: Capture, layout: Layout, lead: torch.Size, settled: bool) -> Named:
-        """The same, where an example is one position of a sequence."""
+        """Returns that layout if an example is one position of a sequence."""
         T = self._positions_of(capture)
         N = layout.examples
         if layout.ids is not None:
@@ -1189,14 +1190,15 @@ class Prover:
         return Named(Layout(N * T, layout.axis, layout.outer, layout.inner, positions=T, place=places[0] + 1), settled=settled)
 
     def _tell(self, capture: Capture, finding: Finding) -> None:
-        """Says which weights' rows serve several examples, and by which operation."""
+        """Warns which weights have rows of several examples, and in which operation."""
         mixed: list[str] = []
         for site, named in zip(capture.sites, finding.named, strict=True):
             if not named.mixed or not named.reached:
                 continue
             batched = len(site.lead) > 1 and site.lead[0] == finding.examples
             if site.ambiguous is not None and site.refs and not finding.coupled and not batched:
-                # What was taken for data does not depend on any: a function of weights alone, from the next pass on.
+                # What was taken for data does not depend on any. From the next pass on, this is a tensor computed from weights
+                # only.
                 place, key = site.ambiguous
                 self.structures.alone[place] = self.structures.alone[key] = True
                 self.structures.calls.clear()
@@ -1211,7 +1213,7 @@ class Prover:
         if not mixed:
             return
         if capture._over:
-            return  # a graph that was differentiated before, in another way
+            return  # the graph was already differentiated before, in another way
         capture.warned = True
         reason = next(n.problem for n in finding.named if n.mixed and n.reached)
         if self.declared is not None and "rows serve several examples" in reason:
@@ -1230,8 +1232,8 @@ class Prover:
         )
 
     def _name_positions(self, capture: Capture, roots: list[GradientEdge], grads: list[Tensor | None], finding: Finding) -> None:
-        """Names rows by positions, where the losses tell these apart: exact behind the last mixing of positions. Before it the
-        order of a sequence's rows has to do."""
+        """Attributes rows to positions, if the losses separate these. This is exact after the last mixing of positions. Before it,
+        the order of a sequence's rows is used instead."""
         T, N = self._positions_of(capture), finding.examples
         if not T or not N:
             return
@@ -1294,8 +1296,8 @@ class Prover:
         )
 
     def _shows_examples(self, capture: Capture, finding: Finding) -> bool:
-        """Whether the step's shapes show how rows are divided among the examples. Where losses are added up by index, or picked one
-        by one, rows of the same number may be divided otherwise in the next batch, although these lie in regular order."""
+        """Whether the step's shapes determine how rows are divided among the examples. If losses are added by index or selected one
+        by one, the next batch may divide as many rows differently, even if these rows are in regular order."""
         N = finding.examples
         if finding.labels is not None or N < 2 or any(N in lead[:2] for lead in self._leads(capture)):
             return True
@@ -1315,7 +1317,7 @@ class Prover:
         return True
 
     def _bypassed(self, capture: Capture, finding: Finding) -> dict[int, str]:
-        """Weights that a part of the loss reaches without passing through the examples' losses."""
+        """Returns weights that part of the loss reaches without passing through the examples' losses, with the reason."""
         if not finding.cut.bypass or not finding.cut.edges:
             return {}
         reached = attribution.reached_leaves(finding.cut.bypass)
@@ -1341,7 +1343,7 @@ class Prover:
                 stacklevel=2,
             )
         further = [x for node in finding.cut.bypass for x, _ in node.next_functions if x is not None]
-        if _sites_before(further)[0] and not capture._over:  # more than a penalty on the weights themselves
+        if _sites_before(further)[0] and not capture._over:  # more than a penalty on the weights only
             capture.warned = True
             warnings.warn(f"zerosum.Probe: {reason}. {len(names)} parameters are not covered", UserWarning, stacklevel=2)
         return {id(t.parameter): reason for t in capture.parameters if id(t.parameter) in reached}
@@ -1351,7 +1353,7 @@ class Prover:
     def _terms(
         self, capture: Capture, roots: list[GradientEdge], grads: list[Tensor | None], finding: Finding
     ) -> list[Term] | None:
-        """Where the factors of the examples' losses can be read; None where they cannot."""
+        """Returns where the factors of the examples' losses can be read; None if nowhere."""
         if not finding.examples or finding.coupled:
             return None
         size = finding.examples if finding.labels is None else len(finding.labels)
@@ -1380,7 +1382,7 @@ class Prover:
             elif not self._barrier(edge.node):
                 for step, after in _following(edge.node):
                     stack.append((after, (*path, step), (*names, after.node.name())))
-        # A penalty of rows beside known losses, such as one on the logits, is weighed as it is.
+        # A penalty on rows in addition to known losses, such as one on the logits, keeps its own weight.
         known = [k for k, term in enumerate(found) if term.call is not None or len(shape_of(edges[k])) == 1]
         if known:
             found, edges = [found[k] for k in known], [edges[k] for k in known]
@@ -1389,7 +1391,7 @@ class Prover:
         return found
 
     def _order_of(self, capture: Capture, finding: Finding, edge: GradientEdge) -> int:
-        """1 where the rows of a loss's input run through the examples first, else 0: of whom the second row is."""
+        """Returns 1 if consecutive rows of a loss's input belong to different examples, else 0."""
         before = next((e for _, e in _following(edge.node)), None)
         N = finding.examples
         if before is None or N < 2 or not finding.cut.edges or not shape_of(before) or shape_of(before)[0] in (1, N):
@@ -1412,7 +1414,7 @@ class Prover:
         names: tuple[str, ...],
         calls: dict[Node, int],
     ) -> tuple[GradientEdge, tuple[int, ...], tuple[str, ...]]:
-        """The first of the tensors of this shape that lead to the rows' losses by weights and masks alone."""
+        """Returns the first tensor of this shape that leads to the rows' losses only through weights and masks."""
         shape = shape_of(edge)
         while edge.node not in calls and not self._barrier(edge.node):
             steps = _following(edge.node)
@@ -1427,7 +1429,7 @@ class Prover:
 
     @staticmethod
     def _linear(roots: list[GradientEdge], grads: list[Tensor | None], edges: list[GradientEdge]) -> bool:
-        """Whether what was differentiated is linear in some tensors."""
+        """Whether the loss is linear in some tensors."""
         try:
             found = attribution.derivative(roots, grads, edges)
         except attribution.Unproved:
@@ -1437,7 +1439,7 @@ class Prover:
     # Without proof ----------------------------------------------------------------------------------------------------------------
 
     def _trust(self, capture: Capture) -> Finding:
-        """(N, …) by the shapes of rows."""
+        """Assumes rows (N, …), judged by their shapes only."""
         sizes = self._sizes(capture, [], [])
         N = sizes[0] if sizes else 0
         named = []
@@ -1465,7 +1467,7 @@ class Prover:
     # Reentrant checkpoints --------------------------------------------------------------------------------------------------------
 
     def nested(self, capture: Capture, roots: list[GradientEdge], grads: list[Tensor | None]) -> Proof | None:
-        """What a reentrant checkpoint computed again: its results' rows are (N, …), as the pass around it showed."""
+        """Attributes what a reentrant checkpoint recomputed. Its results' rows are (N, …), as the pass around it showed."""
         sites = capture.sites[capture.mark :]
         capture.mark = len(capture.sites)
         of = capture.current
@@ -1529,7 +1531,7 @@ class Prover:
             except RuntimeError:
                 if not reentrant([e.node for e in cut.edges]):
                     raise
-                return False  # the way to the inputs leads through another reentrant checkpoint, which refuses: nothing is known
+                return False  # another reentrant checkpoint lies on the way to the inputs, so nothing is known
         for x, *more in zip(*found, strict=True):
             if x is None:
                 continue
@@ -1544,20 +1546,20 @@ class Prover:
 
 
 def _enough(examples: int) -> int:
-    """How many proofs of a structure show that its rows' order is not of the data. Rows that the data moves, by sorting or routing,
-    come in one regular order by chance once in N! times: the proofs leave a chance of 1e-4."""
+    """Returns how many proofs of a structure show that its rows' order does not depend on the data. Rows that the data moves, by
+    sorting or routing, are in one regular order by chance once in N! times. The proofs leave a probability of 1e-4."""
     return 1 if examples < 2 else math.ceil(4 / (math.lgamma(examples + 1) / math.log(10)))
 
 
 def _rank(finding: Finding) -> tuple[bool | int, ...]:
-    """Better findings are larger. Where nothing shows that what lies behind a cut keeps examples apart, another cut goes first."""
+    """Ranks findings; larger is better. It prefers another cut if nothing shows that a cut's examples stay separate after it."""
     sure = int(not any(finding.cut.axes)) if not finding.perfect else 3 if finding.consistent else 2
     proved = not finding.coupled, not finding.strange, not finding.unproved
     return *proved, sure, finding.good, not finding.doubtful, not finding.cut.bypass, -finding.reached, finding.orderly
 
 
 def _consistent(capture: Capture, finding: Finding) -> bool:
-    """Whether the use that is nearest to the model's input has its examples in the first dimension, where that has their number."""
+    """Whether the use closest to the model's input has its examples in the first dimension, if that has their number."""
     for site, named in zip(capture.sites, finding.named, strict=True):
         if named.reached:
             layout = named.layout
@@ -1568,27 +1570,27 @@ def _consistent(capture: Capture, finding: Finding) -> bool:
 
 
 def _orderly(finding: Finding) -> bool:
-    """Whether the use that is nearest to the model's input has its examples in regular order. Examples that lie anywhere may be
-    something else of their number, such as classes."""
+    """Whether the use closest to the model's input has its examples in regular order. Otherwise, the examples may be something else
+    of the same number, such as classes."""
     layout = next((n.layout for n in finding.named if n.reached), None)
     return layout is None or layout.ids is None
 
 
 def _in_parts(finding: Finding) -> bool:
-    """Whether the losses come in N parts of N rows, all alike."""
+    """Whether the losses form N equal parts of N rows."""
     kinds = {(e.node.name(), shape_of(e)) for e in finding.cut.edges}
     return len(finding.cut.edges) == finding.examples > 1 == len(kinds)
 
 
 def _unclear(finding: Finding) -> bool:
-    """Whether each of N parts is of one example or of one position, while the uses of the model's input, whose rows are mixed, do
+    """Whether each of N parts belongs to one example or one position, but the uses of the model's input, whose rows are mixed, do
     not show which."""
     return _in_parts(finding) and any(n.reached and n.mixed for n in finding.named)
 
 
 def _in_order(capture: Capture, finding: Finding) -> bool:
-    """Whether the use that is nearest to the model's input has rows of two dimensions, examples first. Where two dimensions of the
-    losses have the size N, nothing less tells that the second is of examples."""
+    """Whether the use closest to the model's input has rows of two dimensions, examples first. If two dimensions of the losses have
+    size N, nothing weaker shows that the second one counts examples."""
     for site, named in zip(capture.sites, finding.named, strict=True):
         if named.reached:
             layout = named.layout
@@ -1601,7 +1603,7 @@ def _in_order(capture: Capture, finding: Finding) -> bool:
 
 
 def _vectors(roots: Sequence[GradientEdge]) -> Iterator[int]:
-    """The lengths of vectors that the roots are made of by sums, products and divisions."""
+    """Yields the lengths of vectors from which the roots are computed by sums, products and divisions."""
     stack, seen = list(roots), 0
     while stack and seen < 32:
         edge = stack.pop(0)
@@ -1609,7 +1611,7 @@ def _vectors(roots: Sequence[GradientEdge]) -> Iterator[int]:
         shape = shape_of(edge)
         following = [e for _, e in _following(edge.node) if e.node._input_metadata] if not Prover._barrier(edge.node) else []
         if shape == (1,) and following and all(len(shape_of(e)) < 2 and shape_of(e) != (1,) for e in following):
-            shape = ()  # a total that has kept its dimension
+            shape = ()  # a total with a dimension of size 1
         if len(shape) == 1:
             yield shape[0]
         elif not shape:
@@ -1617,7 +1619,7 @@ def _vectors(roots: Sequence[GradientEdge]) -> Iterator[int]:
 
 
 def _sites_before(nodes: Sequence[Node]) -> tuple[dict[Site, Node], list[Node]]:
-    """The uses that some nodes lead to, up to reentrant checkpoints, and these."""
+    """Returns the uses that some nodes lead to, up to reentrant checkpoints, and these checkpoints."""
     sites: dict[Site, Node] = {}
     checkpoints: list[Node] = []
     seen: set[Node] = set()
@@ -1640,7 +1642,7 @@ def _sites_before(nodes: Sequence[Node]) -> tuple[dict[Site, Node], list[Node]]:
 
 
 def _all_sites_before(nodes: Sequence[Node]) -> set[Site]:
-    """The uses that some nodes lead to, behind reentrant checkpoints too."""
+    """Returns the uses that some nodes lead to, including those before reentrant checkpoints."""
     found: set[Site] = set()
     for node in attribution.nodes_between(nodes, set()):
         if (site := getattr(node, "site", None)) is not None:
@@ -1651,17 +1653,17 @@ def _all_sites_before(nodes: Sequence[Node]) -> set[Site]:
 
 
 def _checkpoints(roots: Sequence[GradientEdge]) -> list[Node]:
-    """All reentrant checkpoints that some roots lead to, in an order that is the graph's."""
+    """Returns all reentrant checkpoints that some roots lead to, in the graph's order."""
     return [node for node in attribution.nodes_between([e.node for e in roots], set()) if node.name() == REENTRANT]
 
 
 def reentrant(nodes: Sequence[Node]) -> bool:
-    """Whether some nodes lead to a reentrant checkpoint, through which torch.autograd.grad does not go."""
+    """Whether some nodes lead to a reentrant checkpoint, which torch.autograd.grad cannot pass."""
     return bool(_sites_before(nodes)[1])
 
 
 def _leaf_inputs(nodes: Sequence[Node], weights: set[int]) -> list[Tensor]:
-    """The leaf tensors that some nodes lead to, other than weights."""
+    """Returns the leaf tensors, other than weights, that some nodes lead to."""
     found: dict[int, Tensor] = {}
     seen: set[Node] = set()
     stack = list(nodes)
@@ -1678,7 +1680,7 @@ def _leaf_inputs(nodes: Sequence[Node], weights: set[int]) -> list[Tensor]:
 
 
 def _path(roots: Sequence[GradientEdge], target: GradientEdge) -> tuple[tuple[int, ...], tuple[str, ...]]:
-    """A path from a root to an edge."""
+    """Returns a path from a root to an edge."""
     stack: list[Step] = [(edge, (k,), (edge.node.name(),)) for k, edge in enumerate(roots)]
     seen: set[tuple[Node, int]] = set()
     while stack:
@@ -1694,7 +1696,7 @@ def _path(roots: Sequence[GradientEdge], target: GradientEdge) -> tuple[tuple[in
 
 
 def _following(node: Node) -> list[tuple[int, GradientEdge]]:
-    """What a node's gradients go on to, with their places."""
+    """Yields where a node's gradients go next, with their positions."""
     return [(k, GradientEdge(before, number)) for k, (before, number) in enumerate(node.next_functions) if before is not None]
 
 
@@ -1705,6 +1707,6 @@ def _place(node: Node) -> str:
 
 
 def _random(edge: GradientEdge) -> Tensor:
-    """A gradient for an edge."""
+    """Returns a gradient for an edge."""
     drawn = torch.randn(shape_of(edge), dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     return drawn.to(attribution._device(edge), attribution._dtype(edge))
