@@ -224,7 +224,7 @@ def _points(
     if len(t) < FEWEST:
         raise CurveError(
             f"the curve is too short: expected at least {FEWEST} points after step {first:g}, got {len(t)} "
-            f"of {rows} rows{'' if smoothed else ', which were averaged and thinned'}"
+            f"of {rows} rows{'' if smoothed else ', after averaging and thinning'}"
         )
     if final is not None and not 0 < final < math.inf:
         raise CurveError(f"final: expected a step > 0, got {final}")
@@ -236,15 +236,15 @@ def _curve(x: np.ndarray, log_b: float, c0: float, c1: float, log_d1: float, f1:
 
 
 def _jacobian(x: np.ndarray, log_b: float, c0: float, c1: float, log_d1: float, f1: float) -> np.ndarray:
-    """Of the curve by its parameters, (n, 5)."""
+    """Returns the derivatives of the curve with respect to its parameters, (n, 5)."""
     z = (x - log_d1) / f1
-    after = 0.5 * (1 + np.tanh(0.5 * z))  # the share of the bend that is done, 1 / (1 + e^−z)
+    after = 0.5 * (1 + np.tanh(0.5 * z))  # the completed share of the bend, 1 / (1 + e^−z)
     bend = np.logaddexp(0.0, z)
     return np.stack((np.ones_like(x), -x, -f1 * bend, c1 * after, -c1 * (bend - z * after)), axis=1)
 
 
 def with_error(value: float, error: float) -> str:
-    """Both to the error's second digit, where that is no long row of digits."""
+    """Formats both numbers to the error's second digit, unless that takes too many digits."""
     if not (math.isfinite(error) and error > 0):
         return f"{value:.4g}"
     digits = max(1 - math.floor(math.log10(error)), 0)
@@ -259,7 +259,7 @@ class _Start(NamedTuple):
 
 
 def _starts(x: np.ndarray, y: np.ndarray) -> list[np.ndarray]:
-    """The published start, where its split is inside the curve, and the best few of a grid of breaks.
+    """Returns the published start, if its split lies inside the curve, and the best starts of a grid of breaks.
 
     At a given log_d1 and f1 the curve is linear in the other three: a grid costs a small least-squares problem for each point.
     """
@@ -280,20 +280,20 @@ def _starts(x: np.ndarray, y: np.ndarray) -> list[np.ndarray]:
 
 
 def _fit(x: np.ndarray, y: np.ndarray, starts: list[np.ndarray], tolerance: float) -> np.ndarray:
-    """The best of the fits from ``starts``."""
-    # Here, not above: `import zerosum` must work without it.
+    """Returns the best of the fits from ``starts``."""
+    # Imported here because `import zerosum` must work without scipy.
     from scipy.optimize import OptimizeWarning, curve_fit
 
-    # A break far outside of the points, or wider than all of them, could be anything.
+    # A break far outside the points, or wider than all of them, is not determined by the data.
     reach = x[-1] - x[0]
     lower = [-np.inf, -np.inf, -np.inf, x[0] - 1, SHARPEST]
     upper = [np.inf, np.inf, np.inf, x[-1] + 1, max(reach, 1.0)]
     fits = []
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", OptimizeWarning)  # of a covariance that is singular: `_errors` makes its own
+        warnings.simplefilter("ignore", OptimizeWarning)  # about a singular covariance: `_errors` computes its own
         for start in starts:
             found = np.clip(start, lower, upper)
-            # A curve without a break leaves log_d1 and f1 free, and there may be no end to it: the start stands for itself then.
+            # Without a break, log_d1 and f1 are undetermined and the fit may not converge. Then the start itself is used.
             with suppress(RuntimeError):
                 options = {"ftol": tolerance, "xtol": tolerance, "gtol": tolerance, "max_nfev": 200}
                 found, _ = curve_fit(_curve, x, y, found, bounds=(lower, upper), method="dogbox", jac=_jacobian, **options)
@@ -302,12 +302,12 @@ def _fit(x: np.ndarray, y: np.ndarray, starts: list[np.ndarray], tolerance: floa
 
 
 def _derived(parameters: np.ndarray, final: float) -> dict[str, float]:
-    """The parameters and what follows from them, in the order of the errors and the intervals."""
+    """Returns the parameters and the values derived from them, in the order of the errors and the intervals."""
     log_b, c0, c1, log_d1, f1 = parameters
     r_d, t_d = c0 + c1, max(math.floor(math.exp(log_d1)), 1)
     logs = {"b": log_b, "t_d": log_d1, "L_d": log_b - c0 * math.log(t_d)}
     logs["L_T_hat"] = logs["L_d"] - r_d * math.log(final / t_d)
-    with np.errstate(over="ignore"):  # of a fit to what is no loss curve
+    with np.errstate(over="ignore"):  # if the data are no loss curve
         values = {"c0": c0, "c1": c1, "log_d1": log_d1, "f1": f1, "r_d": r_d} | {name: np.exp(log) for name, log in logs.items()}
     return {name: float(values[name]) for name in RESULTS}
 
@@ -315,7 +315,7 @@ def _derived(parameters: np.ndarray, final: float) -> dict[str, float]:
 def _errors(
     x: np.ndarray, parameters: np.ndarray, residuals: np.ndarray, n_effective: float, derived: dict[str, float], final: float
 ) -> dict[str, float]:
-    """Standard errors by the delta method; NaN for what the data do not determine."""
+    """Returns standard errors by the delta method; NaN for values that the data do not determine."""
     jacobian = _jacobian(x, *parameters)
     _, c0, c1, log_d1, f1 = parameters
     told = np.linalg.norm(jacobian, axis=0) > 1e-9
@@ -324,7 +324,7 @@ def _errors(
     variance = float(np.sum(residuals**2)) / _free(n_effective)
     covariance = np.full((5, 5), np.nan)
     covariance[np.ix_(told, told)] = variance * np.linalg.pinv(jacobian[:, told].T @ jacobian[:, told])
-    # The gradient of each result, or of its logarithm, by (ln b, c0, c1, ln d1, f1).
+    # The gradient of each result, or of its logarithm, with respect to (ln b, c0, c1, ln d1, f1).
     rows = dict(zip(NAMES, np.eye(5), strict=True))
     rows["t_d"] = rows["log_d1"]
     rows["r_d"] = rows["c0"] + rows["c1"]
@@ -340,7 +340,7 @@ def _errors(
 
 
 def _effective(residuals: np.ndarray) -> float:
-    """How many independent residuals of the same size these are worth."""
+    """Returns the equivalent number of independent residuals of the same size."""
     time = _autocorrelation_time(residuals)
     power = np.add.reduceat(residuals**2, np.arange(0, len(residuals), math.ceil(time)))
     # (Σ e)² / Σ e² of the squares e of k independent normal numbers is about k / 3.
@@ -349,12 +349,12 @@ def _effective(residuals: np.ndarray) -> float:
 
 
 def _autocorrelation_time(residuals: np.ndarray) -> float:
-    """1 + 2 Σ ρ_h over the lags before the first that is not positive: how many neighbours say the same thing."""
+    """Returns 1 + 2 Σ ρ_h over the lags before the first correlation that is not positive: the correlation length in points."""
     centered = residuals - residuals.mean()
     power = float(centered @ centered)
     if not power:
         return 1.0
-    # By a Fourier transform: averages of a million rows have neighbours by the hundred thousand.
+    # A Fourier transform, because averages of a million rows are correlated over hundreds of thousands of neighbors.
     transformed = np.fft.rfft(centered, 2 * len(centered))
     correlations = np.fft.irfft(np.abs(transformed) ** 2)[1 : len(centered)] / power
     ends = np.flatnonzero(correlations <= 0)
@@ -362,12 +362,12 @@ def _autocorrelation_time(residuals: np.ndarray) -> float:
 
 
 def _free(n_effective: float) -> float:
-    """The independent residuals less the five fitted numbers."""
+    """Returns the number of independent residuals minus the five fitted parameters."""
     return max(n_effective - len(NAMES), 1.5)
 
 
 def _bic(residuals: np.ndarray, n_effective: float, k: int) -> float:
-    rounding = 1e-12**2  # of the logarithms: below it a residual says nothing
+    rounding = 1e-12**2  # of the logarithms: smaller residuals carry no information
     return _free(n_effective) * math.log(float(np.mean(residuals**2)) + rounding) + k * math.log(_free(n_effective))
 
 
@@ -396,11 +396,11 @@ def _verdict(
 def _resample(
     x: np.ndarray, parameters: np.ndarray, residuals: np.ndarray, n_effective: float, resamples: int, seed: int, final: float
 ) -> np.ndarray:
-    """The results of fits to the fitted curve plus residuals drawn in blocks of neighbours, (resamples, 9)."""
+    """Fits the fitted curve plus residuals resampled in blocks of neighbors. Returns the results, (resamples, 9)."""
     generator = np.random.default_rng(seed)
     n, fitted = len(x), _curve(x, *parameters)
     block = max(round(n ** (1 / 3)), min(math.ceil(2 * n / n_effective), n // 4), 1)
-    # Five numbers were fitted to the residuals, which made them smaller than the noise.
+    # Fitting five parameters made the residuals smaller than the noise, which this corrects.
     noise = (residuals - residuals.mean()) * math.sqrt(n_effective / _free(n_effective))
     results = []
     for _ in range(resamples):

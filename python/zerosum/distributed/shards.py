@@ -77,8 +77,7 @@ class Shards:
                 "with ColwiseParallel(output_layouts=Replicate()) for the head"
             )
 
-    # Collective operations
-    # ----------------------------------------------------------------------------------------------------------
+    # Collective operations -------------------------------------------------------------------------------------------------------
 
     def any(self, flag: bool) -> bool:
         """Whether the flag is set on any rank with different examples. (Ranks with the same examples agree anyway.)"""

@@ -256,8 +256,7 @@ class Capture(TorchFunctionMode):
         """Returns the context in which a backward pass's results are computed."""
         return nullcontext() if self.current is None else self.current.unbatched()
 
-    # The context that rules use
-    # -----------------------------------------------------------------------------------------------------
+    # The context that rules use --------------------------------------------------------------------------------------------------
 
     def ref(self, x: Any) -> Ref | None:
         """Returns a reference to the weight that ``x`` is or is a view of, or None."""
@@ -520,8 +519,7 @@ class Capture(TorchFunctionMode):
             for t in ref.source.parameters:
                 t.eps = max(t.eps, torch.finfo(dtype).eps)
 
-    # Tensors computed from parameters only
-    # ------------------------------------------------------------------------------------------
+    # Tensors computed from parameters only ---------------------------------------------------------------------------------------
 
     def _derive(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], refs: list[Ref], result: Any) -> None:
         """Registers a tensor computed from parameters only, so that its uses count as the parameters' uses."""

@@ -244,8 +244,7 @@ class Traced(TorchFunctionMode):
             return func(*args, **kwargs) if kwargs else func(*args)
         return self.capture.__torch_function__(func, types, args, kwargs)
 
-    # Calls from the ops
-    # -------------------------------------------------------------------------------------------------------------
+    # Calls from the ops ----------------------------------------------------------------------------------------------------------
 
     def enter(self, kind: str, tensors: Sequence[Tensor | None]) -> int:
         stamp = next(self._stamps)

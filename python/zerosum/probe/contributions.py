@@ -422,7 +422,7 @@ def _combine_piece(piece: Piece, uses: list[Contribution], asked: Request, direc
 
 
 def dtype_of(use: Contribution) -> torch.dtype:
-    """In which its part of the gradient was computed."""
+    """Returns the dtype in which the use's part of the gradient was computed."""
     if isinstance(use, OuterProduct):
         return use.left.dtype
     if isinstance(use, RowGather):

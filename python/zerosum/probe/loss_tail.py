@@ -114,7 +114,7 @@ class LossCall:
 class Term:
     """One part of the loss: the tensor at the end of ``path`` from a root.
 
-    ``call``: the number of the loss function's call that made it; None for losses with a dimension ``axis`` of examples.
+    ``call``: the number of the loss function's call that made it; None for losses with an example dimension ``axis``.
     """
 
     path: tuple[int, ...]
@@ -146,10 +146,10 @@ def follow_path(roots: Sequence[GradientEdge], path: tuple[int, ...], names: tup
 
 
 class TailReader:
-    """Takes the gradients at the terms while a backward pass runs, and says what the factors were.
+    """Collects the gradients at the terms while a backward pass runs, and computes the factors from them.
 
-    Where the losses' targets are of rows that were ``picked``, it is read off the gradients at the ``cut``, the tensors that tell
-    the examples apart with their dimensions, which examples have losses.
+    If the targets of the losses are for ``picked`` rows, the gradients at the ``cut`` show which examples have losses. The cut's
+    tensors separate the examples by a dimension.
     """
 
     def __init__(self, terms: Sequence[tuple[Term, GradientEdge, LossCall | None]], examples: int, labels: Tensor | None) -> None:

@@ -156,7 +156,7 @@ class Probe:
 
     @property
     def measuring(self) -> bool:
-        """Whether the probe is open, and measures."""
+        """Whether the probe is open and measures the block."""
         return self._capture is not None
 
     def __enter__(self) -> Probe:

@@ -399,8 +399,7 @@ class Prover:
         self._found: dict[Any, tuple[Finding | None, Tensor | None]] = {}  # what cuts of the current graph have shown
         self._barred: set[Site] = set()  # uses whose gradient comes through a reentrant checkpoint and around it
 
-    # Before the backward pass
-    # -------------------------------------------------------------------------------------------------------
+    # Before the backward pass ----------------------------------------------------------------------------------------------------
 
     def declare(self, x: Tensor, packed: Packed, argument: str) -> None:
         """Registers which example each row of the next pass belongs to."""
@@ -1176,7 +1175,7 @@ class Prover:
         T = self._positions_of(capture)
         N = layout.examples
         if layout.ids is not None:
-            return Named(None, "its rows are in no regular order, which tells positions apart")
+            return Named(None, "its rows are in no regular order, so positions cannot be separated")
         if layout.outer != 1 or layout.inner != 1:
             behind = [*lead[: layout.axis], layout.outer, layout.inner, *lead[layout.axis + 1 :]]
         else:

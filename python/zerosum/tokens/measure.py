@@ -102,7 +102,7 @@ def _check(
     if x.ndim != 2 or x.shape != y.shape or not x.numel():
         raise ValueError(f"x, y: expected (N, T) token ids and targets, got shapes {tuple(x.shape)} and {tuple(y.shape)}")
     if bool((y == IGNORED).all()):
-        raise ValueError(f"y: expected at least one target other than {IGNORED}, which no example has, got none")
+        raise ValueError(f"y: expected at least one target other than {IGNORED} (the mark of no target), got none")
     if not callable(losses):
         raise TypeError(f"losses: expected a function of (model, x, y), got {type(losses).__name__}")
     check_whole(model, "token_report")
