@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 # This share of the draws ignores the bound, so that no weight gets large where the bound is far too small.
-# This share of the draws ignores the bound, so that no weight is large where the bound is far too small.
 UNIFORM = 0.1
 
 

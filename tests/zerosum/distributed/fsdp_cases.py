@@ -238,7 +238,7 @@ def case_scales(rank: int, world: int) -> None:
             (7 * square_losses(model(batches[rank])).mean()).backward()
         assert_truth(Whole(probe.report()), truth, gram=False)
     explicit = zerosum.Probe(model, loss_reduction="mean")
-    with pytest.raises(ValueError, match="expected the same numbers of examples on all ranks"), explicit:
+    with pytest.raises(ValueError, match="needs the same number of examples on all ranks"), explicit:
         square_losses(model(batches[rank])).mean().backward()
 
 
@@ -455,9 +455,9 @@ def case_refusals(rank: int, world: int) -> None:
     model = fully_shard(model_of(Deep))
     with (probe := zerosum.Probe(model)):
         square_losses(model(batches[rank])).sum().backward()
-    with pytest.raises(ValueError, match=r"process_group: expected None for a model whose parameters are sharded"):
+    with pytest.raises(ValueError, match=r"process_group: expected None for a model with sharded parameters"):
         zerosum.Probe(model, process_group=dist.group.WORLD)
-    with pytest.raises(NotImplementedError, match=r"DTensor, .* zerosum\.capture measures whole ones"):
+    with pytest.raises(NotImplementedError, match=r"DTensor, .* zerosum\.capture needs whole parameters"):
         probe.check_repeatable()
     report = probe.report()
     for call in (report.all_reduce, lambda: zerosum.merge([report]), lambda: pickle.dumps(report)):

@@ -53,5 +53,5 @@ def test_fsdp1_is_refused_by_name(what, mesh):
 @pytest.mark.parametrize("kind", ["FSDP2", "tensor parallel"])
 @pytest.mark.parametrize("what", OTHERS)
 def test_a_dtensor_is_refused_by_what_is_no_probe(what, kind, mesh):
-    with pytest.raises(NotImplementedError, match=rf"model: '0\.0\.weight' is a DTensor, .* {what} measures whole ones"):
+    with pytest.raises(NotImplementedError, match=rf"model: '0\.0\.weight' is a DTensor, .* {what} needs whole parameters"):
         OTHERS[what](sharded(kind, mesh))
