@@ -12,6 +12,7 @@ COMPILER = shutil.which("aarch64-linux-gnu-g++")
 EMULATOR = shutil.which("qemu-aarch64-static") or shutil.which("qemu-aarch64")
 
 pytestmark = [
+    pytest.mark.slow("compiles every kernel, and emulates a processor"),
     pytest.mark.skipif(COMPILER is None, reason="needs aarch64-linux-gnu-g++ (Debian's g++-aarch64-linux-gnu)"),
     pytest.mark.skipif(EMULATOR is None, reason="needs qemu-aarch64 (Debian's qemu-user-static)"),
 ]
@@ -21,7 +22,7 @@ pytestmark = [
 def driver(tmp_path_factory: pytest.TempPathFactory) -> Path:
     assert COMPILER is not None
     folder = tmp_path_factory.mktemp("arm")
-    names = [path for path in (ROOT / "csrc" / "cpu").glob("*.cpp")]
+    kernels = (ROOT / "csrc" / "cpu").glob("*.cpp")
 
     def compile_one(source: Path) -> Path:
         target = folder / f"{source.stem}.o"
@@ -29,7 +30,7 @@ def driver(tmp_path_factory: pytest.TempPathFactory) -> Path:
         return target
 
     with ThreadPoolExecutor(2) as pool:
-        objects = list(pool.map(compile_one, [ROOT / "tests" / "native" / "driver.cpp", *names]))
+        objects = list(pool.map(compile_one, [ROOT / "tests" / "native" / "driver.cpp", *kernels]))
     subprocess.run([COMPILER, "-static", *map(str, objects), "-o", str(folder / "driver"), "-pthread"], check=True)
     return folder / "driver"
 

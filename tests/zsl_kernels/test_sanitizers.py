@@ -97,7 +97,7 @@ def test_workers_do_not_race(with_thread_sanitizer, isa, dtype):
     assert done.returncode == 0, done.stderr[-3000:]
 
 
-@pytest.mark.skipif(os.environ.get("ZSL_TEST_ALL") != "1", reason="compiles every kernel again; `make test-all` does")
+@pytest.mark.slow("compiles every kernel again")
 @pytest.mark.skipif("avx2" not in ISAS, reason="the kernels around the tile instructions need AVX2")
 def test_the_tile_instructions_as_compiled(tmp_path):
     """Each is answered by the loops when the processor refuses it (amx_trap.cpp)."""
