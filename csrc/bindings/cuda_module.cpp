@@ -375,14 +375,14 @@ PYBIND11_MODULE(ZSL_MODULE, m) {
 #endif
   m.attr("flat") = flat;
   m.def("shared_bytes", py::overload_cast<int, int, bool>(&shared_bytes),
-        "Of a block: tile, examples held, whether it adds in runs.");
+        "Return the shared memory of a block in bytes: tile, stored examples, whether it adds in runs.");
   m.def(
       "versions",
       [] {
         const Versions x = versions();
         return py::make_tuple(x.built, x.driver);
       },
-      "Of CUDA: built with, and the driver's.");
+      "Return the CUDA versions of the build and of the driver.");
   m.def("tiles", [] {
     py::list all;
     for (int i = 0; i < tile_count; ++i) {

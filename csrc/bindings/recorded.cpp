@@ -127,7 +127,7 @@ void bind_recorded(py::module_& m) {
             for (size_t i = 0; i < results.size(); ++i) found[i] = results[i].defined() ? py::cast(results[i]) : py::none();
             return found;
           },
-          "The results of the recorded call of these operands, or None where they do not fit.");
+          "Repeat the recorded call for these operands. Return its results, or None if the operands have another layout.");
 }
 
 }  // namespace zsl
