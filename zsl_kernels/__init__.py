@@ -12,7 +12,8 @@ All functions share these properties:
 - **Inputs** are float32, bfloat16, float16 or float64 and may have any strides. An ``a`` that is expanded over the examples is
   read only once.
 - **Results** are accumulated in float32 or better and returned in float32 (float64 for float64 inputs).
-- **Derivatives** exist once, in every floating-point tensor argument, unless a function's documentation says otherwise.
+- **Derivatives**: every function is differentiable once in its floating-point tensor arguments, unless its documentation says
+  otherwise.
 - **Compilation** with ``torch.compile(fullgraph=True)`` works for every function except :func:`linear_cross_entropy`.
 - **Implementation**: ``impl`` is "auto", which follows :func:`plan`, or the name of an implementation: "reference", "chunked",
   "cpu", "triton" or "cuda". A named implementation never falls back to another one.

@@ -1,4 +1,4 @@
-"""Argument checks shared by the public functions. Every error names the argument, what was expected and what it got."""
+"""Argument checks shared by the public functions. Every error names the argument, the expected value and the given one."""
 
 from __future__ import annotations
 
