@@ -77,6 +77,7 @@ class Backend(ABC):
         begin: Tensor | None = None,
         added: AddedRows | None = None,
     ) -> InterferenceSums:
+        """Compute :func:`zsl_kernels.interference`."""
         raise NotImplementedError
 
     def prepare_interference(self, plan: Plan, a: Tensor, b: Tensor, direction: Tensor | None, call: Interference) -> Interference:
@@ -113,12 +114,15 @@ class Backend(ABC):
         raise NotImplementedError
 
     def gram(self, plan: Plan, a: Tensor, b: Tensor, a2: Tensor | None, b2: Tensor | None, begin: Tensor | None = None) -> Tensor:
+        """Compute :func:`zsl_kernels.gram`."""
         raise NotImplementedError
 
     def sq_norm(self, plan: Plan, a: Tensor, b: Tensor, begin: Tensor | None = None) -> Tensor:
+        """Compute :func:`zsl_kernels.sq_norm`."""
         raise NotImplementedError
 
     def dot(self, plan: Plan, a: Tensor, b: Tensor, direction: Tensor, begin: Tensor | None = None) -> Tensor:
+        """Compute :func:`zsl_kernels.dot`."""
         raise NotImplementedError
 
     def weighted_grad(
@@ -145,6 +149,7 @@ class Backend(ABC):
         raise NotImplementedError
 
     def dense_interference(self, g: Tensor, direction: Tensor | None, gram: bool) -> InterferenceSums:
+        """Compute :func:`zsl_kernels.dense_interference`."""
         raise NotImplementedError
 
     def embedding_interference(
@@ -159,7 +164,9 @@ class Backend(ABC):
         gram: bool,
         max_rows: int | None = None,
     ) -> EmbeddingSums:
-        """Take ids (N, T) and b (N, T, K), or with ``example_ids`` (T,) ids (1, T) and b (1, T, K).
+        """Compute :func:`zsl_kernels.embedding_interference` for ids (N, T) and b (N, T, K).
+
+        With ``example_ids`` (T,), the operands are ids (1, T) and b (1, T, K).
 
         With ``max_rows`` the sums have that many rows. The rows after the touched ones are zero and have the index −1.
         """
@@ -175,7 +182,10 @@ class Backend(ABC):
         num_examples: int,
         bias: bool,
     ) -> tuple[Tensor | None, Tensor | None]:
-        """Take x and b (N, T, K), mean and rstd (N, T), or with ``example_ids`` (T,) tensors (1, T, K) and (1, T)."""
+        """Compute :func:`zsl_kernels.scale_bias_grad` for x and b (N, T, K), mean and rstd (N, T).
+
+        With ``example_ids`` (T,), the operands are (1, T, K) and (1, T). Without x there is no scale gradient.
+        """
         raise NotImplementedError
 
     def linear_cross_entropy_forward(self, h: Tensor, weight: Tensor, target: Tensor, chunk: int) -> tuple[Tensor, Tensor, Tensor]:
