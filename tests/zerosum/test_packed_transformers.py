@@ -122,7 +122,7 @@ def test_a_cache_lets_documents_meet_which_is_said() -> None:
             zerosum.example_ids(docs.batch["input_ids"], position_ids=docs.positions)
             model(**docs.batch).loss.backward()
 
-    with pytest.warns(UserWarning, match=r"serve several examples .*documents meet there.*use_cache is False"):
+    with pytest.warns(UserWarning, match=r"serve several examples .*documents interact there.*use_cache is False"):
         step()
     assert {"model.embed_tokens.weight", "model.layers.1.self_attn.v_proj.weight"} <= set(probe.report().coverage.not_covered)
     assert {"model.layers.1.mlp.up_proj.weight", "lm_head.weight"} <= set(probe.report())
