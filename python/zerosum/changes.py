@@ -49,7 +49,7 @@ def evaluate(
     at: Mapping[str, Tensor] | None = None,
     micro_batch: int | None = None,
 ) -> Tensor:
-    """Computes ``losses(model.eval(), x, y)``, (N, T), without gradients, a few sequences at a time.
+    """Compute ``losses(model.eval(), x, y)``, (N, T), without gradients, a few sequences at a time.
 
     Args:
         model: the model. Its training modes and the random state are restored.
@@ -77,7 +77,7 @@ def first_order_changes(
     at: Mapping[str, Tensor] | None = None,
     micro_batch: int | None = None,
 ) -> Tensor:
-    """Computes ``torch.func.jvp(lambda θ: losses(model at θ, x, y), (θ,), (Δ,))[1]``: Σ_j g_ij Δ_j of every token i, (N, T).
+    """Compute ``torch.func.jvp(lambda θ: losses(model at θ, x, y), (θ,), (Δ,))[1]``: Σ_j g_ij Δ_j of every token i, (N, T).
 
     It takes about as long as one forward and backward pass, for any number of tokens. It computes in the model's precision, to
     which ``update`` is cast. Attention uses torch's plain kernels, which hold (N, heads, T, T), because the fused ones have no
@@ -134,7 +134,7 @@ def between(
     losses: Losses = token_losses,
     micro_batch: int | None = None,
 ) -> Interval:
-    """Computes C, D, M and the mean of ``losses(model at after, x, y) - losses(model at before, x, y)``, named ``interval.*``.
+    """Compute C, D, M and the mean of ``losses(model at after, x, y) - losses(model at before, x, y)``, named ``interval.*``.
 
     Args:
         before, after: ``model.state_dict()`` of two checkpoints. Of tied parameters, one name is enough.
@@ -251,13 +251,13 @@ class Step:
 
 
 def change_metrics(before: Tensor, after: Tensor, y: Tensor | None = None) -> dict[str, Metric]:
-    """Computes C, D, M and the mean of ``after - before``, without tokens whose ``y`` is ``IGNORED``. The shapes must be equal."""
+    """Compute C, D, M and the mean of ``after - before``, without tokens whose ``y`` is ``IGNORED``. The shapes must be equal."""
     _check_same("after", after, "before", before)
     return number_interference(_counted(after.double() - before.double(), y))
 
 
 def first_order_metrics(changes: Tensor, first_order: Tensor, y: Tensor | None = None) -> dict[str, Metric]:
-    """Compares the true loss changes Δℓ with the first-order ones Δ̃ℓ, without tokens whose ``y`` is ``IGNORED``.
+    """Compare the true loss changes Δℓ with the first-order ones Δ̃ℓ, without tokens whose ``y`` is ``IGNORED``.
 
     ================================  ======================================================================================
     ``first_order.C|D|M|mean``        of Δ̃ℓ
@@ -291,7 +291,7 @@ def prefixed(prefix: str, metrics: Mapping[str, Metric]) -> dict[str, Metric]:
 
 
 def _low_precision(model: nn.Module) -> str:
-    """Returns the name of the dtype that the model computes in if it has fewer than 32 bits, and "" otherwise."""
+    """Return the name of the dtype that the model computes in if it has fewer than 32 bits, and "" otherwise."""
     for p in model.parameters():
         if p.is_floating_point():
             autocast = torch.is_autocast_enabled(p.device.type)
@@ -329,7 +329,7 @@ class _Bound(nn.Module):
 
 @contextmanager
 def eval_mode(model: nn.Module) -> Iterator[None]:
-    """Puts the model into eval mode, and restores its training modes and the random state on exit.
+    """Put the model into eval mode, and restore its training modes and the random state on exit.
 
     It clears autocast's cache of cast weights at both ends. Casts from before a step would hide the step, and casts made here would
     cut off the gradients of the caller's own pass.
@@ -349,14 +349,14 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Puts the model into eval mode and disables gradients."""
+    """Put the model into eval mode and disable gradients."""
     with eval_mode(model), torch.no_grad():
         yield
 
 
 @contextmanager
 def _naming_operations() -> Iterator[None]:
-    """Names the operation that has no forward-mode derivative. torch does not name an autograd.Function."""
+    """Name the operation that has no forward-mode derivative. torch does not name an autograd.Function."""
     try:
         yield
     except NotImplementedError as error:
@@ -379,7 +379,7 @@ def _naming_operations() -> Iterator[None]:
 
 
 def _values(model: nn.Module, argument: str, given: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Returns the values by the first name of each tensor, cast to the dtype and device of the model's own."""
+    """Return the values by the first name of each tensor, cast to the dtype and device of the model's own."""
     if not isinstance(given, Mapping):
         raise TypeError(f"{argument}: expected a mapping from names to tensors, got {type(given).__name__}")
     own: dict[str, Tensor] = dict(model.named_parameters(remove_duplicate=False))

@@ -106,19 +106,19 @@ class Deceleration:
         return math.exp(self.log_d1)
 
     def at(self, steps: ArrayLike) -> np.ndarray:
-        """Returns the fitted losses at ``steps``."""
+        """Return the fitted losses at ``steps``."""
         return np.exp(_curve(np.log(np.asarray(steps, dtype=float)), *self._parameters()))
 
     def early(self, steps: ArrayLike) -> np.ndarray:
-        """Returns the segment before the break, b t^−c0."""
+        """Return the segment before the break, b t^−c0."""
         return self.b * np.asarray(steps, dtype=float) ** -self.c0
 
     def late(self, steps: ArrayLike) -> np.ndarray:
-        """Returns the segment after the break, L_d (t / t_d)^−r_d."""
+        """Return the segment after the break, L_d (t / t_d)^−r_d."""
         return self.L_d * (np.asarray(steps, dtype=float) / self.t_d) ** -self.r_d
 
     def one(self, steps: ArrayLike) -> np.ndarray:
-        """Returns the single segment, one_b t^−one_c."""
+        """Return the single segment, one_b t^−one_c."""
         return self.one_b * np.asarray(steps, dtype=float) ** -self.one_c
 
     def __str__(self) -> str:
@@ -128,7 +128,7 @@ class Deceleration:
         return f"{self.verdict}: {', '.join(parts)}; RSLE {self.rsle:.4f} over {self.n} points"
 
     def cells(self) -> list[str]:
-        """Returns the fit's row of a table with the columns ``HEAD``. It omits the break's parameters if no deceleration was
+        """Return the fit's row of a table with the columns ``HEAD``. It omits the break's parameters if no deceleration was
         found."""
         broken = [with_error(getattr(self, key), self.errors[key]) for key in ("L_d", "t_d", "r_d")] + [f"{self.L_T_hat:.4g}"]
         verdict = "deceleration" if self.found else self.verdict.split(":")[0]
@@ -148,7 +148,7 @@ def fit(
     bootstrap: int = 200,
     seed: int = 0,
 ) -> Deceleration:
-    """Fits ln L(t) with ``scipy.optimize.curve_fit`` (dogbox) from several starting points, and returns the best fit.
+    """Fit ln L(t) with ``scipy.optimize.curve_fit`` (dogbox) from several starting points, and return the best fit.
 
     The procedure is that of Mircea et al. (2025). The losses are averaged over a log-scaled window
     (:func:`zerosum.records.smooth`), then thinned (:func:`zerosum.curves.thin`). The window looks back, so a break is located some
@@ -202,7 +202,7 @@ def fit(
 def _points(
     steps: ArrayLike, losses: ArrayLike, smoothed: bool, first: float, final: float | None
 ) -> tuple[np.ndarray, np.ndarray, float]:
-    """Returns ln t and ln L of the points to fit, and the step of the prediction."""
+    """Return ln t and ln L of the points to fit, and the step of the prediction."""
     t, y = np.asarray(steps, dtype=float), np.asarray(losses, dtype=float)
     if t.ndim != 1 or t.shape != y.shape:
         raise CurveError(f"steps, losses: expected two arrays of the same length, got shapes {t.shape} and {y.shape}")
@@ -236,7 +236,7 @@ def _curve(x: np.ndarray, log_b: float, c0: float, c1: float, log_d1: float, f1:
 
 
 def _jacobian(x: np.ndarray, log_b: float, c0: float, c1: float, log_d1: float, f1: float) -> np.ndarray:
-    """Returns the derivatives of the curve with respect to its parameters, (n, 5)."""
+    """Return the derivatives of the curve with respect to its parameters, (n, 5)."""
     z = (x - log_d1) / f1
     after = 0.5 * (1 + np.tanh(0.5 * z))  # the completed share of the bend, 1 / (1 + e^−z)
     bend = np.logaddexp(0.0, z)
@@ -244,7 +244,7 @@ def _jacobian(x: np.ndarray, log_b: float, c0: float, c1: float, log_d1: float, 
 
 
 def with_error(value: float, error: float) -> str:
-    """Formats both numbers to the error's second digit, unless that takes too many digits."""
+    """Format both numbers to the error's second digit, unless that takes too many digits."""
     if not (math.isfinite(error) and error > 0):
         return f"{value:.4g}"
     digits = max(1 - math.floor(math.log10(error)), 0)
@@ -259,7 +259,7 @@ class _Start(NamedTuple):
 
 
 def _starts(x: np.ndarray, y: np.ndarray) -> list[np.ndarray]:
-    """Returns the published start, if its split lies inside the curve, and the best starts of a grid of breaks.
+    """Return the published start, if its split lies inside the curve, and the best starts of a grid of breaks.
 
     At a given log_d1 and f1 the curve is linear in the other three: a grid costs a small least-squares problem for each point.
     """
@@ -280,7 +280,7 @@ def _starts(x: np.ndarray, y: np.ndarray) -> list[np.ndarray]:
 
 
 def _fit(x: np.ndarray, y: np.ndarray, starts: list[np.ndarray], tolerance: float) -> np.ndarray:
-    """Returns the best of the fits from ``starts``."""
+    """Return the best of the fits from ``starts``."""
     # Imported here because `import zerosum` must work without scipy.
     from scipy.optimize import OptimizeWarning, curve_fit
 
@@ -302,7 +302,7 @@ def _fit(x: np.ndarray, y: np.ndarray, starts: list[np.ndarray], tolerance: floa
 
 
 def _derived(parameters: np.ndarray, final: float) -> dict[str, float]:
-    """Returns the parameters and the values derived from them, in the order of the errors and the intervals."""
+    """Return the parameters and the values derived from them, in the order of the errors and the intervals."""
     log_b, c0, c1, log_d1, f1 = parameters
     r_d, t_d = c0 + c1, max(math.floor(math.exp(log_d1)), 1)
     logs = {"b": log_b, "t_d": log_d1, "L_d": log_b - c0 * math.log(t_d)}
@@ -315,7 +315,7 @@ def _derived(parameters: np.ndarray, final: float) -> dict[str, float]:
 def _errors(
     x: np.ndarray, parameters: np.ndarray, residuals: np.ndarray, n_effective: float, derived: dict[str, float], final: float
 ) -> dict[str, float]:
-    """Returns standard errors by the delta method; NaN for values that the data do not determine."""
+    """Return standard errors by the delta method; NaN for values that the data do not determine."""
     jacobian = _jacobian(x, *parameters)
     _, c0, c1, log_d1, f1 = parameters
     told = np.linalg.norm(jacobian, axis=0) > 1e-9
@@ -340,7 +340,7 @@ def _errors(
 
 
 def _effective(residuals: np.ndarray) -> float:
-    """Returns the equivalent number of independent residuals of the same size."""
+    """Return the equivalent number of independent residuals of the same size."""
     time = _autocorrelation_time(residuals)
     power = np.add.reduceat(residuals**2, np.arange(0, len(residuals), math.ceil(time)))
     # (Σ e)² / Σ e² of the squares e of k independent normal numbers is about k / 3.
@@ -349,7 +349,7 @@ def _effective(residuals: np.ndarray) -> float:
 
 
 def _autocorrelation_time(residuals: np.ndarray) -> float:
-    """Returns 1 + 2 Σ ρ_h over the lags before the first correlation that is not positive: the correlation length in points."""
+    """Return 1 + 2 Σ ρ_h over the lags before the first correlation that is not positive: the correlation length in points."""
     centered = residuals - residuals.mean()
     power = float(centered @ centered)
     if not power:
@@ -362,7 +362,7 @@ def _autocorrelation_time(residuals: np.ndarray) -> float:
 
 
 def _free(n_effective: float) -> float:
-    """Returns the number of independent residuals minus the five fitted parameters."""
+    """Return the number of independent residuals minus the five fitted parameters."""
     return max(n_effective - len(NAMES), 1.5)
 
 
@@ -396,7 +396,7 @@ def _verdict(
 def _resample(
     x: np.ndarray, parameters: np.ndarray, residuals: np.ndarray, n_effective: float, resamples: int, seed: int, final: float
 ) -> np.ndarray:
-    """Fits the fitted curve plus residuals resampled in blocks of neighbors. Returns the results, (resamples, 9)."""
+    """Fit the fitted curve plus residuals resampled in blocks of neighbors. Return the results, (resamples, 9)."""
     generator = np.random.default_rng(seed)
     n, fitted = len(x), _curve(x, *parameters)
     block = max(round(n ** (1 / 3)), min(math.ceil(2 * n / n_effective), n // 4), 1)

@@ -48,7 +48,7 @@ class Factors:
         self._handles: list[Any] = []
 
     def __enter__(self) -> Factors:
-        """Starts a new block and forgets what an earlier one kept."""
+        """Start a new block and forget what an earlier one kept."""
         self._uses = [[] for _ in self._layers]
         for layer, uses in zip(self._layers, self._uses, strict=True):
             # This hook must run first, because other hooks may change the output.
@@ -61,7 +61,7 @@ class Factors:
         self._handles = []
 
     def of(self, loss: Tensor, *, create_graph: bool = False) -> list[tuple[Tensor, Tensor]]:
-        """Returns ``(layer_input, torch.autograd.grad(loss, layer_output)[0])`` of each layer. The backward pass keeps the graph.
+        """Return ``(layer_input, torch.autograd.grad(loss, layer_output)[0])`` of each layer. The backward pass keeps the graph.
 
         Args:
             loss: Σ_i ℓ_i, one number.
@@ -116,5 +116,5 @@ def _keep(uses: list[_Use], layer: str, _: nn.Module, inputs: tuple[Tensor, ...]
 
 
 def _rows(x: Tensor) -> Tensor:
-    """Reshapes (N, …, K) to (N, T, K)."""
+    """Reshape (N, …, K) to (N, T, K)."""
     return x.reshape(x.shape[0], -1, x.shape[-1])

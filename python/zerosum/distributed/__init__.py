@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 def check_supported(model: nn.Module) -> None:
-    """Raises an error if a model's parameters are sharded in a way that the probe does not support.
+    """Raise an error if a model's parameters are sharded in a way that the probe does not support.
 
     Raises:
         NotImplementedError: the message names the module or the parameter, and what to do instead.
@@ -34,7 +34,7 @@ def check_supported(model: nn.Module) -> None:
 
 
 def check_whole(model: nn.Module, caller: str) -> None:
-    """Raises an error if a model's parameters are sharded, for a ``caller`` that needs whole parameters.
+    """Raise an error if a model's parameters are sharded, for a ``caller`` that needs whole parameters.
 
     Raises:
         NotImplementedError: the message names the module or the parameter, and what to do instead.
@@ -48,7 +48,7 @@ def check_whole(model: nn.Module, caller: str) -> None:
 
 
 def shards_of(model: nn.Module) -> Shards | None:
-    """Returns the model's sharded parameters, or None if there are none. All ranks must call it, because it may gather
+    """Return the model's sharded parameters, or None if there are none. All ranks must call it, because it may gather
     parameters."""
     if not is_sharded(model):
         return None
@@ -73,14 +73,14 @@ def is_sharded(model: nn.Module) -> bool:
 
 
 def _dtensor(model: nn.Module) -> str | None:
-    """Returns the name of a parameter that is a DTensor."""
+    """Return the name of a parameter that is a DTensor."""
     if "torch.distributed.tensor" not in sys.modules:
         return None
     return next((name for name, p in model.named_parameters() if "DTensor" in (type(p).__name__, type(p.data).__name__)), None)
 
 
 def _is_a(module: nn.Module, name: str) -> bool:
-    """Compares classes by name, because importing the class takes a second."""
+    """Compare classes by name, because importing the class takes a second."""
     return any(kind.__name__ == name for kind in type(module).__mro__)
 
 

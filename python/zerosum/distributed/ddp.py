@@ -15,12 +15,12 @@ from torch.nn.parallel import DistributedDataParallel
 
 
 def wrappers(modules: Iterable[nn.Module]) -> list[DistributedDataParallel]:
-    """Returns the modules whose gradients DDP averages."""
+    """Return the modules whose gradients DDP averages."""
     return [module for module in modules if isinstance(module, DistributedDataParallel)]
 
 
 def around() -> DistributedDataParallel | None:
-    """Returns the wrapper whose forward pass is running, if the probe was given the module inside it."""
+    """Return the wrapper whose forward pass is running, if the probe was given the module inside it."""
     return DistributedDataParallel._active_ddp_module
 
 
@@ -31,7 +31,7 @@ def is_sink(node: Node) -> bool:
 
 @contextmanager
 def unnoticed(ddps: Iterable[DistributedDataParallel]) -> Iterator[None]:
-    """Keeps a backward pass of the probe's own from starting the first all-reduce of a static graph."""
+    """Keep a backward pass of the probe's own from starting the first all-reduce of a static graph."""
     waiting = [ddp for ddp in ddps if ddp.static_graph and not ddp._static_graph_delay_allreduce_enqueued]
     for ddp in waiting:
         ddp._static_graph_delay_allreduce_enqueued = True

@@ -58,7 +58,7 @@ class Shard:
         return self._info.shard_process_group if self._sharded else None
 
     def own(self, x: Tensor, dim: int | None = None) -> Tensor:
-        """Returns this rank's part of a tensor that has the parameter's layout."""
+        """Return this rank's part of a tensor that has the parameter's layout."""
         dim = self.dim if dim is None else dim
         if not self._sharded:
             return x
@@ -67,7 +67,7 @@ class Shard:
         return x.narrow(dim, start, min(size, x.shape[dim] - start))
 
     def reduced(self, x: Tensor) -> Tensor:
-        """Returns this rank's part of the sum of (F, *parameter.shape) over the ranks."""
+        """Return this rank's part of the sum of (F, *parameter.shape) over the ranks."""
         dim = self.dim + 1
         mine = self.own(x, dim)
         if self._sharded:
@@ -83,7 +83,7 @@ class Shard:
         return mine
 
     def as_dtensor(self, x: Tensor) -> DTensor:
-        """Returns this rank's part as a tensor that is sharded like the parameter."""
+        """Return this rank's part as a tensor that is sharded like the parameter."""
         like: DTensor = self._parameter.sharded_param
         return DTensor.from_local(x, like.device_mesh, like.placements, run_check=False, shape=like.shape, stride=like.stride())
 
@@ -143,7 +143,7 @@ class ShardedProbe(ParameterProbe):
         self._waiting = results
 
     def reduce(self) -> None:
-        """Adds up the ranks' contributions to this backward pass. All ranks must call it, even without a contribution."""
+        """Add up the ranks' contributions to this backward pass. All ranks must call it, even without a contribution."""
         waiting, self._waiting, self.arrived = self._waiting, None, False
         like, now = self.like, self.context.current
         if waiting is None:
@@ -170,7 +170,7 @@ class ShardedProbe(ParameterProbe):
 
 
 def groups_of(module: FSDPModule) -> list[Any]:
-    """Returns FSDP's groups of parameters that are gathered together."""
+    """Return FSDP's groups of parameters that are gathered together."""
     state = module._get_fsdp_state()
     if hasattr(state, "_fsdp_param_groups"):
         return list(state._fsdp_param_groups)
@@ -178,7 +178,7 @@ def groups_of(module: FSDPModule) -> list[Any]:
 
 
 def scaled(sums: Tensor, by: float) -> Tensor:
-    """Scales Σ g, Σ |g| and Σ g² (3, …) as if every gradient were multiplied by a number."""
+    """Scale Σ g, Σ |g| and Σ g² (3, …) as if every gradient were multiplied by a number."""
     if by == 1:
         return sums
     factors = sums.new_tensor([by**power for power in WEIGHT_SHAPED.values()])

@@ -31,7 +31,7 @@ class Ranks:
         return bool(found)
 
     def everyone(self, mine: Any) -> list[Any]:
-        """Returns every rank's object, in rank order."""
+        """Return every rank's object, in rank order."""
         found = [mine]
         for group in reversed(self._groups):
             parts: list[Any] = [None] * dist.get_world_size(group)
@@ -40,7 +40,7 @@ class Ranks:
         return found
 
     def joined(self, x: Tensor, counts: Sequence[int]) -> Tensor:
-        """Concatenates (F, N_r) of each rank r to (F, Σ N_r), in rank order."""
+        """Concatenate (F, N_r) of each rank r to (F, Σ N_r), in rank order."""
         found = x.new_zeros(1, x.shape[0], max(counts))
         found[0, :, : x.shape[1]] = x
         for group in reversed(self._groups):
@@ -77,7 +77,7 @@ class Joint:
         self.factor = self.common / next((report[name].common.value for name in report), 1.0)
 
     def _coverage(self) -> tuple[dict[str, Any], dict[str, str]]:
-        """Returns what is known about each covered parameter, and why the others are not covered. If none of a rank's examples
+        """Return what is known about each covered parameter, and why the others are not covered. If none of a rank's examples
         reach a parameter, that rank contributes zeros."""
         covered, not_covered = {}, {}
         for name in self._mine["sizes"]:
@@ -96,13 +96,13 @@ class Joint:
         return covered, not_covered
 
     def lose(self, missing: Mapping[str, str]) -> None:
-        """Marks some parameters as not covered, with the reasons."""
+        """Mark some parameters as not covered, with the reasons."""
         for name, why in missing.items():
             self.covered.pop(name, None)
             self.not_covered.setdefault(name, why)
 
     def scalars(self, name: str, total: Callable[[Tensor], Tensor] = lambda x: x) -> tuple[dict[str, Any], list[Tensor] | None]:
-        """Returns a parameter's scalars by field, concatenated over all ranks, and the Gram matrices of all ranks' passes.
+        """Return a parameter's scalars by field, concatenated over all ranks, and the Gram matrices of all ranks' passes.
 
         ``total`` turns scalars over this rank's coordinates into scalars over all coordinates.
         """
@@ -142,7 +142,7 @@ class Joint:
 
 
 def _about(report: Report) -> dict[str, Any]:
-    """Returns what every rank needs to know about a report."""
+    """Return what every rank needs to know about a report."""
     proof, first = report.proof, next(iter(report), None)
     grams = None if first is None else report[first].gram_blocks
     factors = None if first is None else report[first].common.factors
@@ -187,7 +187,7 @@ def all_reduce(report: Report, group: dist.ProcessGroup | None, direction: Mappi
 
 
 def _problem(report: Report, direction: Mapping[str, Tensor] | None) -> Exception | None:
-    """Returns why a report cannot be added to others, as an error."""
+    """Return why a report cannot be added to others, as an error."""
     try:
         if report.dot is not None and direction is None:
             raise ValueError("direction: expected the probe's direction, which the report's metrics need again; got None")
@@ -199,7 +199,7 @@ def _problem(report: Report, direction: Mapping[str, Tensor] | None) -> Exceptio
 
 
 def _own_sums(report: Report, name: str, like: Mapping[str, Any], factor: float) -> Tensor:
-    """Returns this rank's three sums, (3, *shape)."""
+    """Return this rank's three sums, (3, *shape)."""
     if name not in report:
         return torch.zeros(3, *like["shape"], dtype=like["dtype"], device=like["device"])
     p = report[name]

@@ -51,7 +51,7 @@ class Shards:
         self._parallel = parts[0] if parts else None
 
     def probe(self, context: Any, names: list[str], parameter: nn.Parameter) -> ParameterProbe:
-        """Creates the probe of a parameter, which watches the object that the running model uses."""
+        """Create the probe of a parameter, which watches the object that the running model uses."""
         shard, part = self._shards.get(parameter), isinstance(parameter, DTensor)
         if shard is None:
             return (PartProbe if part else ParameterProbe)(context, names, parameter)
@@ -65,12 +65,12 @@ class Shards:
 
     @staticmethod
     def rule(func: Any) -> Callable[..., Any] | None:
-        """Returns the rule of an operation with such operands."""
+        """Return the rule of an operation with such operands."""
         return tensor_parallel.RULES.get(func)
 
     @staticmethod
     def check_loss(outputs: Any) -> None:
-        """Raises an error if the differentiated losses are divided over the ranks."""
+        """Raise an error if the differentiated losses are divided over the ranks."""
         if any(isinstance(x, DTensor) for x in (outputs if isinstance(outputs, (list, tuple)) else [outputs])):
             raise NotImplementedError(
                 "zerosum.Probe: a loss that is a DTensor (as with loss_parallel) is not supported: compute it from whole logits, "
@@ -84,7 +84,7 @@ class Shards:
         return self._ranks.any(flag, self._groups[0].device) if self._groups else flag
 
     def joint(self, report: Report, passes: Sequence[Pass], probes: Sequence[ParameterProbe]) -> Report:
-        """Combines each rank's own report into the report of all ranks' examples. All ranks must call it."""
+        """Combine each rank's own report into the report of all ranks' examples. All ranks must call it."""
         scales = self._ranks.everyone([p.scale for p in passes])
         if any(other != scales[0] for other in scales):
             raise ValueError(
@@ -135,7 +135,7 @@ class Shards:
 
     @contextmanager
     def gathered(self, already: bool = False) -> Iterator[None]:
-        """Keeps all of FSDP's parameters gathered."""
+        """Keep all of FSDP's parameters gathered."""
         sharded = [] if already else [group for group in self._groups if not group.is_unsharded]
         if sharded:
             for module in self._modules:
@@ -148,7 +148,7 @@ class Shards:
 
     @contextmanager
     def watched(self, extra: Callable[[], bool], probes: Sequence[ParameterProbe]) -> Iterator[None]:
-        """Reduces sums where FSDP reduces gradients, and makes FSDP skip backward passes that are ``extra``."""
+        """Reduce sums where FSDP reduces gradients, and make FSDP skip backward passes that are ``extra``."""
         known = {t.parameter: t for t in probes}
         for group in self._groups:
             group.post_backward = AfterBackward(group, extra, known)
@@ -160,7 +160,7 @@ class Shards:
 
 
 def _sums(t: ParameterProbe) -> Tensor:
-    """Returns this rank's part of the block's sums, (3, …)."""
+    """Return this rank's part of the block's sums, (3, …)."""
     if isinstance(t, ShardedProbe):
         assert t.sums is not None  # a rank that covers it has reduced them with all others
         return t.sums
@@ -179,7 +179,7 @@ def _same(x: Tensor) -> Tensor:
 
 
 def check(model: nn.Module) -> None:
-    """Raises an error if a model's parameters are sharded in an unsupported way."""
+    """Raise an error if a model's parameters are sharded in an unsupported way."""
     groups = [group for module in model.modules() if isinstance(module, FSDPModule) for group in groups_of(module)]
     sharded: set[nn.Parameter] = set()
     meshes = set()

@@ -50,7 +50,7 @@ class Part:
         return self.mesh.get_group()
 
     def own(self, x: Tensor) -> Tensor:
-        """Returns this rank's part of a tensor that has the parameter's shape."""
+        """Return this rank's part of a tensor that has the parameter's shape."""
         whole = DTensor.from_local(x, self.mesh, [Replicate()], run_check=False)
         return whole.redistribute(placements=[self.placement]).to_local()
 
@@ -74,7 +74,7 @@ class PartProbe(ParameterProbe):
         self._of_rows: bool | None = None  # whether its uses take only a part of the rows
 
     def uses(self, of_rows: bool) -> None:
-        """Notes a use that takes all rows, or only this rank's part of them."""
+        """Note a use that takes all rows, or only this rank's part of them."""
         if self._of_rows not in (None, of_rows):
             raise Uncovered(MIXED_ROWS)
         self._of_rows = of_rows
@@ -83,7 +83,7 @@ class PartProbe(ParameterProbe):
         return False  # uses take the local tensor that the gathering node returns
 
     def whole_gradient(self, grad: Tensor) -> Tensor:
-        """Returns the gradient over all rows, from the one that autograd computes over this rank's rows."""
+        """Return the gradient over all rows, from the one that autograd computes over this rank's rows."""
         if self._of_rows:
             grad = grad.contiguous()
             dist.all_reduce(grad, group=self.part.group)
@@ -178,7 +178,7 @@ def _embedding(context: Any, func: Any, args: tuple[Any, ...], kwargs: dict[str,
 
 
 def _rowwise(rule: Callable[..., Any], context: Any, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Covers a norm, or a product of each row with a vector, whose weights are whole on each rank. The rows may be sharded."""
+    """Cover a norm, or a product of each row with a vector, whose weights are whole on each rank. The rows may be sharded."""
     operands: list[Any] = [x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)]
     weights = [x for x in operands if context.ref(x) is not None]
     (x, *others) = [x for x in operands if context.ref(x) is None and x.ndim > 1]
@@ -244,7 +244,7 @@ def _activation(x: Any, weight: DTensor, placement: Placement) -> DTensor:
 
 
 def _own(context: Any, weight: Any) -> Any:
-    """Returns what a rule takes: the weight itself if the probe measures it, and otherwise its local tensor."""
+    """Return what a rule takes: the weight itself if the probe measures it, and otherwise its local tensor."""
     if weight is None:
         return None
     if context.ref(weight) is None:

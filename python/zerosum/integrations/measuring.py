@@ -68,7 +68,7 @@ class Measuring:
         self._asked = 0
 
     def begin(self, model: nn.Module, step: int, writes: bool = True, joins: bool = False) -> None:
-        """Prepares for training that continues after ``step`` steps, and opens the file in ``out`` if this process ``writes`` it.
+        """Prepare for training that continues after ``step`` steps, and open the file in ``out`` if this process ``writes`` it.
 
         ``joins``: reports cover the examples of all processes, each of which measures the same steps.
         """
@@ -92,7 +92,7 @@ class Measuring:
         return self._probe is not None and self._probe.measuring
 
     def open(self) -> None:
-        """Opens the block of a step, which its micro-batches share."""
+        """Open the block of a step, which its micro-batches share."""
         assert self._probe is not None
         direction = self._direction
         self._probe.direction = direction(self._probe.model) if callable(direction) else direction
@@ -100,7 +100,7 @@ class Measuring:
         self._probe.__enter__()
 
     def finish(self) -> None:
-        """Closes the block and takes its report. Call it before anything changes the gradients."""
+        """Close the block and take its report. Call it before anything changes the gradients."""
         assert self._probe is not None
         self._probe.__exit__(None)
         self.report = self._probe.report()
@@ -108,20 +108,20 @@ class Measuring:
         self._new = True
 
     def abandon(self) -> None:
-        """Closes a block that an exception left open, without a report."""
+        """Close a block that an exception left open, without a report."""
         if self.is_open:
             assert self._probe is not None
             self._probe.close()
 
     def close(self) -> None:
-        """Closes an open block and the file."""
+        """Close an open block and the file."""
         self.abandon()
         if self._file is not None:
             self._file.close()
             self._file = None
 
     def take(self, step: int) -> dict[str, float]:
-        """Returns what to log of a measured step, once, and writes its record to the file. Empty if there is nothing new."""
+        """Return what to log of a measured step, once, and write its record to the file. Empty if there is nothing new."""
         if not self._new or self.report is None:
             return {}
         self._new = False
@@ -142,7 +142,7 @@ class Measuring:
         }
 
     def loss(self, step: int, loss: float, n: int) -> None:
-        """Records the training loss that the trainer logged at a step."""
+        """Record the training loss that the trainer logged at a step."""
         if self._file is not None:
             self._file.append(record("step", step, {"train.loss": Metric(loss, n)}))
 
@@ -185,7 +185,7 @@ class StepsCallback:
 
 
 def flat(metrics: Mapping[str, Metric]) -> dict[str, float]:
-    """Returns ``{"zerosum/D_grad": …, "zerosum/null/D_grad": …}``: the finite values, and those under random signs."""
+    """Return ``{"zerosum/D_grad": …, "zerosum/null/D_grad": …}``: the finite values, and those under random signs."""
     named = {f"{PREFIX}{name}": metric.value for name, metric in metrics.items()}
     nulls = {f"{PREFIX}null/{name}": metric.null for name, metric in metrics.items() if metric.null is not None}
     return {name: value for name, value in (named | nulls).items() if math.isfinite(value)}

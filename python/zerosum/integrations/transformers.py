@@ -48,7 +48,7 @@ class ZeroSumCallback(StepsCallback, TrainerCallback):
     _logged = 0
 
     def close(self) -> None:
-        """Closes what an exception between two micro-batches left open. (An exception inside a step closes the block itself.)"""
+        """Close what an exception between two micro-batches left open. (An exception inside a step closes the block itself.)"""
         self._measuring.close()
         if self._trainer is not None:
             self._trainer.__dict__.pop("training_step", None)
@@ -74,7 +74,7 @@ class ZeroSumCallback(StepsCallback, TrainerCallback):
             self._trainer.training_step = step  # type: ignore[method-assign]
 
     def _measured_step(self, trainer: transformers.Trainer, step: Any, *args: Any, **kwargs: Any) -> Tensor:
-        """Runs ``training_step`` of one micro-batch inside the step's block."""
+        """Run ``training_step`` of one micro-batch inside the step's block."""
         measuring = self._measuring
         try:
             if not measuring.is_open:
@@ -115,7 +115,7 @@ class ZeroSumCallback(StepsCallback, TrainerCallback):
 
 
 def _calling_trainer() -> transformers.Trainer:
-    """Returns the Trainer that calls the callback, from the call stack, because callbacks do not receive it."""
+    """Return the Trainer that calls the callback, from the call stack, because callbacks do not receive it."""
     frame = sys._getframe(1)
     while frame is not None:
         if isinstance(found := frame.f_locals.get("self"), transformers.Trainer):
@@ -148,7 +148,7 @@ def _check_supported(trainer: transformers.Trainer, auto: bool) -> None:
 
 @torch.compiler.disable
 def _name_documents(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Tells the probe which rows belong to which document of a packed batch."""
+    """Tell the probe which rows belong to which document of a packed batch."""
     positions, tokens = kwargs.get("position_ids"), kwargs.get("input_ids")
     # As in transformers, positions separate documents only without a mask.
     if positions is None or tokens is None or kwargs.get("attention_mask") is not None or not torch.is_grad_enabled():

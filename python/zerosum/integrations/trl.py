@@ -15,7 +15,7 @@ import zsl_kernels as zk
 
 @functools.cache
 def cover_fused_head() -> None:
-    """Registers a rule so that every probe measures ``trl.kernels.chunked_logprob.ChunkedLogProbFunction``, if TRL has it."""
+    """Register a rule so that every probe measures ``trl.kernels.chunked_logprob.ChunkedLogProbFunction``, if TRL has it."""
     try:
         from trl.kernels.chunked_logprob import ChunkedLogProbFunction
     except ImportError:  # another version of TRL: the probe reports that it does not cover the head

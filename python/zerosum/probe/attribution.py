@@ -43,7 +43,7 @@ MOST_STRANGE = 0.01  # the largest share of rows whose weights may be misread
 
 
 def digits(examples: int) -> int:
-    """Returns how many passes identify that many examples."""
+    """Return how many passes identify that many examples."""
     count, passes = BASE, 1
     while count < examples:
         count, passes = count * BASE, passes + 1
@@ -51,13 +51,13 @@ def digits(examples: int) -> int:
 
 
 def weights_of_digit(examples: int, digit: int) -> Tensor:
-    """Returns (E,) float64 weights that encode one digit of each example's number."""
+    """Return (E,) float64 weights that encode one digit of each example's number."""
     d = torch.arange(examples) // BASE**digit % BASE
     return _weight(d)
 
 
 def random_weights(examples: int) -> Tensor:
-    """Returns (E,) float64 pseudorandom weights, the same in every process."""
+    """Return (E,) float64 pseudorandom weights, the same in every process."""
     generator = torch.Generator().manual_seed(examples)
     return _weight(torch.randint(BASE, (examples,), generator=generator))
 
@@ -67,7 +67,7 @@ def _weight(digit: Tensor) -> Tensor:
 
 
 def along(weights: Tensor, axis: int, like: Tensor) -> Tensor:
-    """Reshapes (E,) weights to broadcast along a dimension of ``like``, or along its first two if E is the product of their
+    """Reshape (E,) weights to broadcast along a dimension of ``like``, or along its first two if E is the product of their
     sizes."""
     behind = like.ndim - axis - 1
     if len(weights) != like.shape[axis]:
@@ -77,7 +77,7 @@ def along(weights: Tensor, axis: int, like: Tensor) -> Tensor:
 
 @contextmanager
 def repeatable(edges: Sequence[GradientEdge]) -> Iterator[None]:
-    """Makes backward passes bitwise repeatable, as far as PyTorch's operations allow. On the CPU they already are."""
+    """Make backward passes bitwise repeatable, as far as PyTorch's operations allow. On the CPU they already are."""
     if all(_device(edge).type == "cpu" for edge in edges):
         yield
         return
@@ -102,8 +102,8 @@ def repeatable(edges: Sequence[GradientEdge]) -> Iterator[None]:
 
 
 def _attention_again(node: Any, found: Sequence[Tensor | None], grads: Sequence[Tensor | None]) -> tuple[Tensor | None, ...] | None:
-    """Computes the gradients of an attention's query, key and value with another kernel, because cuDNN's cannot sum in a fixed
-    order. Returns None if it uses dropout, which another kernel would draw anew."""
+    """Compute the gradients of an attention's query, key and value with another kernel, because cuDNN's cannot sum in a fixed
+    order. Return None if it uses dropout, which another kernel would draw anew."""
     grad, dropped = grads[0], node._saved_dropout_p
     if grad is None or dropped:
         return None
@@ -136,7 +136,7 @@ class Signature:
 
     @classmethod
     def of(cls, rows: Tensor) -> Signature:
-        """Summarizes ``rows`` (*lead, F)."""
+        """Summarize ``rows`` (*lead, F)."""
         lead, width = rows.shape[:-1], rows.shape[-1]
         flat = rows.detach().reshape(-1, width).double()
         if width == 1:
@@ -147,12 +147,12 @@ class Signature:
 
 
 def follows(plain: Signature, weighted: Signature, weights: Tensor) -> Tensor:
-    """Returns (R,) whether each row is the plain one times its own weight, given (R,), up to rounding of its dtype."""
+    """Return (R,) whether each row is the plain one times its own weight, given (R,), up to rounding of its dtype."""
     return error_of(plain, weighted, weights) <= tolerance(plain.eps) * plain.norm
 
 
 def error_of(plain: Signature, weighted: Signature, weights: Tensor) -> Tensor:
-    """Returns (R,) how far each row is from the plain one times its own weight, given (R,), relative to the weight."""
+    """Return (R,) how far each row is from the plain one times its own weight, given (R,), relative to the weight."""
     return (weighted.projected - weights[:, None] * plain.projected).abs().amax(1) / weights.abs()
 
 
@@ -166,8 +166,8 @@ class Noise:
 
     @classmethod
     def between(cls, plain: Signature, again: Sequence[Signature], scaled: Sequence[Signature]) -> Noise | None:
-        """Measures the noise from further plain passes ``again``, and from passes ``scaled`` in which all weights are ``SMALLEST``.
-        Returns None if all of them equal the first pass bit for bit.
+        """Measure the noise from further plain passes ``again``, and from passes ``scaled`` in which all weights are ``SMALLEST``.
+        Return None if all of them equal the first pass bit for bit.
 
         For a noisy row, all of four samples of three projections are small by chance once in millions. A row of one number has only
         one sample of its noise, so such rows are pooled along the last dimension.
@@ -203,13 +203,13 @@ class Noise:
 
 
 def _sample(x: Tensor) -> Tensor:
-    """Returns at most as many numbers as torch can sort."""
+    """Return at most as many numbers as torch can sort."""
     x = x.nan_to_num(nan=0.0)
     return x[:: len(x) // (1 << 22) + 1]
 
 
 def tolerance(eps: float) -> float:
-    """Returns the relative error that is allowed for a row.
+    """Return the relative error that is allowed for a row.
 
     Scaling by a power of two is exact. However, two runs of a pass may sum in a different order, for instance with atomics, and a
     few derivatives round: that of ``logcumsumexp`` takes the logarithm of the gradient, with an observed error of 4000 units. The
@@ -221,7 +221,7 @@ def tolerance(eps: float) -> float:
 
 
 def read_digit(plain: Signature, weighted: Signature) -> tuple[Tensor, Tensor]:
-    """Returns (R,) the digit that each row encodes, and (R,) whether it encodes one."""
+    """Return (R,) the digit that each row encodes, and (R,) whether it encodes one."""
     at = plain.projected.abs().argmax(1, keepdim=True)
     ratio = (weighted.projected.gather(1, at) / plain.projected.gather(1, at))[:, 0]
     exponent = ratio.abs().log2().round().nan_to_num(nan=99.0, posinf=99.0, neginf=99.0)
@@ -232,7 +232,7 @@ def read_digit(plain: Signature, weighted: Signature) -> tuple[Tensor, Tensor]:
 def name_rows(
     plain: Signature, spelled: Sequence[Signature], checked: Signature, examples: int, noise: Noise | None = None
 ) -> Tensor:
-    """Returns (*lead) the example of each row, or UNREACHED or MIXED."""
+    """Return (*lead) the example of each row, or UNREACHED or MIXED."""
     names = torch.zeros(len(plain.norm), dtype=torch.long, device=plain.norm.device)
     fits = torch.ones_like(names, dtype=torch.bool)
     errors = []
@@ -270,7 +270,7 @@ def name_rows(
 
 
 def _through_noise(names: Tensor, lost: Tensor, doubtful: Tensor, examples: int) -> Tensor:
-    """Returns the rows' names when they were read through noise. If all rows are in a regular order, except ``lost`` rows and a few
+    """Return the rows' names when they were read through noise. If all rows are in a regular order, except ``lost`` rows and a few
     ``doubtful`` ones, that order determines the exceptions. Without a regular order, they stay undetermined."""
     for axis, _, inner in _candidates(names.shape, examples):
         mine = torch.arange(names.shape[axis], device=names.device) // inner % examples
@@ -281,7 +281,7 @@ def _through_noise(names: Tensor, lost: Tensor, doubtful: Tensor, examples: int)
 
 
 def layout_of(names: Tensor, examples: int) -> tuple[Layout, bool]:
-    """Returns the layout that names rows so, and whether it is the only one: with unreached rows, several may fit."""
+    """Return the layout that names rows so, and whether it is the only one: with unreached rows, several may fit."""
     if examples <= 1:
         return Layout(examples), True
     reached = names >= 0
@@ -302,7 +302,7 @@ def layout_of(names: Tensor, examples: int) -> tuple[Layout, bool]:
 
 
 def _candidates(lead: torch.Size, examples: int) -> Iterable[tuple[int, int, int]]:
-    """Returns (axis, outer, inner) of the regular layouts that fit, the usual ones first."""
+    """Return (axis, outer, inner) of the regular layouts that fit, the usual ones first."""
     found = []
     for axis, size in enumerate(lead):
         if size and size % examples == 0:
@@ -317,7 +317,7 @@ def _candidates(lead: torch.Size, examples: int) -> Iterable[tuple[int, int, int
 
 
 def shape_of(edge: GradientEdge) -> tuple[int, ...]:
-    """Returns the shape of the tensor whose gradient the edge carries."""
+    """Return the shape of the tensor whose gradient the edge carries."""
     return tuple(int(n) for n in edge.node._input_metadata[edge.output_nr].shape)
 
 
@@ -344,7 +344,7 @@ def find_cut(
     ignored: Iterable[Node] = (),
     positions: int = 0,
 ) -> Cut:
-    """Finds the tensors closest to the roots that have an example dimension and, with ``positions``, a second one of positions.
+    """Find the tensors closest to the roots that have an example dimension and, with ``positions``, a second one of positions.
 
     In ``tier`` 0 the first dimension must have the examples' number; in tier k it is the k-th dimension that has it. Edges in
     ``skip`` are passed over. ``barrier(node)`` says whether a node belongs to a use of a weight, beyond which no losses are
@@ -380,7 +380,7 @@ Hook = Callable[[tuple[Tensor | None, ...]], tuple[Tensor | None, ...] | None]
 
 @contextmanager
 def hooked(hooks: Iterable[tuple[Node, Hook]]) -> Iterator[None]:
-    """Passes the gradients of nodes' results to hooks, which may replace them."""
+    """Pass the gradients of nodes' results to hooks, which may replace them."""
     handles = [node.register_prehook(hook) for node, hook in hooks]
     try:
         yield
@@ -390,7 +390,7 @@ def hooked(hooks: Iterable[tuple[Node, Hook]]) -> Iterator[None]:
 
 
 def stopping(edges: Sequence[GradientEdge]) -> AbstractContextManager[None]:
-    """Stops backward passes at some tensors, whose gradients are still available.
+    """Stop backward passes at some tensors, whose gradients are still available.
 
     A tensor of a cut may be computed from another one, for instance if a penalty on hidden states is added to the losses. What
     reaches the second tensor through the first must not be counted for both.
@@ -417,7 +417,7 @@ class Unproved(Exception):
 def derivative(
     roots: Sequence[GradientEdge], grads: Sequence[Tensor | None], edges: Sequence[GradientEdge]
 ) -> tuple[Tensor | None, ...]:
-    """Differentiates the loss with respect to some tensors, so that it can be differentiated again. A result without a graph is
+    """Differentiate the loss with respect to some tensors, so that it can be differentiated again. A result without a graph is
     constant.
 
     Raises:
@@ -442,7 +442,7 @@ def derivative(
 
 
 def nodes_between(nodes: Iterable[Node], stop: set[Node]) -> Iterable[Node]:
-    """Yields some nodes and all nodes that they lead to, up to those in ``stop``."""
+    """Yield some nodes and all nodes that they lead to, up to those in ``stop``."""
     seen: set[Node] = set()
     stack = list(nodes)
     while stack:
@@ -457,7 +457,7 @@ def nodes_between(nodes: Iterable[Node], stop: set[Node]) -> Iterable[Node]:
 def couples(
     roots: Sequence[GradientEdge], grads: Sequence[Tensor | None], cut: Cut, examples: int, labels: Tensor | None = None
 ) -> str:
-    """Returns why the gradient at one example's part of the cut depends on another example, or an empty string.
+    """Return why the gradient at one example's part of the cut depends on another example, or an empty string.
 
     ``labels`` gives the example of each of the cut's rows, if rows are not examples; rows of none (-1) count as one more example.
 
@@ -504,7 +504,7 @@ OP = re.compile("GeneratedBackwardFor_zsl_(.*)_defaultBackward")
 
 
 def _of_gradients(roots: Sequence[GradientEdge], edges: Sequence[GradientEdge]) -> str:
-    """Returns the op of examples' gradients, such as ``zk.interference``, that computes a penalty from some tensors, or "". The
+    """Return the op of examples' gradients, such as ``zk.interference``, that computes a penalty from some tensors, or "". The
     penalty may couple any examples, and its second derivative, which would show that, does not exist."""
     ends = {e.node for e in edges}
     for node in nodes_between([e.node for e in roots], ends):
@@ -522,7 +522,7 @@ def _dtype(edge: GradientEdge) -> torch.dtype:
 
 
 def reached_leaves(nodes: Iterable[Node], gathered: bool = True) -> set[int]:
-    """Returns the ids of the leaf tensors that some nodes lead to. With ``gathered=False``, paths through observed uses of weights
+    """Return the ids of the leaf tensors that some nodes lead to. With ``gathered=False``, paths through observed uses of weights
     do not count."""
     found: set[int] = set()
     seen: set[Node] = set()

@@ -218,7 +218,7 @@ class Capture(TorchFunctionMode):
         return not self._depth and self.open and threading.get_ident() != self._thread
 
     def release(self) -> None:
-        """Breaks reference cycles."""
+        """Break reference cycles."""
         for t in self.parameters:
             t.release()
         for proof in self.proofs:
@@ -253,13 +253,13 @@ class Capture(TorchFunctionMode):
         return self._depth > 1
 
     def unbatched(self) -> AbstractContextManager[Any]:
-        """Returns the context in which a backward pass's results are computed."""
+        """Return the context in which a backward pass's results are computed."""
         return nullcontext() if self.current is None else self.current.unbatched()
 
     # The context that rules use --------------------------------------------------------------------------------------------------
 
     def ref(self, x: Any) -> Ref | None:
-        """Returns a reference to the weight that ``x`` is or is a view of, or None."""
+        """Return a reference to the weight that ``x`` is or is a view of, or None."""
         if x is None or not isinstance(x, Tensor) or not x.requires_grad:
             return None
         source = self.sources.get(id(x))
@@ -281,13 +281,13 @@ class Capture(TorchFunctionMode):
         self.signatures[site] = Signature.of(rows)
 
     def forget(self, x: Tensor) -> None:
-        """Stops treating a tensor computed from weights only as a weight, because it is a term of the loss."""
+        """Stop treating a tensor computed from weights only as a weight, because it is a term of the loss."""
         if isinstance(self.sources.get(id(x)), DerivedWeight):
             del self.sources[id(x)]
 
     @contextmanager
     def watching(self) -> Iterator[None]:
-        """Turns the mode on again: it is off while it handles a call."""
+        """Turn the mode on again: it is off while it handles a call."""
         with self:
             yield
 
@@ -318,7 +318,7 @@ class Capture(TorchFunctionMode):
         return False
 
     def _follow(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
-        """Notes results that do not depend on data."""
+        """Note results that do not depend on data."""
         assert self._constants is not None
         if getattr(func, "__name__", "") in _ACCESSORS and func not in _VIEWS:
             return
@@ -344,7 +344,7 @@ class Capture(TorchFunctionMode):
         return not x.requires_grad and (x.ndim == 0 or (self._constants is not None and self._constants.get(x) is True))
 
     def _weights(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Handles a call that has weights among its operands."""
+        """Handle a call that has weights among its operands."""
         if (known := self._as_before(func, args, kwargs)) is not None:
             return known[0]
         name = getattr(func, "__name__", str(func))
@@ -396,7 +396,7 @@ class Capture(TorchFunctionMode):
         return self._use(func, args, kwargs, refs, tensors)
 
     def _as_before(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any] | None:
-        """Returns the result, in a tuple, of a call that repeats the call at its position in the last pass; None for a new call."""
+        """Return the result, in a tuple, of a call that repeats the call at its position in the last pass; None for a new call."""
         if self._depth or self._constants is not None:
             return None
         if self._over:
@@ -429,7 +429,7 @@ class Capture(TorchFunctionMode):
         return (result,)
 
     def begin(self) -> Site:
-        """Opens the site of the known call that runs next."""
+        """Open the site of the known call that runs next."""
         call = self.structures.calls[len(self.keys)]
         assert call.short is not None
         return call.short.begin(self, call)
@@ -448,7 +448,7 @@ class Capture(TorchFunctionMode):
         return known
 
     def _unknown(self, func: Any, refs: list[Ref], tensors: list[Tensor]) -> Any:
-        """Returns keys of the call if it is unknown whether its other operands depend on data, and else None."""
+        """Return keys of the call if it is unknown whether its other operands depend on data, and else None."""
         others = [x for x in tensors if self.ref(x) is None]
         if self._constants is None or any(x.requires_grad or x in self._constants for x in others):
             return None
@@ -457,7 +457,7 @@ class Capture(TorchFunctionMode):
         return (len(self.keys) - 1, func, ids), (func, ids, shapes)
 
     def _use(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], refs: list[Ref], tensors: list[Tensor]) -> Any:
-        """Handles a use of a weight with activations, by the rule of its operation."""
+        """Handle a use of a weight with activations, by the rule of its operation."""
         name = getattr(func, "__name__", str(func))
         before = len(self.sites)
         reason = f"used by {name}, which no rule covers"
@@ -501,7 +501,7 @@ class Capture(TorchFunctionMode):
         return func(*args, **kwargs)
 
     def differentiate_whole(self, t: ParameterProbe, reason: str) -> None:
-        """Covers a weight by differentiating the whole loss for each example, as a last resort."""
+        """Cover a weight by differentiating the whole loss for each example, as a last resort."""
         if self.shards is not None:
             t.refuse(f"{reason}; with sharded weights, the probe does not differentiate the whole loss again for each example")
         elif self.inseparable:
@@ -522,7 +522,7 @@ class Capture(TorchFunctionMode):
     # Tensors computed from parameters only ---------------------------------------------------------------------------------------
 
     def _derive(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], refs: list[Ref], result: Any) -> None:
-        """Registers a tensor computed from parameters only, so that its uses count as the parameters' uses."""
+        """Register a tensor computed from parameters only, so that its uses count as the parameters' uses."""
         for out in again.leaves(result):
             if not isinstance(out, Tensor) or self.ref(out) is not None:
                 continue
@@ -550,7 +550,7 @@ class Capture(TorchFunctionMode):
     # Compiled code -------------------------------------------------------------------------------------------------------------
 
     def enter_traced(self, stamp: int, kind: str, tensors: Sequence[Tensor | None]) -> None:
-        """Registers a use that runs in compiled code."""
+        """Register a use that runs in compiled code."""
         if not self._watching or self._depth:
             return
         if self._over:
@@ -588,7 +588,7 @@ class Capture(TorchFunctionMode):
                 site.alone |= 1 << k
 
     def _add_traced(self, stamp: int, tensors: Sequence[Tensor | None]) -> None:
-        """Registers a sum of rows and a tensor that is the same for all examples: the rows of the only position table, if any."""
+        """Register a sum of rows and a tensor that is the same for all examples: the rows of the only position table, if any."""
         if len(self._tables) == 1:
             x, same = (y.shape for y in tensors if y is not None)
             (derived,) = self._tables
@@ -599,12 +599,12 @@ class Capture(TorchFunctionMode):
             self.traced += 1
 
     def refuse_traced(self, weight: Tensor) -> None:
-        """Refuses a weight because of an unknown use in compiled code."""
+        """Refuse a weight because of an unknown use in compiled code."""
         if (t := self._by_memory.get(_memory(weight))) is not None:
             t.refuse(compiled.UNKNOWN)
 
     def leave_traced(self, stamp: int, grad: Tensor, saved: Sequence[Tensor], wanted: Sequence[bool]) -> Sequence[Tensor | None]:
-        """Returns the gradients of a use's weight and bias, if they are measured."""
+        """Return the gradients of a use's weight and bias, if they are measured."""
         if stamp not in self._stamps or self.phase is not Phase.MEASURING:
             return None, None
         site, kind = self._stamps[stamp]
@@ -627,7 +627,7 @@ class Capture(TorchFunctionMode):
     # Backward --------------------------------------------------------------------------------------------------------------------
 
     def _run_backward(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Runs the engine with the mode on, so that uses that a checkpoint recomputes are observed again.
+        """Run the engine with the mode on, so that uses that a checkpoint recomputes are observed again.
 
         These functions would pass tensors to the mode first, and a mode is off while it handles a call. They do not do this with
         graph edges.
@@ -694,7 +694,7 @@ class Capture(TorchFunctionMode):
             self.phase, self.current = before
 
     def _prepare(self, roots: list[GradientEdge], grads: list[Tensor | None]) -> Proof | None:
-        """Returns what is known about the graph of a backward pass; None if it leads to no use of a weight."""
+        """Return what is known about the graph of a backward pass; None if it leads to no use of a weight."""
         if self._depth:
             return self.prover.nested(self, roots, grads) if self.phase is Phase.MEASURING else None
         if not self.sites and not self.whole:
@@ -712,7 +712,7 @@ class Capture(TorchFunctionMode):
         return proof
 
     def _differentiable(self, roots: list[GradientEdge]) -> AbstractContextManager[None]:
-        """Allows differentiating the step again: gathers sharded weights, on all ranks if one needs it."""
+        """Allow differentiating the step again: gather sharded weights, on all ranks if one needs it."""
         if self.shards is None or not self.shards.any(self.prover.differentiates(self, roots)):
             return nullcontext()
         return self.shards.gathered()
@@ -720,7 +720,7 @@ class Capture(TorchFunctionMode):
     def extra_backward(
         self, outputs: Sequence[GradientEdge], inputs: Sequence[Any], grads: Sequence[Tensor | None], phase: Phase
     ) -> tuple[Tensor | None, ...]:
-        """Runs ``torch.autograd.grad`` without side effects: it accumulates nothing and runs no user hooks."""
+        """Run ``torch.autograd.grad`` without side effects: it accumulates nothing and runs no user hooks."""
         quiet = ddp.unnoticed(self.structures.ddps) if self.copies else nullcontext()
         with self.silenced(phase), quiet, repeatable(outputs) if phase is Phase.NAMING else nullcontext():
             return self._run(
@@ -734,7 +734,7 @@ class Capture(TorchFunctionMode):
 
     @contextmanager
     def silenced(self, phase: Phase) -> Iterator[None]:
-        """Disables users' hooks."""
+        """Disable users' hooks."""
         state = self.state
         before, self.extra, phase_before, once = self.extra, True, self.phase, (state.at_once, state.forward)
         self.phase, state.at_once, state.forward = phase, False, False
@@ -756,7 +756,7 @@ class Capture(TorchFunctionMode):
                 x.grad = grad
 
     def _find_whole(self, proof: Proof) -> None:
-        """Computes the gradients of weights that need it by one backward pass of the whole loss per example."""
+        """Compute the gradients of weights that need it by one backward pass of the whole loss per example."""
         wanted = [t for t in self.whole if not t.problem]
         if not wanted or self._depth:
             return
@@ -785,7 +785,7 @@ class Capture(TorchFunctionMode):
                 t.defer()
 
     def _measure_apart(self, proof: Proof) -> None:
-        """Measures the examples' own losses in a separate backward pass."""
+        """Measure the examples' own losses in a separate backward pass."""
         assert proof.cut is not None
         inputs = [t.parameter for t in self.parameters]
         self.current = proof.of
@@ -805,7 +805,7 @@ class Capture(TorchFunctionMode):
 
     @contextmanager
     def _own_hooks(self) -> Iterator[None]:
-        """Runs the probe's hooks on parameters and disables all others."""
+        """Run the probe's hooks on parameters and disable all others."""
         self.extra = True
         hooks = [(h, dict(h)) for t in self.parameters if (h := t.parameter._backward_hooks)]
         for h, saved in hooks:
@@ -841,7 +841,7 @@ class Capture(TorchFunctionMode):
         self._over, self.state.forward = True, False
 
     def add_up(self) -> None:
-        """Computes the sums over coordinates of what was measured."""
+        """Compute the sums over coordinates of what was measured."""
         if self.shards is not None:
             return  # computed for all ranks at the end of the block
         add_up((t.results, t.direction) for t in self.parameters if t.results is not None)
@@ -868,7 +868,7 @@ class Capture(TorchFunctionMode):
         return self.open and not self.extra and not self.elsewhere
 
     def declare(self, x: Tensor, packed: Packed, argument: str) -> None:
-        """Registers which example each row of the next forward pass belongs to."""
+        """Register which example each row of the next forward pass belongs to."""
         if not self._watching or self._depth or not torch.is_grad_enabled():
             return
         if self._over:
@@ -877,7 +877,7 @@ class Capture(TorchFunctionMode):
         self.prover.declare(x, packed, argument)
 
     def before_model(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Learns N from the model's inputs."""
+        """Learn N from the model's inputs."""
         if not self._watching or self._depth or not torch.is_grad_enabled():
             return
         if torch._C._functorch.maybe_current_level() is not None:
@@ -901,7 +901,7 @@ class Capture(TorchFunctionMode):
             self.prover.look(kwargs)
 
     def _loss(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Handles a loss function, which shows the rows that it reduces."""
+        """Handle a loss function, which shows the rows that it reduces."""
         touches = torch.is_grad_enabled() and (self._touches(args) or self._touches(kwargs.values()))
         result = self._weights(func, args, kwargs) if touches else func(*args, **kwargs)
         if isinstance(result, Tensor) and result.grad_fn is not None and not self._depth:
@@ -914,7 +914,7 @@ class Capture(TorchFunctionMode):
         return result
 
     def _register_hook(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Wraps a user's hook, so that it does not see the probe's own backward passes."""
+        """Wrap a user's hook, so that it does not see the probe's own backward passes."""
         x, *rest = args
         if x.is_leaf or not rest:
             return func(*args, **kwargs)
@@ -942,7 +942,7 @@ class Capture(TorchFunctionMode):
 def example_ids(
     x: Tensor, ids: Tensor | None = None, *, cu_seqlens: Tensor | None = None, position_ids: Tensor | None = None
 ) -> Tensor:
-    """Tells an open probe which example each row of ``x`` belongs to, and returns ``x``. Without an open probe it only returns
+    """Tell an open probe which example each row of ``x`` belongs to, and return ``x``. Without an open probe it only returns
     ``x``.
 
     Use it for sequences that are packed one after another. ``x`` is a tensor of token ids, or of activations whose rows are the
@@ -970,7 +970,7 @@ def example_ids(
 
 
 def auxiliary(loss: Tensor) -> Tensor:
-    """Tells an open probe that ``loss`` belongs to no example, such as a router's balance loss, and returns it.
+    """Tell an open probe that ``loss`` belongs to no example, such as a router's balance loss, and return it.
 
     The probe then measures the examples' own losses in a separate backward pass; ``.grad`` is still that of the whole loss. Call it
     before ``backward()``, with the term that is in the graph: ``zerosum.auxiliary(out.aux_loss); out.loss.backward()``.
@@ -1034,7 +1034,7 @@ class _Hook(NotCopied):
 
 @contextmanager
 def _seen_applying(function: type[torch.autograd.Function], replacement: Any) -> Iterator[None]:
-    """Lets the mode see calls of an autograd.Function's ``apply``, for a rule of the user's."""
+    """Let the mode see calls of an autograd.Function's ``apply``, for a rule of the user's."""
     plain = function.apply
 
     def apply(*args: Any, **kwargs: Any) -> Any:

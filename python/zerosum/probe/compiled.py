@@ -90,7 +90,7 @@ class CompiledSteps:
         self.barred = self.barred or reason
 
     def look(self, inputs: Sequence[Tensor]) -> None:
-        """Determines whether the model is compiled, in a call that is not."""
+        """Determine whether the model is compiled, in a call that is not."""
         if self.barred or "torch._dynamo" not in sys.modules:
             return
         self.seen = self.seen or in_compiled_code()
@@ -98,7 +98,7 @@ class CompiledSteps:
             self.bar("a dimension of its input was marked as dynamic")
 
     def mode_for(self, capture: Capture) -> Traced | None:
-        """Returns the mode of a block whose steps may stay compiled; None if there are no such steps."""
+        """Return the mode of a block whose steps may stay compiled; None if there are no such steps."""
         if self.barred or "torch._dynamo" not in sys.modules:
             return None
         self.seen = self.seen or any(_is_compiled(module) for module in capture.modules)
@@ -118,7 +118,7 @@ class CompiledSteps:
         return self._mode
 
     def _renew(self, capture: Capture) -> None:
-        """Forgets all steps if the trainable parameters have changed."""
+        """Forget all steps if the trainable parameters have changed."""
         parameters = tuple(id(t.parameter) for t in capture.parameters)
         if parameters != self._parameters:
             self._steps.clear()
@@ -132,7 +132,7 @@ class CompiledSteps:
         return self._calm and any(not step.met and self._block - step.block <= SHAPES for step in self._steps.values())
 
     def learn(self, capture: Capture, stored: Stored, roots: Sequence[GradientEdge]) -> None:
-        """Stores a step that has just run uncompiled, if it may stay compiled from now on."""
+        """Store a step that has just run uncompiled, if it may stay compiled from now on."""
         if self.barred or not self.seen:
             return
         self._renew(capture)
@@ -165,7 +165,7 @@ class CompiledSteps:
             self._steps[key] = Step(stored, order, ends_at, capture.model.training, self._block)
 
     def find(self, capture: Capture, roots: Sequence[GradientEdge]) -> Step | None:
-        """Returns the step whose forward pass ran compiled, and puts its uses into the order in which they were proved."""
+        """Return the step whose forward pass ran compiled, and put its uses into the order in which they were proved."""
         key, order = self._key(capture, roots)
         step = None if key is None else self._steps.get(key)
         if step is None or capture.auxiliary or capture.prover.declared is not None:
@@ -179,7 +179,7 @@ class CompiledSteps:
         return step
 
     def _key(self, capture: Capture, roots: Sequence[GradientEdge]) -> tuple[Any, list[int]]:
-        """Returns what identifies a step, and its uses in an order that does not depend on the compiler."""
+        """Return what identifies a step, and its uses in an order that does not depend on the compiler."""
         known = {id(t): k for k, t in enumerate(capture.parameters)}
         names = {t.name: k for k, t in enumerate(capture.parameters)}
         entries: list[tuple[tuple[int, int], Any, int]] = []
@@ -215,7 +215,7 @@ class CompiledSteps:
         return (uses, ends, losses, capture.model.training), [place for _, _, place in entries if place >= 0]
 
     def miss(self, roots: Sequence[GradientEdge]) -> None:
-        """Notes a compiled step that was unknown."""
+        """Note a compiled step that was unknown."""
         self._missed += 1
         self._rest = REST
         if any(edge.node.name() == COMPILED for edge in roots):
@@ -284,7 +284,7 @@ class ModelHook(NotCopied):
 
 
 def traced(mode: Traced, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Runs a call in code that is compiled. A known function on whole weights becomes an op. Any other call runs unchanged, with an
+    """Run a call in code that is compiled. A known function on whole weights becomes an op. Any other call runs unchanged, with an
     op that reports each weight among its operands. (A compiler traces this function, so keep it simple.)"""
     if not torch.is_grad_enabled():
         return func(*args, **kwargs)
@@ -297,7 +297,7 @@ def traced(mode: Traced, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any
 
 
 def _used(token: Tensor, kind: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
-    """Returns the result of the op that replaces a call; None unless it is a known function of whole weights and rows."""
+    """Return the result of the op that replaces a call; None unless it is a known function of whole weights and rows."""
     x: Any
     weight: Any
     bias: Any
@@ -352,7 +352,7 @@ def _is_shared(same: Tensor, x: Tensor) -> bool:
 
 
 def _lowered(x: Tensor) -> Tensor:
-    """Returns the rows of a product, as they are under autocast."""
+    """Return the rows of a product, as they are under autocast."""
     kind = x.device.type
     lowers = torch.is_autocast_enabled(kind) and x.dtype != torch.float64
     return x.to(torch.get_autocast_dtype(kind)) if lowers else x
@@ -363,7 +363,7 @@ def _is_weight(x: Any) -> bool:
 
 
 def _told(token: Tensor, x: Any) -> Any:
-    """Returns an operand, with an op that reports it if it is a weight."""
+    """Return an operand, with an op that reports it if it is a weight."""
     if isinstance(x, nn.Parameter):
         return torch.ops.zsl.use_unknown.default(x, token) if x.requires_grad else x
     if type(x) is tuple:
@@ -374,7 +374,7 @@ def _told(token: Tensor, x: Any) -> Any:
 
 
 def _use_of(key: Any) -> Any:
-    """Returns the capture's key of a use, whatever name it was called by; None if it would not stay in compiled code."""
+    """Return the capture's key of a use, whatever name it was called by; None if it would not stay in compiled code."""
     function, shapes, dtype, autocast, alone, *_ = key
     kind = KINDS.get(function)
     if kind is None or (autocast is not None and kind in ("scale", "add")):
@@ -421,7 +421,7 @@ def _default_compiler() -> bool:
 
 
 def _run_as_written(function: Any) -> None:
-    """Keeps a compiler from compiling a function that its own code calls, and all that this calls. It may still trace it."""
+    """Keep a compiler from compiling a function that its own code calls, and all that this calls. It may still trace it."""
     frames = sys.modules["torch._dynamo"].eval_frame
     whole = frames.FrameExecStrategy(frames.FrameAction.SKIP, frames.FrameAction.SKIP)
     frames.set_code_exec_strategy(function.__code__, whole)

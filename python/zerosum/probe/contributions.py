@@ -34,7 +34,7 @@ class Piece(NamedTuple):
         return cls(tuple(x.size()), tuple(x.stride()), int(x.storage_offset()))
 
     def view(self, x: Tensor, base: Piece) -> Tensor:
-        """Returns this piece of ``x``, a dense tensor with the layout of the whole weight ``base``."""
+        """Return this piece of ``x``, a dense tensor with the layout of the whole weight ``base``."""
         return x.as_strided(self.size, self.stride, x.storage_offset() + self.offset - base.offset)
 
     @property
@@ -81,7 +81,7 @@ class OuterProduct:
         return OuterProduct(self.right, self.left, self.ids)
 
     def flat(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Returns the rows with the example of each."""
+        """Return the rows with the example of each."""
         if self.ids is not None:
             return self.left, self.right, self.ids
         E, T = self.left.shape[:2]
@@ -108,7 +108,7 @@ class OuterProduct:
         )
 
     def picked(self, examples: Tensor) -> OuterProduct:
-        """Returns the contribution of some examples, in this order."""
+        """Return the contribution of some examples, in this order."""
         if self.ids is None:
             return OuterProduct(self.left[examples], self.right[examples])
         which, ids = (self.ids[:, None] == examples).nonzero(as_tuple=True)
@@ -247,7 +247,7 @@ class Sums:
     padded: bool = field(default=False, init=False)
 
     def spread(self, x: Tensor, shape: torch.Size) -> Tensor:
-        """Expands one of the sums to all rows of a weight of this shape."""
+        """Expand one of the sums to all rows of a weight of this shape."""
         if self.rows is None:
             return x
         if self.padded:
@@ -255,7 +255,7 @@ class Sums:
         return x.new_zeros(shape).index_copy_(0, self.rows, x)
 
     def at_rows(self, x: Tensor) -> Tensor:
-        """Returns the rows of a weight-shaped tensor that the sums have, with zeros for rows of -1."""
+        """Return the rows of a weight-shaped tensor that the sums have, with zeros for rows of -1."""
         if self.rows is None:
             return x
         if not self.padded:
@@ -308,15 +308,15 @@ class Contributions:
         return max((torch.finfo(dtype_of(use)).eps for uses in self.of_piece.values() for use in uses), default=0.0)
 
     def scaled(self, by: Tensor) -> Contributions:
-        """Returns them with every example's gradient multiplied by its factor."""
+        """Return them with every example's gradient multiplied by its factor."""
         return Contributions(self.base, {piece: [use.scaled(by) for use in uses] for piece, uses in self.of_piece.items()})
 
     def picked(self, examples: Tensor) -> Contributions:
-        """Returns the contributions of some examples, in this order."""
+        """Return the contributions of some examples, in this order."""
         return Contributions(self.base, {piece: [use.picked(examples) for use in uses] for piece, uses in self.of_piece.items()})
 
     def tensors(self) -> list[Tensor]:
-        """Returns the tensors that the uses hold."""
+        """Return the tensors that the uses hold."""
         return [x for uses in self.of_piece.values() for use in uses for x in vars(use).values() if isinstance(x, Tensor)]
 
     def extend(self, other: Contributions) -> None:
@@ -324,7 +324,7 @@ class Contributions:
             self.of_piece.setdefault(piece, []).extend(uses)
 
     def grad_sum(self, like: Tensor) -> Tensor:
-        """Returns Σ_i g_i only, in the shape and dtype of the weight ``like``."""
+        """Return Σ_i g_i only, in the shape and dtype of the weight ``like``."""
         total = _zeros(like, self.base, sum_dtype(like.dtype))
         for piece, uses in self.of_piece.items():
             for use in uses:
@@ -332,7 +332,7 @@ class Contributions:
         return total.to(like.dtype)
 
     def materialize(self, examples: int, like: Tensor) -> Tensor:
-        """Returns the (E, *weight) gradients."""
+        """Return the (E, *weight) gradients."""
         dtype, extent = sum_dtype(like.dtype), self.base.extent
         total = torch.zeros(examples, extent, dtype=dtype, device=like.device)
         for piece, uses in self.of_piece.items():
@@ -342,7 +342,7 @@ class Contributions:
         return total.as_strided((examples, *self.base.size), (extent, *self.base.stride))
 
     def combine(self, like: Tensor, asked: Request) -> Sums:
-        """Computes every requested field of the sum over the uses."""
+        """Compute every requested field of the sum over the uses."""
         if asked.scale is not None:
             self.of_piece = self.scaled(asked.scale).of_piece
         if len(self.of_piece) == 1:
@@ -374,13 +374,13 @@ class Contributions:
 
 
 def _squeezed(piece: Piece) -> Piece:
-    """Returns the piece without its dimensions of size 1."""
+    """Return the piece without its dimensions of size 1."""
     kept = [d for d, n in enumerate(piece.size) if n != 1]
     return Piece(tuple(piece.size[d] for d in kept), tuple(piece.stride[d] for d in kept), piece.offset)
 
 
 def _zeros(like: Tensor, base: Piece, dtype: torch.dtype) -> Tensor:
-    """Returns zeros with the weight's memory layout, so that pieces of the weight apply to them."""
+    """Return zeros with the weight's memory layout, so that pieces of the weight apply to them."""
     return torch.empty_strided(base.size, base.stride, dtype=dtype, device=like.device).zero_()
 
 
@@ -422,7 +422,7 @@ def _combine_piece(piece: Piece, uses: list[Contribution], asked: Request, direc
 
 
 def dtype_of(use: Contribution) -> torch.dtype:
-    """Returns the dtype in which the use's part of the gradient was computed."""
+    """Return the dtype in which the use's part of the gradient was computed."""
     if isinstance(use, OuterProduct):
         return use.left.dtype
     if isinstance(use, RowGather):
@@ -500,7 +500,7 @@ def _lookups(lookup: RowGather, asked: Request, direction: Tensor | None) -> Sum
 
 
 def most_rows(lookup: RowGather) -> int | None:
-    """Returns the number of rows for a lookup's sums, an upper bound on a device so that nothing waits for a count of the touched
+    """Return the number of rows for a lookup's sums, an upper bound on a device so that nothing waits for a count of the touched
     rows. On the CPU, counting costs nothing."""
     return None if lookup.e.device.type == "cpu" else min(lookup.num_rows, lookup.rows.numel())
 
@@ -515,7 +515,7 @@ def _dense(use: Dense, asked: Request, direction: Tensor | None) -> Sums:
 
 
 def _head(use: StreamedHead, lookup: RowGather | None, asked: Request, direction: Tensor | None) -> Sums:
-    """Yields the head's chunks of the vocabulary, each with the embedding's rows in its range."""
+    """Yield the head's chunks of the vocabulary, each with the embedding's rows in its range."""
     sums = HeadSums(use.h, use.weight.shape[0], direction, asked.gram)
     embedding = None
     if lookup is not None:
@@ -526,7 +526,7 @@ def _head(use: StreamedHead, lookup: RowGather | None, asked: Request, direction
 
 
 def densified(sums: Sums, num_rows: int) -> Sums:
-    """Expands sums over touched rows to sums over all rows."""
+    """Expand sums over touched rows to sums over all rows."""
     if sums.rows is None:
         return sums
     full = [sums.spread(x, torch.Size((num_rows, *x.shape[1:]))) for x in (sums.grad_sum, sums.abs_sum, sums.sq_sum)]

@@ -18,7 +18,7 @@ from zerosum.probe.rules.site import Phase, RuleContext
 def derive(
     context: RuleContext, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], refs: list[Ref], out: Tensor
 ) -> DerivedWeight:
-    """Treats the result of a call that depends on weights only as a weight."""
+    """Treat the result of a call that depends on weights only as a weight."""
     parents = list(dict.fromkeys(t for ref in refs for t in ref.source.parameters))
     derived = DerivedWeight(context, out, parents)
     if func is F.embedding and embedding.plain(args, kwargs):
@@ -30,7 +30,7 @@ def derive(
 
 
 def derive_lookup(context: RuleContext, ids: Tensor, weight: Ref) -> DerivedWeight:
-    """Treats rows of a table, at indices that are the same for all examples, as a weight without computing the tensor."""
+    """Treat rows of a table, at indices that are the same for all examples, as a weight without computing the tensor."""
     like = weight.source.tensor
     out = torch.empty(*ids.shape, like.shape[1], dtype=like.dtype, device="meta", requires_grad=True)
     derived = DerivedWeight(context, out, weight.source.parameters)
@@ -39,7 +39,7 @@ def derive_lookup(context: RuleContext, ids: Tensor, weight: Ref) -> DerivedWeig
 
 
 def _lookup(context: RuleContext, ids: Tensor, weight: Ref) -> Pullback:
-    """Returns the pullback for rows of a table at indices that are the same for all examples."""
+    """Return the pullback for rows of a table at indices that are the same for all examples."""
     K = weight.piece.size[1]
     parent = weight.source
     for t in parent.parameters:
@@ -67,7 +67,7 @@ def _lookup(context: RuleContext, ids: Tensor, weight: Ref) -> Pullback:
 
 
 def _any(context: RuleContext, sources: list[GradSource], out: Tensor) -> Pullback:
-    """Returns the pullback for any other function: its vector-Jacobian product with each example's gradient, back to the
+    """Return the pullback for any other function: its vector-Jacobian product with each example's gradient, back to the
     sources."""
     edge, value = get_gradient_edge(out), torch.empty_strided(out.size(), out.stride(), dtype=out.dtype, device="meta")
     device = out.device

@@ -50,7 +50,7 @@ class Layout:
         return self.ids is None and self.axis == 0 and self.outer == 1 and self.place == 1
 
     def first(self, x: Tensor) -> Tensor:
-        """Moves the sequences to the front: (sequences, …), or (sequences, positions, …) if positions are the examples."""
+        """Move the sequences to the front: (sequences, …), or (sequences, positions, …) if positions are the examples."""
         if self.outer != 1 or self.inner != 1:
             x = x.unflatten(self.axis, (self.outer, self.sequences, self.inner)).movedim(self.axis + 1, 0)
         elif self.axis:
@@ -58,7 +58,7 @@ class Layout:
         return x.movedim(self.place, 1) if self.place != 1 else x
 
     def rows(self, x: Tensor) -> Tensor:
-        """Reshapes ``(*lead, F)`` to (E, T, F), or to (P, F) with :attr:`ids`."""
+        """Reshape ``(*lead, F)`` to (E, T, F), or to (P, F) with :attr:`ids`."""
         if self.ids is not None:
             return x.reshape(-1, x.shape[-1])
         if not self.plain:
@@ -66,11 +66,11 @@ class Layout:
         return x.reshape(self.examples, x.shape[:-1].numel() // max(self.examples, 1), x.shape[-1])
 
     def ragged(self, device: torch.device) -> dict[str, Any]:
-        """Returns the arguments that tell an op of ``zsl_kernels`` the example of each row, for irregular rows."""
+        """Return the arguments that tell an op of ``zsl_kernels`` the example of each row, for irregular rows."""
         return {} if self.ids is None else {"example_ids": self.ids, "num_examples": self.examples}
 
     def all_ids(self, lead: torch.Size, device: torch.device) -> Tensor:
-        """Returns the example of every row, (prod(lead),)."""
+        """Return the example of every row, (prod(lead),)."""
         if self.ids is not None:
             return self.ids
         if self.examples <= 1:
@@ -85,7 +85,7 @@ class Layout:
         return torch.empty_like(number).view(-1).index_put_((ordered.reshape(-1),), mine.reshape(-1))
 
     def slice(self, x: Tensor, mine: slice) -> tuple[Tensor, Tensor | None]:
-        """Returns some rows of ``x`` (P, F), and the example of each."""
+        """Return some rows of ``x`` (P, F), and the example of each."""
         return x[mine], self.all_ids(x.shape[:-1], x.device)[mine]
 
     def is_diagonal(self, shape: torch.Size, ndim: int) -> bool:
@@ -94,7 +94,7 @@ class Layout:
         return regular and len(shape) == ndim > 0 and shape[0] == self.examples > 1
 
     def per_example(self, g: Tensor, shape: torch.Size) -> Tensor:
-        """Returns (E, *shape): the gradient ``g`` of a weight that was broadcast from ``shape``, by example."""
+        """Return (E, *shape): the gradient ``g`` of a weight that was broadcast from ``shape``, by example."""
         lead = (1,) * (g.ndim - len(shape)) + tuple(shape)
         if self.examples > 1 and self.ids is None and not self.positions and lead[self.axis] == 1:
             parts = g.unflatten(self.axis, (self.outer, self.sequences, self.inner)).movedim(self.axis + 1, 0)

@@ -29,7 +29,7 @@ class Loss:
         )
 
     def scale(self, examples: int) -> float:
-        """Returns the scale with g_i = scale · the gradient of what was differentiated, apart from :meth:`scales`."""
+        """Return the scale with g_i = scale · the gradient of what was differentiated, apart from :meth:`scales`."""
         d = self.reduction
         if isinstance(d, str):
             return (examples if d == "mean" else 1) / self.factor
@@ -38,14 +38,14 @@ class Loss:
         return d / self.factor
 
     def scales(self, first: int, examples: int) -> Tensor | None:
-        """Returns the denominators of these examples, if they differ."""
+        """Return the denominators of these examples, if they differ."""
         d = self.uneven
         if d is not None and first + examples > len(d):
             self.check(first + examples)
         return None if d is None else d[first : first + examples]
 
     def check(self, examples: int) -> None:
-        """Raises an error unless there is one denominator for each example."""
+        """Raise an error unless there is one denominator for each example."""
         d = self.reduction
         if isinstance(d, Tensor) and d.ndim and len(d) != examples:
             raise ValueError(
@@ -54,14 +54,14 @@ class Loss:
 
 
 def check_shape(argument: str, value: Any, like: Tensor) -> None:
-    """Raises an error unless ``value`` is a tensor of the shape of ``like``."""
+    """Raise an error unless ``value`` is a tensor of the shape of ``like``."""
     if not isinstance(value, Tensor) or value.shape != like.shape:
         got = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
         raise ValueError(f"{argument}: expected a tensor of shape {tuple(like.shape)}, got {got}")
 
 
 def check_loss_reduction(d: Any) -> None:
-    """Raises an error unless ``d`` is a valid reduction."""
+    """Raise an error unless ``d`` is a valid reduction."""
     if isinstance(d, str):
         if d in ("auto", "sum", "mean"):
             return

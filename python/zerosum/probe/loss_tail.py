@@ -78,11 +78,11 @@ class LossCall:
         return cls(func.__name__, result.grad_fn, reduction, result.shape, targets, classes, distributions, ignore, weight)
 
     def valid(self) -> Tensor | None:
-        """Returns which rows count, in the targets' shape; None for all rows."""
+        """Return which rows count, in the targets' shape; None for all rows."""
         return self.targets != self.ignore_index if self.classes else None
 
     def rows(self, grad: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Returns Σ_r c_r, given the gradient at the result, and which rows count."""
+        """Return Σ_r c_r, given the gradient at the result, and which rows count."""
         grad = grad.detach().double()
         valid = self.valid()
         size = self._sizes(valid)
@@ -102,7 +102,7 @@ class LossCall:
         return self.targets.numel() // max(classes, 1)
 
     def _sizes(self, valid: Tensor | None) -> Tensor | None:
-        """Returns the rows' own weights in the loss, 0 for rows that do not count."""
+        """Return the rows' own weights in the loss, 0 for rows that do not count."""
         if valid is None:
             return None
         if self.weight is None or self.weight.ndim != 1:
@@ -127,7 +127,7 @@ COMPILED = "CompiledFunctionBackward"  # torch's node for compiled code
 
 
 def follow_path(roots: Sequence[GradientEdge], path: tuple[int, ...], names: tuple[str, ...]) -> GradientEdge | None:
-    """Returns the edge at the end of a path, if the graph has the same nodes along it. (The last may be a compiled model's
+    """Return the edge at the end of a path, if the graph has the same nodes along it. (The last may be a compiled model's
     node.)"""
     if path[0] >= len(roots):
         return None
@@ -163,7 +163,7 @@ class TailReader:
         self._at_cut: dict[int, Tensor] = {}
 
     def reading(self) -> AbstractContextManager[None]:
-        """Returns the context in which the backward pass must run."""
+        """Return the context in which the backward pass must run."""
 
         def keep(found: dict[int, Tensor], k: int, number: int, grads: tuple[Tensor | None, ...]) -> None:
             if (g := grads[number]) is not None:
@@ -174,12 +174,12 @@ class TailReader:
         return hooked((edge.node, partial(keep, found, k, edge.output_nr)) for found, k, edge in (*terms, *cut))
 
     def take(self, gradients: Sequence[Tensor | None], at_cut: Sequence[Tensor | None] = ()) -> None:
-        """Sets the gradients, if they are already known."""
+        """Set the gradients, if they are already known."""
         self._found = {k: g for k, g in enumerate(gradients) if g is not None}
         self._at_cut = {k: g for k, g in enumerate(at_cut) if g is not None}
 
     def factors(self, rows_per_example: int = 1) -> tuple[Tensor, Tensor] | None:
-        """Returns the number of examples with losses and Σ c over all rows, on the device, without waiting for it."""
+        """Return the number of examples with losses and Σ c over all rows, on the device, without waiting for it."""
         total: Tensor | None = None
         active: Tensor | None = None
         for k, (term, _, call) in enumerate(self._terms):
@@ -201,7 +201,7 @@ class TailReader:
         return active.sum().double() * rows_per_example, total
 
     def _with_gradients(self) -> Tensor | None:
-        """Returns which examples have nonzero gradients at the cut."""
+        """Return which examples have nonzero gradients at the cut."""
         parts = [self._of_gradient(g, self.cut[k][1]) for k, g in self._at_cut.items()]
         return torch.stack(parts).any(0) if parts else None
 
@@ -225,7 +225,7 @@ class TailReader:
         return self._by_example(rows)
 
     def uniform(self) -> float | None:
-        """Returns 1/c if every row has the same c."""
+        """Return 1/c if every row has the same c."""
         values = []
         for k, (_, _, call) in enumerate(self._terms):
             if (grad := self._found.get(k)) is None:

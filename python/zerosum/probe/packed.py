@@ -58,13 +58,13 @@ class Packed:
         return self.examples == other.examples and torch.equal(self.labels, other.labels)
 
     def part(self, number: int) -> Tensor:
-        """Returns the labels of one of the parts, flattened; the same tensor each time."""
+        """Return the labels of one of the parts, flattened; the same tensor each time."""
         if number not in self._parts:
             self._parts[number] = self.labels[:, _PARTS[number]].flatten()
         return self._parts[number]
 
     def ends(self) -> Iterator[End]:
-        """Yields the shapes that rows of losses may have."""
+        """Yield the shapes that rows of losses may have."""
         B, R = self.labels.shape
         for number, length in ((0, R), (1, R - 1), (2, R - 1)):
             if length > 0:
@@ -73,7 +73,7 @@ class Packed:
                     yield End(number, B, length)
 
     def _fitting(self, lead: torch.Size) -> Iterator[tuple[Place, Tensor]]:
-        """Yields the places that rows of this shape may have, each with the labels of all rows."""
+        """Yield the places that rows of this shape may have, each with the labels of all rows."""
         B, R = self.labels.shape
         for number, length in ((0, R), (1, R - 1), (2, R - 1)):
             mine = self.labels[:, _PARTS[number]]
@@ -85,7 +85,7 @@ class Packed:
                     yield Place(number, axis, 2), mine.reshape(B, length, *behind[1:]).expand(lead)
 
     def place_of(self, names: Tensor) -> Place | None:
-        """Returns the only place that fits rows with these names, (*lead); None if no place or several places fit."""
+        """Return the only place that fits rows with these names, (*lead); None if no place or several places fit."""
         reached = names >= 0
         if not bool(reached.any()) or bool((names < -1).any()):
             return None
@@ -99,7 +99,7 @@ class Packed:
         return bool(found) and all(bool((known & (mine >= 0) & (names != mine)).any()) for mine in found)
 
     def layout(self, place: Place, lead: torch.Size) -> Layout:
-        """Returns the layout of a use's rows at a place."""
+        """Return the layout of a use's rows at a place."""
         key = place, lead
         if key not in self._layouts:
             mine = next(mine for one, mine in self._fitting(lead) if one == place)
@@ -107,7 +107,7 @@ class Packed:
         return self._layouts[key]
 
     def layout_by_shape(self, lead: torch.Size) -> Layout | None:
-        """Returns the layout of rows whose first dimensions are the packed rows, judged by shape only."""
+        """Return the layout of rows whose first dimensions are the packed rows, judged by shape only."""
         B = self.labels.shape[0]
         for place, _ in self._fitting(lead):
             if place.part == 0 and (place.axis == 0 or (B == 1 and place.axis == 1 and lead[0] == 1)):
@@ -116,7 +116,7 @@ class Packed:
 
 
 def declared(x: Tensor, ids: Any, cu_seqlens: Any, position_ids: Any) -> tuple[Packed, str]:
-    """Parses the arguments of :func:`zerosum.example_ids`. Returns the declared rows and the name of the argument given."""
+    """Parse the arguments of :func:`zerosum.example_ids`. Return the declared rows and the name of the argument given."""
     if not isinstance(x, Tensor):
         raise TypeError(f"x: expected a torch.Tensor, got {type(x).__name__}")
     given = {"ids": ids, "cu_seqlens": cu_seqlens, "position_ids": position_ids}
@@ -138,7 +138,7 @@ def declared(x: Tensor, ids: Any, cu_seqlens: Any, position_ids: Any) -> tuple[P
 
 
 def _rows(x: Tensor, name: str, value: Tensor) -> Tensor:
-    """Returns (B, R) integers, one per row of ``x``."""
+    """Return (B, R) integers, one per row of ``x``."""
     whole = not x.is_floating_point()  # tokens: every dimension counts rows
     if value.ndim == 2:
         expected, what = tuple(x.shape[:2]), f"integers {tuple(x.shape[:2])}, one per row"
@@ -155,7 +155,7 @@ def _rows(x: Tensor, name: str, value: Tensor) -> Tensor:
 
 
 def _of_lengths(x: Tensor, cu_seqlens: Tensor) -> Tensor:
-    """Returns (1, R) labels from cumulative lengths (N + 1,); rows after the last document belong to none."""
+    """Return (1, R) labels from cumulative lengths (N + 1,); rows after the last document belong to none."""
     whole = not x.is_floating_point()
     if x.ndim == 0 or (whole and x.ndim > 1 and x.shape[0] != 1):
         raise ValueError(f"x: expected a single row of documents with cu_seqlens, (R, …) or (1, R, …), got {tuple(x.shape)}")
@@ -179,7 +179,7 @@ def _of_lengths(x: Tensor, cu_seqlens: Tensor) -> Tensor:
 
 
 def starts(position_ids: Tensor) -> Tensor:
-    """Returns a (B, R) mask of document starts, where positions (B, R) restart; a negative position belongs to no document."""
+    """Return a (B, R) mask of document starts, where positions (B, R) restart; a negative position belongs to no document."""
     before = torch.cat([torch.full_like(position_ids[:, :1], -1), position_ids[:, :-1]], 1)
     return (position_ids >= 0) & ((position_ids <= before) | (before < 0) | (position_ids == 0))
 

@@ -35,7 +35,7 @@ class Context(Protocol):
 
     @property
     def epoch(self) -> int:
-        """Counts the forward phases between backward passes."""
+        """The number of the current forward phase between backward passes."""
 
     @property
     def current(self) -> Pass | None:
@@ -72,7 +72,7 @@ class GradSource:
             parameter.covered_by(how)
 
     def gathered(self) -> Tensor:
-        """Returns the tensor that replaces this one in every use of this epoch."""
+        """Return the tensor that replaces this one in every use of this epoch."""
         epoch = self.context.epoch
         if self._gathered is None or self._gathered[0] != epoch:
             self._gathered = (epoch, self.gather.apply(self.tensor, self))
@@ -91,17 +91,17 @@ class GradSource:
         return whole.as_strided(piece.size, piece.stride, whole.storage_offset() + piece.offset - self.base.offset)
 
     def add(self, piece: Piece, contribution: Contribution) -> None:
-        """Adds one use's part of the gradient."""
+        """Add one use's part of the gradient."""
         if self._left is None:
             self._left = Contributions(self.base)
         self._left.add(piece, contribution)
 
     def pull(self, piece: Piece, contribution: Contribution) -> None:
-        """Adds a use whose part of the gradient autograd computes."""
+        """Add a use whose part of the gradient autograd computes."""
         raise NotImplementedError
 
     def drop(self) -> None:
-        """Discards the parts of a gradient that was not requested."""
+        """Discard the parts of a gradient that was not requested."""
         self._left = None
 
     def take(self) -> Contributions | None:
@@ -109,18 +109,18 @@ class GradSource:
         return left
 
     def gradient(self, contributions: Contributions) -> Tensor:
-        """Returns Σ_i g_i over the uses, and computes the requested statistics."""
+        """Return Σ_i g_i over the uses, and compute the requested statistics."""
         raise NotImplementedError
 
     def sole(self, piece: Piece) -> Request | None:
-        """Returns the request for a use that is the only one and uses the whole weight, so that it can be computed immediately."""
+        """Return the request for a use that is the only one and uses the whole weight, so that it can be computed immediately."""
         return None
 
     def refuse(self, problem: str) -> None:
         raise NotImplementedError
 
     def gradient_of(self, contribution: Contribution) -> Tensor:
-        """Returns :meth:`gradient` for the only use of the whole weight."""
+        """Return :meth:`gradient` for the only use of the whole weight."""
         contributions = Contributions(self.base)
         contributions.add(self.base, contribution)
         return self.gradient(contributions)
@@ -131,7 +131,7 @@ class GradSource:
         return False
 
     def gradient_of_product(self, b: Tensor, a: Tensor) -> Tensor:
-        """Returns :meth:`gradient` of ``torch.einsum("nto,ntk->nok", b, a)``. Valid if :attr:`ready`."""
+        """Return :meth:`gradient` of ``torch.einsum("nto,ntk->nok", b, a)``. Valid if :attr:`ready`."""
         raise NotImplementedError
 
     @property
@@ -139,7 +139,7 @@ class GradSource:
         return None if self.direction is None else self.direction.reshape(-1)
 
     def gradient_of_dense(self, g: Tensor) -> Tensor:
-        """Returns :meth:`gradient` of each example's gradient (E, …). Valid if :attr:`ready`."""
+        """Return :meth:`gradient` of each example's gradient (E, …). Valid if :attr:`ready`."""
         raise NotImplementedError
 
     @property
@@ -188,7 +188,7 @@ class Ref:
         self.source.covered_by(how)
 
     def leave(self, contribution: Contribution) -> None:
-        """Adds one use's part of the gradient. With create_graph, autograd computes it, because it must stay differentiable."""
+        """Add one use's part of the gradient. With create_graph, autograd computes it, because it must stay differentiable."""
         (self.source.pull if torch.is_grad_enabled() else self.source.add)(self.piece, contribution)
 
 
@@ -247,7 +247,7 @@ class ParameterProbe(GradSource):
         self._several = False  # whether it had more than one use in some pass
 
     def renew(self, context: Context, direction: Tensor | None, gram: bool) -> None:
-        """Starts a block."""
+        """Start a block."""
         self.context = context
         marks = self.marks
         if not marks.renew(self.like, direction, gram, context.copies):
@@ -303,7 +303,7 @@ class ParameterProbe(GradSource):
         self.marks.deferred = self.context.epoch
 
     def use_apart(self) -> None:
-        """Notes a use whose gradient reaches the parameter without a gathering node, whatever its other uses are."""
+        """Note a use whose gradient reaches the parameter without a gathering node, whatever its other uses are."""
         marks, epoch = self.marks, self.context.epoch
         if epoch in (marks.alone, marks.gathered):
             self.defer()
@@ -336,7 +336,7 @@ class ParameterProbe(GradSource):
             self.how.append(how)
 
     def refuse(self, problem: str) -> None:
-        """Marks the parameter as not covered. The first reason is kept; results are dropped, as they are not the whole gradient."""
+        """Mark the parameter as not covered. The first reason is kept; results are dropped, as they are not the whole gradient."""
         self.problem = self.problem or problem
         self.results = None
         self._late = None
@@ -355,7 +355,7 @@ class ParameterProbe(GradSource):
         self._late.add(piece, contribution)
 
     def give(self, gradients: Tensor) -> None:
-        """Sets all of the pass's gradients, (E, *shape), which were computed by other means than its uses."""
+        """Set all of the pass's gradients, (E, *shape), which were computed by other means than its uses."""
         self._late = Contributions(self.base)
         self._late.add(self.base, Dense(gradients))
         self._whole = True
@@ -412,7 +412,7 @@ class ParameterProbe(GradSource):
         return self._measure(sums)
 
     def _measure(self, sums: Sums) -> Tensor:
-        """Keeps the sums until their gradient, which this returns, has arrived at the parameter."""
+        """Keep the sums until their gradient, which this returns, has arrived at the parameter."""
         now = self.context.current
         assert now is not None
         self._measured = Results(sums, now, self.like)
@@ -423,7 +423,7 @@ class ParameterProbe(GradSource):
         return grad
 
     def on_gradient(self, grad: Tensor) -> None:
-        """Finishes what had to wait for the parameter's complete gradient of one backward pass, and checks that no part is missing.
+        """Finish what had to wait for the parameter's complete gradient of one backward pass, and check that no part is missing.
 
         (It is not called if a single use left its sums with ``marks`` and only that use's gradient arrived.)
         """
@@ -462,7 +462,7 @@ class ParameterProbe(GradSource):
             self._compare(sums, grad, eps, plain)
 
     def take_marked(self) -> bool:
-        """Takes the sums that the only use left with ``marks``, if its gradient has arrived."""
+        """Take the sums that the only use left with ``marks``, if its gradient has arrived."""
         if (left := self.marks.take()) is None:
             return False
         if not self.problem:
@@ -484,7 +484,7 @@ class ParameterProbe(GradSource):
         self.drop()
 
     def _compare(self, sums: Sums, grad: Tensor, eps: float, plain: Tensor | None) -> None:
-        """Checks that the statistics' sum equals the gradient, which reveals operations that the probe did not observe."""
+        """Check that the statistics' sum equals the gradient, which reveals operations that the probe did not observe."""
         grad = grad.to_dense() if grad.is_sparse else grad
         total = densified(sums, grad.shape[0] if grad.ndim else 1)
         found = total.grad_sum.view(grad.shape) if plain is None else plain
@@ -508,7 +508,7 @@ class ParameterProbe(GradSource):
         return sums
 
     def take_results(self, results: Results) -> None:
-        """Stores the results of one pass, or merges them with those of earlier passes."""
+        """Store the results of one pass, or merge them with those of earlier passes."""
         if self.context.copies:
             results.own()
         if self.results is None:
@@ -524,13 +524,13 @@ class ParameterProbe(GradSource):
             self.results.merge(results)
 
     def release(self) -> None:
-        """Drops references to the graph, whose nodes refer to this object, so that nothing waits for the garbage collector."""
+        """Drop references to the graph, whose nodes refer to this object, so that nothing waits for the garbage collector."""
         self.drop()
         self.marks.take()
         self._gathered = self._partial = self._late = self._measured = self.results = None
 
     def finish(self) -> None:
-        """Records why the parameter has no results, after the block's last backward pass."""
+        """Record why the parameter has no results, after the block's last backward pass."""
         if not self.problem and self.results is None:
             self.unreached = True
             self.refuse(UNREACHED[0] if self.used else UNREACHED[1])

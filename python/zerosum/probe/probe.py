@@ -211,14 +211,14 @@ class Probe:
             capture.release()
 
     def close(self) -> None:
-        """Closes a block that an exception left open, without a report."""
+        """Close a block that an exception left open, without a report."""
         capture, self._capture = self._capture, None
         if capture is not None:
             capture.stop()
             capture.release()
 
     def check_repeatable(self) -> None:
-        """Raises an error if the probe's settings make blocks of the same step differ, or make them wait for other processes."""
+        """Raise an error if the probe's settings make blocks of the same step differ, or make them wait for other processes."""
         check_whole(self._model, "zerosum.capture")
         if self._process_group is not None:
             raise ValueError("probe: expected no process_group; call captured.report().all_reduce(group) instead")
@@ -252,7 +252,7 @@ class Probe:
         return report
 
     def report(self) -> Report:
-        """Returns the results of the last completed ``with`` block that was measured.
+        """Return the results of the last completed ``with`` block that was measured.
 
         With ``process_group``, the first call after a block performs :meth:`Report.all_reduce`: every process of the group must
         make it. Later calls return the same report without communication.
@@ -268,13 +268,13 @@ class Probe:
         return self._report
 
     def unsettled_report(self) -> Report:
-        """Returns the report without :meth:`Report.settled`, so that it need not wait for results on the device."""
+        """Return the report without :meth:`Report.settled`, so that it need not wait for results on the device."""
         if self._report is None:
             return self.report()
         return self._report
 
     def _look_for_views(self, coverage: Coverage) -> None:
-        """Makes later blocks look for views of weights if some uses of a parameter were not seen: a view may have hidden them."""
+        """Make later blocks look for views of weights if some uses of a parameter were not seen: a view may have hidden them."""
         self._structures.views |= UNSEEN in coverage.not_covered.values()
 
     def _direction_of(self, names: list[str]) -> Tensor | None:
@@ -284,7 +284,7 @@ class Probe:
 
 
 def check_direction(model: nn.Module, direction: Mapping[str, Tensor] | None) -> None:
-    """Raises an error unless ``direction`` maps names of the model's parameters to tensors of their shapes."""
+    """Raise an error unless ``direction`` maps names of the model's parameters to tensors of their shapes."""
     if direction is None:
         return
     if not isinstance(direction, Mapping):

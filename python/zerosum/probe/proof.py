@@ -128,7 +128,7 @@ class Stored:
             self.short = examples.pop(), bytes(plain)
 
     def follow(self, earlier: Stored) -> None:
-        """Combines it with what an earlier proof of the same structure found."""
+        """Combine it with what an earlier proof of the same structure found."""
         self.used = earlier.used
         if self.places is not None:
             # (Layouts depend on the documents' lengths. What remains equal is the places among the declared rows.)
@@ -144,7 +144,7 @@ class Stored:
         self.regular = self.regular and not self.varies
 
     def of_rows(self, sites: Sequence[Site], packed: Packed | None) -> Stored:
-        """Returns the same for a pass whose packed rows hold other documents."""
+        """Return the same for a pass whose packed rows hold other documents."""
         if packed is None or self.places is None:
             return self
         pairs = zip(sites, self.places, self.layouts, strict=True)
@@ -172,7 +172,7 @@ class Proof:
 
     @contextmanager
     def reading(self) -> Iterator[None]:
-        """Collects the losses' factors while the training's backward pass runs in this context."""
+        """Collect the losses' factors while the training's backward pass runs in this context."""
         if self.reader is None:
             yield
             return
@@ -181,12 +181,12 @@ class Proof:
         self.of.factors = self.reader.factors(self.rows_per_example)
 
     def release(self) -> None:
-        """Drops references to the graph, whose nodes refer back to this object in ways that the garbage collector cannot see."""
+        """Drop references to the graph, whose nodes refer back to this object in ways that the garbage collector cannot see."""
         self.cut, self.gradients, self.labels, self.reader = None, [], None, None
         self.stored, self.roots = None, []
 
     def part(self, example: int) -> list[Tensor]:
-        """Returns the gradients at the cut with those of all other examples set to zero."""
+        """Return the gradients at the cut with those of all other examples set to zero."""
         assert self.cut is not None
         out = []
         for g, axis in zip(self.gradients, self.cut.axes, strict=True):
@@ -267,7 +267,7 @@ class Short:
 
     @classmethod
     def of(cls, state: State, known: Known, call: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Short | None:
-        """Builds it, or returns None if the call cannot run without Python."""
+        """Build it, or return None if the call cannot run without Python."""
         if uses.Call is None:
             return None
         bound, args = known.bind(*args, **kwargs), (*args, *kwargs.values())
@@ -363,7 +363,7 @@ class Structures:
         key: Any,
         autocast: torch.dtype | None,
     ) -> None:
-        """Stores a call whose weights are whole parameters."""
+        """Store a call whose weights are whole parameters."""
         self.known.pop(place, None)
         weights = {id(ref.source.tensor) for ref in refs if ref.source.tensor is ref.source.parameters[0].tensor}
         operands = (*args, *kwargs.values())
@@ -402,7 +402,7 @@ class Prover:
     # Before the backward pass ----------------------------------------------------------------------------------------------------
 
     def declare(self, x: Tensor, packed: Packed, argument: str) -> None:
-        """Registers which example each row of the next pass belongs to."""
+        """Register which example each row of the next pass belongs to."""
         if self.positions:
             raise RuntimeError("zerosum.example_ids: expected a probe with examples='sequence', got examples='position'")
         N = self.num_examples
@@ -420,7 +420,7 @@ class Prover:
         self.declared = self.declared or packed
 
     def look(self, kwargs: dict[str, Any]) -> None:
-        """Notices signs of packed sequences: positions that may restart within a row, or cumulative lengths."""
+        """Notice signs of packed sequences: positions that may restart within a row, or cumulative lengths."""
         self.positions_given = None
         for name, value in kwargs.items():
             tells = name == "position_ids" or name.startswith(("cu_seqlens", "cu_seq_lens"))
@@ -429,7 +429,7 @@ class Prover:
                 return
 
     def _tell_of_documents(self, capture: Capture) -> None:
-        """Warns if the whole batch is one example, but the model's inputs contain several documents."""
+        """Warn if the whole batch is one example, but the model's inputs contain several documents."""
         given = self.positions_given
         if given is None or self.num_examples is not None or self.structures.told_of_documents or capture._over:
             return
@@ -452,11 +452,11 @@ class Prover:
 
     @staticmethod
     def _leads(capture: Capture) -> list[Sequence[int]]:
-        """Returns the shapes of the model's inputs or, if it is not called, of the rows of the first use of a weight."""
+        """Return the shapes of the model's inputs or, if it is not called, of the rows of the first use of a weight."""
         return [x.shape for x in capture.inputs if x.ndim] or [site.lead for site in capture.sites if site.lead][:1]
 
     def _sizes(self, capture: Capture, roots: Sequence[GradientEdge], grads: Sequence[Tensor | None]) -> list[int]:
-        """Returns the possible values of N, the most likely first."""
+        """Return the possible values of N, the most likely first."""
         if self.declared is not None:
             return [self.declared.examples]
         if self.num_examples is not None:
@@ -490,7 +490,7 @@ class Prover:
     # One backward pass ------------------------------------------------------------------------------------------------------------
 
     def attribute(self, capture: Capture, roots: list[GradientEdge], grads: list[Tensor | None]) -> Proof | None:
-        """Sets the layouts of a backward pass's sites. Returns None if the pass reaches no use of a weight."""
+        """Set the layouts of a backward pass's sites. Return None if the pass reaches no use of a weight."""
         if not roots:
             return None
         if capture.traced:
@@ -541,13 +541,13 @@ class Prover:
         return bool(roots) and self.verify != "never" and (stored is None or not self._holds(stored))
 
     def _note(self, proof: Proof, stored: Stored, roots: list[GradientEdge]) -> None:
-        """Stores what is needed to leave a step compiled, if that is allowed."""
+        """Store what is needed to leave a step compiled, if that is allowed."""
         steps = self.structures.compiled
         if steps is not None and steps.seen and stored.regular and stored.proofs >= _enough(stored.examples) and not proof.apart:
             proof.stored, proof.roots = stored, roots
 
     def _compiled(self, capture: Capture, roots: list[GradientEdge], grads: list[Tensor | None]) -> Proof | None:
-        """Returns the proof of a known step with uses that ran in compiled code. An unknown step cannot be proved there."""
+        """Return the proof of a known step with uses that ran in compiled code. An unknown step cannot be proved there."""
         steps = self.structures.compiled
         assert steps is not None
         step = steps.find(capture, roots)
@@ -575,7 +575,7 @@ class Prover:
         return tuple(capture.keys), ends, sizes, len(capture.sites), capture.model.training, bool(capture.auxiliary), declared
 
     def _again(self, capture: Capture, roots: list[GradientEdge], grads: list[Tensor | None], stored: Stored) -> Proof | None:
-        """Returns the proof of a known structure, if the graph has the same losses at its end."""
+        """Return the proof of a known structure, if the graph has the same losses at its end."""
         cut = None
         if capture.whole or capture.auxiliary or stored.hidden:
             edges = [follow_path(roots, path, names) for path, names, _ in stored.cut]
@@ -593,7 +593,7 @@ class Prover:
         return proof
 
     def _pass(self, capture: Capture, examples: int) -> Pass:
-        """Returns a new pass, or the earlier pass of a graph that is differentiated again."""
+        """Return a new pass, or the earlier pass of a graph that is differentiated again."""
         if self.positions:
             examples *= self._positions_of(capture)
         if capture.passes and capture.passes_epoch == capture.epoch and capture.passes[-1].examples == examples and capture._over:
@@ -639,7 +639,7 @@ class Prover:
     def _settle(
         self, capture: Capture, roots: list[GradientEdge], grads: list[Tensor | None], proof: Proof, stored: Stored
     ) -> None:
-        """Determines how the gradients are scaled, and whether part of the loss is marked as auxiliary."""
+        """Determine how the gradients are scaled, and whether part of the loss is marked as auxiliary."""
         proof.apart = bool(capture.auxiliary) and proof.cut is not None
         before = sum(p.examples for p in capture.passes if p is not proof.of)
         if self.loss is not None:
@@ -674,7 +674,7 @@ class Prover:
             )
 
     def _contradict(self, capture: Capture, roots: list[GradientEdge], grads: list[Tensor | None], stored: Stored) -> None:
-        """Warns if an explicit reduction contradicts what the loss shows."""
+        """Warn if an explicit reduction contradicts what the loss shows."""
         loss = self.loss
         assert loss is not None
         if not stored.terms or self.positions or stored.examples < 2 or loss.uneven is not None:
@@ -775,9 +775,9 @@ class Prover:
     def _other_reading(
         self, capture: Capture, roots: list[GradientEdge], grads: list[Tensor | None], N: int, named: list[Named]
     ) -> Finding | None:
-        """Warns if the losses fit another number of examples as well as N, for which the uses are ``named``.
+        """Warn if the losses fit another number of examples as well as N, for which the uses are ``named``.
 
-        Returns the finding for that number if it is more likely: one row whose losses form several sums holds several
+        Return the finding for that number if it is more likely: one row whose losses form several sums holds several
         sequences."""
         if self.num_examples is not None or self.positions or capture._over:
             return None
@@ -832,7 +832,7 @@ class Prover:
         return None
 
     def _ordered(self, capture: Capture, roots: list[GradientEdge], grads: list[Tensor | None], finding: Finding) -> Finding:
-        """Reorders the examples to the order of the first vector of losses, if the last one is a permutation of it."""
+        """Reorder the examples to the order of the first vector of losses, if the last one is a permutation of it."""
         cut, N = finding.cut, finding.examples
         if finding.coupled or finding.labels is not None or len(cut.edges) != 1 or shape_of(cut.edges[0]) != (N,):
             return finding
@@ -857,7 +857,7 @@ class Prover:
         return finding if again is None else again
 
     def _divisions(self, capture: Capture, sizes: list[int]) -> Iterator[tuple[Tensor | None, int, End]]:
-        """Yields labels, N, and the dimensions that the labels describe."""
+        """Yield labels, N, and the dimensions that the labels describe."""
         for N in sizes:
             if self.declared is None or N > 1:
                 yield None, N, End(0, N, 0)
@@ -872,7 +872,7 @@ class Prover:
                     yield torch.arange(N).repeat_interleave(per), N, End(0, N * per, 0)
 
     def _single(self, capture: Capture, roots: list[GradientEdge], grads: list[Tensor | None], N: int) -> Finding:
-        """Handles one example or none, where all rows belong to that example."""
+        """Handle one example or none, where all rows belong to that example."""
         cut = Cut([], [])
         if N == 1:
             cut = find_cut(roots, 1, self._barrier, set(), 1, capture.auxiliary)
@@ -880,7 +880,7 @@ class Prover:
         return Finding(cut, N, None, gradients, [self._of_one(capture, site, N) for site in capture.sites])
 
     def _of_one(self, capture: Capture, site: Site, N: int) -> Named:
-        """Returns the layout of a use's rows if they all belong to one sequence."""
+        """Return the layout of a use's rows if they all belong to one sequence."""
         if not self.positions or not N:
             return Named(Layout(N))
         lead = tuple(site.lead)
@@ -951,7 +951,7 @@ class Prover:
     def _alone(
         self, capture: Capture, roots: list[GradientEdge], grads: list[Tensor | None], finding: Finding
     ) -> list[tuple[GradientEdge, Finding | None]]:
-        """Returns what each tensor of a cut shows, if there are several and together they do not separate the losses."""
+        """Return what each tensor of a cut shows, if there are several and together they do not separate the losses."""
         cut = finding.cut
         if len(cut.edges) < 2 or finding.perfect:
             return []
@@ -968,8 +968,8 @@ class Prover:
         finding: Finding,
         alone: list[tuple[GradientEdge, Finding | None]],
     ) -> Finding | None:
-        """Returns the cut without tensors that show nothing, because one of their dimensions equals N by chance, as in a balance
-        loss of N experts. Returns None if there are no such tensors, or no others."""
+        """Return the cut without tensors that show nothing, because one of their dimensions equals N by chance, as in a balance
+        loss of N experts. Return None if there are no such tensors, or no others."""
         chance = {(e.node, e.output_nr) for e, one in alone if one is not None and (one.coupled or not one.good)}
         cut = finding.cut
         own = [k for k, e in enumerate(cut.edges) if (e.node, e.output_nr) not in chance]
@@ -998,7 +998,7 @@ class Prover:
     def _gradients(
         self, capture: Capture, roots: list[GradientEdge], grads: list[Tensor | None], cut: Cut, raw: bool = False
     ) -> list[Any]:
-        """Returns the gradients of the loss at the cut's tensors, each without what reaches it through another one of them."""
+        """Return the gradients of the loss at the cut's tensors, each without what reaches it through another one of them."""
         with attribution.stopping(cut.edges):
             found = capture.extra_backward(roots, cut.edges, grads, Phase.NAMING)
         if raw:
@@ -1021,7 +1021,7 @@ class Prover:
         N: int,
         labels: Tensor | None,
     ) -> Finding | None:
-        """Attributes the rows of all uses from one cut; None if no use is reached. Caches its results, as cuts recur often."""
+        """Attribute the rows of all uses from one cut; None if no use is reached. Cache its results, as cuts recur often."""
         edges = frozenset(zip(((e.node, e.output_nr) for e in cut.edges), cut.axes, strict=True))
         key = edges, frozenset(cut.bypass), N, id(labels)
         if key not in self._found:
@@ -1043,7 +1043,7 @@ class Prover:
         return None if found is None else replace(found, named=[replace(one) for one in found.named])
 
     def _name_uses(self, capture: Capture, finding: Finding) -> Finding | None:
-        """Fills in what a cut shows about each use."""
+        """Fill in what a cut shows about each use."""
         cut, N, labels, gradients = finding.cut, finding.examples, finding.labels, finding.gradients
         if finding.coupled:
             behind = _all_sites_before([e.node for e in cut.edges]) | _all_sites_before(cut.bypass)
@@ -1098,7 +1098,7 @@ class Prover:
         problem: str = "",
         by_name: bool = False,
     ) -> tuple[int, list[tuple[Node, int]]]:
-        """Attributes what backward passes from some tensors reach, up to reentrant checkpoints. Returns the number of passes, and
+        """Attribute what backward passes from some tensors reach, up to reentrant checkpoints. Return the number of passes, and
         these checkpoints, each with its results' example dimension, or -1."""
         sites, checkpoints = _sites_before([e.node for e in edges])
         # A use that a checkpoint also reaches gets its whole gradient only there, where the probe's backward passes cannot go.
@@ -1158,7 +1158,7 @@ class Prover:
         return 2 + len(spelled) + len(more), list(boundaries.items())
 
     def _judge(self, capture: Capture, names: Tensor, N: int, problem: str = "") -> Named:
-        """Returns the layout of rows with these names."""
+        """Return the layout of rows with these names."""
         if problem:
             return Named(None, problem, True)
         mixed = int((names == MIXED).sum())
@@ -1171,7 +1171,7 @@ class Prover:
         return Named(layout, settled=settled)
 
     def _of_positions(self, capture: Capture, layout: Layout, lead: torch.Size, settled: bool) -> Named:
-        """Returns that layout if an example is one position of a sequence."""
+        """Return that layout if an example is one position of a sequence."""
         T = self._positions_of(capture)
         N = layout.examples
         if layout.ids is not None:
@@ -1189,7 +1189,7 @@ class Prover:
         return Named(Layout(N * T, layout.axis, layout.outer, layout.inner, positions=T, place=places[0] + 1), settled=settled)
 
     def _tell(self, capture: Capture, finding: Finding) -> None:
-        """Warns which weights have rows of several examples, and in which operation."""
+        """Warn which weights have rows of several examples, and in which operation."""
         mixed: list[str] = []
         for site, named in zip(capture.sites, finding.named, strict=True):
             if not named.mixed or not named.reached:
@@ -1231,7 +1231,7 @@ class Prover:
         )
 
     def _name_positions(self, capture: Capture, roots: list[GradientEdge], grads: list[Tensor | None], finding: Finding) -> None:
-        """Attributes rows to positions, if the losses separate these. This is exact after the last mixing of positions. Before it,
+        """Attribute rows to positions, if the losses separate these. This is exact after the last mixing of positions. Before it,
         the order of a sequence's rows is used instead."""
         T, N = self._positions_of(capture), finding.examples
         if not T or not N:
@@ -1316,7 +1316,7 @@ class Prover:
         return True
 
     def _bypassed(self, capture: Capture, finding: Finding) -> dict[int, str]:
-        """Returns weights that part of the loss reaches without passing through the examples' losses, with the reason."""
+        """Return weights that part of the loss reaches without passing through the examples' losses, with the reason."""
         if not finding.cut.bypass or not finding.cut.edges:
             return {}
         reached = attribution.reached_leaves(finding.cut.bypass)
@@ -1352,7 +1352,7 @@ class Prover:
     def _terms(
         self, capture: Capture, roots: list[GradientEdge], grads: list[Tensor | None], finding: Finding
     ) -> list[Term] | None:
-        """Returns where the factors of the examples' losses can be read; None if nowhere."""
+        """Return where the factors of the examples' losses can be read; None if nowhere."""
         if not finding.examples or finding.coupled:
             return None
         size = finding.examples if finding.labels is None else len(finding.labels)
@@ -1390,7 +1390,7 @@ class Prover:
         return found
 
     def _order_of(self, capture: Capture, finding: Finding, edge: GradientEdge) -> int:
-        """Returns 1 if consecutive rows of a loss's input belong to different examples, else 0."""
+        """Return 1 if consecutive rows of a loss's input belong to different examples, else 0."""
         before = next((e for _, e in _following(edge.node)), None)
         N = finding.examples
         if before is None or N < 2 or not finding.cut.edges or not shape_of(before) or shape_of(before)[0] in (1, N):
@@ -1413,7 +1413,7 @@ class Prover:
         names: tuple[str, ...],
         calls: dict[Node, int],
     ) -> tuple[GradientEdge, tuple[int, ...], tuple[str, ...]]:
-        """Returns the first tensor of this shape that leads to the rows' losses only through weights and masks."""
+        """Return the first tensor of this shape that leads to the rows' losses only through weights and masks."""
         shape = shape_of(edge)
         while edge.node not in calls and not self._barrier(edge.node):
             steps = _following(edge.node)
@@ -1438,7 +1438,7 @@ class Prover:
     # Without proof ----------------------------------------------------------------------------------------------------------------
 
     def _trust(self, capture: Capture) -> Finding:
-        """Assumes rows (N, …), judged by their shapes only."""
+        """Assume rows (N, …), judged by their shapes only."""
         sizes = self._sizes(capture, [], [])
         N = sizes[0] if sizes else 0
         named = []
@@ -1466,7 +1466,7 @@ class Prover:
     # Reentrant checkpoints --------------------------------------------------------------------------------------------------------
 
     def nested(self, capture: Capture, roots: list[GradientEdge], grads: list[Tensor | None]) -> Proof | None:
-        """Attributes what a reentrant checkpoint recomputed. Its results' rows are (N, …), as the pass around it showed."""
+        """Attribute what a reentrant checkpoint recomputed. Its results' rows are (N, …), as the pass around it showed."""
         sites = capture.sites[capture.mark :]
         capture.mark = len(capture.sites)
         of = capture.current
@@ -1545,13 +1545,13 @@ class Prover:
 
 
 def _enough(examples: int) -> int:
-    """Returns how many proofs of a structure show that its rows' order does not depend on the data. Rows that the data moves, by
+    """Return how many proofs of a structure show that its rows' order does not depend on the data. Rows that the data moves, by
     sorting or routing, are in one regular order by chance once in N! times. The proofs leave a probability of 1e-4."""
     return 1 if examples < 2 else math.ceil(4 / (math.lgamma(examples + 1) / math.log(10)))
 
 
 def _rank(finding: Finding) -> tuple[bool | int, ...]:
-    """Ranks findings; larger is better. It prefers another cut if nothing shows that a cut's examples stay separate after it."""
+    """Rank findings; larger is better. It prefers another cut if nothing shows that a cut's examples stay separate after it."""
     sure = int(not any(finding.cut.axes)) if not finding.perfect else 3 if finding.consistent else 2
     proved = not finding.coupled, not finding.strange, not finding.unproved
     return *proved, sure, finding.good, not finding.doubtful, not finding.cut.bypass, -finding.reached, finding.orderly
@@ -1602,7 +1602,7 @@ def _in_order(capture: Capture, finding: Finding) -> bool:
 
 
 def _vectors(roots: Sequence[GradientEdge]) -> Iterator[int]:
-    """Yields the lengths of vectors from which the roots are computed by sums, products and divisions."""
+    """Yield the lengths of vectors from which the roots are computed by sums, products and divisions."""
     stack, seen = list(roots), 0
     while stack and seen < 32:
         edge = stack.pop(0)
@@ -1618,7 +1618,7 @@ def _vectors(roots: Sequence[GradientEdge]) -> Iterator[int]:
 
 
 def _sites_before(nodes: Sequence[Node]) -> tuple[dict[Site, Node], list[Node]]:
-    """Returns the uses that some nodes lead to, up to reentrant checkpoints, and these checkpoints."""
+    """Return the uses that some nodes lead to, up to reentrant checkpoints, and these checkpoints."""
     sites: dict[Site, Node] = {}
     checkpoints: list[Node] = []
     seen: set[Node] = set()
@@ -1641,7 +1641,7 @@ def _sites_before(nodes: Sequence[Node]) -> tuple[dict[Site, Node], list[Node]]:
 
 
 def _all_sites_before(nodes: Sequence[Node]) -> set[Site]:
-    """Returns the uses that some nodes lead to, including those before reentrant checkpoints."""
+    """Return the uses that some nodes lead to, including those before reentrant checkpoints."""
     found: set[Site] = set()
     for node in attribution.nodes_between(nodes, set()):
         if (site := getattr(node, "site", None)) is not None:
@@ -1652,7 +1652,7 @@ def _all_sites_before(nodes: Sequence[Node]) -> set[Site]:
 
 
 def _checkpoints(roots: Sequence[GradientEdge]) -> list[Node]:
-    """Returns all reentrant checkpoints that some roots lead to, in the graph's order."""
+    """Return all reentrant checkpoints that some roots lead to, in the graph's order."""
     return [node for node in attribution.nodes_between([e.node for e in roots], set()) if node.name() == REENTRANT]
 
 
@@ -1662,7 +1662,7 @@ def reentrant(nodes: Sequence[Node]) -> bool:
 
 
 def _leaf_inputs(nodes: Sequence[Node], weights: set[int]) -> list[Tensor]:
-    """Returns the leaf tensors, other than weights, that some nodes lead to."""
+    """Return the leaf tensors, other than weights, that some nodes lead to."""
     found: dict[int, Tensor] = {}
     seen: set[Node] = set()
     stack = list(nodes)
@@ -1679,7 +1679,7 @@ def _leaf_inputs(nodes: Sequence[Node], weights: set[int]) -> list[Tensor]:
 
 
 def _path(roots: Sequence[GradientEdge], target: GradientEdge) -> tuple[tuple[int, ...], tuple[str, ...]]:
-    """Returns a path from a root to an edge."""
+    """Return a path from a root to an edge."""
     stack: list[Step] = [(edge, (k,), (edge.node.name(),)) for k, edge in enumerate(roots)]
     seen: set[tuple[Node, int]] = set()
     while stack:
@@ -1695,7 +1695,7 @@ def _path(roots: Sequence[GradientEdge], target: GradientEdge) -> tuple[tuple[in
 
 
 def _following(node: Node) -> list[tuple[int, GradientEdge]]:
-    """Yields where a node's gradients go next, with their positions."""
+    """Yield where a node's gradients go next, with their positions."""
     return [(k, GradientEdge(before, number)) for k, (before, number) in enumerate(node.next_functions) if before is not None]
 
 
@@ -1706,6 +1706,6 @@ def _place(node: Node) -> str:
 
 
 def _random(edge: GradientEdge) -> Tensor:
-    """Returns a gradient for an edge."""
+    """Return a gradient for an edge."""
     drawn = torch.randn(shape_of(edge), dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     return drawn.to(attribution._device(edge), attribution._dtype(edge))

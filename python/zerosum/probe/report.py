@@ -63,7 +63,7 @@ class ParameterReport:
 
     @cached_property
     def _scale(self) -> float:
-        """Waits for the device if the loss's factors are there."""
+        """The factor of the parameter's results. Reading it waits for the device if the loss's factors are there."""
         return self._results.scale * self._results.common.value
 
     @property
@@ -128,7 +128,7 @@ class ParameterReport:
         return bool(self.sq_norm.isfinite().all())
 
     def state(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        """Returns the results as JSON data and as cloned tensors by field. For an embedding, the sums hold only touched rows."""
+        """Return the results as JSON data and as cloned tensors by field. For an embedding, the sums hold only touched rows."""
         given: dict[str, Tensor | None] = {"abs_sum": self._sums.abs_sum, "sq_sum": self._sums.sq_sum}
         if not self._results.written_to:
             given["grad_sum"] = self._results.grad_sum
@@ -152,7 +152,7 @@ class ParameterReport:
         return parameter_of, (self.name, *self.state())
 
     def _weight_shaped(self, x: Tensor, power: int) -> Tensor:
-        """Expands and scales a sum. An embedding keeps only the rows that some example touched; all others are zero."""
+        """Expand and scale a sum. An embedding keeps only the rows that some example touched; all others are zero."""
         if (placed := self._results.placed) is not None:
             return placed(self._scaled(x, power))
         return self._scaled(self._sums.spread(x, self.shape).view(self.shape), power)
@@ -166,7 +166,7 @@ class ParameterReport:
 
 
 def _floats(metrics: Mapping[str, Metric]) -> dict[str, float]:
-    """Flattens metrics to floats: values, nulls and debiased values, each under its own name."""
+    """Flatten metrics to floats: values, nulls and debiased values, each under its own name."""
     found: dict[str, float] = {}
     for name, metric in metrics.items():
         found[name] = metric.value
@@ -289,7 +289,7 @@ class Report(ByName[ParameterReport]):
             raise ValueError(f"direction: expected one for every covered parameter, got none for {', '.join(missing)}")
 
     def reread(self, is_current: Callable[[], bool] | None = None, versions: Mapping[str, int] | None = None) -> Report:
-        """Returns a report of the current contents of this report's tensors, for use after a replay of a captured CUDA graph.
+        """Return a report of the current contents of this report's tensors, for use after a replay of a captured CUDA graph.
 
         Args:
             is_current: returns whether the tensors still hold these results; if not, reading the new report raises an error. None:
@@ -314,18 +314,18 @@ class Report(ByName[ParameterReport]):
         proof: Evidence,
         unreached: frozenset[str] = frozenset(),
     ) -> Report:
-        """Builds a report from known results. ``parameters`` are the covered ones; no loss depends on the ``unreached`` ones."""
+        """Build a report from known results. ``parameters`` are the covered ones; no loss depends on the ``unreached`` ones."""
         found = cls.__new__(cls)
         ByName.__init__(found, parameters, names, coverage)
         found.num_examples, found.proof, found._doubts, found.unreached = num_examples, proof, {}, unreached
         return found
 
     def without_results(self) -> Report:
-        """Returns a report with only the names and the coverage."""
+        """Return a report with only the names and the coverage."""
         return Report.of({}, self.names, self.coverage, self.num_examples, self.proof)
 
     def settled(self) -> Report:
-        """Returns the report without parameters for which part of the gradient was not observed. Reads the device to find them."""
+        """Return the report without parameters for which part of the gradient was not observed. Read the device to find them."""
         if not self._doubts:
             return self
         refuted = torch.stack([torch.stack(doubts).any() for doubts in self._doubts.values()]).tolist()
@@ -342,11 +342,11 @@ class Report(ByName[ParameterReport]):
         return Report.of(parameters, self.names, coverage, self.num_examples, self.proof, self.unreached)
 
     def versions(self) -> dict[str, int]:
-        """Returns the version counter of each parameter's gradient memory."""
+        """Return the version counter of each parameter's gradient memory."""
         return {name: p.version for name, p in self._parameters.items()}
 
     def _total(self, field: str) -> Tensor | None:
-        """Returns the sum of a scalar field over all covered parameters, in float64."""
+        """Return the sum of a scalar field over all covered parameters, in float64."""
         parts = [getattr(p, field) for p in self._parameters.values()]
         if not parts or parts[0] is None:
             return None
@@ -395,7 +395,7 @@ class Report(ByName[ParameterReport]):
         return gradient_metrics(sums, self.l1, self.sq_norm, self.dot, self.gram_blocks, size=size, non_embedding=non_embedding)
 
     def _coordinates(self, names: list[str]) -> tuple[CoordinateSums, int]:
-        """Returns the sums over coordinates of some parameters, and the number of coordinates."""
+        """Return the sums over coordinates of some parameters, and the number of coordinates."""
         sums = add_coordinates(self._parameters[name].coordinates for name in names)
         return sums, sum(self.coverage.sizes[name] for name in names)
 
@@ -423,7 +423,7 @@ class Report(ByName[ParameterReport]):
         return f"{said}, without {', '.join(shown)}" + (f" and {len(out) - 6} more" if len(out) > 6 else "")
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes the report to a safetensors file, which :func:`zerosum.load_report` reads.
+        """Write the report to a safetensors file, which :func:`zerosum.load_report` reads.
 
         The file is written completely or not at all. It leaves out Σ g of any parameter whose ``.grad`` was overwritten, for
         instance by clipping: save the report before that.
@@ -436,7 +436,7 @@ class Report(ByName[ParameterReport]):
         stored.save(self, path)
 
     def all_reduce(self, group: ProcessGroup | None = None, *, direction: Mapping[str, Tensor] | None = None) -> Report:
-        """Returns one report of all processes' examples, as if the ranks' batches were micro-batches of one process. Every rank of
+        """Return one report of all processes' examples, as if the ranks' batches were micro-batches of one process. Every rank of
         the group must call it; each rank gets the same report.
 
         - Σ g, Σ |g| and Σ g² are added over the ranks. Scalars are concatenated in rank order. Metrics use the total N.
@@ -460,7 +460,7 @@ class Report(ByName[ParameterReport]):
         return reports.all_reduce(self, group, direction)
 
     def to_dict(self, parameters: bool = False) -> dict[str, float]:
-        """Returns every metric as a float by name, in the form that loggers take.
+        """Return every metric as a float by name, in the form that loggers take.
 
         The names are ``D_grad``, ``D_grad_null`` (the value under random signs), ``grad_norm_debiased`` and so on. ``num_examples``
         and ``coverage`` (the share of covered coordinates) are included.
@@ -475,14 +475,14 @@ class Report(ByName[ParameterReport]):
         return found
 
     def table(self) -> list[dict[str, Any]]:
-        """Returns one row per covered parameter: name, rule, shape, size and metrics. You can pass it to ``pandas.DataFrame``."""
+        """Return one row per covered parameter: name, rule, shape, size and metrics. You can pass it to ``pandas.DataFrame``."""
         return [
             {"name": name, "how": p.how, "shape": tuple(p.shape), "size": p.shape.numel(), **_floats(p.metrics)}
             for name, p in self._parameters.items()
         ]
 
     def by_module(self, depth: int = 1) -> dict[str, Report]:
-        """Returns a report for each module, keyed by the first ``depth`` parts of its name, in the model's order.
+        """Return a report for each module, keyed by the first ``depth`` parts of its name, in the model's order.
 
         Parameters of the model itself are under "".
         """
@@ -507,7 +507,7 @@ class Report(ByName[ParameterReport]):
         return report_of, state_of(self)
 
     def __repr__(self) -> str:
-        """Returns a summary for a terminal; ``print`` shows more."""
+        """Return a summary for a terminal; ``print`` shows more."""
         c = self.coverage
         head = f"Report of {self.num_examples} examples, {len(c.covered)} of {len(c.sizes)} parameters covered ({c.share:.1%})"
         shown = [f"  {name:>16} {metric.value:12.5g}" for name, metric in self.metrics.items()][:20]

@@ -49,7 +49,7 @@ class Scale:
 
     @classmethod
     def of_factors(cls, count: Tensor, total: Tensor) -> Scale:
-        """Returns n / |Σ c|, which gives an average example weight one."""
+        """Return n / |Σ c|, which gives an average example weight one."""
         return cls(torch.where((count > 0) & (total != 0), count / total.abs(), 1.0), (count, total))
 
     def reread(self) -> Scale:
@@ -113,7 +113,7 @@ class Results:
         coordinates: CoordinateSums | None = None,
         absent: bool = False,
     ) -> Results:
-        """Builds results that belong to no step: sums and scalars of the losses themselves, in memory that nobody else writes to.
+        """Build results that belong to no step: sums and scalars of the losses themselves, in memory that nobody else writes to.
 
         ``absent``: Σ g is missing, because it had been overwritten.
         """
@@ -147,7 +147,7 @@ class Results:
         return self.latest.scale if self._scale is None else self._scale
 
     def own(self) -> None:
-        """Replaces ``grad_sum`` by a copy, because its memory is about to be overwritten."""
+        """Replace ``grad_sum`` by a copy, because its memory is about to be overwritten."""
         self.sums.grad_sum = self.sums.grad_sum.clone()
         self.hold(self.sums.grad_sum)
 
@@ -164,7 +164,7 @@ class Results:
         return self._absent or self.version != self._version
 
     def reread(self, is_current: Callable[[], bool] | None, version: int, memo: dict[Any, Any]) -> Results:
-        """Returns results that read the tensors' present contents. ``memo`` holds what the results of one block share."""
+        """Return results that read the tensors' present contents. ``memo`` holds what the results of one block share."""
         mine = copy.copy(self)
         mine._is_current, mine._version = is_current, version
         mine.common = memo.setdefault(self.common, self.common.reread())
@@ -181,7 +181,7 @@ class Results:
             )
 
     def merge(self, other: Results) -> None:
-        """Adds another micro-batch: adds its sums, and appends its examples."""
+        """Add another micro-batch: add its sums, and append its examples."""
         num_rows = self._shape[0] if len(self._shape) else 1
         mine, its = densified(self.sums, num_rows), densified(other.sums, num_rows)
         first = self._scale is None
@@ -208,7 +208,7 @@ class Results:
             )
 
     def finish(self, passes: Sequence[Pass]) -> None:
-        """Concatenates the scalars of all of the block's passes, with zeros for passes that did not reach the weight."""
+        """Concatenate the scalars of all of the block's passes, with zeros for passes that did not reach the weight."""
         if self._scale is None:
             if len(passes) == 1:
                 return
@@ -236,7 +236,7 @@ class Results:
 
 
 def common_scale(passes: Iterable[Pass]) -> Scale:
-    """Returns n / |Σ c| over the passes of a block, which gives an average example weight one."""
+    """Return n / |Σ c| over the passes of a block, which gives an average example weight one."""
     known = [p.factors for p in passes if p.factors is not None]
     if not known:
         return ONE
@@ -245,7 +245,7 @@ def common_scale(passes: Iterable[Pass]) -> Scale:
 
 
 def add_up(results: Iterable[tuple[Results, Tensor | None]], total: Callable[[Tensor], Tensor] | None = None) -> None:
-    """Computes the missing sums over coordinates in one call, and in a second call for sums that nobody has read yet. The results
+    """Compute the missing sums over coordinates in one call, and in a second call for sums that nobody has read yet. The results
     stay on the device.
 
     ``total`` turns sums over this process's coordinates into sums over all coordinates.
@@ -292,6 +292,6 @@ class _Table:
 
 
 def coordinate_sums(coordinates: tuple[_Table, int]) -> CoordinateSums:
-    """Reads what :func:`add_up` left on the device, which waits for it."""
+    """Read what :func:`add_up` left on the device, which waits for it."""
     table, row = coordinates
     return CoordinateSums(*table.rows[row])

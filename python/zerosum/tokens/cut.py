@@ -17,7 +17,7 @@ from torch.autograd.graph import GradientEdge, Node
 
 
 def separators(losses: Tensor, activations: Container[Node]) -> Iterator[GradientEdge]:
-    """Yields the tensors through which every path from ``losses`` passes, starting at the losses, as edges of the graph.
+    """Yield the tensors through which every path from ``losses`` passes, starting at the losses, as edges of the graph.
 
     ``activations`` are the nodes whose results depend on data. A node's inputs were created before it, so taking nodes by falling
     sequence number visits every node after all that depend on it. A node separates the graph if no waiting node leads to another
@@ -45,7 +45,7 @@ def _leads_to(node: Node, activations: Container[Node]) -> bool:
 
 
 def _walk(nodes: Iterable[Node], stop: Container[Node]) -> Iterator[Node]:
-    """Yields these nodes and all nodes that they lead to, without going past those in ``stop``."""
+    """Yield these nodes and all nodes that they lead to, without going past those in ``stop``."""
     seen: set[Node] = set()
     stack = list(nodes)
     while stack:
@@ -59,7 +59,7 @@ def _walk(nodes: Iterable[Node], stop: Container[Node]) -> Iterator[Node]:
 
 
 def leaves(node: Node, stop: Node | None = None) -> set[int]:
-    """Returns the ids of the leaf tensors that a node leads to, along paths that avoid ``stop``."""
+    """Return the ids of the leaf tensors that a node leads to, along paths that avoid ``stop``."""
     found = _walk([node], set() if stop is None else {stop})
     return {id(leaf) for x in found if x is not stop and (leaf := getattr(x, "variable", None)) is not None}
 
@@ -84,7 +84,7 @@ def follows(plain: Tensor | None, signed: Tensor | None, signs: Tensor) -> bool:
 
 
 def position_rows(x: Tensor | None, shape: torch.Size) -> Tensor | None:
-    """Reshapes (N, T, …) or (N·T, …) to (N·T, F); returns None for other shapes."""
+    """Reshape (N, T, …) or (N·T, …) to (N·T, F); returns None for other shapes."""
     if x is None or not x.ndim or (x.shape[: len(shape)] != shape and x.shape[0] != shape.numel()):
         return None
     return x.reshape(shape.numel(), -1)

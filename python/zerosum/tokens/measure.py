@@ -40,7 +40,7 @@ def token_report(
     progress: Progress | None = None,
     results_device: torch.device | str | None = None,
 ) -> Report | SampledReport:
-    """Computes Σ g, Σ|g|, Σ g², norms and dot products of per-token gradients, for every trainable parameter.
+    """Compute Σ g, Σ|g|, Σ g², norms and dot products of per-token gradients, for every trainable parameter.
 
     The gradient of token (i, t) is g_it = ``torch.autograd.grad(losses(model, x, y)[i, t], parameter)``.
 
@@ -214,12 +214,12 @@ class _Measurement:
         return Report(tracked, [Pass(0, total)])
 
     def _rows_of(self, k: int) -> slice:
-        """Returns the rows of the k-th sequence of a micro-batch."""
+        """Return the rows of the k-th sequence of a micro-batch."""
         T = self.x.shape[1]
         return slice(k * T, (k + 1) * T)
 
     def _examples_of(self, i: int) -> Tensor:
-        """Returns the positions of sequence i that are examples."""
+        """Return the positions of sequence i that are examples."""
         T = self.x.shape[1]
         return (self.places[self.places // T == i] % T).to(self.x.device)
 
@@ -235,7 +235,7 @@ class _Measurement:
         return bool(torch.allclose(alone, both[: x.shape[1]], rtol=min(0.1, 1e3 * pass_.eps)))
 
     def _micro_batches(self) -> Iterator[slice]:
-        """Yields slices of sequences that run together. The first sequence runs alone, to learn how much memory one needs."""
+        """Yield slices of sequences that run together. The first sequence runs alone, to learn how much memory one needs."""
         start, size = 0, 1
         while start < len(self.x):
             yield slice(start, min(start + size, len(self.x)))
@@ -265,7 +265,7 @@ class _Measurement:
         done: int,
         total: int,
     ) -> None:
-        """Runs the tokens (R,) of sequence i, in rising order and with these weights, backward from the cut.
+        """Run the tokens (R,) of sequence i, in rising order and with these weights, backward from the cut.
 
         ``sizes`` (T,) and ``rows`` (T, F) are the sequence's values at the cut; ``uses`` are those of tied weights in its tail.
         """
@@ -281,7 +281,7 @@ class _Measurement:
             self.progress(done + start + len(at), total)
 
     def _result(self, t: ChunkParameter) -> ParameterProbe:
-        """Returns a parameter of the chunks with its results, in the form of a probe's."""
+        """Return a parameter of the chunks with its results, in the form of a probe's."""
         exact = self._checked(t)
         if exact is None or t.total is None:
             return t
@@ -293,7 +293,7 @@ class _Measurement:
         return t
 
     def _checked(self, t: ChunkParameter) -> Tensor | None:
-        """Returns the sum of a covered parameter's gradient over all tokens, after checking that the tokens' gradients add up to
+        """Return the sum of a covered parameter's gradient over all tokens, after checking that the tokens' gradients add up to
         it."""
         total, exact = t.total, self.tail.sums.get(id(t.parameter))
         if not t.problem and (total is None or exact is None):
@@ -342,7 +342,7 @@ class _Measurement:
         return self._estimate(halves, first, second, dot)
 
     def _take_back_draws(self, draws: Draws, rows: list[Tensor], sizes: list[Tensor], done: int, total: int) -> None:
-        """Runs the draws backward, sequence by sequence."""
+        """Run the draws backward, sequence by sequence."""
         T, device = self.x.shape[1], self.x.device
         places = self.places[draws.tokens]
         for i in (places // T).unique().tolist():
@@ -352,7 +352,7 @@ class _Measurement:
             self._take_back(i, tokens, sizes[i], rows[i], weights, uses, done + int(mine[0]), total)
 
     def _influence(self, t: ChunkParameter, draws: int) -> Tensor | None:
-        """Computes ∂(Σ_j |G_j| / A_j)/∂A_j up to its sign, with A_j = Σ_i |g_ij| estimated from these draws, half of all draws."""
+        """Compute ∂(Σ_j |G_j| / A_j)/∂A_j up to its sign, with A_j = Σ_i |g_ij| estimated from these draws, half of all draws."""
         if t.total is None or t.problem or is_embedding(t.how, t.parameter.shape):
             return None
         sizes, total = 2 * t.total.abs_sum, self.tail.sums[id(t.parameter)].abs()

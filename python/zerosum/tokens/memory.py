@@ -36,7 +36,7 @@ class SavedTensors:
         self._seen = {_storage(x) for x in (*model.parameters(), *model.buffers())}
 
     def watch(self) -> AbstractContextManager[None]:
-        """Counts a forward pass that runs in this context."""
+        """Count a forward pass that runs in this context."""
         return saved_tensors_hooks(self._pack, lambda x: x)
 
     def _pack(self, x: Tensor) -> Tensor:
@@ -63,14 +63,14 @@ class Budget:
         self._sequence = self._kept = 0
 
     def note_pass(self, saved: SavedTensors, rows: int, uses: int, positions: int) -> None:
-        """Learns what one sequence needs: what its pass keeps, and the bytes of its rows at the cut and of the tied weights'
+        """Learn what one sequence needs: what its pass keeps, and the bytes of its rows at the cut and of the tied weights'
         uses."""
         self._sequence = saved.total + HELD_BY_A_PASS * saved.largest + rows + uses
         self._forward += uses
         self._token += HELD_OF_USES * (uses // positions)
 
     def keep(self, size: int) -> None:
-        """Reserves bytes for the whole run.
+        """Reserve bytes for the whole run.
 
         Raises:
             ValueError: too little is left for one sequence or one token.
@@ -85,16 +85,16 @@ class Budget:
             )
 
     def sequences(self) -> int:
-        """Returns how many sequences fit into one ordinary pass."""
+        """Return how many sequences fit into one ordinary pass."""
         return (self._memory - self._weight - self._kept) // max(self._sequence, 1)
 
     def tokens(self) -> int:
-        """Returns how many tokens of a sequence one vectorized backward pass can take."""
+        """Return how many tokens of a sequence one vectorized backward pass can take."""
         return (self._memory - self._weight - self._kept - self._forward) // max(self._token, 1)
 
 
 def size_of(*tensors: Tensor) -> int:
-    """Returns the bytes of the tensors, with shared memory counted once."""
+    """Return the bytes of the tensors, with shared memory counted once."""
     return sum({_storage(x): x.numel() * x.element_size() for x in tensors}.values())
 
 
@@ -103,19 +103,19 @@ def _storage(x: Tensor) -> int:
 
 
 def placeholder(like: Tensor) -> Tensor:
-    """Returns zeros of this shape that take no memory, for autograd to return in place of a gradient that was already consumed."""
+    """Return zeros of this shape that take no memory, for autograd to return in place of a gradient that was already consumed."""
     return like.new_zeros(()).expand(like.shape)
 
 
 def slices(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """Yields slices of tensors of one shape, in float64."""
+    """Yield slices of tensors of one shape, in float64."""
     flat = [x.reshape(-1) for x in tensors]
     for parts in zip(*(x.split(SLICE) for x in flat), strict=True):
         yield tuple(part.double() for part in parts)
 
 
 def distance(x: Tensor, y: Tensor | None = None) -> float:
-    """Computes ‖x − y‖, or ‖x‖, in float64, without a float64 copy of the tensors."""
+    """Compute ‖x − y‖, or ‖x‖, in float64, without a float64 copy of the tensors."""
     pairs = slices(x) if y is None else slices(x, y)
     parts = [(part - rest[0] if rest else part).square().sum() for part, *rest in pairs]
     return float(torch.stack(parts).sum().sqrt()) if parts else 0.0

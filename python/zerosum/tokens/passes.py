@@ -67,7 +67,7 @@ class SharedLayout(Layout):
 
     @staticmethod
     def _of_examples(x: Tensor) -> Tensor:
-        """Returns (E, *x.shape) for a tensor that vmap has batched, and (1, *x.shape) for any other."""
+        """Return (E, *x.shape) for a tensor that vmap has batched, and (1, *x.shape) for any other."""
         f = torch._C._functorch
         if not f.is_batchedtensor(x):
             return x.unsqueeze(0)
@@ -211,14 +211,14 @@ class TokenCapture(Capture):
         super().release()
 
     def add_up(self) -> None:
-        """Does nothing after a pass: the sums over coordinates are computed once, for all passes."""
+        """Do nothing after a pass: the sums over coordinates are computed once, for all passes."""
 
     def forget_pass(self) -> None:
-        """Forgets a forward pass that had no backward pass."""
+        """Forget a forward pass that had no backward pass."""
         self._begin_epoch()
 
     def forward_to_cut(self, losses: Losses, x: Tensor, y: Tensor) -> AtCut:
-        """Runs :meth:`forward` only up to the cut, because the head is a large part of a small model. It disables fused attention,
+        """Run :meth:`forward` only up to the cut, because the head is a large part of a small model. It disables fused attention,
         which has no vectorized derivative."""
         self._stops = True
         try:
@@ -232,7 +232,7 @@ class TokenCapture(Capture):
         return self.cut
 
     def forward(self, losses: Losses, x: Tensor, y: Tensor) -> Tensor:
-        """Computes the (N, T) losses, and notes the nodes of activations."""
+        """Compute the (N, T) losses, and note the nodes of activations."""
         self.activations.clear()
         self._seen.clear()
         self._shape, self.cut = x.shape, None
@@ -254,7 +254,7 @@ class TokenCapture(Capture):
 
 
 def find_cut(model: nn.Module, losses: Losses, x: Tensor, y: Tensor, generator: torch.Generator) -> Cut:
-    """Finds the deepest tensor that separates the graph, has a row-wise gradient, and after which the probe covers every weight."""
+    """Find the deepest tensor that separates the graph, has a row-wise gradient, and after which the probe covers every weight."""
     capture = TokenCapture(model, _positions(), _no_direction)
     capture.start()
     try:
@@ -291,13 +291,13 @@ def find_cut(model: nn.Module, losses: Losses, x: Tensor, y: Tensor, generator: 
 
 
 def rounding(eps: float, size: float, largest: float) -> float:
-    """Returns how much two computations of one sum of this size may differ. ``largest`` is the size of the model's largest sum:
+    """Return how much two computations of one sum of this size may differ. ``largest`` is the size of the model's largest sum:
     a sum that vanishes in exact arithmetic is rounding noise of that one."""
     return min(6e-2, 1e4 * eps) * size + 10 * eps * largest
 
 
 def _positions() -> Prover:
-    """Returns a prover for which every position is an example."""
+    """Return a prover for which every position is an example."""
     return Prover(positions=True, loss=_SUM, structures=Structures())
 
 
@@ -379,7 +379,7 @@ class TailPass:
     def run(
         self, x: Tensor, y: Tensor, signs: Tensor | None = None, saved: SavedTensors | None = None
     ) -> tuple[Tensor, Tensor, dict[int, Contributions]]:
-        """Runs sequences (N, T). Returns the sizes (N·T,) and the gradient's rows (N·T, F) at the cut, and the uses of tied weights
+        """Run sequences (N, T). Return the sizes (N·T,) and the gradient's rows (N·T, F) at the cut, and the uses of tied weights
         in the tail.
 
         ``signs`` (N, T) are the losses' signs for ``signed``. ``saved`` counts what is kept for the backward passes.
@@ -434,13 +434,13 @@ class TailPass:
             before.add_(grad.detach().to(before.device))
 
     def grad_sum(self, t: ParameterProbe) -> Tensor | None:
-        """Returns Σ_i g_i of any weight, as far as it was measured."""
+        """Return Σ_i g_i of any weight, as far as it was measured."""
         if id(t.parameter) not in self._cut.tail:
             return self.sums.get(id(t.parameter))
         return None if t.results is None else t.results.sums.spread(t.results.grad_sum, t.parameter.shape).view(t.parameter.shape)
 
     def _look_behind(self, values: Tensor, edge: GradientEdge) -> None:
-        """Notes parameters that are on a different side of this sequence's cut."""
+        """Note parameters that are on a different side of this sequence's cut."""
         assert values.grad_fn is not None
         mine = {id(t.parameter) for t in self._capture.parameters}
         before, behind = leaves(edge.node) & mine, leaves(values.grad_fn, stop=edge.node) & mine
@@ -474,7 +474,7 @@ class TailPass:
         self._capture.release()
 
     def finish(self, examples: Tensor | None = None) -> list[_TailParameter]:
-        """Returns the tail's parameters with their results. ``examples`` masks the tokens; the others have zero gradients."""
+        """Return the tail's parameters with their results. ``examples`` masks the tokens; the others have zero gradients."""
         with torch.no_grad():
             for t in self.tracked:
                 t.finish()
@@ -488,12 +488,12 @@ class TailPass:
 
 
 def _drop(t: ParameterProbe, grad: Tensor) -> None:
-    """Does nothing with a gradient that the results already contain."""
+    """Do nothing with a gradient that the results already contain."""
 
 
 @contextmanager
 def _taking(parameters: Iterable[ParameterProbe], take: Callable[[ParameterProbe, Tensor], None]) -> Iterator[None]:
-    """Passes each weight's gradient to ``take`` as soon as it is complete. autograd returns placeholders instead, so that it need
+    """Pass each weight's gradient to ``take`` as soon as it is complete. autograd returns placeholders instead, so that it need
     not hold the gradients of all weights together."""
 
     def hook(t: ParameterProbe, grad: Tensor) -> Tensor:
@@ -538,7 +538,7 @@ class Accumulated:
                 self.scalars.setdefault(name, []).append(value.double() / factors.double() ** power)
 
     def variance(self, draws: int) -> Tensor:
-        """Estimates the variance of ``abs_sum``, for examples that are this many draws, with the draws' weights as factors."""
+        """Estimate the variance of ``abs_sum``, for examples that are this many draws, with the draws' weights as factors."""
         return self.abs_sum.square().div_(-draws).add_(self.sq_sum).clamp_(min=0).mul_(draws / (draws - 1))
 
 
@@ -602,7 +602,7 @@ class ChunkPass:
                 self.tracked.append(t)
 
     def weigh(self, x: Tensor, y: Tensor) -> SavedTensors:
-        """Measures what the forward pass of the sequence (1, T) keeps."""
+        """Measure what the forward pass of the sequence (1, T) keeps."""
         saved = SavedTensors(self._capture.model)
         self._capture.start()
         try:
@@ -618,7 +618,7 @@ class ChunkPass:
     def run(
         self, x: Tensor, y: Tensor, tokens: Tensor, rows: Tensor, factors: Tensor, tail: Mapping[int, Contributions], sizes: Tensor
     ) -> None:
-        """Runs one chunk of the sequence x (1, T).
+        """Run one chunk of the sequence x (1, T).
 
         ``tokens`` (C,) are its positions, ``rows`` (C, F) their gradients at the cut, ``factors`` (C,) the examples' factors,
         ``tail`` the uses of tied weights in the tail, and ``sizes`` (T,) the sizes of the activation at the cut in the other pass.
@@ -651,7 +651,7 @@ class ChunkPass:
         self._capture.release()
 
     def take_scalars(self) -> dict[str, Tensor]:
-        """Returns and clears the examples' scalars since the last call, each summed over the parameters that have it."""
+        """Return and clear the examples' scalars since the last call, each summed over the parameters that have it."""
         found: dict[str, Tensor] = {}
         for t in self.tracked:
             if t.total is not None and not t.problem:

@@ -33,7 +33,7 @@ class ParameterEstimate:
     exact: bool
 
     def ratio(self, numerator: Tensor) -> Tensor:
-        """Computes |numerator| / Σ_i |g_i| for each coordinate, between 0 and 1.
+        """Compute |numerator| / Σ_i |g_i| for each coordinate, between 0 and 1.
 
         The reciprocal of an estimate A is too large by the factor 1 + var A / A², to second order; this is corrected. A coordinate
         that some token touched, but no drawn token, was touched by few tokens, so its ratio is set to 1.
@@ -41,7 +41,7 @@ class ParameterEstimate:
         return _ratio(*(x.double() for x in (numerator, self.abs_sum, self.abs_error)))
 
     def total_ratio(self, numerator: Tensor) -> float:
-        """Computes the sum of :meth:`ratio` over all coordinates."""
+        """Compute the sum of :meth:`ratio` over all coordinates."""
         return _total(_ratio(*parts).sum() for parts in slices(numerator, self.abs_sum, self.abs_error))
 
     @property
@@ -55,7 +55,7 @@ def _ratio(numerator: Tensor, size: Tensor, error: Tensor) -> Tensor:
 
 
 def _total(parts: Iterable[Tensor]) -> float:
-    """Returns their sum, with one wait for the device."""
+    """Return their sum, with one wait for the device."""
     return float(torch.stack(list(parts)).sum())
 
 
@@ -134,7 +134,7 @@ class SampledReport(ByName[ParameterEstimate]):
         return found
 
     def _interference(self, parameters: list[ParameterEstimate]) -> dict[str, Metric]:
-        """Computes D_grad, without embeddings (``D_grad``) and over all coordinates (``D_grad_all``)."""
+        """Compute D_grad, without embeddings (``D_grad``) and over all coordinates (``D_grad_all``)."""
         found = {}
         for name, chosen in (
             ("D_grad", [p for p in parameters if p.name not in self._embeddings]),

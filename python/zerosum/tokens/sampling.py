@@ -27,7 +27,7 @@ class Draws:
 
     @classmethod
     def proportional(cls, bound: Tensor, n: int, generator: torch.Generator) -> Draws:
-        """Draws ``n`` tokens, given bounds (N·T,) of the norms of their gradients."""
+        """Draw ``n`` tokens, given bounds (N·T,) of the norms of their gradients."""
         bound = bound.double().cpu()
         total = bound.sum()
         even = torch.full_like(bound, 1 / len(bound))
@@ -39,7 +39,7 @@ class Draws:
         return len(self.tokens)
 
     def halves(self) -> tuple[Draws, Draws]:
-        """Returns the first and the second half of the draws, each sorted by token."""
+        """Return the first and the second half of the draws, each sorted by token."""
         k = len(self) // 2
         found = []
         for tokens, weights in ((self.tokens[:k], self.weights[:k]), (self.tokens[k:], self.weights[k:])):
@@ -51,11 +51,11 @@ class Draws:
         return Draws(torch.cat([self.tokens, other.tokens]), torch.cat([self.weights, other.weights]))
 
     def total(self, x: Tensor) -> float:
-        """Estimates the sum over all tokens from the values ``x`` (n,) of the drawn ones."""
+        """Estimate the sum over all tokens from the values ``x`` (n,) of the drawn ones."""
         return float((self.weights * x.double().cpu()).sum())
 
     def error(self, x: Tensor, n: int | None = None) -> float:
-        """Estimates the standard error of a total over ``n`` such draws, from the values ``x`` (len(self),) of these draws."""
+        """Estimate the standard error of a total over ``n`` such draws, from the values ``x`` (len(self),) of these draws."""
         k, n = len(self), len(self) if n is None else n
         if k < 2:
             return math.nan
