@@ -23,8 +23,9 @@ from zerosum import tables
 from zerosum.changes import between
 from zerosum.curves import CurveError
 from zerosum.deceleration import fit
+from zerosum.files import replace_text
 from zerosum.plots.axes import GREY, Entry, interference_axis, legend, panels, save, styles, value_axis
-from zerosum.records import Curve, curve, decode, replace_text
+from zerosum.records import Curve, curve
 from zerosum.training.comparison import FIRST, mean_and_error
 from zerosum.training.data import Corpus, standard_library
 from zerosum.training.demo import demo
@@ -78,7 +79,7 @@ def measure(folder: Path, run: Settings, corpus: Corpus) -> Row:
     D and M of Δt = 1 are means over the measured steps of the last doubling; those of Δt = t are of the doubling itself.
     """
     with (folder / "metrics.jsonl").open(encoding="utf-8") as file:
-        records = decode(file)
+        records = [json.loads(line) for line in file]
     train, held_out, d_grad = (
         curve(records, *of) for of in (("step", "train.loss"), ("probe", "held_out.loss"), ("probe", "tokens.D_grad"))
     )
