@@ -205,7 +205,9 @@ def test_the_decomposition_has_c_g_and_the_ratio_with_errors(three: list[Run]) -
 
 
 def test_pairs_have_a_band_of_cosines_and_the_share_of_opposed_examples(three: list[Run]) -> None:
-    left, right = paper.pairs(three).axes
+    figure = paper.pairs(three)
+    left, right = figure.axes
+    assert not any("seeds" in entry for entry in entries(figure))
     assert xy(*lines_of(left, "-"))[1] == pytest.approx([0.1, 0.08, 0.06, 0.04])
     assert xy(*lines_of(left, "--"))[1] == [0] * 4
     corners = left.collections[0].get_paths()[0].vertices

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 # colours, so that a pair comes back after 56 runs only.
 PALETTE = ("#0072B2", "#E69F00", "#009E73", "#000000", "#D55E00", "#CC79A7", "#56B4E9")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
+ERROR_BAND = "error-band"  # the id of the bands of standard errors
 BLUE, VERMILION, GREEN, BLACK, GREY = "#0072B2", "#D55E00", "#009E73", "#222222", "#666666"
 
 
@@ -84,7 +85,13 @@ def measured(axes: Axes, c: Curve, style: Style, label: str | None = None, bande
 def band(axes: Axes, c: Curve, style: Style) -> None:
     """From one standard error below the values to one above."""
     if c.errors is not None and np.isfinite(c.errors).any():
-        axes.fill_between(c.steps, c.values - c.errors, c.values + c.errors, color=style.color, alpha=0.2, linewidth=0)
+        low, high = c.values - c.errors, c.values + c.errors
+        axes.fill_between(c.steps, low, high, color=style.color, alpha=0.2, linewidth=0, gid=ERROR_BAND)
+
+
+def has_band(axes: Axes) -> bool:
+    """Whether :func:`band` has drawn in a panel."""
+    return any(shape.get_gid() == ERROR_BAND for shape in axes.collections)
 
 
 def positive(values: np.ndarray) -> np.ndarray:

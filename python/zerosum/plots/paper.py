@@ -26,6 +26,7 @@ from zerosum.plots.axes import (
     Entry,
     Style,
     band,
+    has_band,
     interference_axis,
     legend,
     measured,
@@ -116,7 +117,7 @@ def loss(runs: Sequence[Run], first: float = 100) -> Figure:
             entries.append(Entry(open_marker, f"{run.name}: checkpoints, {run.over('loss', runs)[0]}"))
             steps.append(c.steps)
             shown.append(c.values)
-    if axes.collections:
+    if has_band(axes):
         entries.append(_band())
     if any(run.loss is not None and not run.smoothed for run in runs):
         entries.append(Entry(sample(color=GREY, linewidth=0.8, alpha=0.5), "every step; the strong line is its moving average"))
@@ -235,10 +236,10 @@ def pairs(runs: Sequence[Run]) -> Figure:
     for axes, metrics in zip(row, shown, strict=True):
         steps = []
         for run, style in _with(runs, *metrics):
-            middle, *band = run.curves(*metrics)
-            measured(axes, middle, style)
-            if band:
-                axes.fill_between(middle.steps, band[0].values, band[1].values, color=style.color, alpha=0.15, linewidth=0)
+            middle, *edges = run.curves(*metrics)
+            measured(axes, middle, style, banded=bool(run.repeats))
+            if edges:
+                axes.fill_between(middle.steps, edges[0].values, edges[1].values, color=style.color, alpha=0.15, linewidth=0)
             steps.append(middle.steps)
         step_axis(axes, np.concatenate(steps))
         of_cosines = len(metrics) > 1
@@ -515,7 +516,7 @@ def _explain(
         entries.append(
             Entry(sample(color=GREY, linestyle="none", marker="|", markersize=9), "± one standard error of the sampling")
         )
-    if any(axes.collections for axes in drawn):
+    if any(map(has_band, drawn)):
         entries.append(_band())
     legend(figure, [*entries, *others])
 
