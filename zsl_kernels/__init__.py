@@ -14,7 +14,8 @@ All functions share these properties:
 - **Results** are accumulated in float32 or better and returned in float32 (float64 for float64 inputs).
 - **Derivatives**: every function is differentiable once in its floating-point tensor arguments, unless its documentation says
   otherwise.
-- **Compilation** with ``torch.compile(fullgraph=True)`` works for every function except :func:`linear_cross_entropy`.
+- **Compilation** with ``torch.compile(fullgraph=True)`` works for every function except :func:`linear_cross_entropy` and
+  :func:`coordinate_sums`, whose results are numbers.
 - **Implementation**: ``impl`` is "auto", which follows :func:`plan`, or the name of an implementation: "reference", "chunked",
   "cpu", "triton" or "cuda". A named implementation never falls back to another one.
 
