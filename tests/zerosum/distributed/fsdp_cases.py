@@ -479,5 +479,5 @@ def case_reentrant_checkpoint(rank: int, world: int) -> None:
     batches, model = data(world, lambda rank: 3), model_of(Reentrant)
     model = fully_shard(model)
     report = refusing(model, batches[rank])
-    assert "with fully_shard use checkpoint(..., use_reentrant=False)" in report.coverage.not_covered["middle.weight"]
+    assert "with fully_shard, use checkpoint(..., use_reentrant=False)" in report.coverage.not_covered["middle.weight"]
     assert "head.weight" in report
