@@ -198,7 +198,7 @@ class GradientTile {
     for (int64_t kp = 0; kp < col_panels; ++kp)
       for (int64_t op = 0, p = added_first_; op < row_panels; op += Runner::height) {
         const int height = static_cast<int>(std::min<int64_t>(Runner::height, row_panels - op));
-        Step<P> steps[Runner::height];
+        Step<P> steps[Runner::height] = {};
         for (int64_t e = 0; e < count; ++e) {
           for (int i = 0; i < height; ++i) {
             Step<P>& s = steps[i];

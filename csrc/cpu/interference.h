@@ -13,11 +13,15 @@ struct InterferenceEpilogue {
   const S* u;                    // the tile of the direction
   const StoredTiles<P>* stored;  // for the Gram
   int64_t example;
-  double l1, sq_norm, dot, abs_dot;
+  Wide<S> l1, sq_norm, dot, abs_dot;
 
   ZSL_INLINE void operator()(const Step<P>& s, const typename R::Acc& acc) {
     Vec<S> l1_lanes = {}, sq_lanes = {}, dot_lanes = {}, abs_dot_lanes = {};
     const int64_t at = s.index * R::size;
+    // Copies: what is stored might change the epilogue's own pointers.
+    S *const grad_at = Sums ? grad + at : nullptr, *const abs_at = Sums ? abs + at : nullptr,
+             *const sq_at = Sums ? sq + at : nullptr;
+    const S* const u_at = Direction ? u + at : nullptr;
     S* out = Store ? stored->at(s.index, example) : nullptr;
 #pragma GCC unroll 16
     for (int r = 0; r < R::rows; ++r)
@@ -28,20 +32,20 @@ struct InterferenceEpilogue {
         sq_lanes += g2;
         if constexpr (Sums) {
           l1_lanes += m;
-          store(grad + at + p, load(grad + at + p) + g);
-          store(abs + at + p, load(abs + at + p) + m);
-          store(sq + at + p, load(sq + at + p) + g2);
+          store(grad_at + p, load(grad_at + p) + g);
+          store(abs_at + p, load(abs_at + p) + m);
+          store(sq_at + p, load(sq_at + p) + g2);
         }
         if constexpr (Direction) {
-          const Vec<S> gu = g * load(u + at + p);
+          const Vec<S> gu = g * load(u_at + p);
           dot_lanes += gu;
           abs_dot_lanes += ZSL_ISA::abs<S>(gu);
         }
         if constexpr (Store) store(out + p, g);
       }
-    sq_norm += sum_lanes<S>(sq_lanes);
-    if constexpr (Sums) l1 += sum_lanes<S>(l1_lanes);
-    if constexpr (Direction) dot += sum_lanes<S>(dot_lanes), abs_dot += sum_lanes<S>(abs_dot_lanes);
+    add_lanes<S>(sq_norm, sq_lanes);
+    if constexpr (Sums) add_lanes<S>(l1, l1_lanes);
+    if constexpr (Direction) add_lanes<S>(dot, dot_lanes), add_lanes<S>(abs_dot, abs_dot_lanes);
   }
 };
 
@@ -88,9 +92,10 @@ size_t interference_run(const InterferenceArgs& args, int64_t begin, int64_t end
       for (int64_t e = 0; e < count; ++e) epilogues[e] = epilogue, epilogues[e].example = n + e;
       tile.run_group(args.a, args.b, n, count, n == 0, rect, epilogues);
       for (int64_t e = 0; e < count; ++e) {
-        out->sq_norm[n + e] += epilogues[e].sq_norm;
-        if constexpr (Sums) out->l1[n + e] += epilogues[e].l1;
-        if constexpr (Direction) out->dot[n + e] += epilogues[e].dot, out->abs_dot[n + e] += epilogues[e].abs_dot;
+        const auto& found = epilogues[e];
+        out->sq_norm[n + e] += total<S>(found.sq_norm);
+        if constexpr (Sums) out->l1[n + e] += total<S>(found.l1);
+        if constexpr (Direction) out->dot[n + e] += total<S>(found.dot), out->abs_dot[n + e] += total<S>(found.abs_dot);
       }
     }
     if constexpr (Gram) tile_gram.run(stored.data(), stored.data(), Tile::count(rect), true, out->gram);

@@ -52,6 +52,27 @@ ZSL_INLINE Vec<S> times_sign(Vec<S> v, Vec<S> x) {
   return v > 0 ? x : (v < 0 ? -x : v * S(0));
 }
 
+// As many doubles as a vector has lanes: what a scalar's lanes are added in, so that its error does not grow with the tile.
+template <class S>
+struct WideTypes {
+  typedef double V __attribute__((vector_size(sizeof(double) * ZSL_VEC_BYTES / sizeof(S))));
+};
+
+template <class S>
+using Wide = typename WideTypes<S>::V;
+
+template <class S>
+ZSL_INLINE void add_lanes(Wide<S>& sum, Vec<S> v) {
+  sum += __builtin_convertvector(v, Wide<S>);
+}
+
+template <class S>
+ZSL_INLINE double total(const Wide<S>& sum) {
+  double s = 0;
+  for (int i = 0; i < lanes<S>; ++i) s += sum[i];
+  return s;
+}
+
 // Lanes are added in double: a scalar's error does not grow with the size of the tile.
 template <class S>
 ZSL_INLINE double sum_lanes(Vec<S> v) {
