@@ -1,23 +1,26 @@
-// The bf16 product on the processor's matrix unit (AMX). Included where ZSL_AMX is defined, after the tile instructions: those of
-// <immintrin.h>, or loops that do the same (tests/native/amx_instructions.h).
+// The bf16 product on the processor's matrix unit (AMX).
 //
-// The unit has eight tiles of 16 rows of 64 bytes. tdpbf16ps adds to a 16 × 16 tile of float sums the product of a tile of 16 rows
-// of 32 positions by one of 16 pairs of positions of 16 columns. A block of the gradient is 32 × 32: tiles 0 to 3 hold its sums, 4
-// and 5 its rows, 6 and 7 its columns, so that four loads feed four products. A load of a tile takes the load ports 8 cycles and a
-// product the unit 16: the unit is what limits. With fewer sums it would be the loads: 2 × 1 tiles take 24 cycles for 32, 1 × 1
-// tiles 16 for 16.
+// This file is included if ZSL_AMX is defined, after the tile instructions. These come from <immintrin.h>, or from loops with the
+// same effect (tests/native/amx_instructions.h).
 //
-// In one instruction the products of even and of odd positions are added in two chains from zero, then to each other, then to the
-// sums, all rounded to nearest. Subnormal numbers, of operands and of sums, are taken as zero whatever the thread's floating-point
-// state says. vdpbf16ps (kernels_avx512_bf16.cpp) does that too; the kernels that widen bf16 to float do not.
+// The unit has eight tiles of 16 rows of 64 bytes. tdpbf16ps multiplies a tile of 16 rows × 32 positions by a tile of 16 pairs of
+// positions × 16 columns and adds the product to a 16 × 16 tile of float sums. A block of the gradient is 32 × 32. Tiles 0 to 3
+// hold its sums, tiles 4 and 5 its rows, and tiles 6 and 7 its columns, so that four loads feed four products. A tile load occupies
+// the load ports for 8 cycles and a product occupies the unit for 16 cycles, so the unit is the bottleneck. With fewer sums the
+// loads would count more: 2 × 1 tiles take 24 cycles of loads for 32 of products, and 1 × 1 tiles take 16 for 16.
+//
+// One instruction adds the products of even and of odd positions in two separate chains that start at zero. It then adds the two
+// chains, and adds the result to the sums. All additions round to nearest. Subnormal operands and sums are treated as zero,
+// regardless of the thread's floating-point state. vdpbf16ps (kernels_avx512_bf16.cpp) also does this. The kernels that widen bf16
+// to float do not.
 
 namespace zsl::ZSL_ISA {
 
-// Panels of whole tiles: a step contracts 32 positions, of which those past the end are zeros. A row panel holds for each step 16
-// features of 32 positions, a column panel two tiles of 16 pairs of positions of 16 features.
+// Panels of whole tiles. One step contracts 32 positions, and positions past the end are zeros. For each step, a row panel holds 16
+// features × 32 positions, and a column panel holds two tiles of 16 pairs of positions × 16 features.
 //
-// Short examples are formed together, as many as have a chunk's positions: a block of each is multiplied and folded before the next
-// block, whose sums in memory then come from the second-level cache once for all of them.
+// Short examples are processed in a group whose positions fit in one chunk. Each block is multiplied and folded for all examples of
+// the group before the next block. The block's sums are then read from the L2 cache once per group.
 struct Bf16Tiles {
   using Elem = uint16_t;
   using Sum = float;
@@ -41,15 +44,15 @@ struct TileLayout {
 };
 inline constexpr TileLayout whole_tiles = {};
 
-// The unit's configuration, the thread's own, for as long as a worker runs: eight whole tiles.
+// Configures the unit with eight whole tiles while a worker runs. Each thread has its own configuration.
 struct TileUnit {
   TileUnit() { _tile_loadconfig(&whole_tiles); }
   ~TileUnit() { _tile_release(); }
   TileUnit(const TileUnit&) = delete;
 };
 
-// 32 positions of 32 features. `at` has position t at t · stride, in the operand itself or, where it has not that many of both or
-// they do not lie side by side, in a copy with zeros.
+// A square of 32 positions × 32 features. Position t is at `at` + t · stride. `at` points into the operand if the operand has 32
+// positions and features left and the features are contiguous. Otherwise it points to a zero-padded copy.
 struct Square {
   static constexpr int side = 32;
   const uint16_t* at;
@@ -58,7 +61,8 @@ struct Square {
 
   Square(const Operand& x, const uint16_t* from, int64_t positions, int64_t features) : at(from), stride(x.st) {
     if (x.sf == 1 && positions >= side && features >= side) {
-      // The same features of the next step: rows lie a page or so apart, where hardware prefetching stops.
+      // Prefetch the same features for the next step. Rows are about a page apart, and hardware prefetching stops at page
+      // boundaries.
       for (int64_t t = side; t < 2 * side; ++t) __builtin_prefetch(from + t * stride);
       return;
     }
@@ -73,7 +77,7 @@ struct Square {
 typedef uint16_t Halves __attribute__((vector_size(64), aligned(2), may_alias));
 typedef uint32_t Pairs __attribute__((vector_size(64), aligned(4), may_alias));
 
-// 16 rows of 16 pairs, transposed: pairs, then pairs of pairs, then quarters of vectors change places.
+// Transposes 16 rows of 16 pairs. It exchanges pairs, then pairs of pairs, then quarters of vectors.
 ZSL_INLINE void transpose(Pairs (&x)[16]) {
   Pairs y[16];
 #pragma GCC unroll 16
@@ -105,9 +109,9 @@ ZSL_INLINE void transpose(Pairs (&x)[16]) {
   }
 }
 
-// A square's features as rows of their positions, 16 to a tile.
+// Packs the features of a square as rows of positions, with 16 features per tile.
 ZSL_INLINE void pack_square_rows(const Square& square, uint16_t* upper, uint16_t* lower) {
-  // Two positions are interleaved within quarters of vectors, which yields the first or the second four of each eight features.
+  // Interleaving two positions within the quarters of a vector yields the first or the second four of every eight features.
 #pragma GCC unroll 2
   for (int second = 0; second < 2; ++second) {
     Pairs x[16];
@@ -130,7 +134,7 @@ ZSL_INLINE void pack_square_rows(const Square& square, uint16_t* upper, uint16_t
   }
 }
 
-// A square's pairs of positions: a tile of its first 16 features and one of the others.
+// Packs the pairs of positions of a square into one tile for the first 16 features and one tile for the other 16.
 ZSL_INLINE void pack_square_columns(const Square& square, uint16_t* tiles) {
 #pragma GCC unroll 4
   for (int p = 0; p < 16; ++p) {
@@ -170,16 +174,17 @@ inline void pack_columns<Bf16Tiles>(const Operand& x, int64_t n, int64_t t0, int
   });
 }
 
-// Blocks of one or two register tiles, one above the other. What is handed to an epilogue is there after finish(). The unit is
-// given half of a block's products, then the first register tile of the block before is folded, then come the other half and the
-// second register tile: the processor executes the fold while the unit multiplies.
+// Runs blocks of one or two vertically adjacent register tiles. The results reach the epilogue no later than finish().
+//
+// For each block, run() issues half of the block's products, folds the first register tile of the previous block, issues the other
+// half of the products, and folds the second register tile. The processor executes the folds while the unit multiplies.
 template <class Epilogue>
 class BlockRunner<Bf16Tiles, Epilogue> {
  public:
   using R = RegisterTile<Bf16Tiles>;
   static constexpr int height = 2;
 
-  // A block has `count` register tiles.
+  // `count` is the number of register tiles in the block.
   void run(const Step<Bf16Tiles>* steps, int count, Epilogue& epilogue) {
     const Step<Bf16Tiles>& s = steps[0];
     const int64_t half = s.steps / 2;
@@ -189,7 +194,8 @@ class BlockRunner<Bf16Tiles, Epilogue> {
     fold(0);
     count == 2 ? multiply<2>(s, half, s.steps) : multiply<1>(s, half, s.steps);
     fold(1);
-    // Sums between chunks are the tiles themselves: an instruction adds 32 positions as one term, so that no chain stands still.
+    // Between chunks the tiles themselves hold the sums. An instruction adds 32 positions as one term, so a chain of additions does
+    // not stop growing.
     float* to[2];
     for (int i = 0; i < count; ++i) to[i] = s.last ? reinterpret_cast<float*>(out[i]) : steps[i].carry;
     _tile_stored(0, to[0], 128);
@@ -210,7 +216,8 @@ class BlockRunner<Bf16Tiles, Epilogue> {
  private:
   template <int Count>
   static void start(const Step<Bf16Tiles>* s) {
-    // The instructions' definitions do not say that they read memory: what was packed must be there.
+    // The instructions' definitions do not say that they read memory. This barrier makes the compiler finish storing the packed
+    // panels.
     __asm__ volatile("" ::: "memory");
     if (s[0].first) {
       _tile_zero(0);
@@ -252,13 +259,14 @@ class BlockRunner<Bf16Tiles, Epilogue> {
     const Step<Bf16Tiles> s = steps_[i];
     typename R::Acc& acc = blocks_[pending_][i];
     if (s.rows < R::rows || s.cols < R::cols) clear_padding<Bf16Tiles>(acc, s.rows, s.cols);
-    // A copy, to which no sum that is stored can point: otherwise its pointers are read again after each.
+    // Use a local copy of the epilogue. Stores of sums cannot modify it, so the compiler need not reload its pointers after each
+    // store.
     Epilogue epilogue = *epilogue_;
     epilogue(s, acc);
     *epilogue_ = epilogue;
   }
 
-  typename R::Acc blocks_[2][2];  // of the block that is multiplied, and of the one that is folded
+  typename R::Acc blocks_[2][2];  // one buffer for the block being multiplied, one for the block being folded
   Step<Bf16Tiles> steps_[2];
   Epilogue* epilogue_ = nullptr;
   int pending_ = 0, count_ = 0;

@@ -1,18 +1,20 @@
-// The derivative of every op with respect to a and b: form g_i's tile again, turn it into s_i's tile in registers, and multiply
-// that with b_i and a_i. One example's da_i and db_i belong to one worker, so tiles add to them without a race.
+// The derivative of every op with respect to a and b.
+//
+// For each tile it recomputes g_i, converts it to s_i in registers, and multiplies s_i by b_i and a_i. Each example's da_i and db_i
+// belong to one worker, so the tiles are accumulated without a race.
 
 namespace zsl::ZSL_ISA {
 
-// s_i from g_i, but for the mixed gradients. See BackwardArgs for the formula.
+// Computes s_i from g_i, without the mixed gradients. BackwardArgs gives the formula.
 template <class P>
 struct BackwardEpilogue {
   using R = RegisterTile<P>;
   using S = typename P::Sum;
 
   S* s;                                // the tile of s_i
-  const S *u, *c_grad, *c_abs, *c_sq;  // tiles; zeros where not given
+  const S *u, *c_grad, *c_abs, *c_sq;  // tiles; zeros if absent
   S l1, sqn, dot, abs_dot;             // example i's coefficients
-  bool signs, sizes, squares, along;   // which terms there are: an absent one must not make NaN of Inf
+  bool signs, sizes, squares, along;   // which terms are present: an absent term must not turn Inf into NaN
 
   ZSL_INLINE void operator()(const Step<P>& step, const typename R::Acc& acc) {
 #pragma GCC unroll 16
@@ -31,7 +33,7 @@ struct BackwardEpilogue {
   }
 };
 
-// c += register tile, c a corner of a row-major matrix.
+// Adds a register tile to c, where c points into a row-major matrix.
 template <class P>
 struct AddEpilogue {
   using R = RegisterTile<P>;
@@ -55,8 +57,8 @@ struct AddEpilogue {
   }
 };
 
-// c (row-major) += x_n[:, f0:f0+steps] · panels for example n's rows, where panels are packed columns of `length` rows, of which
-// the first `steps` contract those features. c is the first column of a whole da or db.
+// Computes c (row-major) += x_n[:, f0:f0+steps] · panels for the rows of example n. The panels are packed columns with `length`
+// rows, and their first `steps` rows are contracted with those features. c points to the first column of a complete da or db.
 template <class S>
 void multiply_rows(const Operand& x, const Shape& shape, int64_t n, int64_t f0, int64_t steps, const S* panels, int64_t length,
                    int64_t cols, S* packed, S* c, int64_t ld) {
@@ -65,7 +67,7 @@ void multiply_rows(const Operand& x, const Shape& shape, int64_t n, int64_t f0, 
   Step<P> s;
   s.steps = steps, s.first = s.last = true, s.carry = nullptr, s.index = 0;
   constexpr int64_t block = chunk / R::rows * R::rows;
-  // Ragged rows are those of one long example.
+  // Ragged rows are addressed as the rows of one long example.
   const int64_t T = shape.begin ? shape.begin[shape.N] : shape.T, row0 = shape.begin ? shape.begin[n] : n * T;
   const int64_t rows = shape.length(n);
   for (int64_t t0 = 0; t0 < rows; t0 += block) {
@@ -102,7 +104,7 @@ size_t backward_shared_as(const BackwardArgs& args) {
   return arena.used();
 }
 
-// The tile sᵀ as packed columns: [panel of COLS outputs][k][COLS].
+// Packs the transposed tile sᵀ as columns: [panel of COLS outputs][k][COLS].
 template <class P>
 void transpose_tile(const typename P::Sum* s, const Rect& rect, typename P::Sum* out) {
   using R = RegisterTile<P>;

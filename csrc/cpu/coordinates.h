@@ -1,5 +1,6 @@
-// coordinate_sums: what the metrics of interference need of the three sums, in one pass over them. The sums are large and the pass
-// is short: reading each once is all it should cost.
+// coordinate_sums: reduces the three sums to the values that the interference metrics need, in one pass.
+//
+// The sums are large and the arithmetic is short, so the kernel should cost no more than reading each sum once.
 
 namespace zsl::ZSL_ISA {
 
@@ -16,14 +17,15 @@ ZSL_INLINE Vec<S> sqrt(Vec<S> v) {
   return root;
 }
 
-// Adds coordinates [begin, end) to out; see CoordinateArgs for its order. Lanes run for one block in S and in double from there on.
+// Adds the sums over coordinates [begin, end) to out. CoordinateArgs defines the order of out. Within one block the lanes
+// accumulate in S. Across blocks they accumulate in double.
 template <class S, bool Direction>
 void coordinates_as(const CoordinateArgs& args, int64_t begin, int64_t end, double* out) {
   using Bits = typename VecTypes<S>::Bits;
   constexpr int64_t block = 64 * lanes<S>;
   const S *grad = static_cast<const S*>(args.grad_sum), *abs_sum = static_cast<const S*>(args.abs_sum);
   const S *sq = static_cast<const S*>(args.sq_sum), *u = static_cast<const S*>(args.u);
-  // A partial vector is read from a copy; its padding counts as untouched and is taken off again.
+  // A partial vector is read from a zero-padded copy. The padding counts as untouched coordinates, so that it adds nothing.
   S tail[4][lanes<S>] = {};
   for (int64_t b0 = begin; b0 < end; b0 += block) {
     Vec<S> touched = {}, ratio = {}, null_ratio = {}, grad_sq = {}, sq_total = {}, p_sum = {}, p_abs = {}, p_null = {};

@@ -1,10 +1,11 @@
-// gram and sq_norm without any gradient: ⟨g_i, g_m⟩ = Σ_ts (a_it·a2_ms)(b_it·b2_ms), over blocks of flattened (example, position)
-// rows. A block of input products stays in the workspace until the block of output products meets it in registers; then it is
-// added to the examples its rows belong to.
+// gram and sq_norm with the ghost algorithm, which never forms a gradient: ⟨g_i, g_m⟩ = Σ_ts (a_it·a2_ms)(b_it·b2_ms).
+//
+// The kernel processes blocks of flattened (example, position) rows. It keeps a block of input products in the workspace and
+// multiplies it by the block of output products in registers. Then it adds the result to the examples that own the rows.
 
 namespace zsl::ZSL_ISA {
 
-// Leaves the block in the workspace (Multiply: multiplied into what is there).
+// Stores the block in the workspace. With Multiply, it multiplies the block that is there.
 template <class P, bool Multiply>
 struct GhostEpilogue {
   using R = RegisterTile<P>;
@@ -28,7 +29,7 @@ class GhostBlock {
  public:
   using P = Dense<S>;
   using R = RegisterTile<P>;
-  static constexpr int64_t side = 96;  // rows of a block: a multiple of every register tile
+  static constexpr int64_t side = 96;  // rows of a block: a multiple of the sides of every register tile
 
   explicit GhostBlock(Arena& arena) {
     static_assert(side % R::rows == 0 && side % R::cols == 0);
@@ -38,7 +39,7 @@ class GhostBlock {
     block_ = arena.take<S>(side * side);
   }
 
-  // block(r, c) = (a_r·a2_c)(b_r·b2_c)
+  // Computes block(r, c) = (a_r·a2_c)(b_r·b2_c).
   void run(const GramArgs& g, int64_t r0, int64_t rn, int64_t c0, int64_t cn) {
     GhostEpilogue<P, false> keep = {block_};
     GhostEpilogue<P, true> multiply = {block_};
@@ -77,8 +78,9 @@ class GhostBlock {
   int64_t row_panels_ = 0;
 };
 
-// Calls body(block number, first row, first column) for the blocks that are wanted: all; of one set with itself those on or above
-// the diagonal; with `diagonal` of these only those in which an example meets itself.
+// Calls body(block number, first row, first column) for each required block. By default these are all blocks. If the two sets are
+// the same, they are only the blocks on and above the diagonal. With `diagonal`, they are only those of the latter in which an
+// example meets itself.
 template <class Body>
 int64_t each_ghost_block(const GramArgs& g, bool diagonal, Body body) {
   const int64_t side = GhostBlock<float>::side, T = g.shape.T, rows = g.shape.N * T, cols = g.M * T;
@@ -95,7 +97,7 @@ inline int64_t ghost_blocks(const GramArgs& g, bool diagonal) {
   return each_ghost_block(g, diagonal, [](int64_t, int64_t, int64_t) {});
 }
 
-// out: (N, M), its upper triangle valid for one set with itself; (N,) with `diagonal`.
+// out has shape (N, M), and only its upper triangle is valid if the two sets are the same. With `diagonal` its shape is (N,).
 template <class S>
 size_t ghost_as(const GramArgs& g, bool diagonal, int64_t begin, int64_t end, void* workspace, double* out) {
   Arena arena(workspace);
@@ -112,7 +114,7 @@ size_t ghost_as(const GramArgs& g, bool diagonal, int64_t begin, int64_t end, vo
         const int64_t i = (r0 + r) / T, m = (c0 + c) / T, stop = std::min(cn, (m + 1) * T - c0);
         double sum = 0;
         for (; c < stop; ++c) sum += block.at(r, c);
-        // A block above the diagonal stands for its mirror image too, where an example meets itself.
+        // A block above the diagonal also stands for its mirror image below the diagonal, where an example meets itself.
         if (g.self && i == m && c0 > r0) sum *= 2;
         if (!diagonal)
           out[i * g.M + m] += sum;

@@ -1,14 +1,17 @@
-// One example's gradient g_i = b_iᵀ a_i over one tile of the output, register tile by register tile, handed to an epilogue.
+// Computes one tile of one example's gradient g_i = b_iᵀ a_i and passes each register tile to an epilogue.
 //
-// Inside a tile everything is kept in register-tile order: index = (column panel)·(row panels) + (row panel), ROWS × COLS values
-// each. A column panel's register tiles thus lie one below the other, as [o][COLS]: they are a packed panel again.
+// Values of a tile are stored in register-tile order: index = (column panel)·(row panels) + (row panel), with ROWS × COLS values
+// per index. The register tiles of one column panel are therefore consecutive and form an [o][COLS] array, which is itself a packed
+// panel.
 
 namespace zsl::ZSL_ISA {
 
-// Positions contracted at a time: a column panel of a chunk stays in the first-level cache, and no workspace grows with T.
+// Number of positions contracted at a time. A column panel of one chunk fits in the L1 cache, and the size of the workspace does
+// not grow with T.
 inline constexpr int64_t chunk = 256;
 
-// Sums over examples are sums of sums over so many: one chain of N float additions would err by √N.
+// Sums over examples are accumulated in runs of this many examples, and the runs are then added. The error of one chain of N float
+// additions would grow with √N.
 inline constexpr int64_t sum_run = 64;
 
 // A tile of the (O, K) output.
@@ -21,7 +24,7 @@ ZSL_INLINE Rect tile_rect(const Shape& s, int64_t tile) {
   return {o0, std::min(s.tile_o, s.O - o0), k0, std::min(s.tile_k, s.K - k0)};
 }
 
-// Hands out aligned pieces of a worker's workspace; with a null base it only counts.
+// Allocates aligned parts of a worker's workspace. With a null base it only computes the required size.
 class Arena {
  public:
   explicit Arena(void* base) : base_(static_cast<char*>(base)) {}
@@ -40,7 +43,7 @@ class Arena {
   size_t used_ = 0;
 };
 
-// Runs blocks of register tiles for panels that a matrix unit multiplies (amx_tile.h).
+// Runs blocks of register tiles for panels that are multiplied by a matrix unit (see amx_tile.h).
 template <class P, class Epilogue>
 class BlockRunner;
 
@@ -52,7 +55,7 @@ class GradientTile {
   using Elem = typename P::Elem;
 
   GradientTile(const Shape& shape, Arena& arena, const AddedRows& added = {}) : shape_(shape), added_(added) {
-    // group() gives no more examples than fit in a chunk.
+    // group() returns no more examples than fit in one chunk.
     const int64_t examples = std::max<int64_t>(1, std::min<int64_t>(P::together, shape.N));
     const int64_t steps = std::min(chunk / P::depth, examples * steps_of<P>(std::min(chunk, shape.T)));
     rows_ = arena.take<Elem>(ceil_div(shape.tile_o, R::rows) * R::rows * steps * P::depth);
@@ -60,11 +63,11 @@ class GradientTile {
     carry_ = shape.T > chunk || added.begin ? arena.take<S>(size(shape)) : nullptr;
   }
 
-  // Values of a full tile, its padding included.
+  // Number of values of a full tile, including padding.
   static int64_t size(const Shape& s) { return ceil_div(s.tile_o, R::rows) * ceil_div(s.tile_k, R::cols) * R::size; }
   static int64_t count(const Rect& rect) { return ceil_div(rect.on, R::rows) * ceil_div(rect.kn, R::cols); }
 
-  // How many examples from n on run forms together.
+  // Returns how many examples, starting with n, run_group processes together.
   int64_t group(int64_t n) const {
     int64_t count = 1, steps = steps_of<P>(shape_.length(n));
     if (P::together == 1 || steps == 0 || added_.begin) return 1;
@@ -76,13 +79,13 @@ class GradientTile {
     return count;
   }
 
-  // `first` says that this is the worker's first example of this tile.
+  // `first` says that n is the worker's first example for this tile.
   template <class Epilogue>
   void run(const Operand& a, const Operand& b, int64_t n, bool first, const Rect& rect, Epilogue& epilogue) {
     run_group(a, b, n, 1, first, rect, &epilogue);
   }
 
-  // The same for `count` examples from n on, at most group(n), each with an epilogue.
+  // Does the same for `count` examples starting with n. `count` is at most group(n), and each example has its own epilogue.
   template <class Epilogue>
   void run_group(const Operand& a, const Operand& b, int64_t n, int64_t count, bool first, const Rect& rect, Epilogue* epilogues) {
     const int64_t at = shape_.first(n), length = shape_.length(n);
@@ -90,9 +93,9 @@ class GradientTile {
     find_added(n, rect);
     start_carry(rect);
     int64_t t0 = 0;
-    do {  // once even without positions: the gradient is then zero, or the added rows alone
+    do {  // runs once even without positions: the gradient is then zero, or only the added rows
       const int64_t tn = std::min(chunk, length - t0);
-      // Inputs shared by all examples are packed once for each tile.
+      // Inputs shared by all examples are packed once per tile.
       if (first || !shared || tn != length) pack_columns<P>(a, n, at + t0, tn, rect.k0, rect.kn, cols_);
       pack_rows<P>(b, n, at + t0, tn, rect.o0, rect.on, rows_);
       if constexpr (P::together == 1) {
@@ -106,8 +109,8 @@ class GradientTile {
     } while (t0 < length);
   }
 
-  // Calls body(p, k, at, count) for the pieces of example n's added rows in the tile: columns [k, k + count) of row p, which in
-  // register-tile order are at `at`.
+  // Calls body(p, k, at, count) for each piece of example n's added rows in the tile. The piece is columns [k, k + count) of row p,
+  // and `at` is its offset in register-tile order.
   template <class Body>
   void each_added(int64_t n, const Rect& rect, Body body) {
     find_added(n, rect);
@@ -115,13 +118,13 @@ class GradientTile {
   }
 
  private:
-  // An example's panels of a chunk.
+  // The panels of one example for one chunk.
   struct Part {
     Elem *rows, *cols;
     int64_t steps;
   };
 
-  // Example n + e of the group that begins with n, after the one before.
+  // Packs example n + e of the group that begins with n, behind the panels of the previous example.
   void pack_beside(const Operand& a, const Operand& b, int64_t n, int64_t e, bool shared, const Rect& rect) {
     const Part& before = parts_[e - 1];
     const int64_t at = shape_.first(n + e), length = shape_.length(n + e), depth = before.steps * P::depth;
@@ -132,7 +135,7 @@ class GradientTile {
     parts_[e] = {rows, cols, steps_of<P>(length)};
   }
 
-  // Which of example n's added rows lie in the tile: [added_first_, added_end_).
+  // Finds the added rows of example n that lie in the tile: [added_first_, added_end_).
   void find_added(int64_t n, const Rect& rect) {
     if (!added_.begin) return;
     const int64_t *first = added_.index + added_.begin[n], *end = added_.index + added_.begin[n + 1];
@@ -140,7 +143,7 @@ class GradientTile {
     added_end_ = std::lower_bound(first, end, rect.o0 + rect.on) - added_.index;
   }
 
-  // The carry += added rows.
+  // Adds the added rows to the carry.
   void add_rows(const Rect& rect) {
     each_piece(rect, [&](int64_t p, int64_t k, int64_t at, int64_t count) {
       const S* from = static_cast<const S*>(added_.values) + p * shape_.K + k;
@@ -148,7 +151,7 @@ class GradientTile {
     });
   }
 
-  // In a column panel output feature o's row is the o-th, whatever register tile it is in.
+  // In a column panel, the row of output feature o is the o-th row, regardless of its register tile.
   template <class Body>
   void each_piece(const Rect& rect, Body body) {
     const int64_t rows = ceil_div(rect.on, R::rows) * R::rows;
@@ -157,7 +160,8 @@ class GradientTile {
         body(p, rect.k0 + k, k * rows + (added_.index[p] - rect.o0) * R::cols, std::min<int64_t>(R::cols, rect.kn - k));
   }
 
-  // The register tiles that added rows touch start from these, carried like the sums of a chunk before the first.
+  // Register tiles that contain added rows start from these rows. The carry holds them as if they were the sums of an earlier
+  // chunk.
   void start_carry(const Rect& rect) {
     const int64_t row_panels = ceil_div(rect.on, R::rows);
     for (int64_t p = added_first_; p < added_end_; ++p)
@@ -189,7 +193,7 @@ class GradientTile {
     }
   }
 
-  // The same by blocks of register tiles that lie one above the other, each block for all examples of a group.
+  // Does the same in blocks of vertically adjacent register tiles. It processes each block for all examples of a group.
   template <class Epilogue>
   void run_blocks(int64_t t0, bool last, int64_t count, const Rect& rect, Epilogue* epilogues) {
     using Runner = BlockRunner<P, Epilogue>;
@@ -225,7 +229,7 @@ class GradientTile {
   Part parts_[P::together];
 };
 
-// A tile of a contiguous (O, K) matrix, to and from register-tile order. Padding reads as zero and is not written back.
+// Copies a tile of a contiguous (O, K) matrix to and from register-tile order. Padding is read as zero and is not written back.
 template <class P>
 void gather_tile(const typename P::Sum* matrix, int64_t K, const Rect& rect, typename P::Sum* tile) {
   using R = RegisterTile<P>;
@@ -248,23 +252,23 @@ void scatter_tile(const typename P::Sum* tile, typename P::Sum* matrix, int64_t 
   }
 }
 
-// Σ_p x_i[p] y_j[p] for every pair of examples over one tile, as a StoreEpilogue left them. With `self`, only blocks that touch or
-// lie above the diagonal. Sums are S in each lane over one tile and double from there on.
+// Computes Σ_p x_i[p] y_j[p] over one tile for every pair of examples, from the layout that StoreEpilogue writes. With `self`, it
+// computes only blocks that touch or lie above the diagonal. Each lane accumulates in S within one tile and in double across tiles.
 template <class P>
 class TileGram {
  public:
   using R = RegisterTile<P>;
   using S = typename P::Sum;
 
-  // side² sums and their operands fill the registers.
+  // The side² accumulators and their operands fill the registers.
   static constexpr int side = ZSL_ROWS * ZSL_COL_VECS >= 24 ? 4 : 3;
 
-  // Examples are stored side by side in blocks of `side`. What fills up the last one, whatever it is, reaches only sums that no one
-  // reads.
+  // Number of stored examples: they are stored in blocks of `side`. The padding of the last block may hold any values, because they
+  // affect only sums that are never read.
   static int64_t padded(int64_t examples) { return ceil_div(examples, side) * side; }
 
   TileGram(int64_t N, int64_t M, Arena& arena) : N_(N), M_(M) {
-    // Sums are kept in vectors for a band of rows at a time, so that their memory does not grow with N·M.
+    // The vectors of partial sums cover one band of rows at a time, so that their memory does not grow with N·M.
     const int64_t row = padded(M) * lanes<S>, most = (int64_t{1} << 20) / std::max<int64_t>(row, 1) / side * side;
     band_ = std::min(padded(N), std::max<int64_t>(side, most));
     lanes_ = arena.take<S>(band_ * row);
@@ -321,7 +325,8 @@ class TileGram {
   S* lanes_;
 };
 
-// Before example n of N: moves the sums on into the totals (`count` of each, apart), where there are any, once a run is over.
+// Call before example n. At the end of each run it adds the `count` sums to the totals and zeroes them. It does nothing without
+// totals.
 template <class S>
 ZSL_INLINE void move_sums(int64_t n, S* sums, S* totals, int64_t count) {
   if (!totals || n == 0 || n % sum_run != 0) return;
@@ -331,13 +336,13 @@ ZSL_INLINE void move_sums(int64_t n, S* sums, S* totals, int64_t count) {
   }
 }
 
-// After the last example: the totals' share, back into the sums.
+// Call after the last example. It adds the totals to the sums.
 template <class S>
 void add_totals(S* sums, const S* totals, int64_t count) {
   for (int64_t p = 0; totals && p < count; p += lanes<S>) store(sums + p, load(totals + p) + load(sums + p));
 }
 
-// Keeps a tile of every example's gradient: stored[index][example][ROWS·COLS], the examples padded as TileGram wants them.
+// Stores one tile of every example's gradient as stored[index][example][ROWS·COLS], with the examples padded for TileGram.
 template <class P>
 class StoredTiles {
  public:

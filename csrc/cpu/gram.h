@@ -1,5 +1,7 @@
-// gram of one set of examples with itself or with another, direct: a tile of every g_i and every g2_m is formed, multiplied
-// pairwise and discarded.
+// gram with the direct algorithm: for each tile of the output it forms every g_i and g2_m, multiplies them pairwise and discards
+// them.
+//
+// The second set of examples may be the first set itself.
 
 namespace zsl::ZSL_ISA {
 

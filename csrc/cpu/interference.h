@@ -1,24 +1,24 @@
-// interference: every sum over examples, every per-example scalar and the Gram, in one pass over the gradients' tiles.
+// interference: computes all sums over examples, all per-example scalars and the Gram matrix in one pass over the gradients' tiles.
 
 namespace zsl::ZSL_ISA {
 
-// Folds a register tile of g_i into the tile's sums and the example's scalars. A scalar's lanes are added in S over one register
-// tile and in double from there on.
+// Adds a register tile of g_i to the tile's sums and to the example's scalars. The lanes of a scalar accumulate in S within one
+// register tile and in double across register tiles.
 template <class P, bool Sums, bool Direction, bool Store>
 struct InterferenceEpilogue {
   using R = RegisterTile<P>;
   using S = typename P::Sum;
 
   S *grad, *abs, *sq;            // the tile's sums
-  const S* u;                    // the tile of the direction
-  const StoredTiles<P>* stored;  // for the Gram
+  const S* u;                    // the direction's tile
+  const StoredTiles<P>* stored;  // the tiles from which the Gram matrix is computed
   int64_t example;
   Wide<S> l1, sq_norm, dot, abs_dot;
 
   ZSL_INLINE void operator()(const Step<P>& s, const typename R::Acc& acc) {
     Vec<S> l1_lanes = {}, sq_lanes = {}, dot_lanes = {}, abs_dot_lanes = {};
     const int64_t at = s.index * R::size;
-    // Copies: what is stored might change the epilogue's own pointers.
+    // These are local copies, because the compiler must assume that the stores could modify the epilogue's own pointers.
     S *const grad_at = Sums ? grad + at : nullptr, *const abs_at = Sums ? abs + at : nullptr,
              *const sq_at = Sums ? sq + at : nullptr;
     const S* const u_at = Direction ? u + at : nullptr;
@@ -49,7 +49,7 @@ struct InterferenceEpilogue {
   }
 };
 
-// What a zero gradient adds to a dot: NaN where the direction is not finite.
+// Returns what a zero gradient adds to a dot product: 0, or NaN if the direction is not finite.
 template <class S>
 double sum_zero_times(const S* u, int64_t count) {
   Vec<S> sum = {};
@@ -84,7 +84,7 @@ size_t interference_run(const InterferenceArgs& args, int64_t begin, int64_t end
     for (int64_t n = 0, count; n < shape.N; n += count) {
       count = tile.group(n);
       if constexpr (Sums) move_sums(n, sums, totals, 3 * size);
-      // An example without rows costs nothing, but for the Gram, which reads its zeros.
+      // An example without rows is skipped, except for the Gram matrix, which reads its zeros.
       if (!Gram && shape.begin && shape.length(n) == 0 && !args.added.any(n)) {
         if constexpr (Direction) out->dot[n] += nothing, out->abs_dot[n] += nothing;
         continue;

@@ -1,7 +1,8 @@
-// The kernels for amx: those of avx512 with the bf16 product on the matrix unit. The instruction set is enabled for this region
-// alone, after the standard headers, so that no inline function of theirs is compiled for a processor that the program may not run
-// on. fp16 is widened to float, as everywhere: the unit's fp16 product (AMX-FP16) is not known to g++ 12, and AVX512-FP16 has no
-// product with float sums.
+// The kernels for AMX: the AVX-512 kernels, with the bf16 product on the matrix unit.
+//
+// The instruction set is enabled only for the region below, after the standard headers. Otherwise their inline functions could be
+// compiled for an instruction set that the processor does not have. fp16 is widened to float, as in the other kernels: g++ 12 does
+// not support the unit's fp16 product (AMX-FP16), and AVX512-FP16 has no product with float sums.
 #include "kernels.h"
 
 #include <algorithm>
@@ -36,8 +37,8 @@
 
 namespace {
 
-// Whether the processor has the unit, the system saves its registers, and this process may use it: Linux reserves the memory to
-// save them in for a process that asks. It answers the same for all threads, and so does the processor.
+// Checks that the processor has AMX, that the system saves the AMX registers, and that this process may use them. Linux reserves
+// the memory for saving them only after a process requests it. The result is the same for all threads.
 bool may_use_tiles() {
   unsigned a, b, c, d, low, high;
   if (!__get_cpuid(1, &a, &b, &c, &d) || !(c & (1u << 27))) return false;  // OSXSAVE

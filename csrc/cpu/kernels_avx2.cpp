@@ -1,5 +1,7 @@
-// The kernels for avx2. The instruction set is enabled for this region alone, after the standard headers, so that no inline
-// function of theirs is compiled for a processor that the program may not run on.
+// The kernels for AVX2.
+//
+// The instruction set is enabled only for the region below, after the standard headers. Otherwise their inline functions could be
+// compiled for an instruction set that the processor does not have.
 #include "kernels.h"
 
 #include <algorithm>

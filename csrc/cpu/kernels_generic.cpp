@@ -1,4 +1,5 @@
-// The kernels for any processor: 16-byte vectors are SSE2 on x86-64 and NEON on Arm, and the compiler splits them elsewhere.
+// The kernels for any processor. The 16-byte vectors are SSE2 on x86-64 and NEON on Arm. On other processors the compiler splits
+// them.
 #include "kernels.h"
 
 #include <algorithm>

@@ -1,5 +1,7 @@
-// The kernels for NEON, which every 64-bit Arm processor has: 16-byte vectors as in the generic kernels, with fused multiply-adds,
-// and a register tile for 32 registers in place of 16: 24 sums, four columns and a row's numbers.
+// The kernels for NEON, which every 64-bit Arm processor has.
+//
+// The vectors have 16 bytes, as in the generic kernels, but NEON adds fused multiply-adds and 32 registers in place of 16. The
+// register tile uses them for 24 sums, four vectors of columns and one row's values.
 #include "kernels.h"
 
 #include <algorithm>

@@ -1,5 +1,7 @@
-// The register tile: ROWS × COLS sums kept in registers over a whole contraction, then handed to an epilogue while still there.
-// Every kernel of the library is this product with another epilogue.
+// The micro-kernel: it accumulates a register tile of ROWS × COLS sums over a whole contraction and passes it to an epilogue.
+//
+// The sums are still in registers when the epilogue reads them. Every matrix product of the library is this micro-kernel with a
+// different epilogue.
 
 namespace zsl::ZSL_ISA {
 
@@ -13,7 +15,7 @@ struct RegisterTile {
   using Acc = Vec<S>[rows][vecs];
 };
 
-// acc[r][c] += Σ_step row_panel[step][r] · col_panel[step][c]
+// Computes acc[r][c] += Σ_step row_panel[step][r] · col_panel[step][c].
 template <class P>
 ZSL_INLINE void contract(const typename P::Elem* row_panel, const typename P::Elem* col_panel, int64_t steps,
                          typename RegisterTile<P>::Acc& acc) {
@@ -48,7 +50,8 @@ ZSL_INLINE void contract(const typename P::Elem* row_panel, const typename P::El
   }
 }
 
-// Entries past the output's edge are products with packed zeros: 0·Inf would be NaN there and leak into the scalars.
+// Zeroes the entries outside the output. They are products with the packed zeros, and 0·Inf would produce a NaN that reaches the
+// scalars.
 template <class P>
 ZSL_INLINE void clear_padding(typename RegisterTile<P>::Acc& acc, int64_t rows, int64_t cols) {
   using R = RegisterTile<P>;
@@ -63,15 +66,15 @@ ZSL_INLINE void clear_padding(typename RegisterTile<P>::Acc& acc, int64_t rows, 
   }
 }
 
-// What one call of the register tile contracts and where its result belongs.
+// The arguments of one micro-kernel call: what it contracts and where the result belongs.
 template <class P>
 struct Step {
   const typename P::Elem *row_panel, *col_panel;
   int64_t steps;
-  int64_t rows, cols;      // of the register tile that lie inside the output
-  typename P::Sum* carry;  // partial sums between chunks of the contraction, or null
-  bool first, last;        // chunk of the contraction
-  int64_t index;           // of the register tile in its tile
+  int64_t rows, cols;      // number of the register tile's rows and columns that lie inside the output
+  typename P::Sum* carry;  // partial sums of the previous chunks of the contraction, or null
+  bool first, last;        // whether this is the first or last chunk of the contraction
+  int64_t index;           // index of the register tile in its tile
 };
 
 template <class P, class Epilogue>
@@ -80,7 +83,8 @@ __attribute__((noinline)) void run_register_tile(const Step<P>& s, Epilogue& epi
   using S = typename P::Sum;
   typename R::Acc acc = {};
   contract<P>(s.row_panel, s.col_panel, s.steps, acc);
-  // After the product, so that a chunk's sum is one term: a chain through all positions would stand still at 2^24 ones.
+  // The carry is added after the product, so that the sum of a chunk is one term. If one chain of additions ran through all
+  // positions, a sum of ones would stop growing at 2^24.
   if (!s.first)
 #pragma GCC unroll 16
     for (int r = 0; r < R::rows; ++r)
@@ -97,7 +101,7 @@ __attribute__((noinline)) void run_register_tile(const Step<P>& s, Epilogue& epi
   epilogue(s, acc);
 }
 
-// Output gradients as row panels, and inputs as column panels.
+// Output gradients are packed as row panels and inputs as column panels.
 template <class P>
 void pack_rows(const Operand& b, int64_t n, int64_t t0, int64_t tn, int64_t o0, int64_t on, typename P::Elem* dst) {
   pack<P, RegisterTile<P>::rows>(b, n, t0, tn, o0, on, dst);

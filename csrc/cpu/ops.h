@@ -1,4 +1,4 @@
-// Every kernel of one instruction set, in the order in which they build on each other.
+// Includes every kernel of one instruction set, in the order of their dependencies.
 #include "vec.h"
 #include "pack.h"
 #include "microkernel.h"

@@ -1,7 +1,7 @@
-// Packing: a block of an operand becomes panels that the register tile reads front to back. It is also where a dtype is widened.
+// Packing: copies a block of an operand into panels that the micro-kernel reads sequentially, and widens the dtype.
 //
-// A panel holds W features of consecutive positions: panel[step][w][d], where a step contracts `depth` positions (2 for the native
-// bf16 product, else 1). Features past the block's end and the missing half of an odd pair are zeros.
+// A panel holds W features of consecutive positions as panel[step][w][d]. One step contracts `depth` positions: 2 for the native
+// bf16 product, otherwise 1. Features past the end of the block and the missing half of an odd pair are zeros.
 
 namespace zsl::ZSL_ISA {
 
@@ -18,8 +18,8 @@ struct f16 {
 
 ZSL_INLINE float widen(bf16 x) { return __builtin_bit_cast(float, static_cast<uint32_t>(x.bits) << 16); }
 
-// The half's exponent and mantissa, moved to a float's place, are a float whose exponent is 112 too small; one exact product by
-// 2^112 repairs that for subnormals too, and only Inf and NaN need the all-ones exponent set by hand.
+// Moving the exponent and mantissa of a half to their place in a float yields a float whose exponent is 112 too small. One exact
+// multiplication by 2^112 corrects this, including for subnormals. Only Inf and NaN need the all-ones exponent set explicitly.
 ZSL_INLINE float widen(f16 x) {
   const uint32_t magnitude = static_cast<uint32_t>(x.bits & 0x7fff) << 13;
   const uint32_t sign = static_cast<uint32_t>(x.bits & 0x8000) << 16;
@@ -28,8 +28,8 @@ ZSL_INLINE float widen(f16 x) {
   return __builtin_bit_cast(float, sign | scaled | special);
 }
 
-// How panels are stored and contracted. Elem is what a panel holds, Sum what the register tile accumulates; `together` examples at
-// most are formed side by side.
+// How panels are stored and contracted. Elem is the element type of a panel, and Sum is the accumulator type of the register tile.
+// At most `together` examples are computed in one group.
 template <class S>
 struct Dense {
   using Elem = S;
@@ -38,7 +38,7 @@ struct Dense {
   static constexpr int together = 1;
 };
 
-// bf16 kept as it is, two positions side by side: what vdpbf16ps contracts.
+// bf16 values without widening, with pairs of positions interleaved, as vdpbf16ps expects them.
 struct Bf16Pairs {
   using Elem = uint16_t;
   using Sum = float;
@@ -61,7 +61,7 @@ ZSL_INLINE typename P::Elem to_elem(In x) {
 
 ZSL_INLINE int64_t ceil_div(int64_t x, int64_t y) { return (x + y - 1) / y; }
 
-// One position's W features into panel slots that lie `depth` apart.
+// Copies W features of one position into panel slots at a distance of `depth`.
 template <class In, class P, int W>
 ZSL_INLINE void pack_row(const In* src, int64_t stride, int64_t count, typename P::Elem* dst) {
   constexpr int depth = P::depth;
@@ -72,7 +72,7 @@ ZSL_INLINE void pack_row(const In* src, int64_t stride, int64_t count, typename 
   }
 }
 
-// Two positions' W features, interleaved.
+// Copies W features of two positions, interleaved.
 template <class In, class P, int W>
 ZSL_INLINE void pack_row_pair(const In* src, const In* next, int64_t stride, int64_t count, typename P::Elem* dst) {
   if (count >= W && stride == 1) {
@@ -86,7 +86,8 @@ ZSL_INLINE void pack_row_pair(const In* src, const In* next, int64_t stride, int
   }
 }
 
-// Positions [t0, t0+tn) and features [f0, f0+fn) of example n, as ceil(fn/W) panels. Rows outer: memory is read in its own order.
+// Packs positions [t0, t0+tn) and features [f0, f0+fn) of example n into ceil(fn/W) panels. The outer loop runs over rows, so that
+// memory is read in order.
 template <class In, class P, int W>
 void pack_as(const Operand& x, int64_t n, int64_t t0, int64_t tn, int64_t f0, int64_t fn, typename P::Elem* dst) {
   const In* base = static_cast<const In*>(x.data) + n * x.sn + t0 * x.st + f0 * x.sf;
@@ -96,7 +97,8 @@ void pack_as(const Operand& x, int64_t n, int64_t t0, int64_t tn, int64_t f0, in
     typename P::Elem* out = dst + s * W * P::depth;
     for (int64_t f = 0; f < fn; f += W, out += panel) {
       const In* at = src + f * x.sf;
-      // Rows lie a page or so apart, where hardware prefetching stops: without this, packing costs a third of the product.
+      // Consecutive rows are about a page apart, and hardware prefetching stops at page boundaries. Without this prefetch, packing
+      // takes a third of the time of the product.
       for (int w = 0; w < W; w += 64 / static_cast<int>(sizeof(In))) __builtin_prefetch(at + 16 * P::depth * x.st + w);
       if constexpr (P::depth == 1) {
         pack_row<In, P, W>(at, x.sf, fn - f, out);
@@ -128,8 +130,8 @@ void pack(const Operand& x, int64_t n, int64_t t0, int64_t tn, int64_t f0, int64
   }
 }
 
-// The transposed block: W rows side by side, contracted along the features [f0, f0+fn). Rows are flattened (example, position)
-// pairs: row r is position r % T of example r / T.
+// Packs the transposed block: W rows side by side, to be contracted along features [f0, f0+fn). Rows are flattened (example,
+// position) pairs: row r is position r % T of example r / T.
 template <class In, class S, int W>
 void pack_transposed_as(const Operand& x, int64_t T, int64_t r0, int64_t rn, int64_t f0, int64_t fn, S* dst) {
   for (int64_t p = 0; p < rn; p += W, dst += fn * W) {

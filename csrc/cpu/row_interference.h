@@ -1,33 +1,36 @@
-// row_interference: the sums, scalars and Gram of gradients that are few rows, each a sum of some positions of b. An embedding's
-// gradient has the rows of its tokens; a small dense gradient that is held already is one row, of one position for each example.
+// row_interference: computes the sums, scalars and Gram matrix of gradients that consist of few rows.
+//
+// Each row is a sum of some positions of b. An embedding's gradient has one row per token. A small dense gradient that is already
+// in memory is one row with one position per example.
 
 namespace zsl::ZSL_ISA {
 
-// Σ_k x_ik x_jk for every pair of the examples that touch a row, over one block of features.
+// Computes Σ_k x_ik x_jk for every pair of examples that touch a row, over one block of features.
 template <class S>
 class RowGram {
  public:
-  static constexpr int side = ZSL_ROWS * ZSL_COL_VECS >= 24 ? 4 : 3;  // side² sums and their operands fill the registers
+  static constexpr int side = ZSL_ROWS * ZSL_COL_VECS >= 24 ? 4 : 3;  // side² accumulators and their operands fill the registers
 
   RowGram(int64_t examples, int64_t block, Arena& arena) {
-    // A cache line more than the block: rows a power of two apart would share one set of the cache.
+    // The stride is one cache line longer than the block. Rows at a distance of a power of two would map to the same cache set.
     stride_ = ceil_div(block, lanes<S>) * lanes<S> + 64 / static_cast<int64_t>(sizeof(S));
     rows_ = arena.take<S>(ceil_div(examples, side) * side * stride_);
     examples_ = arena.take<int64_t>(examples);
   }
 
-  // Where the next example's row belongs.
+  // Returns where to write the row of the next example.
   S* next() const { return rows_ + count_ * stride_; }
   void push(int64_t example) { examples_[count_++] = example; }
 
-  // Adds the products to the (N, N) gram and forgets the rows. Examples came in ascending order: the sums lie above its diagonal.
+  // Adds the products to the (N, N) gram and clears the list of rows. Examples arrive in ascending order, so the products lie on
+  // and above the diagonal.
   void finish(int64_t features, int64_t N, double* gram) {
     const int64_t width = ceil_div(features, lanes<S>) * lanes<S>, padded = ceil_div(count_, side) * side;
     for (int64_t i = 0; i < padded; ++i) {
       const int64_t from = i < count_ ? features : 0;
       std::memset(rows_ + i * stride_ + from, 0, static_cast<size_t>(width - from) * sizeof(S));
     }
-    // Some columns at a time, which stay in the second-level cache for all rows.
+    // A panel of columns stays in the L2 cache while all rows are processed.
     constexpr int64_t panel = 8 * side;
     for (int64_t j0 = 0; j0 < padded; j0 += panel)
       for (int64_t i = 0; i < std::min(padded, j0 + panel); i += side)
@@ -38,7 +41,7 @@ class RowGram {
  private:
   void multiply(int64_t i, int64_t j, int64_t width, int64_t N, double* gram) const {
     double sums[side][side] = {};
-    // A lane is added in S over 64 vectors, and in double from there on.
+    // A lane accumulates in S over 64 vectors and in double across them.
     for (int64_t k0 = 0; k0 < width; k0 += 64 * lanes<S>) {
       Vec<S> acc[side][side] = {};
       for (int64_t k = k0; k < std::min(width, k0 + 64 * lanes<S>); k += lanes<S>) {
@@ -67,11 +70,11 @@ class RowGram {
   int64_t stride_, count_ = 0;
 };
 
-// Folds a block of one example's row into the row's sums and the example's scalars; the first example of a run overwrites the sums.
+// Adds a block of one example's row to the row's sums and to the example's scalars. The first example of a run overwrites the sums.
 template <class S, bool Direction>
 ZSL_INLINE void fold_row(const S* g, const S* u, int64_t features, bool first, S* grad, S* abs, S* sq, int64_t example,
                          const InterferencePartials& out) {
-  constexpr int64_t most = 64 * lanes<S>;  // features whose scalars are added in S, lane by lane
+  constexpr int64_t most = 64 * lanes<S>;  // number of features over which the lanes of the scalars accumulate in S
   for (int64_t k0 = 0; k0 < features; k0 += most) {
     Vec<S> l1 = {}, sq_norm = {}, dot = {}, abs_dot = {};
     each_vector<S>(std::min(most, features - k0), [&](int64_t j, int64_t n) {
@@ -94,10 +97,10 @@ ZSL_INLINE void fold_row(const S* g, const S* u, int64_t features, bool first, S
   }
 }
 
-// Sums over examples are sums of sums over so many, as in gradient_tile.h.
+// Sums over examples are accumulated in runs of this many examples, and the runs are then added, as in gradient_tile.h.
 inline constexpr int64_t row_run = 64;
 
-// total += sum, or = with `first`.
+// Computes total += sum, or total = sum with `first`.
 template <class S>
 void add_run_to(S* total, const S* sum, int64_t features, bool first) {
   each_vector<S>(features, [&](int64_t k, int64_t n) {
@@ -105,7 +108,7 @@ void add_run_to(S* total, const S* sum, int64_t features, bool first) {
   });
 }
 
-// Items: (row, block of features), the blocks of one row side by side.
+// An item is a pair (row, block of features). The blocks of one row are consecutive.
 template <class S, bool Direction, bool Gram>
 size_t row_interference_run(const RowArgs& args, int64_t begin, int64_t end, void* workspace, const InterferencePartials* out) {
   const PositionArgs& rows = args.rows;
@@ -125,7 +128,7 @@ size_t row_interference_run(const RowArgs& args, int64_t begin, int64_t end, voi
     const int64_t row = item / rows.blocks(), k0 = item % rows.blocks() * rows.block, kn = std::min(rows.block, rows.K - k0);
     const int64_t at = row * rows.K + k0, first = rows.starts[row], last = rows.starts[row + 1];
     S* const to[] = {static_cast<S*>(args.grad_sum) + at, static_cast<S*>(args.abs_sum) + at, static_cast<S*>(args.sq_sum) + at};
-    int64_t folded = 0, runs = 0;  // examples in this run, and runs before it
+    int64_t folded = 0, runs = 0;  // the number of examples in this run and the number of runs before it
     for (int64_t i = first, next; i < last; i = next, ++folded) {
       if (folded == row_run) {
         for (int s = 0; s < 3; ++s) add_run_to(totals + s * rows.block, to[s], kn, runs == 0);
@@ -133,7 +136,7 @@ size_t row_interference_run(const RowArgs& args, int64_t begin, int64_t end, voi
       }
       const int64_t example = example_of(i);
       for (next = i + 1; next < last && example_of(next) == example;) ++next;
-      // Rows lie anywhere in memory: the next one is on its way meanwhile.
+      // Rows can lie anywhere in memory, so the next row is prefetched while this one is processed.
       if (next < stop) prefetch_row(rows.b, row_offset(rows.b, rows.T, position(rows, next)), k0, kn);
       S* own = Gram ? gram.next() : buffer;
       const S* g = own;

@@ -1,10 +1,11 @@
-// Positions of an operand, read as rows of features in any dtype and stride, and the sums over groups of them: biases, and scales
-// of norms. A row passes the processor once; the group's sums stay in the first-level cache meanwhile.
+// scale_bias: sums rows of features over groups of positions, which gives the gradients of biases and of the scales of norms.
+//
+// It reads operands of any dtype and stride. Each row is read once, while the sums of its group stay in the L1 cache.
 
 namespace zsl::ZSL_ISA {
 
-// Calls body(first feature, how many) for one vector of features after another, the last one maybe not full. Inlined, the number
-// is a constant for the full ones.
+// Calls body(first feature, count) for one vector of features after another. The last vector may be partial. After inlining, the
+// count of the full vectors is a compile-time constant.
 template <class S, class Body>
 ZSL_INLINE void each_vector(int64_t count, Body body) {
   int64_t k = 0;
@@ -12,7 +13,7 @@ ZSL_INLINE void each_vector(int64_t count, Body body) {
   if (k < count) body(k, count - k);
 }
 
-// The first n lanes from memory, zeros after them.
+// Loads the first n lanes from memory and sets the others to zero.
 template <class S>
 ZSL_INLINE Vec<S> load(const S* p, int64_t n) {
   if (n == lanes<S>) return load(p);
@@ -35,7 +36,7 @@ void copy_row(const In* src, int64_t stride, int64_t count, S* dst) {
     for (int64_t k = 0; k < count; ++k) dst[k] = static_cast<S>(widen(src[k * stride]));
 }
 
-// Where the features of position p begin. Positions are flattened: p is position p % T of example p / T.
+// Returns the offset of the first feature of position p. Positions are flattened: p is position p % T of example p / T.
 ZSL_INLINE int64_t row_offset(const Operand& x, int64_t T, int64_t p) { return p / T * x.sn + p % T * x.st; }
 
 template <class S>
@@ -43,7 +44,8 @@ ZSL_INLINE bool lies_in_place(const Operand& x) {
   return x.dtype == (sizeof(S) == 8 ? DType::f64 : DType::f32) && x.sf == 1;
 }
 
-// Features [k0, k0+kn) of the row at `offset`: where they lie, if as S and side by side, else from `copy`.
+// Returns a pointer to features [k0, k0+kn) of the row at `offset`. It points to the operand itself if the features are contiguous
+// and of type S. Otherwise the features are converted into `copy`.
 template <class S>
 ZSL_INLINE const S* read_row(const Operand& x, int64_t offset, int64_t k0, int64_t kn, S* copy) {
   const int64_t at = offset + k0 * x.sf;
@@ -68,17 +70,17 @@ ZSL_INLINE const S* read_row(const Operand& x, int64_t offset, int64_t k0, int64
   return copy;
 }
 
-// A hint alone: the row may end before kn, or not exist.
+// Prefetches a row. This is only a hint: the row may end before kn or may not exist.
 ZSL_INLINE void prefetch_row(const Operand& x, int64_t offset, int64_t k0, int64_t kn) {
   const int64_t size = x.dtype == DType::f64 ? 8 : x.dtype == DType::f32 ? 4 : 2;
   const char* at = static_cast<const char*>(x.data) + (offset + k0 * x.sf) * size;
   for (int64_t byte = 0; x.sf == 1 && byte < kn * size; byte += 64) __builtin_prefetch(at + byte);
 }
 
-// The i-th position of all groups.
+// Returns the i-th position in the concatenation of all groups.
 ZSL_INLINE int64_t position(const PositionArgs& args, int64_t i) { return args.order ? args.order[i] : i; }
 
-// Σ_p b_p (x_p − mean_p) rstd_p, with Scale, and Σ_p b_p, with Bias, over a list of positions and one block of features.
+// Computes Σ_p b_p (x_p − mean_p) rstd_p (with Scale) and Σ_p b_p (with Bias) over a list of positions and one block of features.
 template <class S, bool Scale, bool Bias>
 class PositionSums {
  public:
@@ -88,7 +90,7 @@ class PositionSums {
     run_bias_ = arena.take<S>(Bias ? block : 0);
   }
 
-  // Positions order[begin … end), or begin … end themselves without an order. scale and bias are overwritten.
+  // Processes positions order[begin … end), or begin … end if there is no order. It overwrites scale and bias.
   void run(const PositionArgs& args, int64_t begin, int64_t end, int64_t k0, int64_t kn, S* scale, S* bias) {
     if (begin == end) {
       if constexpr (Scale) std::memset(scale, 0, static_cast<size_t>(kn) * sizeof(S));
@@ -106,11 +108,12 @@ class PositionSums {
   }
 
  private:
-  // Rows read together, and positions added up before they meet the total: rounding errors grow with the longest chain of
-  // additions, which is the sum of positions / run_length and run_length / together.
+  // `together` is the number of rows read at a time. `run_length` is the number of positions that are summed before they are added
+  // to the total. Rounding errors grow with the longest chain of additions, whose length is positions / run_length + run_length /
+  // together.
   static constexpr int together = 4;
   static constexpr int64_t run_length = 64;
-  // Features of a row that is copied, at a time: the copies of all rows stay in the first-level cache.
+  // Number of features that are copied from a row at a time. The copies of all rows stay in the L1 cache.
   static constexpr int64_t copied = 256;
 
   void add_run(const PositionArgs& args, int64_t begin, int64_t end, int64_t k0, int64_t kn, S* scale, S* bias) {
@@ -135,7 +138,7 @@ class PositionSums {
     }
     const bool in_place = lies_in_place<S>(args.b) && (!Scale || lies_in_place<S>(args.x));
     const int64_t step = in_place ? kn : copied;
-    // Rows begin where hardware prefetching stops: the next ones are asked for meanwhile.
+    // Hardware prefetching does not continue from one row to the next, so the next rows are prefetched here.
     const int64_t b_ahead = args.order ? 0 : Rows * args.b.st, x_ahead = args.order ? 0 : Rows * args.x.st;
     const int64_t b_there = in_place ? b_ahead : 0, x_there = in_place ? x_ahead : 0;
     for (int64_t f0 = 0; f0 < kn; f0 += step) {
@@ -180,7 +183,7 @@ class PositionSums {
   S *copies_, *run_scale_, *run_bias_;
 };
 
-// Items: (group, block of features), the blocks of one group side by side.
+// An item is a pair (group, block of features). The blocks of one group are consecutive.
 template <class S, bool Scale, bool Bias>
 size_t scale_bias_run(const PositionArgs& args, int64_t begin, int64_t end, void* workspace) {
   Arena arena(workspace);

@@ -1,9 +1,9 @@
-// Fills the kernel table of one instruction set. Included last in each kernels_<isa>.cpp.
+// Fills the kernel table of one instruction set. Each kernels_<isa>.cpp includes this file last.
 
 namespace zsl::ZSL_ISA {
 
-// Chooses how panels are held; a and b have one dtype. Only the forward products take bf16 as it is; what is differentiated is
-// widened.
+// Selects the storage format of the panels. a and b have the same dtype. Only the forward products use bf16 directly. The
+// derivatives widen bf16 to float.
 template <class F>
 auto with_panels(const Operand& a, F body) {
   if (a.dtype == DType::f64) return body(Dense<double>{});

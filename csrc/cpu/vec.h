@@ -1,5 +1,7 @@
-// Vectors of one instruction set, by the compiler's vector extension. Included once for each kernels_<isa>.cpp, inside its target
-// region and after it defined ZSL_ISA (a namespace), ZSL_VEC_BYTES, ZSL_ROWS and ZSL_COL_VECS.
+// SIMD vectors of one instruction set, built on the compiler's vector extension.
+//
+// Each kernels_<isa>.cpp includes this file once, inside its target region. It first defines ZSL_ISA (a namespace), ZSL_VEC_BYTES,
+// ZSL_ROWS and ZSL_COL_VECS.
 
 #define ZSL_INLINE __attribute__((always_inline)) inline
 
@@ -46,13 +48,14 @@ ZSL_INLINE Vec<S> abs(Vec<S> v) {
   return (Vec<S>)((Bits)v & VecTypes<S>::magnitude);
 }
 
-// sign(v)·x, as torch.sign has it: 0 where v is 0, NaN where it is NaN.
+// Returns sign(v)·x, with the sign of torch.sign: the result is 0 where v is 0 and NaN where v is NaN.
 template <class S>
 ZSL_INLINE Vec<S> times_sign(Vec<S> v, Vec<S> x) {
   return v > 0 ? x : (v < 0 ? -x : v * S(0));
 }
 
-// As many doubles as a vector has lanes: what a scalar's lanes are added in, so that its error does not grow with the tile.
+// A vector of doubles with as many lanes as a vector of S. It accumulates the lanes of a scalar in double, so that the rounding
+// error does not grow with the size of the tile.
 template <class S>
 struct WideTypes {
   typedef double V __attribute__((vector_size(sizeof(double) * ZSL_VEC_BYTES / sizeof(S))));
@@ -73,7 +76,7 @@ ZSL_INLINE double total(const Wide<S>& sum) {
   return s;
 }
 
-// Lanes are added in double: a scalar's error does not grow with the size of the tile.
+// Adds the lanes in double, so that the rounding error of a scalar does not grow with the size of the tile.
 template <class S>
 ZSL_INLINE double sum_lanes(Vec<S> v) {
   double s = 0;

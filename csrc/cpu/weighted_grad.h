@@ -1,4 +1,6 @@
-// weighted_grad: Σ_i w_i g_i, and with v and u also sign(u) Σ_i v_i |g_i| (together the derivative of dot and abs_dot along u).
+// weighted_grad: computes Σ_i w_i g_i, and with v and u also adds sign(u) Σ_i v_i |g_i|.
+//
+// With both terms the result is the derivative of dot and abs_dot with respect to u.
 
 namespace zsl::ZSL_ISA {
 
