@@ -1,3 +1,4 @@
+// Launches the product and embedding CUDA kernels with the tile and element type of the arguments.
 #include "cuda_kernels.h"
 
 #include <device.cuh>
@@ -11,7 +12,7 @@
 namespace zsl {
 namespace {
 
-// Calls f with the type of a tile.
+// Calls f with the type of the given tile.
 template <class F>
 auto with_tile(int tile, F f) {
   switch (tile) {
@@ -27,7 +28,7 @@ auto with_tile(int tile, F f) {
   throw std::invalid_argument("tile: expected 0 to 3, got " + std::to_string(tile));
 }
 
-// Of a block, for N examples.
+// Returns the shared memory of one block for N examples, in bytes.
 template <class Tile>
 size_t needed_bytes(const Sizes& sizes, const Results& out, int64_t N) {
   return Tile::shared_bytes(sizes.slots, out.grad_sum && N > sizes.slots);

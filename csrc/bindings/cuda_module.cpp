@@ -1,5 +1,6 @@
-// The kernels as a Python module of pointers, sizes, strides and a stream: no torch, and no device before a launch.
-// A pointer of 0 is one that is not there.
+// Binds the CUDA kernels as a Python module that takes pointers, sizes, strides and a stream.
+//
+// The module does not depend on torch and does not touch a device before a launch. A pointer of 0 means that the tensor is absent.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -35,7 +36,7 @@ T* to(Pointer p) {
 // (pointer, strides of examples, positions and features)
 using Strided = std::tuple<Pointer, int64_t, int64_t, int64_t>;
 
-// 16 bytes can be copied at a time where the features are dense and every row begins at a multiple of 16.
+// 16 bytes can be copied at a time if the features are contiguous and the address of every row is a multiple of 16.
 Operand operand(const Strided& x, Element element) {
   const auto [data, example, position, feature] = x;
   const int64_t unit = element == Element::float32 ? 4 : 8;
@@ -47,7 +48,7 @@ Examples examples(const Strided& a, const Strided& b, int64_t count, int64_t pos
   return {operand(a, element), operand(b, element), count, positions, to<const int64_t>(begin)};
 }
 
-// grad_sum, abs_sum, sq_sum, scalars, pairs; direction and its strides
+// (grad_sum, abs_sum, sq_sum, scalars, pairs; direction and its strides)
 using Out = std::tuple<Pointer, Pointer, Pointer, Pointer, Pointer, Pointer, int64_t, int64_t>;
 
 Results results(const Out& x) {
@@ -56,7 +57,7 @@ Results results(const Out& x) {
       to<float>(grad), to<float>(abs), to<float>(sq), to<double>(scalars), to<double>(pairs), to<const float>(direction), row, col};
 }
 
-// tile, blocks, pairs of groups, stream
+// (tile, blocks, pairs of groups, stream)
 using Launch = std::tuple<int, unsigned, unsigned, Pointer>;
 
 Grid grid(const Launch& x) {
@@ -64,7 +65,7 @@ Grid grid(const Launch& x) {
   return {tile, blocks, pairs, stream};
 }
 
-// O, K, slots, group, exact
+// (O, K, slots, group, exact)
 using Shape = std::tuple<int64_t, int64_t, int, int, bool>;
 
 Sizes sizes(const Shape& x, bool cross) {
@@ -88,7 +89,7 @@ void cross_gram(const Launch& launch, int element, const Shape& shape, const Str
   launch_gram(grid(launch), e, {{examples(a, b, N, T, 0, e), examples(a2, b2, M, T2, 0, e)}, {}, sizes(shape, true), out});
 }
 
-// ids, example ids; P, T, N, V, the row that is skipped
+// (ids, example ids; P, T, N, V; the row to skip)
 using Positions = std::tuple<Pointer, Pointer, int64_t, int64_t, int64_t, int64_t, int64_t>;
 
 EmbeddingOrderArgs order_args(const Positions& x) {
@@ -115,11 +116,11 @@ void embedding_places(const Positions& positions, const Strided& b, int64_t chun
   launch_embedding_places(args, stream);
 }
 
-// places, touched rows, pieces, open pairs, scalars; grad_sum, abs_sum, sq_sum
+// (places, touched rows, pieces, open pairs, scalars; grad_sum, abs_sum, sq_sum)
 using Sums = std::tuple<Pointer, Pointer, Pointer, Pointer, Pointer, Pointer, Pointer, Pointer>;
-// pointer, element or 3 for float64, strides
+// (pointer, element type or 3 for float64, strides)
 using Direction = std::tuple<Pointer, int, int64_t, int64_t>;
-// pointer, first row, rows
+// (pointer, first row, number of rows)
 using Slab = std::tuple<Pointer, int64_t, int64_t>;
 
 void embedding(const Positions& positions, int element, const Strided& b, int64_t K, int64_t window, const Sums& sums,
@@ -160,9 +161,9 @@ void embedding_clear(const Slab& slab, int64_t count, Pointer touched, Pointer s
   launch_embedding_clear({to<float>(held), count, first, rows, to<const int64_t>(touched)}, stream);
 }
 
-// scalars, groups of columns, fields; begin, members; l1, sq_norm, dot, abs_dot
+// (scalars, groups of columns, fields; begin, members; l1, sq_norm, dot, abs_dot)
 using Scalars = std::tuple<Pointer, int, int, Pointer, Pointer, std::tuple<Pointer, Pointer, Pointer, Pointer>>;
-// touched rows, grad_sum, abs_sum, sq_sum; how many rows they have, K, blocks that fill them
+// (touched rows, grad_sum, abs_sum, sq_sum; their number of rows, K, blocks that fill them)
 using Filled = std::tuple<Pointer, Pointer, Pointer, Pointer, int64_t, int64_t, unsigned>;
 
 void embedding_finish(const Positions& positions, const Scalars& scalars, const Filled& filled, Pointer touched, Pointer stream) {
@@ -199,14 +200,14 @@ bool aligned(std::initializer_list<Pointer> pointers) {
   return std::all_of(pointers.begin(), pointers.end(), [](Pointer p) { return p % 16 == 0; });
 }
 
-// pointer and stride of a direction
+// (pointer, stride) of a direction
 using Along = std::tuple<Pointer, int64_t>;
-// grad_sum, abs_sum, sq_sum; l1, sq_norm, dot, abs_dot
+// (grad_sum, abs_sum, sq_sum; l1, sq_norm, dot, abs_dot)
 using DenseOut = std::tuple<Pointer, Pointer, Pointer, Pointer, Pointer, Pointer, Pointer>;
-// blocks of coordinates, parts of the examples, examples of a part, warps that share coordinates; padded coordinates
+// (blocks of coordinates, parts of the examples, examples of a part, warps that share coordinates; padded coordinates)
 using DenseLaunch = std::tuple<unsigned, unsigned, int64_t, int, int64_t>;
 
-// partial sums and scalars; slab
+// (partial sums, partial scalars; slab)
 using DenseWork = std::tuple<Pointer, Pointer, Pointer>;
 
 void dense(const DenseLaunch& shape, int element, const Strided& g, int64_t N, int64_t P, const Along& direction,
@@ -242,7 +243,7 @@ void dense(const DenseLaunch& shape, int element, const Strided& g, int64_t N, i
                blocks, parts, stream);
 }
 
-// pointer and strides of examples and positions
+// (pointer, strides of examples and positions)
 using Statistic = std::tuple<Pointer, int64_t, int64_t>;
 
 void scale_bias(unsigned parts, int lanes, int x_element, int b_element, const Strided& x, const Strided& b, const Statistic& mean,
@@ -258,7 +259,7 @@ void scale_bias(unsigned parts, int lanes, int x_element, int b_element, const S
                     parts, stream);
 }
 
-// what is added, whether it is float64, rows, numbers of a row, numbers of a result, results, side of a symmetric matrix
+// (numbers to add, whether they are float64, rows, numbers per row, numbers per result, results, side of a symmetric matrix)
 using Adding = std::tuple<Pointer, bool, int64_t, int64_t, int64_t, std::vector<Pointer>, int64_t>;
 
 void add_partials(const std::vector<Adding>& all, Pointer stream) {
@@ -278,7 +279,7 @@ void add_partials(const std::vector<Adding>& all, Pointer stream) {
 }
 
 #if ZSL_HOPPER
-// pointer, parts, examples, positions, features, and the strides of the first three
+// (pointer, parts, examples, positions, features, strides of the first three)
 using Mapped = std::tuple<Pointer, uint64_t, uint64_t, uint64_t, uint64_t, uint64_t, uint64_t, uint64_t>;
 
 MappedTensor mapped(const Mapped& x) {
@@ -286,12 +287,12 @@ MappedTensor mapped(const Mapped& x) {
   return {to<const void>(data), parts, examples, positions, features, part, example, position};
 }
 
-// examples, steps, begin, products, O, K
+// (examples, steps, begin, products, O, K)
 using Operands = std::tuple<int, int, Pointer, int, int64_t, int64_t>;
-// first tile, tiles, whole, parts, group
+// (first tile, tiles, whole, parts, group)
 using Schedule = std::tuple<int, int, int, int, int>;
-// grad_sum, abs_sum, sq_sum; l1, sq_norm, dot, abs_dot; partial scalars, workspace, slab; direction and its strides; weights and
-// those of magnitudes
+// (grad_sum, abs_sum, sq_sum; l1, sq_norm, dot, abs_dot; partial scalars, workspace, slab; direction and its strides; weights,
+// weights of magnitudes)
 using HopperOut = std::tuple<Pointer, Pointer, Pointer, Pointer, Pointer, Pointer, Pointer, Pointer, Pointer, Pointer, Pointer,
                              int64_t, int64_t, Pointer, Pointer>;
 
@@ -318,8 +319,8 @@ void pack(const Strided& from, int element, int64_t examples, int64_t positions,
 }
 #endif
 
-// The arguments of a launch as flat numbers: those of nested tuples one after the other, those of a list behind its length. A call
-// that was recorded is repeated so, without Python (recorded.cpp).
+// Reads the arguments of a launch from flat numbers. The elements of nested tuples follow one another, and the length of a list
+// precedes its elements. This allows recorded.cpp to repeat a recorded call without Python.
 template <class T>
 struct Taken {
   static T from(const int64_t*& x) { return static_cast<T>(*x++); }

@@ -1,3 +1,4 @@
+// Launches the kernels for compute capability 9.0 with the template arguments that match the request.
 #include "hopper_kernels.h"
 
 #include <hopper_launch.cuh>
@@ -52,7 +53,7 @@ void launch_element(int slab, Fold fold, const HopperArgs& args, uintptr_t strea
 void launch_hopper(Element element, int slab, Fold fold, const MappedTensor& a, const MappedTensor& b,
                    const HopperOperands& operands, const HopperSchedule& schedule, const HopperResults& results,
                    const HopperAdded& added, uintptr_t stream) {
-  const bool bfloat16 = element != Element::float16;  // the parts of float32 too
+  const bool bfloat16 = element != Element::float16;  // also for the bfloat16 parts of float32
   int scalars = 0;
   for (const float* x : {results.l1, results.sq_norm, results.dot, results.abs_dot}) scalars += x != nullptr;
   const HopperArgs args = {map_of(a, bfloat16), map_of(b, bfloat16), operands, schedule, results, added, scalars};

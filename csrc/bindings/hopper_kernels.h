@@ -1,4 +1,4 @@
-// The launches of the kernels of compute capability 9.0: what csrc/bindings/cuda_module.cpp calls.
+// Declares the launch functions of the kernels for compute capability 9.0, which csrc/bindings/cuda_module.cpp calls.
 #pragma once
 
 #include "../cuda/args.h"
@@ -6,14 +6,14 @@
 
 namespace zsl {
 
-// (parts, examples, positions, features) two-byte numbers; strides in elements, that of features being 1.
+// A (parts, examples, positions, features) tensor of two-byte numbers. Strides are in elements, and the stride of features is 1.
 struct MappedTensor {
   const void* data;
   uint64_t parts, examples, positions, features;
   uint64_t part, example, position;  // strides
 };
 
-// slab: 0 none, 1 bfloat16, 2 float32. Two launches where there are parts or scalars, which the second adds up.
+// slab: 0 for none, 1 for bfloat16, 2 for float32. If there are parts or scalars, a second launch adds them.
 void launch_hopper(Element element, int slab, Fold fold, const MappedTensor& a, const MappedTensor& b,
                    const HopperOperands& operands, const HopperSchedule& schedule, const HopperResults& results,
                    const HopperAdded& added, uintptr_t stream);

@@ -1,4 +1,6 @@
-// The kernels' ops that other bindings call without a dispatch. Their contracts are those of zsl_cpu's ops of the same names.
+// Declares the CPU ops that other bindings call directly, without torch's dispatcher.
+//
+// Their contracts are those of the zsl_cpu ops with the same names.
 #pragma once
 
 #include <tuple>
@@ -9,14 +11,14 @@
 
 namespace zsl {
 
-// grad_sum, abs_sum, sq_sum, l1, sq_norm, dot, abs_dot, gram; undefined if not asked for.
+// grad_sum, abs_sum, sq_sum, l1, sq_norm, dot, abs_dot, gram. A tensor that was not requested is undefined.
 using Sums = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
 Sums interference(const Tensor& a, const Tensor& b, const OptionalTensor& direction, bool gram, int64_t tile_o, int64_t tile_k,
                   const OptionalTensor& begin, const OptionalTensor& added_begin, const OptionalTensor& added_index,
                   const OptionalTensor& added_values);
 
-// (weights, 8): the sums over coordinates of each, along a direction or none.
+// Returns a (weights, 8) tensor: the sums over coordinates of each weight, with an optional direction.
 Tensor coordinate_sums_of_many(const std::vector<std::pair<const Sums*, OptionalTensor>>& weights);
 
 Sums dense_interference(const Tensor& g, const OptionalTensor& direction, bool gram);

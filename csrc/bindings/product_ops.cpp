@@ -1,8 +1,10 @@
-// The CPU kernels of inputs and output gradients as private torch ops (zsl_cpu::*): checks, allocation, workers. The public ops are
-// in zsl_kernels/ops, the choice among these in zsl_kernels/planning, and zsl_kernels/backends/cpu.py calls them.
+// Binds the CPU kernels of inputs and output gradients as private torch ops (zsl_cpu::*): validation, allocation and workers.
 //
-// Work is split into as many contiguous ranges as there are threads, and partial scalars are added in the order of the ranges:
-// results are bitwise repeatable for the same inputs and thread count.
+// The public ops are in zsl_kernels/ops. zsl_kernels/planning chooses among the private ops, and zsl_kernels/backends/cpu.py calls
+// them.
+//
+// The work is split into as many contiguous ranges as there are threads. Partial scalars are added in the order of the ranges, so
+// results are bitwise reproducible for the same inputs and number of threads.
 #include <ATen/DimVector.h>
 #include <ATen/ops/zeros.h>
 #include <torch/library.h>
@@ -20,7 +22,7 @@
 namespace zsl {
 namespace {
 
-// The instruction sets that this processor can run, the best first.
+// Returns the kernels of the instruction sets that this processor supports, best first.
 std::vector<const Kernels*> supported() {
   std::vector<const Kernels*> found;
 #if defined(__x86_64__)
@@ -63,8 +65,8 @@ const Kernels*& active() {
 
 namespace {
 
-// The examples' offsets into `rows` rows, checked: the kernels read wherever they point.
-// `some`: of the rows, which may be more than there is use for.
+// Returns the examples' offsets into `rows` rows after validation, because the kernels access memory at these offsets. With `some`,
+// the offsets may cover only some of the rows.
 const int64_t* offsets_of(const Tensor& begin, int64_t rows, bool some = false) {
   TORCH_CHECK(
       begin.dim() == 1 && begin.size(0) > 0 && begin.scalar_type() == at::kLong && begin.is_contiguous() && begin.device().is_cpu(),
@@ -116,7 +118,7 @@ AddedRows added_rows(const OptionalTensor& begin, const OptionalTensor& index, c
   return added;
 }
 
-// The workers' partial sums, (workers, …) in double, and their sum in S.
+// The workers' partial sums, a (workers, …) tensor in double, and their sum in S.
 struct Partials {
   Tensor each, total;
   int64_t workers, size;
@@ -131,7 +133,8 @@ struct Partials {
 
   Tensor sum(const Tensor& a) const { return each.sum(0).to(sum_options(a).dtype()); }
 
-  // Of one row of (workers, rows, …) alone, a tensor of its own. A few workers' are the same bits however they are added.
+  // Returns the sum of one row of a (workers, rows, …) tensor as a separate tensor. For up to four workers both methods of adding
+  // give the same bits.
   Tensor sum_row(int64_t row, int64_t rows, const Tensor& a) {
     if (workers > 4) {
       if (!total.defined()) total = sum(a);
@@ -145,7 +148,7 @@ Tensor mirror_upper(const Tensor& gram) { return gram.triu().add(gram.triu(1).tr
 
 }  // namespace
 
-// A result that was not asked for is undefined: None, in Python.
+// A result that was not requested is undefined, which is None in Python.
 Sums interference(const Tensor& a, const Tensor& b, const OptionalTensor& direction, bool gram, int64_t tile_o, int64_t tile_k,
                   const OptionalTensor& begin, const OptionalTensor& added_begin, const OptionalTensor& added_index,
                   const OptionalTensor& added_values) {
@@ -187,7 +190,7 @@ Sums interference(const Tensor& a, const Tensor& b, const OptionalTensor& direct
 
 namespace {
 
-// Of sq_norm, dot and abs_dot alone one, (N,).
+// Computes only one of sq_norm, dot and abs_dot, with shape (N,).
 Tensor scalars_direct(int64_t which, const Tensor& a, const Tensor& b, const OptionalTensor& direction, int64_t tile_o,
                       int64_t tile_k, const OptionalTensor& begin) {
   const Plain plain;
@@ -214,7 +217,7 @@ Tensor dot_direct(const Tensor& a, const Tensor& b, const Tensor& direction, int
   return scalars_direct(1, a, b, direction, tile_o, tile_k, begin);
 }
 
-// The kernels read a2 and b2 (M, T, ·) by the sizes and in the dtype of a and b.
+// The kernels read a2 and b2 (M, T, ·) with the sizes and dtype of a and b.
 void check_second(const Tensor& a, const Tensor& b, const Tensor& a2, const Tensor& b2) {
   const auto alike = [](const Tensor& x, const Tensor& y) {
     return x.dim() == y.dim() && x.sizes().slice(1) == y.sizes().slice(1) && x.scalar_type() == y.scalar_type() &&
@@ -250,7 +253,7 @@ Tensor gram_direct(const Tensor& a, const Tensor& b, const Tensor& a2, const Ten
   return self ? mirror_upper(partials.sum(a)) : partials.sum(a);
 }
 
-// (N, M), or (N,) with `diagonal`.
+// Returns (N, M), or (N,) with `diagonal`.
 Tensor ghost(const Tensor& a, const Tensor& b, const Tensor& a2, const Tensor& b2, bool self, bool diagonal) {
   const Plain plain;
   TORCH_CHECK(self || !diagonal, "a2, b2: expected one set of examples for norms, got two");
@@ -267,7 +270,7 @@ Tensor ghost(const Tensor& a, const Tensor& b, const Tensor& a2, const Tensor& b
       k.ghost_worker(args, diagonal, begin, end, workspace, out + w * size);
     });
   const Tensor total = partials.sum(a);
-  // Products of dot products round below zero where a norm nearly vanishes; a NaN stays one.
+  // Products of dot products can round below zero if a norm is close to zero. Clamping preserves NaN.
   if (diagonal) return total.clamp_min(0);
   if (!self) return total;
   total.diagonal().clamp_min_(0);
@@ -292,8 +295,8 @@ Tensor weighted_grad(const Tensor& a, const Tensor& b, const Tensor& weights, co
   return out;
 }
 
-// out = x y: the gradient of one example, whose positions are the inner dimension. For what torch has no product of: float sums
-// of bf16 or f16 operands.
+// Computes out = x y, the gradient of one example, where the positions are the inner dimension. It covers the products that torch
+// lacks: float sums of bf16 or f16 operands.
 void product(const Tensor& x, const Tensor& y, const Tensor& out, int64_t tile_o, int64_t tile_k) {
   const Plain plain;
   const Tensor a = y.unsqueeze(0), b = x.t().unsqueeze(0);
@@ -306,7 +309,8 @@ void product(const Tensor& x, const Tensor& y, const Tensor& out, int64_t tile_o
   weighted_grad_into({shape, operand(a), operand(b), &one, nullptr, nullptr, out.mutable_data_ptr()}, a);
 }
 
-// c: the cotangents of grad_sum, abs_sum, sq_sum (O, K), l1, sq_norm, dot, abs_dot (N,); mix (N, M) weighs the gradients of a2, b2.
+// The arguments c_* are the cotangents of grad_sum, abs_sum, sq_sum (O, K) and of l1, sq_norm, dot, abs_dot (N,). mix (N, M)
+// contains the weights of the gradients of a2, b2.
 std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& a, const Tensor& b, const OptionalTensor& direction,
                                             const OptionalTensor& c_grad, const OptionalTensor& c_abs, const OptionalTensor& c_sq,
                                             const OptionalTensor& c_l1, const OptionalTensor& c_sqn, const OptionalTensor& c_dot,

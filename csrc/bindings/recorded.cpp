@@ -1,3 +1,4 @@
+// Repeats recorded kernel calls with new operands, and binds the class Recorded to Python.
 #include "recorded.h"
 
 #include <ATen/core/LegacyTypeDispatch.h>
@@ -17,15 +18,15 @@ namespace py = pybind11;
 using at::Tensor;
 
 constexpr const char* launch_name = "zsl_kernels.launch";
-constexpr int64_t alignment = 16;  // of addresses, on which launches depend
+constexpr int64_t alignment = 16;  // the launches depend on addresses modulo this number
 
 int64_t address(const Tensor& x) { return reinterpret_cast<int64_t>(x.const_data_ptr()); }
 
-// torch._C._cuda_getCurrentRawStream, where torch has CUDA. Looked up when the module is loaded: a lock of a static variable and
-// the interpreter's would wait for each other.
+// torch._C._cuda_getCurrentRawStream, if torch has CUDA. It is looked up when the module is loaded. A static variable in a function
+// could deadlock: its lock and the interpreter's lock could wait for each other.
 PyObject* current_raw_stream = nullptr;
 
-// The stream that torch's operations go to now.
+// Returns the stream on which torch currently launches.
 int64_t current_stream(at::Device device) {
   if (!device.is_cuda()) return 0;
   py::gil_scoped_acquire gil;

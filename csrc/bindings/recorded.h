@@ -1,4 +1,4 @@
-// A call of the device's kernels that was recorded: its allocations, and its launches with the places of their pointers.
+// A recorded call of the device's kernels: its allocations, its launches, and the places of pointers in their arguments.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -14,17 +14,19 @@ namespace zsl {
 
 class Recorded {
  public:
-  // Of an operand: its sizes, strides and dtype, and its address modulo 16, on which launches depend.
+  // The properties of an operand on which the launches depend: sizes, strides, dtype, and the address modulo 16.
   struct Operand {
     std::vector<int64_t> sizes, strides;
     at::ScalarType dtype;
     int64_t offset;
   };
-  // A number of a launch that is an address: `from` an operand, or behind these an allocation, or the stream (-1).
+  // An address among the numbers of a launch. `from` is the index of an operand. Indices after the operands refer to allocations,
+  // and -1 is the stream.
   struct Address {
     int64_t at, from, offset;
   };
-  // `run` takes the numbers of nested arguments one after the other (csrc/bindings/cuda_module.cpp); null: nothing is launched.
+  // `run` reads the numbers of nested arguments in sequence (see csrc/bindings/cuda_module.cpp). If it is null, nothing is
+  // launched.
   struct Launch {
     void (*run)(const int64_t*);
     std::vector<int64_t> numbers;
@@ -47,9 +49,9 @@ class Recorded {
         launches_(std::move(launches)),
         results_(std::move(results)) {}
 
-  // Whether they are those of the recorded call but for their addresses.
+  // Returns whether the operands match those of the recorded call, apart from their addresses.
   bool fits(c10::ArrayRef<at::Tensor> operands) const;
-  // The results, undefined where there were none. Operands have to fit.
+  // Repeats the call and returns its results. A result that the recorded call did not have is undefined. The operands must fit.
   Results run(c10::ArrayRef<at::Tensor> operands) const;
 
   size_t allocations() const { return allocations_.size(); }
@@ -57,7 +59,7 @@ class Recorded {
  private:
   at::Device device_;
   std::vector<std::optional<Operand>> operands_;
-  std::vector<std::vector<int64_t>> allocations_;  // float32 tensors of these sizes
+  std::vector<std::vector<int64_t>> allocations_;  // the sizes of the float32 tensors to allocate
   std::vector<Launch> launches_;
   std::vector<std::optional<Result>> results_;
 };

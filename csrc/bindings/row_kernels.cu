@@ -1,3 +1,4 @@
+// Launches the row kernels and the Gram matrix of slabs with the element types of the arguments.
 #include "row_kernels.h"
 
 #include <device.cuh>
@@ -12,7 +13,7 @@
 namespace zsl {
 namespace {
 
-// Calls f with the numbers of an element type.
+// Calls f with the number type of an element type.
 template <class F>
 void with_numbers(Element element, F f) {
   switch (element) {

@@ -1,20 +1,21 @@
-// The launches of the row kernels, and of the Gram of gradients in slabs: what csrc/bindings/cuda_module.cpp calls.
+// Declares the launch functions of the row kernels and of the Gram matrix of slabs, which csrc/bindings/cuda_module.cpp calls.
 #pragma once
 
 #include "../cuda/row_args.h"
 
 namespace zsl {
 
-// `blocks` of coordinates, `parts` of the examples.
+// The grid has `blocks` blocks of coordinates and `parts` parts of the examples.
 void launch_dense(Element element, const DenseArgs& args, unsigned blocks, unsigned parts, uintptr_t stream);
 
-// `parts` of each example's positions. With x.data null `x_element` is not read.
+// `parts` is the number of parts of each example's positions. If x.data is null, `x_element` is ignored.
 void launch_scale_bias(Element x_element, Element b_element, const ScaleBiasArgs& args, unsigned parts, uintptr_t stream);
 
-// Of at most `partials_at_once`; their `blocks` are set here.
+// Takes at most `partials_at_once` sets. This function sets their `blocks`.
 void launch_add_partials(AddPartialsArgs args, uintptr_t stream);
 
-// (blocks, x_rows, y_rows) partial products of slabs; y null: of x with itself, on and above the diagonal.
+// Computes (blocks, x_rows, y_rows) partial products of slabs. If y is null, it multiplies x by itself and computes only the
+// products on and above the diagonal.
 struct SlabGram {
   const void *x, *y;
   bool bfloat16;

@@ -1,6 +1,7 @@
-// The CPU kernels that need no product, as private torch ops (zsl_cpu::*): embeddings, norms' scales and biases, gradients that are
-// held already, and the sums over coordinates. zsl_kernels/ops checks the arguments; these check shapes, and the values of integers
-// that say where to read and write.
+// Binds the CPU kernels that need no matrix product as private torch ops (zsl_cpu::*).
+//
+// They cover embeddings, scales and biases of norms, gradients that are already in memory, and sums over coordinates.
+// zsl_kernels/ops validates the arguments. These ops validate shapes, and the values of integers that determine memory addresses.
 #include <ATen/core/List.h>
 #include <ATen/ops/index_select.h>
 #include <torch/library.h>
@@ -23,13 +24,13 @@ namespace {
 
 using std::int64_t;
 
-// Below this many elements for each worker, starting the workers costs more than the work.
+// Below this number of elements per worker, starting the workers costs more than the work itself.
 constexpr int64_t worth_a_worker = 1 << 15;
 
 int64_t workers_for(int64_t elements) { return worker_count(elements / worth_a_worker); }
 
-// Features handled at a time: sums that stay in the first-level cache, items for every worker, and `rows` stored rows of bounded
-// size, a whole number of cache lines each.
+// Returns the number of features processed at a time. The block's sums fit in the L1 cache, every worker gets items, the size of
+// the `rows` stored rows is bounded, and each stored row is a whole number of cache lines.
 int64_t block_for(int64_t K, int64_t groups, int64_t workers, int64_t rows) {
   constexpr int64_t line = 16, stored = int64_t{1} << 22;
   const int64_t most = std::clamp<int64_t>(stored / std::max<int64_t>(rows, 1), 256, 1024);
@@ -38,7 +39,7 @@ int64_t block_for(int64_t K, int64_t groups, int64_t workers, int64_t rows) {
   return std::max<int64_t>((block + line - 1) / line * line, line);
 }
 
-// Items (group, block of features) in contiguous ranges of about equal weight; a group's blocks weigh the same.
+// Splits items (group, block of features) into contiguous ranges of about equal weight. All blocks of a group have the same weight.
 std::vector<int64_t> balanced(const std::vector<double>& weights, int64_t blocks, int64_t workers) {
   double total = 0, before = 0;
   for (double weight : weights) total += weight;
@@ -58,7 +59,7 @@ std::vector<int64_t> balanced(const std::vector<double>& weights, int64_t blocks
 
 using Entry = std::pair<int64_t, int64_t>;  // key ≥ 0, place
 
-// Stable, by eleven bits at a time: some thousand entries in tens of microseconds.
+// Stable radix sort with eleven bits per pass. It sorts several thousand entries in tens of microseconds.
 void sort_by_key(std::vector<Entry>& entries) {
   constexpr int bits = 11;
   int64_t most = 0;
@@ -74,7 +75,7 @@ void sort_by_key(std::vector<Entry>& entries) {
   }
 }
 
-// Positions by their group: order[starts[r] … starts[r+1]) are those of group r.
+// Positions by group: order[starts[r] … starts[r+1]) are the positions of group r.
 struct Grouped {
   std::vector<int64_t> starts = {0}, order;
 
@@ -82,7 +83,8 @@ struct Grouped {
   int64_t size(int64_t group) const { return starts[group + 1] - starts[group]; }
 };
 
-// Integers of any dtype and layout, as the kernels read them, all of them below `end` and, but for `negative`, not below zero.
+// Integers of any dtype and layout, converted to the layout that the kernels read. All are below `end`, and none is below zero
+// unless `negative` is set.
 struct Longs {
   Tensor tensor;
   const int64_t* data = nullptr;
@@ -96,7 +98,7 @@ struct Longs {
     data = tensor.const_data_ptr<int64_t>();
     if (!tensor.numel()) return;
     const auto [least, most] = std::minmax_element(data, data + tensor.numel());
-    const bool wrapped = *least < 0 && x->scalar_type() == at::kUInt64;  // past what int64 holds
+    const bool wrapped = *least < 0 && x->scalar_type() == at::kUInt64;  // exceeds the range of int64
     TORCH_CHECK_INDEX(*most < end && !wrapped && (negative || *least >= 0), name, ": expected values in [0, ", end, "), got ",
                       wrapped       ? std::to_string(static_cast<uint64_t>(*least))
                       : *most < end ? std::to_string(*least)
@@ -104,7 +106,7 @@ struct Longs {
   }
 };
 
-// b (N, T, ·), or (1, P, ·) with the example of each position.
+// Validates b (N, T, ·), or (1, P, ·) with the example of each position.
 void check_positions(const Tensor& b, const OptionalTensor& example_ids, int64_t N) {
   TORCH_CHECK(b.dim() == 3 && b.device().is_cpu(), "b: expected shape (N, T, K) on the CPU, got ", b.sizes(), " on ", b.device());
   check_elements("b", b.sizes());
@@ -123,9 +125,9 @@ void mirror_upper(double* gram, int64_t N) {
     for (int64_t j = 0; j < i; ++j) gram[i * N + j] = gram[j * N + i];
 }
 
-using Scalars = std::array<Tensor, 5>;  // l1, sq_norm, dot, abs_dot, gram; undefined, in Python None, if not asked for
+using Scalars = std::array<Tensor, 5>;  // l1, sq_norm, dot, abs_dot, gram; undefined (None in Python) if not requested
 
-// Fills in how the work is split, and runs it. `weights`: the cost of each row, in any unit.
+// Sets how the work is split, and runs it. `weights` is the cost of each row in any unit.
 Scalars run_rows(RowArgs& args, const std::vector<double>& weights, int64_t elements, bool direction, const Tensor& b) {
   const auto options = sum_options(b);
   const int64_t N = args.N, rows = static_cast<int64_t>(weights.size());
@@ -146,7 +148,7 @@ Scalars run_rows(RowArgs& args, const std::vector<double>& weights, int64_t elem
   Scalars found;
   for (int64_t i = 0; i < (direction ? 4 : 2); ++i) found[i] = add_up(scalars.data() + i * N, workers, 4 * N, N, options);
   if (!args.gram) return found;
-  // Mirroring the workers' own keeps the sum's order the same on both sides of the diagonal.
+  // Mirroring each worker's own matrix keeps the order of additions the same on both sides of the diagonal.
   for (int64_t w = 0; w < workers; ++w) mirror_upper(pairs + w * N * N, N);
   found[4] = add_up(pairs, workers, N * N, N * N, options).view({N, N});
   return found;
@@ -154,7 +156,7 @@ Scalars run_rows(RowArgs& args, const std::vector<double>& weights, int64_t elem
 
 }  // namespace
 
-// g (N, …): one row that every example touches.
+// g (N, …) is one row that every example touches.
 Sums dense_interference(const Tensor& g, const OptionalTensor& direction, bool gram) {
   const Plain plain;
   TORCH_CHECK(g.dim() > 0 && g.device().is_cpu(), "g: expected shape (N, …) on the CPU, got ", g.sizes(), " on ", g.device());
@@ -188,8 +190,8 @@ bool all_finite(const Tensor& x) {
   return x.scalar_type() == at::kDouble ? check(x.const_data_ptr<double>()) : check(x.const_data_ptr<float>());
 }
 
-// Makes the products NaN that the kernel does not form: an example is zero in the rows that it does not touch, and what another has
-// there may be infinite or NaN. `rows` of args, b as there.
+// Sets those products to NaN that the kernel does not compute. An example is zero in the rows that it does not touch, but another
+// example's values in these rows may be infinite or NaN. `rows` and b are those of args.
 void mark_untouched(const RowArgs& args, int64_t rows, const Tensor& b, Tensor& gram) {
   const int64_t N = args.N, K = args.rows.K, T = args.rows.T;
   const Tensor wide = b.to(at::kDouble).contiguous();
@@ -201,7 +203,7 @@ void mark_untouched(const RowArgs& args, int64_t rows, const Tensor& b, Tensor& 
   std::vector<double> sums(static_cast<size_t>(K));
   for (int64_t row = 0; row < rows; ++row) {
     std::vector<char> touches(static_cast<size_t>(N), 0);
-    std::vector<int64_t> broken;  // examples
+    std::vector<int64_t> broken;  // examples with values that are not finite
     for (int64_t i = args.rows.starts[row]; i < args.rows.starts[row + 1];) {
       const int64_t example = example_of(args.rows.order[i]);
       touches[example] = 1;
@@ -217,7 +219,7 @@ void mark_untouched(const RowArgs& args, int64_t rows, const Tensor& b, Tensor& 
   gram = pairs.to(gram.scalar_type());
 }
 
-// ids and example_ids (P,) integers, b (N, T, K) of P = N·T positions (ragged: (1, P, K)), direction (V, K).
+// ids and example_ids (P,) are integers, b (N, T, K) has P = N·T positions (ragged: (1, P, K)), and direction is (V, K).
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> embedding_interference(
     const Tensor& ids, const Tensor& b, const OptionalTensor& example_ids, int64_t num_examples, int64_t num_embeddings,
     int64_t padding_idx, const OptionalTensor& direction, bool gram) {
@@ -225,7 +227,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tenso
   check_positions(b, example_ids, num_examples);
   const int64_t P = b.size(0) * b.size(1), T = b.size(1), K = b.size(2), N = num_examples;
   TORCH_CHECK_VALUE(ids.numel() == P, "ids: expected ", P, ", one for each position of b, got ", ids.numel());
-  // A row's number and an example's make one key.
+  // The key of a position combines its row and its example.
   TORCH_CHECK_VALUE(num_embeddings >= 0 && num_embeddings <= std::numeric_limits<int64_t>::max() / std::max<int64_t>(N, 1),
                     "num_embeddings: expected num_embeddings * num_examples < 2^63 for ", N, " examples, got ", num_embeddings);
   if (gram) check_elements("gram", {N, N});
@@ -241,7 +243,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tenso
     if (id[p] >= 0 && id[p] != padding_idx) entries.emplace_back(id[p] * N + (examples ? examples[p] : p / T), p);
   sort_by_key(entries);
 
-  // One group for each row; its weight is some eight vector operations for an element, and half a product for a pair.
+  // One group per row. Its weight counts about eight vector operations per element and half a product per pair.
   Grouped grouped;
   std::vector<int64_t> touched;
   std::vector<double> weights;
@@ -279,7 +281,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tenso
 
 }  // namespace
 
-// x and b (N, T, K), mean and rstd (N, T); with example_ids (T,) they are (1, T, K) and (1, T). Without x only the bias.
+// x and b are (N, T, K), and mean and rstd are (N, T). With example_ids (T,) they are (1, T, K) and (1, T). Without x, only the
+// bias is computed.
 std::tuple<Tensor, Tensor> scale_bias_grad(const OptionalTensor& x, const Tensor& b, const OptionalTensor& mean,
                                            const OptionalTensor& rstd, const OptionalTensor& example_ids, int64_t num_examples,
                                            bool bias) {
@@ -332,9 +335,9 @@ std::tuple<Tensor, Tensor> scale_bias_grad(const OptionalTensor& x, const Tensor
 
 namespace {
 
-// What the sums over coordinates read of one weight, and how many workers' parts they are cut into.
+// The inputs of the sums over coordinates of one weight, and the number of workers among which they are divided.
 struct Coordinates {
-  static constexpr int64_t block = 1 << 14;  // a multiple of every block of the kernel
+  static constexpr int64_t block = 1 << 14;  // a multiple of the kernel's block size for every type
   Held grad_sum, abs_sum, sq_sum, direction;
   CoordinateArgs args;
   int64_t count, blocks, workers;
@@ -350,17 +353,17 @@ struct Coordinates {
         workers(worker_count(blocks)) {}
 };
 
-// The eight sums of CoordinateArgs for each weight, (weights, 8). A weight is cut as it would be alone, whatever the others are:
-// its sums are the same bits. The parts of all weights are shared out among the workers.
+// Computes the eight sums of CoordinateArgs for each weight, (weights, 8). Each weight is divided into parts independently of the
+// others, so that its sums have the same bits as in a call of its own. The parts of all weights are distributed among the workers.
 void add_coordinates(const std::vector<Coordinates>& weights, double* out) {
-  std::vector<std::pair<size_t, int64_t>> parts;  // weight, worker
+  std::vector<std::pair<size_t, int64_t>> parts;  // (weight, worker)
   std::vector<double> sizes;
   int64_t blocks = 0;
   for (size_t i = 0; i < weights.size(); ++i) {
     const Coordinates& weight = weights[i];
     blocks += weight.blocks;
     for (int64_t w = 0; w < weight.workers; ++w)
-      parts.emplace_back(i, w), sizes.push_back(static_cast<double>(weight.count / weight.workers) + 64);  // 64: of starting it
+      parts.emplace_back(i, w), sizes.push_back(static_cast<double>(weight.count / weight.workers) + 64);  // 64: starting it
   }
   const Tensor partial = fresh({static_cast<int64_t>(parts.size()), 8}, at::kDouble);
   double* sums = partial.mutable_data_ptr<double>();
@@ -379,7 +382,7 @@ void add_coordinates(const std::vector<Coordinates>& weights, double* out) {
   });
   int64_t first = 0;
   for (const Coordinates& weight : weights) {
-    // A few workers' are the same bits however they are added; more are added as torch does.
+    // For up to four workers every order of addition used here gives the same bits. For more workers torch adds them.
     if (weight.workers > 4) {
       const Tensor total = partial.narrow(0, first, weight.workers).sum(0);
       std::copy_n(total.const_data_ptr<double>(), 8, out);
@@ -391,7 +394,8 @@ void add_coordinates(const std::vector<Coordinates>& weights, double* out) {
   }
 }
 
-// All that the public functions promise: zk.coordinate_sums_of_many asks here, and looks for what is wrong only if something is.
+// Checks everything that the public functions promise. zk.coordinate_sums_of_many relies on this check and looks for the exact
+// error only if it fails.
 void check_sums(const Tensor& g, const Tensor& a, const Tensor& q, const OptionalTensor& u) {
   check_elements("grad_sum", g.sizes());
   for (const Tensor& x : {g, a, q})
@@ -399,12 +403,12 @@ void check_sums(const Tensor& g, const Tensor& a, const Tensor& q, const Optiona
                 "grad_sum, abs_sum, sq_sum: expected float32 or float64 sums of one shape on the CPU, got ", x.scalar_type(), " ",
                 x.sizes());
   if (!u) return;
-  dtype_of(*u);  // refuses all but the floating ones
+  dtype_of(*u);  // rejects all but the floating-point dtypes
   TORCH_CHECK(u->device().is_cpu() && u->sizes() == g.sizes(), "direction: expected the shape of the sums, ", g.sizes(),
               ", on the CPU, got ", u->sizes());
 }
 
-// (8,)
+// Returns a tensor of shape (8,).
 Tensor coordinate_sums(const Tensor& grad_sum, const Tensor& abs_sum, const Tensor& sq_sum, const OptionalTensor& direction) {
   const Plain plain;
   check_sums(grad_sum, abs_sum, sq_sum, direction);
@@ -415,7 +419,7 @@ Tensor coordinate_sums(const Tensor& grad_sum, const Tensor& abs_sum, const Tens
   return out;
 }
 
-// (weights, 8); no directions at all, or one or none for each weight.
+// Returns a tensor of shape (weights, 8). There is either no list of directions, or an optional direction for each weight.
 Tensor coordinate_sums_of_lists(at::TensorList grad_sums, at::TensorList abs_sums, at::TensorList sq_sums,
                                 const c10::List<OptionalTensor>& directions) {
   const Plain plain;

@@ -1,10 +1,12 @@
-// The known uses of weights under a probe, without Python: an autograd node whose backward computes a weight's gradient with its
-// statistics at once, and leaves these with the weight. That is the plain case: a weight's only use in the pass, whose rows are
-// (N, T, ·) in order. On the CPU the kernels are called here; of another device the calls are repeated that Python has recorded.
-// For anything else the node calls the rule's Python function, so that no rule is written twice.
+// Runs the known uses of weights under a probe without Python.
 //
-// Who may take the short way is decided in Python (python/zerosum/probe): before a pass it says which uses are regular, and what
-// each weight wants.
+// An autograd node's backward pass computes a weight's gradient together with its statistics and stores these with the weight. This
+// fast path covers the plain case: the use is the weight's only one in the pass, and its rows are (N, T, ·) in order. On the CPU
+// this file calls the kernels (short_way). On other devices it repeats the calls that Python has recorded (recorded_way). In all
+// other cases the node calls the rule's Python function (long_way), so that no rule is written twice.
+//
+// Python (python/zerosum/probe) decides which uses may take the fast path. Before a pass it says which uses are regular and what
+// each weight requires.
 #include <ATen/autocast_mode.h>
 #include <ATen/core/grad_mode.h>
 #include <ATen/ops/_unsafe_view.h>
@@ -35,7 +37,7 @@ namespace py = pybind11;
 using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
 
-// A Python object that a node holds: nodes are freed by threads of autograd's, and after the interpreter's end.
+// A Python object that a node holds. Autograd threads may free nodes, also after the interpreter has shut down.
 class Object {
  public:
   explicit Object(py::object object) : pointer_(object.release().ptr()) {}
@@ -52,22 +54,22 @@ class Object {
   PyObject* pointer_;
 };
 
-// What is the same for all weights of a probe.
+// The state that all weights of a probe share.
 struct State {
-  int64_t epoch = 0;         // counts what runs forward between backward passes
-  bool at_once = false;      // whether a backward pass runs whose regular uses may be computed at once
-  int64_t examples = 0;      // of that pass
-  int64_t setting = 0;       // what torch was told about products, where calls are recorded
-  bool forward = false;      // whether what runs is the training's forward pass, in the epoch that its first use has begun
-  unsigned long thread = 0;  // that it runs in
+  int64_t epoch = 0;         // number of the epoch: the forward code that runs between two backward passes
+  bool at_once = false;      // whether a backward pass is running in which regular uses may be computed at once
+  int64_t examples = 0;      // number of examples of that pass
+  int64_t setting = 0;       // torch's setting for matrix products, where calls are recorded
+  bool forward = false;      // whether the training's forward pass is running, in the epoch that its first use began
+  unsigned long thread = 0;  // the thread of that forward pass
   std::string regular;       // for each use of the epoch, in order: whether its rows are regular
   bool is_regular(size_t use) const { return use < regular.size() && regular[use]; }
 };
 
-// What a weight's only use has left: the sums of its gradient. Python makes tensors of them when they are read.
+// The sums of the gradient that a weight's only use has computed. Python makes tensors of them when they are read.
 struct Left {
   Sums sums;
-  OptionalTensor direction;  // that they are along
+  OptionalTensor direction;  // the direction of dot and abs_dot
   const Tensor& grad_sum() const { return std::get<0>(sums); }
 };
 
@@ -75,25 +77,25 @@ struct Weight {
   explicit Weight(std::shared_ptr<State> state) : state(std::move(state)) {}
 
   std::shared_ptr<State> state;
-  bool single = false;                   // it has had one use in a pass, and never more
-  bool refused = false;                  // nothing is to be computed of it, or not here
-  bool barred = false;                   // for as long as it lies in memory as it does
-  int64_t alone = -1;                    // the epoch in which one use was taken for the only one
-  int64_t gathered = -1, deferred = -1;  // the epochs in which uses went through its node, or its statistics come late
+  bool single = false;                   // it has had one use in some pass and never more than one
+  bool refused = false;                  // nothing is to be computed for it, or not here
+  bool barred = false;                   // refused until its memory layout changes
+  int64_t alone = -1;                    // the epoch in which one use was assumed to be the only one
+  int64_t gathered = -1, deferred = -1;  // the epochs in which uses went through its node, or in which its statistics come late
   OptionalTensor direction;
   bool gram = false;
-  std::vector<int64_t> sizes, strides;  // as it lay in memory when last looked at
+  std::vector<int64_t> sizes, strides;  // its memory layout at the last check
   int64_t offset = -1;
 
-  // What the last pass has left: the sums of a gradient, and where that lay.
+  // The results of the last pass: the sums of a gradient, and the address of that gradient.
   bool waiting = false, arrived = false;
-  bool merges = false;  // whether earlier passes of the block have left sums, whose memory autograd is about to add to
+  bool merges = false;  // whether earlier passes of the block have left sums, to whose memory autograd is about to add
   Sums sums;
   std::unique_ptr<Object> owner;  // a weak reference
   const void* place = nullptr;
   uint32_t version = 0;
 
-  // Starts a block. Whether the parameter lies in memory as it did at the last one's start.
+  // Starts a block. Returns whether the parameter has the same memory layout as at the start of the previous block.
   bool renew(const Tensor& like, OptionalTensor along, bool with_gram, bool merging) {
     direction = std::move(along), gram = with_gram, merges = merging, refused = barred;
     drop();
@@ -103,15 +105,15 @@ struct Weight {
     return false;
   }
 
-  // Whether a use is to be taken for the only one of this epoch.
+  // Returns whether to assume that a use is the only one of this epoch.
   bool stands_alone() const {
     const int64_t epoch = state->epoch;
     return single && alone != epoch && gathered != epoch && deferred != epoch;
   }
   bool ready() const { return !refused && deferred != state->epoch && !waiting; }
 
-  // Keeps sums, and returns the gradient: another tensor of the same memory and version, for autograd takes over what no one else
-  // refers to.
+  // Stores the sums and returns the gradient. The gradient is another tensor with the same memory and version, because autograd
+  // takes over a tensor that has no other references.
   Tensor keep(Sums found, at::ScalarType dtype) {
     sums = std::move(found);
     const Tensor& total = std::get<0>(sums);
@@ -126,7 +128,7 @@ struct Weight {
     return grad;
   }
 
-  // The hook: whether what has come to the parameter is what a use has left, and nothing besides.
+  // The gradient hook. It returns whether the gradient that reaches the parameter is exactly the one that a use has computed.
   bool arrives(const Tensor& grad) {
     if (!waiting || grad.layout() != at::kStrided) return false;
     arrived = !grad.numel() || (grad.const_data_ptr() == place && static_cast<uint32_t>(grad._version()) == version);
@@ -143,13 +145,13 @@ using Weights = std::array<std::shared_ptr<Weight>, 2>;
 
 enum class Kind { linear, addmm, layer_norm };
 
-// How a call's backward pass goes the short way: on the CPU with a tile of the product, else by calls that were recorded.
+// How the backward pass of a call takes the fast path: on the CPU with a tile of the product, on other devices with recorded calls.
 struct Plan {
   int64_t examples = -1, tile_o = 0, tile_k = 0, threads = 0, setting = 0;
   const Kernels* kernels = nullptr;
-  std::shared_ptr<Recorded> product;  // of a, b and a direction
-  // Of the output's gradient and a direction. Of a norm: of its input, that gradient, means, reciprocal deviations, and a direction
-  // each of scale and shift.
+  std::shared_ptr<Recorded> product;  // operands: a, b and a direction
+  // For a bias the operands are the output's gradient and a direction. For a norm they are its input, the output's gradient, the
+  // means, the reciprocal standard deviations, and one direction each for scale and shift.
   std::shared_ptr<Recorded> vectors;
   bool is_for(int64_t E, const State& state) const {
     return examples == E && threads == at::get_num_threads() && kernels == active() && setting == state.setting;
@@ -161,13 +163,13 @@ struct Known {
   Kind kind;
   std::shared_ptr<State> state;
   Weights weights;
-  std::array<at::ScalarType, 2> dtypes;    // of the weights
-  std::optional<at::ScalarType> autocast;  // to which the products' operands are cast
+  std::array<at::ScalarType, 2> dtypes;    // dtypes of the weights
+  std::optional<at::ScalarType> autocast;  // dtype to which the products' operands are cast
   Plan plan;
   std::unique_ptr<Object> backward;  // (site, grad, saved, needs) -> gradients
 };
 
-// One use: what its node keeps beside tensors.
+// One use of weights: the state of its node, apart from tensors.
 struct Use : torch::CustomClassHolder {
   Use(std::shared_ptr<Known> known, py::object site, size_t index) : known(std::move(known)), site(std::move(site)), index(index) {
     epoch = this->known->state->epoch;
@@ -186,14 +188,14 @@ bool is_plain(const Tensor& x) {
   return (x.is_cpu() || x.is_cuda()) && x.layout() == at::kStrided && !x.key_set().has_any(special);
 }
 
-// (E, T, F)
+// Reshapes x to (E, T, F).
 Tensor rows(const Tensor& x, int64_t E) {
   if (x.dim() == 3 && x.size(0) == E) return x;
   const int64_t F = x.size(-1), lead = F ? x.numel() / F : c10::multiply_integers(x.sizes().slice(0, x.dim() - 1));
   return x.reshape({E, E ? lead / E : 0, F});
 }
 
-// Whether the strides are those of new memory, also where a size of one leaves them open.
+// Returns whether the strides are those of newly allocated memory, including dimensions of size one, whose strides are arbitrary.
 bool in_order(const Tensor& x) {
   int64_t stride = 1;
   for (int64_t d = x.dim() - 1; d >= 0; stride *= x.size(d--))
@@ -201,7 +203,7 @@ bool in_order(const Tensor& x) {
   return true;
 }
 
-// Whether this use may be computed at once.
+// Returns whether this use may be computed at once.
 bool at_once(const Use& use, const Tensor& grad, const variable_list& saved, bool first, bool second) {
   const State& state = *use.known->state;
   if (!state.at_once || use.epoch != state.epoch || !state.is_regular(use.index) || at::GradMode::is_enabled() ||
@@ -213,7 +215,7 @@ bool at_once(const Use& use, const Tensor& grad, const variable_list& saved, boo
   return (!first || (weights[0] && weights[0]->ready())) && (!second || (weights[1] && weights[1]->ready()));
 }
 
-// Whether it may, on the CPU and without Python.
+// Returns whether this use may be computed at once, on the CPU and without Python.
 bool short_way(const Use& use, const Tensor& grad, const variable_list& saved, bool first, bool second) {
   if (!grad.is_cpu() || (grad.scalar_type() != at::kFloat && grad.scalar_type() != at::kDouble)) return false;
   const auto same = [&](const Tensor& x) { return !x.defined() || (x.is_cpu() && x.scalar_type() == grad.scalar_type()); };
@@ -228,12 +230,12 @@ Tensor along(const std::shared_ptr<Weight>& weight, bool flat) {
   return flat ? weight->direction->reshape(-1) : *weight->direction;
 }
 
-// The sums that a recorded call has left from its k-th result on.
+// Returns the eight sums that start at result k of a recorded call.
 Sums sums_of(const Recorded::Results& found, size_t k) {
   return {found[k], found[k + 1], found[k + 2], found[k + 3], found[k + 4], found[k + 5], found[k + 6], found[k + 7]};
 }
 
-// The gradients that the rule's Python function computes.
+// Returns the gradients that the rule's Python function computes.
 std::array<Tensor, 3> long_way(const Use& use, const Tensor& grad, const variable_list& saved, const std::array<bool, 3>& needs) {
   py::gil_scoped_acquire gil;
   py::tuple tensors(saved.size());
@@ -258,7 +260,7 @@ std::array<bool, 3> wanted(AutogradContext* ctx, bool third) {
 
 const Use& use_of(AutogradContext* ctx) { return *static_cast<Use*>(ctx->saved_data.at("use").toCapsule().get()); }
 
-// F.linear, and addmm and matmul, whose matrix is transposed.
+// The node of F.linear, and of addmm and matmul, whose matrix is transposed.
 struct Linear : torch::autograd::Function<Linear> {
   static Tensor forward(AutogradContext* ctx, const Tensor& x, const Tensor& weight, const OptionalTensor& bias,
                         const Tensor& anchor, const UsePtr& use) {
@@ -269,7 +271,7 @@ struct Linear : torch::autograd::Function<Linear> {
     Tensor w = weight;
     OptionalTensor c = bias;
     if (dtype) {
-      // The weight is the node's operand as it is, so that its gradient is not rounded. What is kept is of the lower precision.
+      // The original weight is the node's operand, so that its gradient is not rounded. The saved copy has the lower precision.
       const at::AutoDispatchBelowADInplaceOrView below;
       w = lower(weight, *dtype);
       if (bias) c = lower(*bias, *dtype);
@@ -280,11 +282,11 @@ struct Linear : torch::autograd::Function<Linear> {
       const at::AutoDispatchBelowADInplaceOrView below;
       return addmm ? at::addmm(*c, x, w) : at::linear(x, w, c);
     }
-    // What torch does with other strides depends on whether the weight's transpose is to be differentiated, which is not known
-    // below.
+    // With other strides, torch's algorithm depends on whether the weight's transpose requires a gradient. That is unknown below
+    // autograd.
     if (dtype && weight.requires_grad()) w = w.detach().set_requires_grad(true);
     const Tensor y = at::linear(x, w, c);
-    return y.is_view() ? at::_unsafe_view(y, y.sizes()) : y;  // as no view it may be written to
+    return y.is_view() ? at::_unsafe_view(y, y.sizes()) : y;  // the result may be written to, so it must not be a view
   }
 
   static Tensor lower(const Tensor& x, at::ScalarType dtype) { return x.scalar_type() == at::kDouble ? x : x.to(dtype); }
@@ -328,7 +330,7 @@ struct Linear : torch::autograd::Function<Linear> {
     return {grads[0], grads[1], grads[2], Tensor(), Tensor()};
   }
 
-  // The gradients of weight and bias by calls that were recorded, if there are some for these tensors.
+  // Returns the gradients of weight and bias from recorded calls, if there are recorded calls that fit these tensors.
   static std::optional<std::array<Tensor, 2>> recorded_way(const Use& use, const Tensor& grad, const variable_list& saved,
                                                            const std::array<bool, 3>& needs, bool transposed) {
     const Known& known = *use.known;
@@ -404,7 +406,7 @@ struct LayerNorm : torch::autograd::Function<LayerNorm> {
                                                       given(saved[2]), {true, false, false}));
   }
 
-  // Those of scale and shift by a call that was recorded of both, or of one where the norm has one alone.
+  // Computes the gradients of scale and shift with one recorded call for both, or for the only one that the norm has.
   static bool recorded_way(const Use& use, const Tensor& grad, const variable_list& saved, const std::array<bool, 3>& needs,
                            std::array<Tensor, 3>& found) {
     const Known& known = *use.known;
@@ -430,7 +432,7 @@ struct LayerNorm : torch::autograd::Function<LayerNorm> {
   }
 };
 
-// Whether a tensor with an entry in `sources`, by its address, is among some arguments.
+// Returns whether some argument is a tensor whose address has an entry in `sources`.
 bool touches(PyObject* sources, PyObject* arguments);
 
 bool is_source(PyObject* sources, PyObject* x) {
@@ -453,10 +455,10 @@ bool touches(PyObject* sources, PyObject* arguments) {
   return false;
 }
 
-// What an argument of a known call has to be.
+// The requirements on one argument of a known call.
 struct Argument {
   enum { weight, tensor, other } kind;
-  py::object value;  // the weight, or what is no tensor
+  py::object value;  // the weight, or the value of an argument that is not a tensor
   at::DimVector sizes;
   at::ScalarType dtype = at::kFloat;
   bool requires_grad = false;
@@ -470,10 +472,10 @@ struct Argument {
   }
 };
 
-// A call of one place in the model, to be known again by its function, its weights and its operands' shapes.
+// A call at one place in the model. It is recognized by its function, its weights and the shapes of its operands.
 class Call {
  public:
-  // `function`, `names` of keywords and the arguments are those of the call.
+  // `function`, `names` (of the keyword arguments) and the arguments are those of the recorded call.
   Call(const std::string& kind, std::shared_ptr<State> state, py::object function, py::tuple names, const py::tuple& args,
        const std::vector<std::shared_ptr<Weight>>& weights, std::array<int, 3> places, py::object backward,
        std::optional<at::ScalarType> autocast)
@@ -501,7 +503,7 @@ class Call {
       if (weights[k]) known_->dtypes[k] = arguments_.at(places_[k + 1]).dtype;
   }
 
-  // The result of the call in the mode, or nothing where it is not like the one before.
+  // Returns the result of the call in the mode, or nothing if the call differs from the previous one.
   py::object run(py::handle mode, PyObject* function, PyObject* args, PyObject* kwargs, PyObject* sources) const {
     const State& state = *known_->state;
     const std::vector<PyObject*> given = arguments(function, args, kwargs);
@@ -526,7 +528,7 @@ class Call {
     Tensor y;
     {
       py::gil_scoped_release release;
-      // As autocast does: products in the lower precision, and norms, of devices, in float32.
+      // This follows autocast: products in the lower precision, and norms on other devices than the CPU in float32.
       const auto as = known_->autocast && x.scalar_type() != at::kDouble
                           ? std::optional<at::ScalarType>(norm ? at::kFloat : *known_->autocast)
                           : std::nullopt;
@@ -537,20 +539,22 @@ class Call {
     return py::cast(y);
   }
 
-  // Whether it is known, for E examples and as threads and kernels are now, if the backward pass has a short way.
+  // Returns whether it is known if the backward pass has a fast path, for E examples and the current threads and kernels.
   bool planned(int64_t examples) const { return known_->plan.is_for(examples, *known_->state); }
-  // That way's tile; an empty one: there is none.
+  // Sets the tile of the fast path. An empty tile means that there is none.
   void plan(int64_t examples, int64_t tile_o, int64_t tile_k) {
     known_->plan = {examples, tile_o, tile_k, at::get_num_threads(), known_->state->setting, active(), nullptr, nullptr};
   }
-  // The calls that it repeats on a device: of the product, and of the bias, or of scale and shift. None: there is none.
+  // Sets the calls that the fast path repeats on a device: one for the product, and one for the bias or for scale and shift. A null
+  // pointer means that there is none.
   void record(int64_t examples, std::shared_ptr<Recorded> product, std::shared_ptr<Recorded> vectors) {
     plan(examples, 0, 0);
     known_->plan.product = std::move(product), known_->plan.vectors = std::move(vectors);
   }
 
  private:
-  // The arguments and the keywords' in one list; none where the function, their number or the keywords are others.
+  // Returns the positional and keyword arguments in one list. The list is empty if the function, the number of arguments or the
+  // keywords differ.
   std::vector<PyObject*> arguments(PyObject* function, PyObject* args, PyObject* kwargs) const {
     const Py_ssize_t count = PyTuple_GET_SIZE(args), named = kwargs ? PyDict_GET_SIZE(kwargs) : 0;
     if (function != function_.ptr() || static_cast<size_t>(count + named) != arguments_.size() ||
@@ -569,7 +573,7 @@ class Call {
     return given;
   }
 
-  // Whether an activation may be a weight, or a view of one: of a leaf that is differentiated.
+  // Returns whether an activation may be a weight or a view of one, that is, of a leaf that requires a gradient.
   static bool is_weight(PyObject* sources, PyObject* x) {
     if (is_source(sources, x)) return true;
     const Tensor& t = THPVariable_Unpack(x);
@@ -585,17 +589,17 @@ class Call {
   std::shared_ptr<Known> known_;
   py::object function_;
   py::tuple names_;
-  std::array<int, 3> places_;  // of x, the weight and the bias; -1: none
+  std::array<int, 3> places_;  // of x, the weight and the bias; -1 if absent
   std::vector<Argument> arguments_;
 };
 
-// The nodes in Python: they have a site, and the names of the functions that they stand for.
+// The nodes as Python objects. They have a site, and the names of the functions that they replace.
 template <class Function>
 PyObject* site_of(PyObject* self, void*) {
   auto* node =
       static_cast<torch::autograd::CppNode<Function>*>(reinterpret_cast<torch::autograd::THPCppFunction*>(self)->cdata.get());
   const auto found = node->ctx_.saved_data.find("use");
-  if (found == node->ctx_.saved_data.end()) Py_RETURN_NONE;  // its buffers were freed
+  if (found == node->ctx_.saved_data.end()) Py_RETURN_NONE;  // the node's buffers have been freed
   return static_cast<Use*>(found->second.toCapsule().get())->site.get().inc_ref().ptr();
 }
 
@@ -619,7 +623,7 @@ void register_node(const char* name) {
   registerCppFunction(typeid(CppNode<Function>), _initFunctionPyTypeObject(type, name, properties, methods));
 }
 
-// The sums whose gradient has come to the parameter, or none; whatever was left is gone then.
+// Returns the sums whose gradient has reached the parameter, or null. In both cases the stored sums are cleared.
 std::unique_ptr<Left> take(Weight& weight) {
   if (!weight.waiting) return nullptr;
   auto left = weight.arrived ? std::make_unique<Left>(Left{std::move(weight.sums), weight.direction}) : nullptr;
@@ -631,7 +635,7 @@ py::tuple tensors_of(const Left& left) {
   return std::apply([](const auto&... x) { return py::make_tuple(x...); }, left.sums);
 }
 
-// The sums over coordinates of what was left with several weights, (weights, 8); None where these are not all on the CPU.
+// Returns the sums over coordinates for several weights, (weights, 8), or None if they are not all on the CPU.
 py::object coordinate_sums_of_left(const std::vector<const Left*>& weights) {
   std::vector<std::pair<const Sums*, OptionalTensor>> found;
   found.reserve(weights.size());
@@ -651,7 +655,8 @@ void on_gradient(Weight& weight, const Tensor& grad) {
   arrived ? owner.attr("take_marked")() : owner.attr("on_gradient")(grad);
 }
 
-// The result of a call that the mode knows, without Python; nothing where there is none, or where more has to be looked at.
+// Returns the result of a call that the mode knows, without Python. It returns nothing if the call is unknown or requires more
+// checks.
 py::object run_known(py::handle mode, PyObject* function, PyObject* args, PyObject* kwargs, PyObject* sources) {
   if (!at::GradMode::is_enabled() || c10::impl::tls_is_dispatch_key_included(at::DispatchKey::FuncTorchDynamicLayerFrontMode) ||
       torch::autograd::ForwardADLevel::try_get_by_idx(0))
@@ -666,8 +671,8 @@ py::object run_known(py::handle mode, PyObject* function, PyObject* args, PyObje
   return py::cast<const Call&>(call).run(mode, function, args, kwargs, sources);
 }
 
-// What a mode's __torch_function__ does for most calls: nothing. `rest` is (handler, the functions that it wants to see in any
-// case).
+// The mode's __torch_function__. For most calls it does nothing but call the function. `rest` is (handler, the functions that the
+// handler must see in any case).
 PyObject* for_weights(PyObject* rest, PyObject* const* given, Py_ssize_t count) {
   static PyObject* const sources_name = PyUnicode_InternFromString("sources");
   static PyObject* const all_name = PyUnicode_InternFromString("sees_all");

@@ -1,4 +1,4 @@
-// What the bindings share: operands from tensors, and workers on contiguous ranges of the work.
+// Helpers shared by the CPU bindings: they convert tensors to operands and run workers on contiguous ranges of the work.
 #pragma once
 
 #include <ATen/Context.h>
@@ -21,7 +21,7 @@ namespace zsl {
 using at::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 
-// The kernels in use: those of the best instruction set, unless another was asked for.
+// The active kernels: those of the best supported instruction set, unless the user selects another.
 const Kernels*& active();
 
 inline DType dtype_of(const Tensor& x) {
@@ -39,7 +39,7 @@ inline DType dtype_of(const Tensor& x) {
   }
 }
 
-// (N, T, F), or ragged rows (R, F).
+// Converts an (N, T, F) tensor, or ragged rows (R, F).
 inline Operand operand(const Tensor& x) {
   const bool ragged = x.dim() == 2;
   return {x.const_data_ptr(), dtype_of(x), ragged ? 0 : x.stride(0), x.stride(-2), x.stride(-1)};
@@ -50,14 +50,15 @@ inline at::TensorOptions sum_options(const Tensor& a) {
 }
 inline at::TensorOptions double_options(const Tensor& a) { return a.options().dtype(at::kDouble); }
 
-// Every op holds one: what it does has no derivative of its own, and means the dtypes that it names.
+// Every op holds one while it runs. It disables autograd, because the op's inner operations are not differentiated, and autocast,
+// because the op itself chooses its dtypes.
 struct Plain {
   at::AutoDispatchBelowADInplaceOrView no_autograd;
   c10::impl::ExcludeDispatchKeyGuard no_autocast{c10::autocast_dispatch_keyset};
 };
 
-// at::empty without its dispatch, which would be half the time of a call on small tensors. Where torch fills new memory, and where
-// a mode watches what is made, it is the dispatched one.
+// Allocates like at::empty but skips the dispatcher, which would take half the time of a call on small tensors. It uses the
+// dispatcher if torch fills new memory or if a dispatch mode is active.
 inline Tensor fresh(at::IntArrayRef sizes, at::ScalarType dtype) {
   const at::Context& context = at::globalContext();
   const bool filled = context.deterministicAlgorithms() && context.deterministicFillUninitializedMemory();
@@ -68,11 +69,11 @@ inline Tensor fresh(at::IntArrayRef sizes, const at::TensorOptions& options) {
   return fresh(sizes, options.dtype().toScalarType());
 }
 
-// More than an address space holds; a tensor of stride 0 may claim them. Below it no number of bytes overflows, whatever is made of
-// the tensor for each worker.
+// The limit is more than an address space holds, but a tensor with stride 0 may have that many elements. Below the limit no byte
+// count overflows, including those of the buffers that are allocated for each worker.
 constexpr int64_t most_elements = int64_t{1} << 48;
 
-// An empty dimension counts as one: sizes of the others are looped over, too.
+// A dimension of size zero counts as one, because the kernels also loop over the other dimensions.
 inline void check_elements(const char* name, at::IntArrayRef sizes) {
   int64_t count = 1;
   for (const int64_t size : sizes) {
@@ -81,8 +82,8 @@ inline void check_elements(const char* name, at::IntArrayRef sizes) {
   }
 }
 
-// Keeps what a raw pointer points to alive, in the dtype and layout that the kernels want; the sign of a negated view too. The
-// kernels read `count` elements.
+// Converts a tensor to the dtype and layout that the kernels expect, resolves a lazy negation, and keeps the memory alive while a
+// raw pointer is in use. The kernels read `count` elements.
 struct Held {
   Tensor tensor;
   Held(const char* name, const OptionalTensor& x, const at::TensorOptions& options, int64_t count) {
@@ -96,7 +97,7 @@ struct Held {
   const double* doubles() const { return static_cast<const double*>(data()); }
 };
 
-// Calls body(worker, begin, end, workspace) for contiguous ranges of [0, count), one for each worker.
+// Calls body(worker, begin, end, workspace) for contiguous ranges of [0, count), one range per worker.
 template <class Body>
 void run_workers(int64_t workers, int64_t count, size_t workspace_bytes, Body body) {
   const int64_t stride = (static_cast<int64_t>(workspace_bytes) + 4095) / 4096 * 4096 + 64;
@@ -109,7 +110,7 @@ void run_workers(int64_t workers, int64_t count, size_t workspace_bytes, Body bo
 
 inline int64_t worker_count(int64_t items) { return std::max<int64_t>(1, std::min<int64_t>(items, at::get_num_threads())); }
 
-// The workers' partial sums of `size` things, at a distance of `stride`, added in order.
+// Adds the workers' partial results in order. Each worker has `size` numbers, and consecutive workers are `stride` numbers apart.
 inline Tensor add_up(const double* partial, int64_t workers, int64_t stride, int64_t size, const at::TensorOptions& options) {
   const Tensor out = fresh({size}, options);
   const auto fill = [&](auto* to) {
@@ -123,7 +124,7 @@ inline Tensor add_up(const double* partial, int64_t workers, int64_t stride, int
   return out;
 }
 
-// Each worker adds to an (N, M) of its own; past a gigabyte of them, fewer workers.
+// Each worker accumulates an (N, M) matrix of its own. The number of workers is reduced so that these take at most one gigabyte.
 inline int64_t gram_worker_count(int64_t items, int64_t size) {
   return std::max<int64_t>(1, std::min(worker_count(items), (int64_t{1} << 27) / std::max<int64_t>(size, 1)));
 }

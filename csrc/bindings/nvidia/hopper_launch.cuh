@@ -1,4 +1,4 @@
-// The maps of tensors, made by the driver's library. tests/native/simt/hopper_launch.cuh has the same for threads of a CPU.
+// Creates tensor maps with the driver library. tests/native/simt/hopper_launch.cuh does the same for CPU threads.
 #pragma once
 
 #include <hopper_device.cuh>
@@ -6,7 +6,8 @@
 
 namespace zsl {
 
-// Of (parts, examples, positions, features) two-byte numbers; strides in bytes, of positions, examples and parts.
+// Describes a (parts, examples, positions, features) tensor of two-byte numbers. Strides are in bytes, in the order positions,
+// examples, parts.
 inline TensorMap tensor_map(const void* data, const uint64_t (&sizes)[4], const uint64_t (&strides)[3], bool bfloat16) {
   using Encode =
       CUresult (*)(CUtensorMap*, CUtensorMapDataType, cuuint32_t, void*, const cuuint64_t*, const cuuint64_t*, const cuuint32_t*,

@@ -1,4 +1,4 @@
-// Launches of the kernels on a device. tests/native/simt/launch.cuh has the same for threads of a CPU.
+// Launches kernels on a device. tests/native/simt/launch.cuh does the same for CPU threads.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -15,13 +15,13 @@ inline void check(cudaError_t error, const char* kernel) {
 
 inline int built_version() { return CUDART_VERSION; }
 
-// Asks the driver's library, if there is one, and touches no device.
+// Queries the driver library, if there is one, and does not touch a device.
 inline int driver_version() {
   int version = 0;
   return cudaDriverGetVersion(&version) == cudaSuccess ? version : 0;
 }
 
-// The caller has made the stream's device the current one.
+// The caller must make the stream's device current.
 template <class Args>
 void launch(const char* name, void (*kernel)(Args), unsigned blocks, unsigned pairs, unsigned threads, size_t shared_bytes,
             uintptr_t stream, const Args& args) {
