@@ -1,4 +1,4 @@
-// Adds up what the blocks of an earlier launch have left: the second launch of the row kernels.
+// Adds the partial results of the blocks of an earlier launch: the second launch of the row kernels.
 #pragma once
 
 #include <device.cuh>
@@ -7,8 +7,8 @@
 
 namespace zsl {
 
-// A block has 32 neighbouring numbers; its warps take the rows in turn, and the warps' sums are added in order. Grid: (blocks of
-// all that is added, 1).
+// A block processes 32 adjacent numbers. Its warps take the rows in turn, and then the sums of the warps are added in order. Grid:
+// (blocks of all sets, 1).
 __global__ void __launch_bounds__(row_threads) add_partials_kernel(const __grid_constant__ AddPartialsArgs args) {
   const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32;
   int64_t block = blockIdx.x;

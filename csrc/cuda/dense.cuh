@@ -1,9 +1,9 @@
-// dense_interference: the sums and the scalars of per-example gradients g (N, P) that are held, in one pass over them.
+// dense_interference: computes the sums and scalars of per-example gradients g (N, P) that are already in memory, in one pass.
 //
-// A warp has a piece of the coordinates, 16 bytes of each gradient for a lane, and goes through its examples, four at a time: their
-// loads are under way together, and their scalars are added over the warp together. The sums over examples stay in registers, and
-// the scalars of each example in shared memory, in float64, while the block goes on to its next coordinates. No atomics: results
-// are the same bits on every run.
+// Each warp has a piece of the coordinates, with 16 bytes of each gradient per lane. It processes its examples four at a time, so
+// that their loads are in flight together and their scalars are reduced over the warp together. The sums over examples stay in
+// registers. The scalars of each example stay in shared memory, in float64, while the block continues with its next coordinates.
+// The kernel uses no atomics, so results are bitwise reproducible.
 #pragma once
 
 #include <device.cuh>
@@ -13,10 +13,10 @@
 
 namespace zsl {
 
-constexpr int dense_examples = 4;  // that a warp has at a time
+constexpr int dense_examples = 4;  // examples that a warp processes at a time
 
-// Σ over the warp's lanes of `count` numbers that each of them has. A lane gets the one number `lane / (32 / count)`: in each step
-// it hands half of its sums to a partner, whose other half it takes, which makes 16 exchanges of what would be 80.
+// Sums each of `count` numbers over the lanes of the warp. Each lane receives the sum of number `lane / (32 / count)`. In each step
+// a lane gives half of its sums to a partner and takes the partner's other half. This needs 16 exchanges in place of 80.
 template <int count>
 __device__ __forceinline__ float sum_over_lanes(float (&x)[count], int lane) {
   static_assert(count == 8 || count == 16);
@@ -35,7 +35,7 @@ __device__ __forceinline__ float sum_over_lanes(float (&x)[count], int lane) {
   return x[0];
 }
 
-// A gradient's numbers to its row of the slab.
+// Writes a gradient's numbers to its row of the slab.
 template <int length>
 __device__ __forceinline__ void store_row(void* slab, int64_t at, const Numbers<Float32Numbers, length>& g) {
   *reinterpret_cast<Words*>(static_cast<uint32_t*>(slab) + at) = g.of[0];
@@ -63,8 +63,8 @@ __device__ __forceinline__ void store_sums(float* to, const float (&sums)[length
     if (i < left) to[i] = sums[i];
 }
 
-// Shared memory: the scalars (row_warps, examples of a warp, fields) and, where several warps share coordinates, their sums
-// (3, row_warps, 32 × a lane's coordinates).
+// Shared memory holds the scalars (row_warps, examples of a warp, fields). If several warps share coordinates, it also holds their
+// sums (3, row_warps, 32 × a lane's coordinates).
 template <bool along>
 constexpr int dense_fields = along ? 4 : 2;
 
@@ -90,7 +90,7 @@ __global__ void __launch_bounds__(row_threads, 2) dense_kernel(const __grid_cons
   __syncthreads();
   double* const own = scalars + warp * args.held * fields;
 
-  const bool several = gridDim.y > 1;  // parts of the examples
+  const bool several = gridDim.y > 1;  // whether there are several parts of the examples
   float* const part_sums = args.sums + blockIdx.y * 3 * P;
   float* const results[3] = {several ? part_sums : args.grad_sum, several ? part_sums + P : args.abs_sum,
                              several ? part_sums + 2 * P : args.sq_sum};
@@ -158,7 +158,7 @@ __global__ void __launch_bounds__(row_threads, 2) dense_kernel(const __grid_cons
         const int64_t to = group * columns * piece + i;
         if (to < P) results[f][to] = total;
       }
-    __syncthreads();  // before the next sums overwrite these
+    __syncthreads();  // the next sums overwrite these
   }
 
   __syncthreads();

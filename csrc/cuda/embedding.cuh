@@ -1,11 +1,13 @@
-// interference of an embedding, whose gradient of an example is the sum of b over the positions that name a row of the weight.
+// interference of an embedding, where an example's gradient is the sum of b over the positions that refer to a row of the weight.
 //
-// Positions are sorted by row, then by example. Those of one row and one example are a pair, and the gradient's row is their sum.
-// All launches have sizes that follow from the number of positions, not from their values: the host never waits to learn how many
-// rows were touched. The order is cut into windows of one length, and a warp adds up one window for a group of columns, in
-// registers. A row or a pair may cross the bounds of windows. What a window has of such a row is left in memory as pieces, and the
-// warp of the window in which the row begins adds them up in a second launch. So a row that most positions name is divided among
-// many warps. No atomics: results are the same bits on every run.
+// Positions are sorted by row, then by example. The positions with the same row and example form a pair, and their sum is the row
+// of the example's gradient. The sizes of all launches depend on the number of positions, not on their values, so the host never
+// waits to learn how many rows were touched.
+//
+// The sorted positions are divided into windows of equal length. A warp sums one window for one group of columns, in registers. A
+// row or a pair may cross the boundaries of windows. A window writes its partial results of such a row to memory as pieces. In a
+// second launch, the warp of the window in which the row begins adds the pieces. A row that most positions refer to is therefore
+// divided among many warps. The kernels use no atomics, so results are bitwise reproducible.
 #pragma once
 
 #include <device.cuh>
@@ -15,13 +17,14 @@
 namespace zsl {
 
 constexpr int embedding_warps = 4, embedding_threads = 32 * embedding_warps;
-constexpr int embedding_ahead = 4;  // rows of b that a warp reads before it adds the first of them
+constexpr int embedding_ahead = 4;  // rows of b that a warp loads before it adds the first of them
 constexpr int order_threads = 256, finish_threads = 256;
 constexpr int64_t skipped_key = 0x7fffffffffffffff;
 
-// A window's pieces, K numbers each. A head is of the row or pair that began before the window, a tail of what crosses its end.
+// The pieces of a window, with K numbers each. A head belongs to the row or pair that began before the window. A tail belongs to
+// the row or pair that crosses the window's end.
 enum Piece : int { head_gradient, tail_gradient, head_sums, tail_sums = head_sums + 3, piece_count = tail_sums + 3 };
-// In `open`, where no pair crosses the window's end, and where one does that began before the window.
+// Values of `open`: no pair crosses the window's end, or one does that began before the window.
 constexpr int32_t open_none = -1, open_throughout = -2;
 
 __device__ __forceinline__ int lane_of_warp() { return static_cast<int>(threadIdx.x) % 32; }
@@ -33,7 +36,7 @@ __device__ __forceinline__ int64_t example_of(const int64_t* examples, int64_t p
   return examples ? examples[position] : position / positions;
 }
 
-// Ids that are out of range are skipped: the CPU refuses them, but here the host would have to wait for it.
+// Ids that are out of range are skipped. The CPU rejects them, but here the host would have to wait for the check.
 __global__ void __launch_bounds__(order_threads) embedding_keys_kernel(const __grid_constant__ EmbeddingOrderArgs args) {
   const int64_t p = static_cast<int64_t>(blockIdx.x) * order_threads + threadIdx.x;
   if (p >= args.count) return;
@@ -47,11 +50,11 @@ __device__ __forceinline__ bool row_begins(const EmbeddingOrderArgs& args, int64
   return p == 0 || args.sorted[p] / args.num_examples != args.sorted[p - 1] / args.num_examples;
 }
 
-// The sum over the block's threads, in every thread; `held` is shared memory of a number for each warp.
+// Returns the sum over the block's threads to every thread. `held` is shared memory with one number per warp.
 __device__ inline int64_t sum_of_block(int64_t x, int64_t* held) {
 #pragma unroll
   for (int mask = 16; mask; mask /= 2) x += shuffle_xor(x, mask);
-  __syncthreads();  // what was held before has been read
+  __syncthreads();  // all threads have read the previous values
   if (lane_of_warp() == 0) held[threadIdx.x / 32] = x;
   __syncthreads();
   int64_t total = 0;
@@ -59,7 +62,7 @@ __device__ inline int64_t sum_of_block(int64_t x, int64_t* held) {
   return total;
 }
 
-// How many rows begin in each block's chunk of the order.
+// Counts the rows that begin in each block's chunk of the sorted positions.
 __global__ void __launch_bounds__(order_threads) embedding_count_kernel(const __grid_constant__ EmbeddingOrderArgs args) {
   const int64_t begin = blockIdx.x * args.chunk, end = lesser(begin + args.chunk, args.count);
   int64_t found = 0;
@@ -68,10 +71,10 @@ __global__ void __launch_bounds__(order_threads) embedding_count_kernel(const __
   if (threadIdx.x == 0) args.counts[blockIdx.x] = total;
 }
 
-// Numbers the touched rows, and writes a place for each position.
+// Numbers the touched rows and writes a place for each position.
 __global__ void __launch_bounds__(order_threads) embedding_places_kernel(const __grid_constant__ EmbeddingOrderArgs args) {
   int64_t* const held = reinterpret_cast<int64_t*>(dynamic_shared());
-  int64_t before = 0;  // rows that begin before the chunk, and then before the threads' places
+  int64_t before = 0;  // rows that begin before the chunk, and later before the threads' places
   if (args.counts) {
     int64_t mine = 0;
     for (int64_t block = threadIdx.x; block < blockIdx.x; block += order_threads) mine += args.counts[block];
@@ -82,7 +85,7 @@ __global__ void __launch_bounds__(order_threads) embedding_places_kernel(const _
     const int64_t p = from + threadIdx.x;
     const bool begins = p < end && row_begins(args, p);
     const uint32_t of_warp = ballot(begins);
-    __syncthreads();  // the numbers of the places before have been read
+    __syncthreads();  // all threads have read the values of the previous places
     if (lane_of_warp() == 0) held[threadIdx.x / 32] = count_bits(of_warp);
     __syncthreads();
     int64_t row = before - 1, total = 0;
@@ -128,8 +131,8 @@ struct PlainFloat16 {
   __device__ static float widen(const Raw& x, int j) { return widen_float16(static_cast<uint16_t>(x.v[j / 2] >> j % 2 * 16)); }
 };
 
-// A thread's columns of a group of 32 × numbers: neighbours where 16 bytes are read at once, else 32 apart, so that a warp's
-// threads read neighbours.
+// The columns of a thread in a group of 32 × numbers columns. They are adjacent if 16 bytes are read at once. Otherwise they are 32
+// columns apart, so that the threads of a warp read adjacent columns.
 template <int numbers, bool vectors>
 struct Columns {
   int64_t first, K;
@@ -137,7 +140,7 @@ struct Columns {
   __device__ Columns(int64_t group, int64_t K_) : K(K_) { first = group * 32 * numbers + lane_of_warp() * (vectors ? numbers : 1); }
   __device__ __forceinline__ int64_t at(int j) const { return first + (vectors ? j : 32 * j); }
   __device__ __forceinline__ bool has(int j) const { return at(j) < K; }
-  // Rows of K numbers, K a multiple of four, begin at multiples of 16 bytes.
+  // Rows of K numbers begin at multiples of 16 bytes if K is a multiple of four.
   __device__ __forceinline__ bool in_fours() const { return vectors && K % 4 == 0; }
 
   __device__ __forceinline__ void store(float* row, const float (&x)[numbers]) const {
@@ -167,7 +170,7 @@ struct Columns {
   }
 };
 
-// A thread's numbers of a row of b, zeros past the last column.
+// Loads a thread's numbers of a row of b, with zeros past the last column.
 template <class E, bool vectors>
 __device__ __forceinline__ Raw load_row(const EmbeddingArgs& args, const Columns<E::numbers, vectors>& columns, int64_t offset) {
   using Number = typename E::Number;
@@ -192,8 +195,8 @@ __device__ __forceinline__ float widened(const void* data, int type, int64_t at)
 
 // Folding -----------------------------------------------------------------------------------------------------------------------
 
-// Sums of four numbers over a warp. Each step halves the numbers that a thread still has: those whose lane / 8 is f end with field
-// f.
+// Sums four numbers over a warp. Each of the first two steps halves the numbers per thread. The threads with lane / 8 == f receive
+// field f.
 __device__ __forceinline__ float of_warp(const float (&x)[4]) {
   const bool high = lane_of_warp() & 16, odd = lane_of_warp() & 8;
   const float first = shuffle_xor(high ? x[0] : x[2], 16) + (high ? x[2] : x[0]);
@@ -204,7 +207,7 @@ __device__ __forceinline__ float of_warp(const float (&x)[4]) {
   return total;
 }
 
-// A warp's columns of a row: the sums over the pairs that are whole so far, and the gradient of the one that is not.
+// A warp's columns of a row: the sums over the pairs that are complete, and the gradient of the pair that is not.
 template <int numbers>
 struct RowSums {
   float gradient[numbers], sums[3][numbers], direction[numbers];
@@ -243,7 +246,8 @@ struct Folding {
     if (lane_of_warp() % 8 == 0 && field < fields) args.scalars[(group * args.count + slot) * fields + field] = x;
   }
 
-  // Adds the gradient, which is whole now, to the row's sums, and writes the pair's scalars. A slab has its row of the example.
+  // Adds the complete gradient to the row's sums and writes the pair's scalars. If the slab contains the row, it also writes the
+  // gradient to the slab.
   __device__ __forceinline__ void fold_pair(int64_t slot, int64_t touched_row) {
     float fields[4] = {0, 0, 0, 0};
 #pragma unroll
@@ -281,7 +285,8 @@ struct Folding {
   }
 };
 
-// Whether a window has places of the rows that are wanted. Without a slab all are; skipped places go with the first slab.
+// Returns whether a window has places of the requested rows. Without a slab all rows are requested. Skipped places are processed
+// with the first slab.
 __device__ __forceinline__ bool is_wanted(const EmbeddingArgs& args, int64_t begin, int64_t end) {
   if (!args.slab) return true;
   const int32_t first = args.places[begin].segment, last = args.places[end - 1].segment;
@@ -289,7 +294,7 @@ __device__ __forceinline__ bool is_wanted(const EmbeddingArgs& args, int64_t beg
   return first / 2 < args.first_row + args.slab_rows && (last < 0 || last / 2 >= args.first_row);
 }
 
-// A warp adds up a window for a group of columns. Grid: (windows × groups / warps, 1).
+// A warp sums one window for one group of columns. Grid: (windows × groups / warps, 1).
 template <class E, bool vectors>
 __global__ void __launch_bounds__(embedding_threads, 4) embedding_kernel(const __grid_constant__ EmbeddingArgs args) {
   constexpr int numbers = E::numbers;
@@ -299,10 +304,10 @@ __global__ void __launch_bounds__(embedding_threads, 4) embedding_kernel(const _
   const int64_t window = task / groups, begin = window * args.window, end = lesser(begin + args.window, args.count);
   if (!is_wanted(args, begin, end)) return;
   Folding<numbers, vectors> fold(args, task % groups);
-  int32_t current = begin ? args.places[begin - 1].segment / 2 : -1;  // the row of the place before
-  int32_t slot = 0;                                                   // the first place's of the pair
-  int32_t next = 0;                                                   // the segment behind the place
-  bool own_row = false, own_pair = false;                             // whether it begins in this window
+  int32_t current = begin ? args.places[begin - 1].segment / 2 : -1;  // the row of the previous place
+  int32_t slot = 0;                                                   // the slot of the pair's first place
+  int32_t next = 0;                                                   // the segment of the next place
+  bool own_row = false, own_pair = false;                             // whether the row or pair begins in this window
   bool has_direction = false;
   for (int64_t from = begin; from < end; from += embedding_ahead) {
     EmbeddingPlace places[embedding_ahead];
@@ -351,7 +356,7 @@ __global__ void __launch_bounds__(embedding_threads, 4) embedding_kernel(const _
       }
     }
   }
-  // What crosses the window's end: of its last place `next` is the segment behind it.
+  // What crosses the window's end. After the last place, `next` is the segment of the place after the window.
   const bool row_goes_on = end < args.count && next >= 0 && next / 2 == current && args.places[end - 1].segment >= 0;
   const bool pair_goes_on = row_goes_on && next % 2 == 0;
   if (pair_goes_on) fold.columns.store(fold.piece(window, own_pair ? tail_gradient : head_gradient), fold.row.gradient);
@@ -359,12 +364,12 @@ __global__ void __launch_bounds__(embedding_threads, 4) embedding_kernel(const _
   if (fold.group == 0 && lane_of_warp() == 0) args.open[window] = !pair_goes_on ? open_none : own_pair ? slot : open_throughout;
 }
 
-// What a window has of a row that began before it.
+// The pieces of a window for a row that began before it.
 template <int numbers>
 struct WindowPieces {
   float head[numbers], sums[3][numbers], tail[numbers];
   int32_t open;
-  bool goes_on;  // whether the row does behind it
+  bool goes_on;  // whether the row continues in the next window
 
   template <class F>
   __device__ __forceinline__ void load(const F& fold, int64_t window, int32_t row) {
@@ -380,8 +385,8 @@ struct WindowPieces {
   }
 };
 
-// Adds up the rows that cross bounds of windows, each by the warp of the window in which it begins. The grid is that of the sums.
-// The pieces of the next window are read while those of one are added.
+// Adds the rows that cross window boundaries. The warp of the window in which a row begins processes that row. The grid is that of
+// the sums. The warp loads the pieces of the next window while it adds those of the current window.
 template <int numbers>
 __global__ void __launch_bounds__(embedding_threads) embedding_join_kernel(const __grid_constant__ EmbeddingArgs args) {
   const int64_t groups = (args.K + 32 * numbers - 1) / (32 * numbers), windows = (args.count + args.window - 1) / args.window;
@@ -398,7 +403,7 @@ __global__ void __launch_bounds__(embedding_threads) embedding_join_kernel(const
   fold.load_direction(row);
 #pragma unroll
   for (int f = 0; f < 3; ++f) fold.columns.load(fold.row.sums[f], fold.piece(window, tail_sums + f));
-  int32_t slot = args.open[window];  // of the pair that goes on, if one does
+  int32_t slot = args.open[window];  // the slot of the pair that continues, if there is one
   if (slot != open_none) fold.columns.load(fold.row.gradient, fold.piece(window, tail_gradient));
   WindowPieces<numbers> pieces;
   pieces.load(fold, ++window, row);
@@ -431,7 +436,8 @@ __global__ void __launch_bounds__(embedding_threads) embedding_join_kernel(const
 
 // The ends --------------------------------------------------------------------------------------------------------------------
 
-// The first slab, those of touched rows, and the one behind them: it holds rows still, and its Gram is added like the others'.
+// Zeroes the first slab, the slabs of touched rows, and the slab after these. The latter still holds earlier rows, and its Gram
+// matrix is added like the others.
 __global__ void __launch_bounds__(order_threads) embedding_clear_kernel(const __grid_constant__ EmbeddingClearArgs args) {
   if (args.first_row > 0 && args.first_row - args.slab_rows >= *args.touched) return;
   for (int64_t at = static_cast<int64_t>(blockIdx.x) * order_threads + threadIdx.x; at < args.count / 4;
@@ -440,7 +446,8 @@ __global__ void __launch_bounds__(order_threads) embedding_clear_kernel(const __
   if (blockIdx.x == 0 && threadIdx.x < args.count % 4) args.slab[args.count / 4 * 4 + threadIdx.x] = 0;
 }
 
-// A block adds an example's scalars, in float64 and in one order; those behind fill what no row has. Grid: (N and others, 1).
+// A block adds the scalars of one example in float64 and in a fixed order. The blocks after these fill the rows that no example
+// touches. Grid: (N + number of filling blocks, 1).
 __global__ void __launch_bounds__(finish_threads) embedding_finish_kernel(const __grid_constant__ EmbeddingFinishArgs args) {
   if (blockIdx.x >= args.num_examples) {
     const int64_t touched = *args.touched, step = (gridDim.x - args.num_examples) * int64_t{finish_threads};

@@ -1,4 +1,4 @@
-// Folds the tiles that a block holds into the sums over examples, the examples' scalars and the Gram.
+// Folds the tiles that a block holds into the sums over examples, the examples' scalars and the Gram matrix.
 #pragma once
 
 #include <device.cuh>
@@ -8,8 +8,8 @@
 
 namespace zsl {
 
-// Σ g, Σ |g| and Σ g² of a tile's coordinates, each of one thread. Examples that are held one batch after another are added in
-// runs: `runs` (3, size) keeps what has been added of the current one.
+// Computes Σ g, Σ |g| and Σ g² of a tile's coordinates, with one thread per coordinate. If the examples are held in several
+// batches, they are summed in runs, and `runs` (3, size) keeps the partial sums of the current run.
 template <class Tile>
 __device__ void fold_sums(const Results& out, const Held& held, const Place<Tile>& place, const float* slots, float* runs,
                           int64_t N) {
@@ -38,8 +38,8 @@ __device__ void fold_sums(const Results& out, const Held& held, const Place<Tile
   }
 }
 
-// l1, sq_norm and, with a direction, dot and abs_dot of each held example over the tile: a warp has an example, and adds a tile's
-// sum in float32, tiles in float64.
+// Computes l1, sq_norm and, with a direction, dot and abs_dot of each held example over the tile. Each warp processes one example.
+// It accumulates in float32 within a tile and in float64 across tiles.
 template <class Tile>
 __device__ void fold_scalars(const Results& out, const Held& held, const Place<Tile>& place, const float* slots, int64_t N,
                              bool first_tile) {
@@ -66,7 +66,7 @@ __device__ void fold_scalars(const Results& out, const Held& held, const Place<T
   }
 }
 
-// The held tiles' mutual products, those of the first examples with the second ones, or of the only ones with each other.
+// Computes the inner products of the held tiles: those of the first examples with the second ones, or of one group with itself.
 template <class Tile>
 __device__ void fold_gram(double* pairs, const Held& held, const float* slots, int64_t N, int64_t M, bool first_tile, bool exact) {
   constexpr int length = Tile::size / Tile::shares;
@@ -77,7 +77,7 @@ __device__ void fold_gram(double* pairs, const Held& held, const float* slots, i
   const int rows = held.count, cols = itself ? held.count : held.second_count;
   if (row >= rows || col >= cols || (itself && col + Tile::gram_cols * 8 <= row)) return;
 
-  // A slot past the last one is not there: what is read instead makes products that nobody reads.
+  // A slot past the last one does not exist. The last slot is read in its place, and the resulting products are never read.
   const auto coordinates = [&](int slot, int count, int from) {
     return slots + (from + (slot < count ? slot : count - 1)) * Tile::slot_floats + share * length + lane % 4;
   };
@@ -111,9 +111,9 @@ __device__ void fold_gram(double* pairs, const Held& held, const float* slots, i
     }
 }
 
-// Goes through the block's tiles and, for each, through the examples, as many at a time as are held: with the Gram those of the
-// pair of groups that the block has. `form(held, place, slots, stages)` forms their tiles, once all
-// threads have done with those before.
+// Loops over the block's tiles. For each tile it loops over the examples, as many at a time as are held. With the Gram matrix,
+// these are the examples of the block's pair of groups. `form(held, place, slots, stages)` computes their tiles after all threads
+// have finished with the previous ones.
 template <class Tile, class Form>
 __device__ void fold_tiles(const Sizes& sizes, const Results& out, int64_t N, int64_t M, Form form) {
   float* slots = reinterpret_cast<float*>(dynamic_shared());

@@ -1,4 +1,4 @@
-// interference and gram, direct: the tiles of all examples in shared memory, their sums, scalars and mutual products.
+// interference and gram with the direct algorithm: the tiles of examples in shared memory, their sums, scalars and inner products.
 #pragma once
 
 #include "fold.cuh"
@@ -6,8 +6,8 @@
 
 namespace zsl {
 
-// Blocks go through the tiles of the weight in a fixed order. Grid: (pairs of groups of examples, blocks), as its first
-// dimension alone may be larger than 65535.
+// Blocks process the tiles of the weight in a fixed order. Grid: (pairs of groups of examples, blocks), because only the first
+// dimension may exceed 65535.
 template <class E, class Tile>
 __global__ void __launch_bounds__(threads, 1) gram_kernel(const __grid_constant__ ProductArgs args) {
   const auto form = [&](const Held& held, const Place<Tile>& place, float* slots, unsigned char* stages) {

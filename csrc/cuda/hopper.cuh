@@ -1,10 +1,12 @@
-// On compute capability 9.0: sums, scalars and a slab of the per-example gradients g_i = b_iᵀ a_i of one weight, for `interference`
-// and `gram`; the scalars alone, for `sq_norm` and `dot`; a weighted sum, for `weighted_grad`.
+// The product kernels for compute capability 9.0, which form per-example gradients g_i = b_iᵀ a_i of one weight.
 //
-// A block has a 128 × 128 tile of the weight. One warpgroup copies boxes of the operands into a ring of stages, which runs on
-// across the examples; two others form the tile of each g_i in registers, 64 rows each, and fold it. Σ g and Σ |g| stay in
-// registers, Σ g² in shared memory in the threads' order, where no access meets a bank twice. No atomics: results are the same bits
-// on every run.
+// They compute sums, scalars and a slab for `interference` and `gram`, only scalars for `sq_norm` and `dot`, and a weighted sum for
+// `weighted_grad`.
+//
+// A block has a 128 × 128 tile of the weight. One warpgroup copies boxes of the operands into a ring of stages, which continues
+// across examples. Two other warpgroups compute the tile of each g_i in registers, 64 rows each, and fold it. Σ g and Σ |g| stay in
+// registers. Σ g² stays in shared memory in the order of the threads, which avoids bank conflicts. The kernels use no atomics, so
+// results are bitwise reproducible.
 #pragma once
 
 #include <device.cuh>
@@ -14,7 +16,7 @@
 
 namespace zsl {
 
-constexpr int hopper_sum_run = 64;  // examples whose gradients are added before their sum joins the others'
+constexpr int hopper_sum_run = 64;  // examples whose gradients are summed before their sum is added to the total
 
 struct alignas(16) Float4 {
   float v[4];
@@ -31,7 +33,8 @@ struct HopperShared {
   Float4 squares[16][hopper_consumers];
   Barrier full[hopper_stages], empty[hopper_stages];
 
-  // A direction's tile, in the threads' order: where squares are added, in the place of the last two stages, else in theirs.
+  // The direction's tile, in the order of the threads. It occupies the last two stages if squares are summed, and otherwise the
+  // memory of the squares.
   template <Fold fold>
   __device__ __forceinline__ Float4* direction() {
     return fold == Fold::sums ? reinterpret_cast<Float4*>(stages[hopper_stages - 2]) : squares[0];
@@ -45,15 +48,16 @@ struct HopperArgs {
   HopperSchedule schedule;
   HopperResults results;
   HopperAdded added;
-  int scalars;  // of an example, that are asked for
+  int scalars;  // number of requested scalars per example
 };
 
 enum class Slab { none, bfloat16, float32 };
 
-// Where a tile of the weight lies. Tiles of one time lie in a block of the weight and share operands in the second-level cache.
+// The position of a tile of the weight. Tiles that are processed at the same time form a block of the weight and share operands in
+// the L2 cache.
 struct TilePlace {
   int row, col;    // the corner
-  int rows, cols;  // that the weight has
+  int rows, cols;  // number of rows and columns that the weight has here
 
   __device__ __forceinline__ TilePlace(int tile, int64_t O, int64_t K, int group) {
     const int down = static_cast<int>((O + hopper_tile - 1) / hopper_tile),
@@ -67,8 +71,8 @@ struct TilePlace {
   __device__ __forceinline__ bool whole() const { return rows == hopper_tile && cols == hopper_tile; }
 };
 
-// Which parts of b and a the products of float32 take, the smallest first. Infinities are in the last one alone: in the others they
-// would meet zeros. The first three are left out where tf32 will do.
+// Selects the parts of b and a for each product of float32, smallest first. Only the last product contains infinities. In the
+// others they would be multiplied by zeros. The first three products are omitted if tf32 precision suffices.
 __device__ __forceinline__ void parts_of(int product, int products, int& of_b, int& of_a) {
   constexpr unsigned b_parts = high << 20 | finite << 16 | middle << 12 | middle << 8 | finite << 4 | low;
   constexpr unsigned a_parts = high << 20 | middle << 16 | finite << 12 | middle << 8 | low << 4 | finite;
@@ -125,7 +129,7 @@ __device__ inline void copy_operands(const HopperArgs& args, HopperShared& share
   }
 }
 
-// Forms the tile of one example, which has a step at least.
+// Computes the tile of one example, which has at least one step.
 template <class E>
 __device__ __forceinline__ void form_tile(float (&c)[64], HopperShared& shared, Ring& ring, int steps, int thread) {
   const int warpgroup = thread / 128;
@@ -148,7 +152,7 @@ __device__ __forceinline__ void form_tile(float (&c)[64], HopperShared& shared, 
   if (speaks) barrier_arrive(&shared.empty[ring.before()]);
 }
 
-// The rows of a tied weight's lookups that lie in the tile. `inside`: rows and columns of the tile that the weight has.
+// Adds the rows of a tied weight's lookups that lie in the tile.
 __device__ __forceinline__ void add_rows(float (&c)[64], const HopperAdded& added, int n, const TilePlace& tile, int64_t O,
                                          int64_t K, const ThreadPlace& my) {
   const int64_t rows = (O + hopper_tile - 1) / hopper_tile, at = n * (rows + 1) + tile.row / hopper_tile;
@@ -169,7 +173,7 @@ __device__ __forceinline__ void add_rows(float (&c)[64], const HopperAdded& adde
   }
 }
 
-// Zeros where the weight ends. Each thread reads what it has written alone.
+// Fills with zeros past the edge of the weight. Each thread reads only what it has written itself.
 __device__ inline void load_direction(const HopperResults& out, Float4* to, const TilePlace& tile, const ThreadPlace& my) {
   const float* u = out.direction + (tile.row + my.row()) * out.direction_row + (tile.col + my.col()) * out.direction_col;
   const int rows = tile.rows - my.row(), cols = tile.cols - my.col();
@@ -191,7 +195,7 @@ __device__ __forceinline__ float of_warp(float x) {
   return x;
 }
 
-// Σ g u and Σ |g u| of a thread's part of a tile.
+// Computes Σ g u and Σ |g u| over a thread's part of a tile.
 __device__ __forceinline__ void multiply_direction(const float (&c)[64], const Float4* direction, const ThreadPlace& my, float& dot,
                                                    float& abs_dot) {
   dot = abs_dot = 0;
@@ -206,10 +210,10 @@ __device__ __forceinline__ void multiply_direction(const float (&c)[64], const F
   }
 }
 
-// As torch.sign has it.
+// Returns the sign as torch.sign does.
 __device__ __forceinline__ float sign_of(float x) { return static_cast<float>((x > 0) - (x < 0)); }
 
-// Adds two neighbours to what an earlier run of examples left, or writes them.
+// Writes two adjacent numbers, or adds them to the results of an earlier run of examples.
 __device__ __forceinline__ void store_pair(float* to, float x, float y, bool begins, bool pair, bool second) {
   if (pair) {
     Float2 both = {{x, y}};
@@ -265,10 +269,10 @@ __global__ void __launch_bounds__(hopper_threads, 1) hopper_kernel(const __grid_
       for (int i = 0; i < 16; ++i) shared.squares[i][my.thread] = {{0, 0, 0, 0}};
     }
     for (int n = run; n < end; ++n) {
-      // Loaded while the tile is formed.
+      // These loads overlap with the computation of the tile.
       const float weight = weighted ? out.weights[n] : 0, abs_weight = weighted && out.abs_weights ? out.abs_weights[n] : 0;
       form_tile<E>(c, shared, ring, steps_of(x, n) * x.products, my.thread);
-      if (weighted) {  // what is outside of the weight is not stored
+      if (weighted) {  // values outside the weight are not stored
 #pragma unroll
         for (int e = 0; e < 64; ++e) sum[e] += weight * c[e];
         if (out.abs_weights) {
@@ -279,7 +283,7 @@ __global__ void __launch_bounds__(hopper_threads, 1) hopper_kernel(const __grid_
       }
       if (fold != Fold::scalars && args.added.bound) add_rows(c, args.added, n, tile, x.O, x.K, my);
       if (!tile.whole()) {
-        // Outside of the weight an operand was zero, but zero times infinity is not.
+        // Outside the weight one operand is zero, but zero times infinity is NaN.
         const int rows = hidden(tile.rows) - my.row(), cols = hidden(tile.cols) - my.col();
 #pragma unroll
         for (int e = 0; e < 64; ++e)
@@ -374,7 +378,7 @@ __global__ void __launch_bounds__(hopper_threads, 1) hopper_kernel(const __grid_
       continue;
     }
     const int rows = hidden(tile.rows) - my.row(), cols = hidden(tile.cols) - my.col();
-    const bool pairs = x.K % 2 == 0;  // whether two neighbours can be written at once
+    const bool pairs = x.K % 2 == 0;  // whether two adjacent numbers can be written at once
     int64_t at = hidden((tile.row + my.row()) * x.K + tile.col + my.col());
 #pragma unroll
     for (int i = 0; i < 16; ++i) {
@@ -395,8 +399,8 @@ __global__ void __launch_bounds__(hopper_threads, 1) hopper_kernel(const __grid_
   }
 }
 
-// Ends a launch: adds the parts of split tiles, in order, and the partial scalars in float64. Grid: (split tiles × matrices × 16
-// and the scalars', 1), block: the consumers; a warp has a scalar of one example.
+// Finishes a launch: it adds the parts of split tiles, in order, and the partial scalars, in float64. Grid: (split tiles × matrices
+// × 16 + blocks of scalars, 1). A block has as many threads as there are consumers, and a warp adds one scalar of one example.
 template <Fold fold>
 __global__ void __launch_bounds__(hopper_consumers) finish_kernel(const __grid_constant__ HopperArgs args) {
   const HopperSchedule& s = args.schedule;

@@ -1,4 +1,4 @@
-// Rows of numbers of an element type, read 16 bytes at a time where they lie so.
+// Reads rows of numbers of an element type, 16 bytes at a time if the alignment allows it.
 #pragma once
 
 #include <device.cuh>
@@ -7,7 +7,7 @@
 
 namespace zsl {
 
-// As they are in memory.
+// The raw words in memory.
 struct alignas(16) Words {
   uint32_t v[4];
 };
@@ -33,7 +33,7 @@ constexpr int per_word = 4 / static_cast<int>(sizeof(typename E::Bits));
 template <class E>
 constexpr int per_16_bytes = 4 * per_word<E>;
 
-// `length` neighbours of a row.
+// `length` adjacent numbers of a row.
 template <class E, int length>
 struct Numbers {
   static constexpr int words = length / per_16_bytes<E>;
@@ -46,8 +46,8 @@ struct Numbers {
   }
 };
 
-// The same columns of `count` rows: the numbers from from[i] on, of which `left` are there, and zeros behind them. A row that is
-// not there, of a null pointer, is zeros. All are loaded before the first is used.
+// Loads the same columns of `count` rows. It loads the numbers from from[i] on, of which `left` exist, and fills the rest with
+// zeros. A null pointer stands for a row of zeros. All loads are issued before the first result is used.
 template <class E, int length, int count>
 __device__ __forceinline__ void load_rows(Numbers<E, length> (&to)[count], const typename E::Bits* const (&from)[count],
                                           int64_t stride, int left, bool vectors) {

@@ -1,5 +1,7 @@
-// Copies an operand to where boxes of it can be addressed: features dense, rows at multiples of 16 bytes, and ragged examples from
-// a step's first position on. float32 numbers become the bfloat16 parts of which the matrix unit multiplies them.
+// Copies an operand to a layout in which its boxes can be addressed, and splits float32 numbers into bfloat16 parts.
+//
+// In this layout features are contiguous, rows begin at multiples of 16 bytes, and each ragged example begins at the first position
+// of a step. The matrix unit multiplies the bfloat16 parts.
 #pragma once
 
 #include <device.cuh>
@@ -15,12 +17,12 @@ constexpr int pack_threads = 256, pack_vector = 8;
 struct PackArgs {
   Operand from;
   Element element;
-  int64_t examples, positions;  // positions: of each example, where `begin` is null
-  const int64_t* begin;         // (N + 1,) ragged: rows of each example
-  const int* first_step;        // (N + 1,) ragged: where they go, in steps of 64 positions
-  int64_t features, pitch;      // pitch: features of a row of the copy, a multiple of 8
-  int64_t part;                 // numbers from a part to the next one
-  bool with_low;                // whether the low parts are wanted
+  int64_t examples, positions;  // positions: number per example, if `begin` is null
+  const int64_t* begin;         // (N + 1,) for ragged rows: the rows of each example
+  const int* first_step;        // (N + 1,) for ragged rows: their destination, in steps of 64 positions
+  int64_t features, pitch;      // pitch: features per row of the copy, a multiple of 8
+  int64_t part;                 // distance in elements from one part to the next
+  bool with_low;                // whether to write the low parts
   void* to;                     // (parts, rows, pitch)
 };
 
@@ -28,7 +30,7 @@ struct alignas(16) Packed {
   uint16_t v[pack_vector];
 };
 
-// To the nearest bfloat16 number, and not past the largest.
+// Rounds to the nearest bfloat16 number, but never past the largest finite one.
 __device__ __forceinline__ uint32_t nearest_bfloat16(float x) {
   const uint32_t bits = bits_of(x), size = bits & 0x7fffffffu;
   if (size >= 0x7f7f8000u) return size > 0x7f800000u ? 0x7fc0u : bits >> 16;  // truncated; infinity; NaN
@@ -38,7 +40,7 @@ __device__ __forceinline__ uint32_t nearest_bfloat16(float x) {
 struct Parts {
   uint16_t of[part_count];
 };
-// x = high + middle + low to the last bit, as long as the parts are normal numbers.
+// x = high + middle + low exactly, as long as the parts are normal numbers.
 __device__ __forceinline__ Parts split_parts(float x) {
   const uint32_t first = nearest_bfloat16(x);
   if ((bits_of(x) & 0x7f800000u) == 0x7f800000u) return {{static_cast<uint16_t>(first), 0, 0, 0}};
@@ -49,7 +51,7 @@ __device__ __forceinline__ Parts split_parts(float x) {
       {static_cast<uint16_t>(first), static_cast<uint16_t>(second), static_cast<uint16_t>(third), static_cast<uint16_t>(first)}};
 }
 
-// Grid: (examples, blocks of each). A thread has eight features of a row.
+// Grid: (examples, blocks per example). A thread processes eight features of a row.
 __global__ void __launch_bounds__(pack_threads) pack_kernel(const __grid_constant__ PackArgs args) {
   const int64_t n = blockIdx.x;
   const int64_t source = args.begin ? args.begin[n] : 0,

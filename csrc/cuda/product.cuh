@@ -1,7 +1,7 @@
-// Forms the tiles of examples' gradients by matrix products, g_i = b_iᵀ a_i, into slots of shared memory.
+// Computes the tiles of examples' gradients by matrix products, g_i = b_iᵀ a_i, in slots of shared memory.
 //
-// Steps of some positions of a few examples at a time are staged: copies of the coming steps are under way while one is
-// multiplied. The steps of all examples are one sequence, so that short examples keep the pipeline full too.
+// A step covers several positions of a few examples. The steps are staged: copies of the next steps are in flight while one step is
+// multiplied. The steps of all examples form one sequence, so that short examples also keep the pipeline full.
 #pragma once
 
 #include <device.cuh>
@@ -26,13 +26,13 @@ struct Float16 {
 template <class E, class Tile>
 class Product {
   using Bits = typename E::Bits;
-  static constexpr int depth = step_bytes / static_cast<int>(sizeof(Bits));  // positions of a step
+  static constexpr int depth = step_bytes / static_cast<int>(sizeof(Bits));  // positions per step
   static constexpr int vector = 16 / static_cast<int>(sizeof(Bits));
   static constexpr int blocks_down = Tile::rows / Tile::warp_rows / 16;
   static constexpr int blocks_across = Tile::cols / Tile::warp_cols / 8;
   static_assert(blocks_across == 2);
 
-  // The next step of a sequence: `depth` positions from `position` on of the examples in slots [slot, slot + together).
+  // A step of a sequence: `depth` positions, starting at `position`, of the examples in slots [slot, slot + together).
   struct Step {
     int slot;
     int64_t position, longest;
@@ -42,14 +42,15 @@ class Product {
   __device__ Product(const ProductArgs& args, const Held& held, const Place<Tile>& place, float* slots, unsigned char* stages)
       : args_(args), held_(held), place_(place), slots_(slots), stages_(stages) {}
 
-  // The slots are overwritten past a barrier, the stages past the one with which the run before ended.
+  // A barrier precedes the first write to the slots. The barrier at the end of the previous run precedes the first write to the
+  // stages.
   __device__ void run() {
     Step fill = first(0), use = first(0);
     int fill_stage = 0, use_stage = 0;
     for (int s = 0; s < Tile::stages - 1; ++s) stage(fill, fill_stage);
     clear();
     while (use.slot < held_.total()) {
-      // Most steps: the same examples have more of them, and every copy is one of those before it further on.
+      // The common case: the same examples have more steps, and every copy continues the previous one.
       int64_t more = a_vectors_ && b_vectors_ && fill.slot == use.slot ? (fill.longest - fill.position - 1) / depth : 0;
       for (; more > 0; --more) {
         await();
@@ -98,7 +99,7 @@ class Product {
     return {slot, 0, longest};
   }
 
-  // Until the next step is there, and every thread has done with the one that is overwritten then.
+  // Waits until the next step has arrived and all threads have finished with the stage that is overwritten next.
   __device__ void await() const {
     copy_async_wait<Tile::stages - 2>();
     __syncthreads();
@@ -111,7 +112,7 @@ class Product {
     if (step.position >= step.longest) step = first(step.slot + Tile::together);
   }
 
-  // Starts the copies of a step. Every call is one group of copies, though it may have none.
+  // Starts the copies of a step. Every call commits exactly one group of copies, which may be empty.
   __device__ void stage(Step& step, int& at) {
     if (step.slot < held_.total()) {
       copy_step<true>(step, at);
@@ -121,7 +122,7 @@ class Product {
     copy_async_commit();
   }
 
-  // Any: whether the step may be the first one of its examples, or have strides that take it element by element.
+  // Any: whether the step may be the first one of its examples, or may have strides that require a copy by elements.
   template <bool Any>
   __device__ void copy_step(const Step& step, int at) {
     Bits* b = reinterpret_cast<Bits*>(stages_ + at * Tile::stage_bytes);
@@ -136,12 +137,12 @@ class Product {
       move<Tile::cols, false>(a, step);
   }
 
-  // What a thread copies of every step of the same examples: 16 bytes of one position of one example.
+  // What a thread copies in every step of the same examples: 16 bytes of one position of one example.
   struct Part {
-    const Bits* from;  // of the example's first step
-    int64_t stride;    // from position to position
-    int64_t left;      // positions from the first step's on
-    int bytes;         // of the features, 16 but at the weight's edge
+    const Bits* from;  // in the example's first step
+    int64_t stride;    // between positions
+    int64_t left;      // number of positions, counted from the first step's
+    int bytes;         // bytes of features: 16, except at the weight's edge
   };
   template <int Features>
   static constexpr int parts = (Tile::together * depth * Features / vector + threads - 1) / threads;
@@ -160,7 +161,8 @@ class Product {
             least(features, vector) * static_cast<int>(sizeof(Bits))};
   }
 
-  // (together, depth, Features) of b or a, 16 bytes at a time; zeros past the example's positions and past the features.
+  // Copies (together, depth, Features) of b or a, 16 bytes at a time. It fills with zeros past the example's positions and past the
+  // features.
   template <int Features, bool OfB, bool Any>
   __device__ void copy(Bits* to, const Step& step, Part (&own)[parts<Features>]) const {
     constexpr int across = Features / vector, count = Tile::together * depth * across;
@@ -175,7 +177,7 @@ class Product {
     }
   }
 
-  // The same, element by element: for any strides.
+  // Does the same for any strides, element by element.
   template <int Features, bool OfB>
   __device__ void move(Bits* to, const Step& step) const {
 #pragma unroll 1
@@ -214,9 +216,10 @@ class Product {
   }
 
   __device__ void multiply_halves(const Bits* b, const Bits* a) {
-    // Lane 8m + r names row r of matrix m. Of b the matrices go down its features first, of a its positions.
+    // Lane 8m + r holds the address of row r of matrix m. The matrices of b advance along its features first, those of a along its
+    // positions.
     const int r = lane() % 8, low = lane() / 8 % 2 * 8, high = lane() / 16 * 8;
-    float step[blocks_down][blocks_across][4] = {};  // see split.cuh on why it is added here and not by the matrix unit
+    float step[blocks_down][blocks_across][4] = {};  // split.cuh explains why the matrix unit does not add it
 #pragma unroll
     for (int t = 0; t < depth; t += 16) {
       uint32_t y[4];
@@ -258,8 +261,8 @@ class Product {
     }
   }
 
-  // Moves the finished tile of the warp's example to its slot. Past the weight's edge it is zero: a product there is one of zeros,
-  // and NaN where the other operand is not finite.
+  // Moves the finished tile of the warp's example to its slot. It writes zeros past the weight's edge, where the products of packed
+  // zeros are NaN if the other operand is not finite.
   __device__ void keep(int slot) {
     slot += own_example();
     if (slot < held_.total()) {
@@ -278,14 +281,15 @@ class Product {
     clear();
   }
 
-  // A tied weight's rows, which belong to the tile, of every example: at most one for each row of its gradient.
+  // Adds the rows of a tied weight that lie in the tile, for every example. There is at most one for each row of an example's
+  // gradient.
   __device__ void add_rows() const {
     const Added& added = args_.added;
     for (int slot = warp(); slot < held_.total(); slot += warps) {
       const int64_t i = held_.example(slot);
       int64_t low = added.begin[i], high = added.begin[i + 1];
       const int64_t end = high;
-      while (low < high) {  // the first one at or past the tile's first row
+      while (low < high) {  // find the first one at or past the tile's first row
         const int64_t middle = (low + high) / 2;
         if (added.feature[middle] < place_.row)
           low = middle + 1;

@@ -1,7 +1,8 @@
-// scale_bias_grad: each example's gradients of a scale and a bias, Σ_t b (x - mean) rstd and Σ_t b, in one pass over x and b.
+// scale_bias_grad: computes each example's gradients of a scale and a bias, Σ_t b (x - mean) rstd and Σ_t b, in one pass over x and
+// b.
 //
-// A block has one example and a piece of the columns, of which a thread has those of 16 bytes of the narrower operand. Its threads
-// are as many rows of lanes as that leaves, which take the positions in turn, four at a time; their sums are added pairwise.
+// A block has one example and a piece of the columns. Each thread has the columns that fill 16 bytes of the narrower operand. The
+// threads form rows of `lanes` threads. The rows take the positions in turn, four at a time, and their sums are added pairwise.
 #pragma once
 
 #include <device.cuh>
@@ -11,7 +12,7 @@
 
 namespace zsl {
 
-constexpr int scale_rows = 4;  // positions that a thread has at a time
+constexpr int scale_rows = 4;  // positions that a thread processes at a time
 
 template <class X, class B>
 constexpr int scale_columns = per_16_bytes<X> > per_16_bytes<B> ? per_16_bytes<X> : per_16_bytes<B>;
@@ -19,7 +20,7 @@ constexpr int scale_columns = per_16_bytes<X> > per_16_bytes<B> ? per_16_bytes<X
 template <class X, class B, bool scaled>
 constexpr size_t scale_shared_bytes = sizeof(float) * row_threads * scale_columns<X, B> * (scaled ? 2 : 1);
 
-// Grid: (N × pieces of the columns, parts of the positions). X: the type of x, and where there is none, of b.
+// Grid: (N × pieces of the columns, parts of the positions). X is the type of x, or of b if there is no x.
 template <class X, class B, bool scaled>
 __global__ void __launch_bounds__(row_threads, 2) scale_bias_kernel(const __grid_constant__ ScaleBiasArgs args) {
   constexpr int length = scale_columns<X, B>;
@@ -63,7 +64,7 @@ __global__ void __launch_bounds__(row_threads, 2) scale_bias_kernel(const __grid
       }
   }
 
-  // (columns of a thread, threads): the bias's, and behind it the scale's.
+  // (columns of a thread, threads): the sums of the bias, followed by those of the scale.
   float* const shared = reinterpret_cast<float*>(dynamic_shared()) + thread;
 #pragma unroll
   for (int j = 0; j < length; ++j) {

@@ -1,8 +1,8 @@
-// The Gram of gradients that lie in slabs, (N, E) and (M, E): ⟨x_i, y_k⟩ by the matrix unit, each slab read once.
+// Computes the Gram matrix ⟨x_i, y_k⟩ of gradients in slabs, (N, E) and (M, E), on the matrix unit. It reads each slab once.
 //
-// A warp has a stretch of the elements and up to 32 rows of each slab, whose numbers it holds in registers. The products are sums
-// over elements, so any order of these will do that is the same in both: a thread loads 16 neighbouring bytes of a row, which count
-// for those places of a fragment that the thread has.
+// A warp has a range of the elements and up to 32 rows of each slab, whose numbers it holds in registers. The products are sums
+// over elements, so any order of the elements is valid if both operands use the same one. Therefore a thread loads 16 adjacent
+// bytes of a row and uses them as its entries of a fragment.
 #pragma once
 
 #include <device.cuh>
@@ -12,9 +12,10 @@
 namespace zsl {
 
 constexpr int slab_warps = 8, slab_threads = 32 * slab_warps;
-constexpr int slab_group = 32;  // rows of a slab that a block has, at most
-constexpr int slab_unit = 512;  // elements that a block takes at a time
-// Whether the registers take all loads of a unit at a time of four octets of float32 too: they do on 9.0 alone.
+constexpr int slab_group = 32;  // maximum number of rows of a slab per block
+constexpr int slab_unit = 512;  // elements that a block processes at a time
+// Whether the registers suffice to issue all loads of a unit at once for four octets of float32. This is the case only on compute
+// capability 9.0.
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ == 900
 constexpr bool slab_loads_at_once = true;
 #else
@@ -22,21 +23,21 @@ constexpr bool slab_loads_at_once = false;
 #endif
 
 struct SlabGramArgs {
-  const void *x, *y;  // (rows, elements); y null: x with itself
+  const void *x, *y;  // (rows, elements); if y is null, x is multiplied by itself
   int64_t x_rows, y_rows, elements;
   double* pairs;  // (blocks, x_rows, y_rows)
-  bool upper;     // one set's: groups on and above the diagonal alone
-  bool add;       // to what an earlier launch has left there
+  bool upper;     // for one set: only groups on and above the diagonal
+  bool add;       // whether to add to the results of an earlier launch
 };
 
 struct alignas(16) Loaded {
   uint32_t v[4];
 };
 
-// Numbers of 16 bytes of two slabs' rows, as fragments.
+// Numbers in 16 bytes of the rows of two slabs, as fragments.
 struct SlabBfloat16 {
   static constexpr int numbers = 8;
-  static constexpr int octets_of_two = 4;  // of eight rows, of each of two slabs, that registers hold
+  static constexpr int octets_of_two = 4;  // octets of rows, of each of two slabs, that fit in registers
   __device__ static void multiply(float (&c)[4], const Loaded& x, const Loaded& x8, const Loaded& y) {
 #pragma unroll
     for (int s = 0; s < 2; ++s)
@@ -57,7 +58,7 @@ struct SlabFloat32 {
   }
 };
 
-// Octets: groups of eight rows that the thread block has of each slab. Grid: (pairs of groups, blocks of elements).
+// octets: the number of groups of eight rows that the thread block has of each slab. Grid: (pairs of groups, blocks of elements).
 template <class E, int octets, bool two>
 __global__ void __launch_bounds__(slab_threads, two || (octets == 4 && E::numbers == 4) ? 1 : 2)
     slab_gram_kernel(const __grid_constant__ SlabGramArgs args) {
@@ -72,7 +73,7 @@ __global__ void __launch_bounds__(slab_threads, two || (octets == 4 && E::number
   if (args.upper) q += p;
   const int64_t x_first = p * side, y_first = q * side;
 
-  // Rows past the last one make products that nobody reads.
+  // Rows past the last one produce products that are never read.
   const unsigned char *xs[octets], *ys[octets];
   const int64_t bytes = args.elements * 16 / E::numbers;
 #pragma unroll
@@ -85,9 +86,9 @@ __global__ void __launch_bounds__(slab_threads, two || (octets == 4 && E::number
   float sums[down][octets][4] = {};
   const int64_t units = args.elements / slab_unit;
   const int64_t from = units * blockIdx.y / gridDim.y, to = units * (blockIdx.y + 1) / gridDim.y;
-  constexpr int loads = slab_unit / (slab_warps * 4 * E::numbers);  // of a unit, by each thread of each row
+  constexpr int loads = slab_unit / (slab_warps * 4 * E::numbers);  // loads of a unit by each thread for each row
   for (int64_t unit = from; unit < to; ++unit) {
-    // The matrix unit cuts sums off instead of rounding them: it adds the terms of one unit alone.
+    // The matrix unit truncates sums in place of rounding them, so it adds only the terms of one unit.
     float step[down][octets][4] = {};
     const auto multiply = [&](int load) {
       const int64_t at = ((unit * loads + load) * slab_warps + warp) * 64;

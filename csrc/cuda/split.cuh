@@ -1,6 +1,8 @@
-// A float32 product on the matrix units, which take the leading 11 bits of an operand (tf32): x = hi + lo, and
-// x y ≈ hi hi + (hi lo + lo hi), which leaves out 2⁻²² of the product at most. Where a product is some 2¹¹ times
-// past the largest float32, its parts may be infinite of both signs: the result is NaN then, where float32's is Inf.
+// A float32 product on the matrix units.
+//
+// The units use only the leading 11 bits of an operand (tf32). With x = hi + lo, the product is x y ≈ hi hi + (hi lo + lo hi),
+// which omits at most 2⁻²² of the product. If a product exceeds the largest float32 by a factor of about 2¹¹, its parts may be
+// infinite with opposite signs. The result is then NaN, where float32 gives Inf.
 #pragma once
 
 #include <device.cuh>
@@ -9,7 +11,7 @@ namespace zsl {
 
 struct Split {
   uint32_t hi;
-  uint32_t finite_hi;  // hi where x is finite, else 0: Inf is in the first product alone, for Inf times a lo of 0 would be NaN
+  uint32_t finite_hi;  // hi if x is finite, else 0: only the first product contains Inf, because Inf times a lo of 0 is NaN
   uint32_t lo;
 };
 
@@ -17,15 +19,15 @@ __device__ __forceinline__ Split split(float x) {
   constexpr uint32_t mask = 0xffffe000u, infinity = 0x7f800000u;
   const uint32_t bits = bits_of(x), size = bits & 0x7fffffffu;
   uint32_t hi = (bits + 0x1000u) & mask;
-  // Rounding up would make the largest numbers infinite, and a NaN anything.
+  // Rounding up would turn the largest numbers into infinity and could change a NaN into any value.
   if (size >= 0x7f7ff000u) hi = size > infinity ? 0x7fffe000u : bits & mask;
   const bool finite = size < infinity;
   const uint32_t lo = finite ? (bits_of(x - float_of(hi)) + 0x1000u) & mask : 0u;
   return {hi, finite ? hi : 0u, lo};
 }
 
-// c += x y for fragments of 16 × 8 and 8 × 8. The matrix units cut sums off instead of rounding them: over a long chain that is a
-// bias towards zero. So they add up the terms of one step alone, and the steps are added here.
+// Computes c += x y for fragments of 16 × 8 and 8 × 8. The matrix units truncate sums in place of rounding them, which biases long
+// chains toward zero. Therefore they add only the terms of one step, and the steps are added here.
 __device__ __forceinline__ void multiply_split(float (&c)[4], const Split (&x)[4], const Split (&y)[2], bool exact) {
   const uint32_t x_hi[4] = {x[0].hi, x[1].hi, x[2].hi, x[3].hi}, y_hi[2] = {y[0].hi, y[1].hi};
   float step[4] = {0, 0, 0, 0};

@@ -1,5 +1,6 @@
-// What compute capability 9.0 adds: barriers that count bytes, copies of boxes of a tensor, and products of a warpgroup, four
-// warps. tests/native/simt/hopper_device.cuh has the same for threads of a CPU.
+// Primitives that compute capability 9.0 adds: barriers that count bytes, copies of boxes of a tensor, and warpgroup products.
+//
+// A warpgroup has four warps. tests/native/simt/hopper_device.cuh has the same primitives for CPU threads.
 #pragma once
 
 #include <cuda.h>
@@ -8,14 +9,15 @@
 
 namespace zsl {
 
-// A box in shared memory has 64 positions of 64 features: rows of 128 bytes, whose 16-byte parts are permuted within eight rows
-// ("128-byte swizzle"), so that neither the copy nor the product meets a bank twice.
+// A box in shared memory has 64 positions × 64 features. Each row has 128 bytes, whose 16-byte parts are permuted within eight rows
+// ("128-byte swizzle"), so that neither the copy nor the product causes bank conflicts.
 constexpr int box_positions = 64, box_features = 64, box_bytes = box_positions * box_features * 2;
 
-// A tensor (parts, examples, positions, features) of two-byte numbers, cut into such boxes. Outside of it numbers are zero.
+// A tensor (parts, examples, positions, features) of two-byte numbers, divided into such boxes. Numbers outside the tensor read as
+// zero.
 using TensorMap = CUtensorMap;
 
-// Boxes lie at multiples of 1024 bytes.
+// Boxes begin at multiples of 1024 bytes.
 __device__ __forceinline__ unsigned char* dynamic_shared_of_boxes() {
   extern __shared__ __align__(1024) unsigned char boxes[];
   return boxes;
@@ -28,16 +30,16 @@ struct Barrier {
 __device__ __forceinline__ void barrier_init(Barrier* b, int arrivals) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(b)), "r"(arrivals) : "memory");
 }
-// Behind this the copies, too, see the barriers that were made.
+// Makes the initialized barriers visible to the copies that follow.
 __device__ __forceinline__ void barriers_made() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
 __device__ __forceinline__ void barrier_arrive(Barrier* b) {
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(b)) : "memory");
 }
-// Arrives, and has the phase wait for so many bytes of copies as well.
+// Arrives at the barrier and makes the current phase also wait for `bytes` bytes of copies.
 __device__ __forceinline__ void barrier_expect(Barrier* b, int bytes) {
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(b)), "r"(bytes) : "memory");
 }
-// Until the phase with this parity has ended.
+// Waits until the phase with this parity has ended.
 __device__ __forceinline__ void barrier_wait(Barrier* b, int parity) {
   asm volatile("{\n.reg .pred done;\nagain:\nmbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n@!done bra again;\n}" ::"r"(
                    shared_address(b)),
@@ -45,7 +47,7 @@ __device__ __forceinline__ void barrier_wait(Barrier* b, int parity) {
                : "memory");
 }
 
-// Copies a box; its bytes count towards the barrier's phase when they are there.
+// Copies a box. When its bytes have arrived, they count toward the barrier's phase.
 __device__ __forceinline__ void copy_box(void* to, const TensorMap* map, Barrier* b, int feature, int position, int example,
                                          int part) {
   asm volatile(
@@ -55,7 +57,7 @@ __device__ __forceinline__ void copy_box(void* to, const TensorMap* map, Barrier
       : "memory");
 }
 
-// Registers move from the warps that copy to those that multiply.
+// Moves registers from the warps that copy to the warps that multiply.
 template <int Registers>
 __device__ __forceinline__ void give_registers() {
   asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(Registers));
@@ -65,8 +67,9 @@ __device__ __forceinline__ void take_registers() {
   asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(Registers));
 }
 
-// Where a product reads boxes: the lower half of what the instruction takes. Both operands have their features contiguous: 64
-// features a box, eight positions 1024 bytes apart, which with the kind of swizzle is the upper half.
+// The address of a box as a product reads it: the lower half of the instruction's matrix descriptor. Both operands have contiguous
+// features, with 64 features per box. Groups of eight positions are 1024 bytes apart. This distance and the kind of swizzle form
+// the upper half.
 using BoxPlace = uint32_t;
 __device__ __forceinline__ BoxPlace place_of(const void* box) {
   return (shared_address(box) & 0x3ffff) >> 4 | (box_bytes >> 4) << 16;
@@ -87,23 +90,25 @@ __device__ __forceinline__ BoxPlace further(BoxPlace box, int positions) { retur
         : ZSL_C(0), ZSL_C(8), ZSL_C(16), ZSL_C(24), ZSL_C(32), ZSL_C(40), ZSL_C(48), ZSL_C(56)                                  \
         : "r"(b), "r"(a), "r"(static_cast<int>(add)));                                                                          \
   }
-// c (64, 128) = bᵀ a, added to what c was where `add`: 16 positions of a box b of 64 features, and of two boxes a. Thread t of the
-// warpgroup has c[4 i + 2 h + j] at row 16 (t / 32) + t % 32 / 4 + 8 h and column 8 i + 2 (t % 4) + j.
+// Computes c (64, 128) = bᵀ a, and adds the previous c if `add` is set. It multiplies 16 positions of one box b of 64 features and
+// of two boxes a. Thread t of the warpgroup holds c[4 i + 2 h + j] at row 16 (t / 32) + t % 32 / 4 + 8 h and column 8 i + 2 (t % 4)
+// + j.
 ZSL_WARPGROUP_PRODUCT(multiply_boxes_bfloat16, "bf16")
 ZSL_WARPGROUP_PRODUCT(multiply_boxes_float16, "f16")
 #undef ZSL_WARPGROUP_PRODUCT
 #undef ZSL_C
 
-// Before the first product of a group: what the threads did to c comes first.
+// Call before the first product of a group. It orders the threads' earlier accesses to c before the products.
 __device__ __forceinline__ void products_begin() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 __device__ __forceinline__ void products_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
-// Until all groups of products but the last `Left` are done with the boxes, and c holds them.
+// Waits until all groups of products except the last `Left` have finished reading the boxes and writing c.
 template <int Left>
 __device__ __forceinline__ void products_wait() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(Left) : "memory");
 }
 
-// Hides where a number comes from, so that what follows from it is not computed ahead and held in registers that the sums need.
+// Hides the origin of a number from the compiler. Otherwise the compiler would compute values that depend on it in advance and keep
+// them in registers that the sums need.
 template <class T>
 __device__ __forceinline__ T hidden(T x) {
   if constexpr (sizeof(T) == 8)
@@ -113,7 +118,7 @@ __device__ __forceinline__ T hidden(T x) {
   return x;
 }
 
-// Two numbers rounded to bfloat16, x in the lower half.
+// Rounds two numbers to bfloat16 and packs them, with x in the lower half.
 __device__ __forceinline__ uint32_t round_to_bfloat16(float x, float y) {
   uint32_t both;
   asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(both) : "f"(y), "f"(x));
