@@ -236,9 +236,11 @@ def test_every_public_name_is_called() -> None:
         for name, x in vars(module).items():
             if isinstance(x, types.FunctionType) and x.__module__ == module.__name__ and not name.startswith("_"):
                 public.add(f"{module.__name__}.{name}")
-    # Graphs need a GPU (test_graphs.py, test_gpu.py); named tuples hold what is given; a dictionary's prefix has no state.
+    # Graphs need a GPU (test_graphs.py, test_gpu.py); named tuples hold what is given; the last three are a string and functions of
+    # strings and numbers.
     no_calls = {"zerosum.CapturedStep", "zerosum.capture", "zk.CoordinateSums", "zk.EmbeddingSums", "zk.InterferenceSums"}
-    assert public - modules - no_calls - {"zerosum.changes.prefixed"} - CALLS.keys() == set()
+    no_state = {"zerosum.__version__", "zerosum.changes.prefixed", "zerosum.deceleration.with_error"}
+    assert public - modules - no_calls - no_state - CALLS.keys() == set()
 
 
 def test_a_leak_is_found(scene: Scene) -> None:
