@@ -1,4 +1,4 @@
-"""Reports as data: in files and pickles, and several as one."""
+"""Converts reports to data: saves them to files, pickles them, and merges several into one."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from zerosum.probe.report import Coverage, Evidence, ParameterReport, Report
 from zerosum.probe.results import Results, add_up
 from zsl_kernels import CoordinateSums
 
-FORMAT = 1  # of files; one more whenever what is in them changes
+FORMAT = 1  # version of the file format; increase it whenever the content changes
 _HEADER = "zerosum_report"
 _WEIGHT_SHAPED = ("grad_sum", "abs_sum", "sq_sum")
 _SCALARS = ("l1", "sq_norm", "dot", "abs_dot")
@@ -29,7 +29,7 @@ State = tuple[dict[str, Any], dict[str, Tensor]]
 
 
 def state_of(report: Report) -> State:
-    """What JSON can say of a report, and its tensors by ``parameter/field``, in memory of their own."""
+    """Return the report's values that JSON can hold, and copies of its tensors by ``parameter/field``."""
     report = report.settled()
     refuse_sharded(report, "save")
     tensors: dict[str, Tensor] = {}
@@ -54,7 +54,7 @@ def state_of(report: Report) -> State:
 
 
 def report_of(about: dict[str, Any], tensors: Mapping[str, Tensor]) -> Report:
-    """The report whose :func:`state_of` they are."""
+    """Rebuild the report from the values and tensors of :func:`state_of`."""
     passes, proved, extra, trusted = about["proof"]
     return Report.of(
         {name: parameter_of(name, mine, tensors, f"{name}/") for name, mine in about["parameters"].items()},
@@ -93,21 +93,21 @@ def save(report: Report, path: str | os.PathLike[str]) -> None:
 
 
 def load_report(path: str | os.PathLike[str], device: torch.device | str = "cpu") -> Report:
-    """The report that :meth:`Report.save` wrote, to the bit.
+    """Load a report that :meth:`Report.save` wrote, bit for bit.
 
     Args:
         path: the file.
-        device: where its tensors are to be.
+        device: the device to load its tensors to.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: the file is broken, is not a report, or is of a newer version of this library.
+        FileNotFoundError: the file does not exist.
+        ValueError: the file is broken, is not a report, or was written by a newer version of this library.
         ImportError: safetensors is not installed.
     """
     _need_safetensors("path")
     from safetensors import safe_open
 
-    open_file(Path(path)).close()  # a pipe or a device is no report
+    open_file(Path(path)).close()  # refuses a pipe or a device
     try:
         with safe_open(path, framework="pt", device=str(device)) as file:
             header = (file.metadata() or {}).get(_HEADER)
@@ -123,20 +123,20 @@ def load_report(path: str | os.PathLike[str], device: torch.device | str = "cpu"
             return report_of(about, tensors)
     except (NotAReport, OSError):
         raise
-    except Exception as error:  # of what a header may hold in place of a report's: there is no common kind
+    except Exception as error:  # a malformed header can raise many kinds of errors, which have no common base class
         said = " ".join(str(error).split())[:200] or type(error).__name__
         raise ValueError(f"path: {path} is broken, or is no report: {said}") from error
 
 
 class NotAReport(ValueError):
-    """A file is whole, and holds something else."""
+    """The file is intact, but it does not hold a report."""
 
 
 def _check_sizes(about: dict[str, Any], tensors: Mapping[str, Tensor]) -> None:
-    """Compares the tensors with what is said of them.
+    """Compare the tensors with their description in the header.
 
     Raises:
-        ValueError: they are of other parameters, or of other sizes.
+        ValueError: the tensors belong to other parameters or have other sizes.
     """
     expected = set()
     for name, mine in about["parameters"].items():
@@ -162,7 +162,7 @@ def _need_safetensors(argument: str) -> None:
 
 
 class ReportSum:
-    """Adds up reports as they come, in the memory of one, whatever their number::
+    """Adds up any number of reports, one at a time, in the memory of one report::
 
         total = zerosum.ReportSum()
         for tokens, targets in batches:
@@ -172,11 +172,11 @@ class ReportSum:
             model.zero_grad()
         print(total.report())
 
-    Σ g, Σ |g| and Σ g² add, and the examples' scalars come one after another, so N is that of all reports. Grams are left out:
-    theirs would grow.
+    Σ g, Σ |g| and Σ g² are added. The examples' scalars are concatenated, so N is the total number of examples. Grams are left out,
+    because they would grow with N.
 
     Args:
-        direction: that of the reports, where they have one: the metrics along it need it again.
+        direction: the direction of the reports, if they have one. The metrics along the direction need it again.
     """
 
     _keep_grams = False
@@ -185,23 +185,23 @@ class ReportSum:
     def __init__(self, direction: Mapping[str, Tensor] | None = None) -> None:
         self._direction = direction
         self._first: Report | None = None
-        self._fields: list[str] = []  # the scalars of the reports
-        self._sums: dict[str, dict[str, Tensor]] = {}  # by the parameter's name
+        self._fields: list[str] = []  # the scalars that the reports have
+        self._sums: dict[str, dict[str, Tensor]] = {}  # by parameter name
         self._scalars: dict[str, dict[str, list[Tensor]]] = {}
         self._grams: dict[str, list[Tensor]] = {}
         self._how: dict[str, dict[str, None]] = {}
         self._not_covered: dict[str, str] = {}
-        self._unreached: dict[str, str] = {}  # and why; as far as no report has it
-        self._past: list[tuple[int, list[int]]] = []  # of each report: examples, and those of its micro-batches
+        self._unreached: dict[str, str] = {}  # by parameter name, the reason; only parameters that no report has reached
+        self._past: list[tuple[int, list[int]]] = []  # for each report: its number of examples, and that of each micro-batch
         self._proofs: list[Evidence] = []
         self.num_examples = 0
 
     def add(self, report: Report) -> None:
-        """Adds a report, whose tensors may be written to afterwards.
+        """Add a report. Its tensors may be overwritten afterwards.
 
         Raises:
-            ValueError: it is of another model, or has a direction where the others have none.
-            RuntimeError: a gradient was overwritten before (by clipping, say).
+            ValueError: the report belongs to another model, or it has a direction and the others do not.
+            RuntimeError: a gradient was overwritten before this call (for example by clipping).
         """
         if not isinstance(report, Report):
             raise TypeError(f"report: expected a zerosum.Report, got {type(report).__name__}")
@@ -211,7 +211,7 @@ class ReportSum:
         self._check_like(report, fields)
         if report.dot is not None and self._direction is None:
             raise ValueError("direction: expected the one that the reports have, whose metrics need it again; got none")
-        # Read before anything is added: an error leaves the sum as it was.
+        # All gradients are read before anything is added, so that an error leaves the sum unchanged.
         grad_sums = {name: report[name].grad_sum for name in report if name not in self._not_covered}
         self._first = self._first or report.without_results()
         self._fields = self._fields or fields
@@ -250,7 +250,7 @@ class ReportSum:
         self._how[name] |= dict.fromkeys(p.how.split(" + "))
 
     def _add_zeros(self, name: str, examples: int, blocks: list[int]) -> None:
-        """Of a report none of whose examples reach the parameter."""
+        """Add the zeros of a report in which no example reaches the parameter."""
         like = self._sums[name]["abs_sum"]
         for field in self._fields:
             self._scalars[name][field].append(like.new_zeros(examples))
@@ -258,10 +258,10 @@ class ReportSum:
             self._grams[name] += [like.new_zeros(n, n) for n in blocks]
 
     def report(self) -> Report:
-        """The sum so far, in memory of its own.
+        """Return the sum so far, in its own memory.
 
         Raises:
-            RuntimeError: nothing was added yet.
+            RuntimeError: no report was added yet.
         """
         if self._first is None:
             raise RuntimeError("no report: nothing was added yet")
@@ -297,20 +297,20 @@ class _Merged(ReportSum):
 
 
 def merge(reports: Iterable[Report], direction: Mapping[str, Tensor] | None = None) -> Report:
-    """One report of several of the same model: of micro-batches, files or processes.
+    """Merge several reports of one model, from micro-batches, files or processes, into one.
 
-    Σ g, Σ |g| and Σ g² add, and the examples' scalars come one after another. Grams are kept as blocks: inner products of examples
-    of different reports are not known. Metrics, with N and their nulls, are those of all examples. Merging is associative, to
-    rounding. A parameter that one of the reports does not cover is not covered, unless none of its examples reach it: their
-    gradients are zero.
+    Σ g, Σ |g| and Σ g² are added, and the examples' scalars are concatenated. Grams are kept as blocks, because the inner products
+    between examples of different reports are unknown. The metrics, with N and their nulls, are over all examples. Merging is
+    associative up to rounding. A parameter that one of the reports does not cover is not covered in the result, with one exception:
+    if no example of that report reaches the parameter, its gradients are zero.
 
     Args:
-        reports: one at least.
-        direction: that of the reports, where they have one: the metrics along it need it again.
+        reports: at least one report.
+        direction: the direction of the reports, if they have one. The metrics along the direction need it again.
 
     Raises:
-        TypeError, ValueError: an argument is not of these, or the reports are of different models; the message says which.
-        RuntimeError: a gradient was overwritten (by clipping, say) before.
+        TypeError, ValueError: an argument has the wrong type, or the reports belong to different models; the message says which.
+        RuntimeError: a gradient was overwritten before this call (for example by clipping).
     """
     reports = list(reports)
     if not reports:
@@ -335,7 +335,7 @@ def joined(
     direction: Mapping[str, Tensor] | None,
     unreached: frozenset[str] = frozenset(),
 ) -> Report:
-    """Of results of all parameters that are covered. ``like``: one of the reports that they are of."""
+    """Build the report from the results of all covered parameters. ``like`` is one of the reports that were joined."""
 
     def along(name: str) -> Tensor | None:
         if direction is None or found[name].sums.dot is None:
@@ -361,7 +361,7 @@ def report_of_results(
     num_examples: int,
     unreached: frozenset[str],
 ) -> Report:
-    """As :func:`joined`, of results that have their sums over coordinates."""
+    """Like :func:`joined`, for results that already have their sums over coordinates."""
     rules = {name: " + ".join(how[name]) for name in found}
     parameters = {name: ParameterReport(name, rules[name], r, shapes[name]) for name, r in found.items()}
     coverage = Coverage(rules, not_covered, like.coverage.sizes)
@@ -376,7 +376,7 @@ def report_of_results(
 
 
 def refuse_sharded(report: Report, what: str) -> None:
-    """Raises where the sums of a report are shards."""
+    """Raise an error if the sums of a report are shards."""
     if any(report[name].is_sharded for name in report):
         raise NotImplementedError(
             f"{what}: the report's sums are shards, and it is of all ranks' examples already; take what you need of it, such as "

@@ -1,10 +1,11 @@
-"""One rule for each operation that uses a weight; :func:`rule` registers one from outside.
+"""Registers one rule for each operation that uses a weight; :func:`rule` lets users add their own.
 
-A rule gets the context, the function and the call's arguments, of which at least one is a weight (or a view, or a function of
-weights alone) and at least one an activation. It returns the instrumented call's result, whose backward leaves with the weight
-what its per-example gradient is made of (see :mod:`zerosum.probe.contributions`), or raises
-:class:`~zerosum.probe.layout.Uncovered` before it has computed anything; then :mod:`~zerosum.probe.rules.again` takes the call. A
-:class:`~zerosum.probe.rules.site.Site` holds what they share.
+A rule receives the context, the function and the call's arguments. At least one argument is a weight (or a view of one, or a
+function of weights alone) and at least one is an activation. The rule returns the result of the instrumented call. The result's
+backward pass stores with the weight the contributions to its per-example gradient (see :mod:`zerosum.probe.contributions`). A rule
+that does not cover the call raises :class:`~zerosum.probe.layout.Uncovered` before it computes anything;
+:mod:`~zerosum.probe.rules.again` then handles the call. A :class:`~zerosum.probe.rules.site.Site` holds the state that all rules
+need.
 """
 
 from __future__ import annotations
@@ -23,10 +24,10 @@ Rule = Callable[..., Any]
 
 
 class Known(NamedTuple):
-    """An operation that :mod:`zsl_kernels.weight_uses.eager` has.
+    """An operation that :mod:`zsl_kernels.weight_uses.eager` implements.
 
-    Its name there, the function that binds its arguments, the places of input, weight and bias among them, and the function that
-    its node calls where it has no way of its own.
+    ``kind`` is its name there. ``bind`` is the function that binds its arguments, and ``places`` has the positions of input, weight
+    and bias among them. ``backward`` is the function that its node calls when it has no native implementation.
     """
 
     kind: str
@@ -55,35 +56,36 @@ RULES: dict[Callable[..., Any], Rule] = {
     zk.linear_cross_entropy: linear_cross_entropy.rule,
 }
 
-# What a call that is like one before runs as without Python, but for its backward pass in other than the plain cases.
+# Operations that run without Python when a call is like an earlier one. Their backward pass needs Python except in the plain cases.
 KNOWN: dict[Callable[..., Any], Known] = {
     F.linear: Known("linear", linear.linear_arguments, (0, 1, 2), linear.backward),
     torch.addmm: Known("addmm", linear.addmm_arguments, (1, 2, 0), linear.addmm_backward),
     F.layer_norm: Known("layer_norm", norm.layer_norm_arguments, (0, 2, 3), norm.layer_norm_backward),
 }
 
-# autograd.Functions that a user's rule covers: the mode does not see their `apply` by itself.
+# The autograd.Functions that a user's rule covers. The torch function mode does not see their `apply` by itself.
 APPLIED: dict[type[torch.autograd.Function], Rule] = {}
 
 F_ = TypeVar("F_", bound=Callable[..., Any])
 
 
 def rule(function: Callable[..., Any] | type[torch.autograd.Function]) -> Callable[[F_], F_]:
-    """Registers the decorated function as the rule for a torch function, or for an ``autograd.Function``.
+    """Register the decorated function as the rule for a torch function or an ``autograd.Function``.
 
-    ``replacement(*args, **kwargs)`` is called in place of ``function(*args, **kwargs)`` (of ``function.apply(*args)``) while a
-    probe measures and a trainable weight is among the arguments. It computes the same from operations that are covered::
+    ``replacement(*args, **kwargs)`` is called in place of ``function(*args, **kwargs)`` (or ``function.apply(*args)``) while a
+    probe measures and a trainable weight is among the arguments. It computes the same result from covered operations::
 
         @zerosum.rule(FusedHead)  # a torch.autograd.Function: FusedHead.apply(h, weight, targets) is the mean of the rows' losses
         def fused_head(h, weight, targets):
             losses = zk.linear_cross_entropy(h[None], weight, targets[None])
             return losses.sum() / (targets != -100).sum()
 
-    The step then computes what the rule does: to rounding the same numbers. A rule replaces an earlier one for the same function.
+    The step then computes what the rule computes, which equals the original result up to rounding. A rule replaces an earlier rule
+    for the same function.
 
     Args:
-        function: what torch's ``__torch_function__`` protocol knows (``F.bilinear``, ``torch.baddbmm``, …), or a subclass of
-            ``torch.autograd.Function``.
+        function: a function that supports torch's ``__torch_function__`` protocol (``F.bilinear``, ``torch.baddbmm``, …), or a
+            subclass of ``torch.autograd.Function``.
 
     Raises:
         TypeError: ``function`` is neither.

@@ -1,7 +1,8 @@
-"""What no rule covers: the operation is differentiated again for each example.
+"""The fallback for calls that no rule covers: it differentiates the operation again for each example.
 
-Exact for any operation whose results' rows are one example's each: its vector-Jacobian product is taken with each example's part of
-the gradient alone. Nothing is run forward again, and no random number is drawn. Slow: N times the operation's own backward pass.
+The result is exact for any operation in which each row of the results belongs to one example: the vector-Jacobian product is taken
+with each example's part of the gradient alone. Nothing runs forward again, and no random number is drawn. It is slow: it takes N
+times the operation's own backward pass.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from zerosum.probe.rules.site import Phase, RuleContext, Site, elements
 
 
 def call(context: RuleContext, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """The function's result, whose backward pass takes its weights' gradients for each example."""
+    """Call the function; the backward pass of its result takes the gradients of its weights for each example."""
     if context.inseparable:
         raise Uncovered(f"it cannot be differentiated again for each example: {context.inseparable}")
     name = getattr(func, "__name__", str(func))
@@ -51,7 +52,7 @@ def call(context: RuleContext, func: Any, args: tuple[Any, ...], kwargs: dict[st
         ref.covered_by(how)
         for parameter in ref.source.parameters:
             parameter.defer()
-    # The first site stands for the weights; each result has rows of its own.
+    # The first site holds the weights. Each result has its own rows.
     sites = [Site(context, name, refs if k == 0 else (), out.shape, elements) for k, out in enumerate(outs)]
     again = _Again(context, refs, [get_gradient_edge(x) for x in operands], [get_gradient_edge(x) for x in outs], sites)
     tapped = iter(_Tap.apply(again, context.anchor, *outs))
@@ -59,7 +60,7 @@ def call(context: RuleContext, func: Any, args: tuple[Any, ...], kwargs: dict[st
 
 
 def _written(context: RuleContext, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """A weight that is written into an activation."""
+    """Write a weight into an activation."""
     x, value = args[0], args[-1] if len(args) > 1 else kwargs["src"]
     ref = context.ref(value)
     if ref is None or context.ref(x) is not None or not isinstance(x, Tensor):
@@ -72,7 +73,7 @@ def _written(context: RuleContext, func: Any, args: tuple[Any, ...], kwargs: dic
 
 
 class _Anchor(torch.autograd.Function):
-    """The identity; a path from the result to the anchor."""
+    """The identity function; it adds a path from the result to the anchor."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, anchor: Tensor) -> Tensor:
@@ -98,7 +99,7 @@ class _Again:
         self._operands, self._outs = operands, outs
 
     def leave_gradients(self, grads: Sequence[Tensor | None]) -> None:
-        """Leaves with each weight its gradients (E, *piece)."""
+        """Store with each weight its per-example gradients (E, *piece)."""
         now = self.context.current
         if now is None or all(ref.source.refused for ref in self.refs):
             return
@@ -134,7 +135,7 @@ class _Again:
 
 
 def part(grad: Tensor, layout: Layout, example: int) -> Tensor:
-    """The gradient with the rows of other examples set to zero; its elements are the rows."""
+    """Return the gradient with the rows of other examples set to zero. Each element is a row."""
     if layout.examples == 1:
         return grad
     if layout.ids is None and layout.outer == 1 and not layout.positions and grad.ndim:
@@ -151,7 +152,7 @@ class _Tap(torch.autograd.Function):
     def forward(ctx: Any, again: _Again, anchor: Tensor, *outs: Tensor) -> tuple[Tensor, ...]:
         ctx.again = again
         ctx.set_materialize_grads(False)
-        # Not views: those could not be modified in place.
+        # The results are not views, because views from a custom function cannot be modified in place.
         return tuple(torch.ops.aten._unsafe_view(out, out.shape) for out in outs)
 
     @staticmethod
@@ -168,7 +169,7 @@ class _Tap(torch.autograd.Function):
 
 
 def writes(name: str) -> bool:
-    """Whether a function works in place."""
+    """Whether a function works in place, judged by its name."""
     return (
         name == "__setitem__"
         or (name.endswith("_") and not name.endswith("__"))
@@ -177,7 +178,7 @@ def writes(name: str) -> bool:
 
 
 def leaves(*values: Any) -> Iterator[Any]:
-    """The leaves of nested lists, tuples, dictionaries and dataclasses."""
+    """Yield the leaves of nested lists, tuples, dictionaries and dataclasses."""
     for value in values:
         if isinstance(value, (list, tuple)):
             yield from leaves(*value)
@@ -190,7 +191,7 @@ def leaves(*values: Any) -> Iterator[Any]:
 
 
 def map_leaves(function: Callable[[Any], Any], x: Any) -> Any:
-    """``function`` of the leaves of nested lists, tuples and dictionaries."""
+    """Apply ``function`` to the leaves of nested lists, tuples and dictionaries."""
     if isinstance(x, tuple) and hasattr(x, "_fields"):
         return type(x)(*(map_leaves(function, y) for y in x))
     if isinstance(x, (list, tuple)):
@@ -198,7 +199,7 @@ def map_leaves(function: Callable[[Any], Any], x: Any) -> Any:
             return type(x)([map_leaves(function, y) for y in x])
         return type(x)(map_leaves(function, y) for y in x)
     if isinstance(x, dict):
-        y = copy.copy(x)  # of its own type: transformers' outputs are dictionaries with attributes
+        y = copy.copy(x)  # keeps the type: transformers' outputs are dictionaries with attributes
         for key, value in x.items():
             y[key] = map_leaves(function, value)
         return y

@@ -1,7 +1,7 @@
-"""A weight that is scaled, added or otherwise broadcast against activations.
+"""The rules for a weight that is scaled, added or otherwise broadcast against activations.
 
-The weight is first expanded to the result's shape, which copies nothing and changes no result: autograd's gradient of the expanded
-weight tells each row's part, and so each example's.
+The rule first expands the weight to the result's shape, which copies nothing and changes no result. Autograd's gradient of the
+expanded weight then has one part for each row, and so for each example.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from zerosum.probe.layout import Layout, Uncovered
 from zerosum.probe.parameters import Ref
 from zerosum.probe.rules.site import RuleContext, Site, elements
 
-# Functions whose tensor operands broadcast against one another.
+# Functions that broadcast their tensor operands against one another.
 FUNCTIONS: tuple[Callable[..., Any], ...] = (
     *(torch.add, Tensor.add, Tensor.__add__, Tensor.__radd__, Tensor.add_, Tensor.__iadd__),
     *(torch.sub, Tensor.sub, Tensor.__sub__, Tensor.__rsub__, torch.rsub, Tensor.sub_, Tensor.__isub__, torch.subtract),
@@ -41,7 +41,7 @@ def rule(context: RuleContext, func: Any, args: tuple[Any, ...], kwargs: dict[st
 
 
 def scale_rule(context: RuleContext, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-    """``weight * x`` with a vector along the last dimension, as in a norm; else as any broadcast."""
+    """Handle ``weight * x`` with a vector along the last dimension, as in a norm; handle other shapes as any broadcast."""
     x, y = args[0], args[1] if len(args) > 1 else kwargs["other"]
     weight, x = (x, y) if context.ref(x) is not None else (y, x)
     ref = context.ref(weight)
@@ -54,7 +54,7 @@ def scale_rule(context: RuleContext, func: Any, args: tuple[Any, ...], kwargs: d
 
 
 def prelu_rule(context: RuleContext, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-    """``F.prelu(input, weight)``, with a slope for all features or one for each of those along dimension 1."""
+    """Handle ``F.prelu(input, weight)``, with one slope for all features or one slope for each feature along dimension 1."""
     x, weight = _prelu_arguments(*args, **kwargs)
     ref = context.ref(weight)
     if ref is None or context.ref(x) is not None:
@@ -63,7 +63,7 @@ def prelu_rule(context: RuleContext, func: Any, args: tuple[Any, ...], kwargs: d
         raise Uncovered("operands that torch refuses, or that autocast converts")
     if len(weight) == 1:
         return torch._prelu_kernel(x, lift(context, ref, x.shape, "prelu"))
-    x = x.movedim(1, -1)  # where a vector broadcasts
+    x = x.movedim(1, -1)  # the dimension along which a vector broadcasts
     return torch._prelu_kernel(x, lift(context, ref, x.shape, "prelu")).movedim(-1, 1)
 
 
@@ -72,25 +72,25 @@ def _prelu_arguments(input: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def lift(context: RuleContext, ref: Ref, shape: torch.Size, how: str) -> Tensor:
-    """The weight, expanded to the result's shape."""
+    """Expand the weight to the result's shape."""
     ref.covered_by(how)
     return _Lift.apply(ref.tensor(), shape, context.anchor, Site(context, how, (ref,), shape, elements))
 
 
 def contribution(layout: Layout, grad: Tensor, shape: torch.Size, piece: Piece) -> Contribution:
-    """What the gradient of an expanded weight tells of the weight itself, of this shape."""
+    """Return the contribution of an expanded weight's gradient to the weight, which has this shape."""
     first = (1,) * (grad.ndim - len(shape)) + tuple(shape)
     if layout.is_diagonal(shape, grad.ndim):
-        return DiagonalRows(grad.sum_to_size(shape))  # of a weight that was repeated for the examples
+        return DiagonalRows(grad.sum_to_size(shape))  # the weight was repeated for the examples
     if layout.positions and grad.ndim == 3 and layout.plain and first[:2] == (1, layout.positions):
-        # One row for each position: rows of a table.
+        # One row for each position: these are rows of a table.
         at = torch.arange(layout.positions, device=grad.device).repeat(layout.sequences)
         return RowGather(at[:, None], grad.reshape(layout.examples, 1, -1), layout.positions)
     return Dense(layout.per_example(grad, shape))
 
 
 class _Lift(torch.autograd.Function):
-    """``weight.expand(shape)``, whose backward leaves each example's gradient with the weight."""
+    """``weight.expand(shape)``; its backward pass stores each example's gradient with the weight."""
 
     @staticmethod
     def forward(ctx: Any, weight: Tensor, shape: torch.Size, anchor: Tensor, site: Site) -> Tensor:
@@ -129,5 +129,5 @@ class _Scale(torch.autograd.Function):
 
 
 def scale_gradients(layout: Layout, x: Tensor, grad: Tensor) -> Tensor:
-    """(E, K): each example's gradient of a vector that scales every row of ``x``."""
+    """Return each example's gradient (E, K) of a vector that scales every row of ``x``."""
     return zk.scale_grad(layout.rows(x), layout.rows(grad), **layout.ragged(grad.device))

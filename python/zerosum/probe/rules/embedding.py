@@ -1,6 +1,6 @@
-"""``F.embedding(ids, weight)`` and ``weight[ids]``, where the ids are the examples' own.
+"""The rules for ``F.embedding(ids, weight)`` and ``weight[ids]`` where each example has its own ids.
 
-(Ids that are the same for all examples make a function of the weight alone.)
+(If the ids are the same for all examples, the result is a function of the weight alone.)
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from zerosum.probe.rules.site import RuleContext, Site
 
 
 def plain(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    """Whether the call only looks rows up, and its gradient is dense."""
+    """Whether the call only looks up rows and its gradient is dense."""
     _, _, _, max_norm, scale_grad_by_freq, sparse = lookup_arguments(*args, **kwargs)
     return max_norm is None and not scale_grad_by_freq and not sparse
 
 
 def rows(*args: Any, **kwargs: Any) -> Tensor:
-    """The rows that a call looks up; -1 for those that get no gradient."""
+    """Return the rows that a call looks up, with -1 for rows that get no gradient."""
     ids, weight, padding_idx, *_ = lookup_arguments(*args, **kwargs)
     return ids if padding_idx is None else torch.where(ids == padding_idx % weight.shape[0], -1, ids)
 
@@ -38,13 +38,13 @@ def rule(context: RuleContext, func: Any, args: tuple[Any, ...], kwargs: dict[st
 
 
 def lookup(context: RuleContext, weight: Tensor, ids: Tensor, counted: Tensor) -> Tensor:
-    """``F.embedding(ids, weight)``; rows of ``counted`` get a gradient, where they are not negative."""
+    """Compute ``F.embedding(ids, weight)``. The rows that ``counted`` lists get a gradient; negative entries get none."""
     site, (table,) = Site.of(context, "embedding", ids.shape, weight)
     return _Embedding.apply(table, ids, counted, context.anchor, site)
 
 
 def getitem_rule(context: RuleContext, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-    """``weight[ids]``: an entry of dimension 0 for each id, of any shape."""
+    """Handle ``weight[ids]``: one entry of dimension 0 for each id; ``ids`` has any shape."""
     weight, ids = args
     ref = context.ref(weight)
     if ref is None or not isinstance(ids, Tensor) or ids.dtype == torch.bool or ids.ndim == 0:
@@ -69,7 +69,7 @@ def lookup_arguments(
     scale_grad_by_freq: bool = False,
     sparse: bool = False,
 ) -> tuple[Tensor, Tensor, int | None, float | None, bool, bool]:
-    """Binds F.embedding's positional and keyword arguments."""
+    """Bind F.embedding's positional and keyword arguments."""
     return input, weight, padding_idx, max_norm, scale_grad_by_freq, sparse
 
 
@@ -87,7 +87,7 @@ class _Embedding(torch.autograd.Function):
 
 
 def backward(site: Site, grad: Tensor, ids: Tensor, num_rows: int, dtype: torch.dtype) -> Tensor | None:
-    """The gradient of the weight, where autograd has to be given it. Negative ``ids`` get none."""
+    """Return the weight's gradient if autograd needs it. Negative ``ids`` get no gradient."""
     with torch._C.DisableTorchFunction():
         if site.named(grad):
             return None

@@ -1,4 +1,4 @@
-"""Products of rows that are sorted by expert with the experts' matrices: ``grouped_mm(x, weight, offs=offs)``."""
+"""The rule for ``grouped_mm(x, weight, offs=offs)``: products of rows, sorted by expert, with the experts' matrices."""
 
 from __future__ import annotations
 
@@ -64,5 +64,5 @@ class _Grouped(torch.autograd.Function):
                 if plain:
                     grads.append(x[mine].mT @ grad[mine])
                 start = max(start, end)
-            parts.append(torch.zeros_like(x[start:]))  # rows of no expert
+            parts.append(torch.zeros_like(x[start:]))  # rows that belong to no expert
             return torch.cat(parts), torch.stack(grads) if plain else None, *[None] * 4

@@ -1,4 +1,4 @@
-"""Products of rows with a matrix: ``F.linear``, ``x @ w``, ``mm`` and ``addmm``."""
+"""The rules for products of rows with a matrix: ``F.linear``, ``x @ w``, ``mm`` and ``addmm``."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def matmul_rule(context: RuleContext, func: Any, args: tuple[Any, ...], kwargs: 
         if weight.ndim == 2:
             return _apply(context, x, weight, None, "matmul", _matmul, True)
         if weight.ndim == 3 and x.ndim >= 3 and weight.stride(0) == 0 and func.__name__ in ("bmm", "matmul", "__matmul__"):
-            # One matrix, expanded over a batch.
+            # One matrix that is expanded over a batch.
             return _apply(context, x, weight[0].mT, None, "matmul", lambda x, w, b: func(x, w.mT.expand(weight.shape)))
     elif context.ref(weight) is None and x.ndim == 2 and weight.ndim >= 2:
         return _apply(context, weight.mT, x, None, "matmul", lambda x, w, b: func(w, x.mT).mT).mT  # w x = (xᵀ wᵀ)ᵀ
@@ -61,8 +61,9 @@ def _apply(
     product: Product = F.linear,
     transposed: bool = False,
 ) -> Tensor:
-    """``product`` of rows x with a matrix (O, K), or ``transposed`` (K, O), computes the result as the call would have, to the last
-    bit."""
+    """Compute the product of rows x with a matrix (O, K), or (K, O) if ``transposed``. The result is bitwise equal to the original
+    call's.
+    """
     ref = context.ref(weight)
     if ref is not None and context.ref(x) is not None:
         raise Uncovered("an input that is a weight")
@@ -72,18 +73,20 @@ def _apply(
         raise Uncovered("a weight that repeats its entries")
     if context.ref(x) is not None or (bias is not None and bias.ndim != 1):
         raise Uncovered("operands other than rows, a matrix and a vector")
-    # A gradient of the lower precision would be rounded on its way to the weight: the whole one goes there from the gathering node.
+    # Under autocast, a gradient in the lower precision would be rounded on its way to the weight. The gathering node passes the
+    # full one.
     autocast = torch.is_autocast_enabled(x.device.type)
     site, (w, bias) = Site.of(context, how, x.shape[:-1], weight, bias, alone=not autocast)
     if autocast:
-        # Outside of the function: what is kept for the backward pass is then of the lower precision, as it is without a probe.
+        # The cast is outside of the function, so the backward pass keeps tensors in the lower precision, as it does without a
+        # probe.
         dtype = torch.get_autocast_dtype(x.device.type)
         x, w, bias = (y if y is None or y.dtype == torch.float64 else y.to(dtype) for y in (x, w, bias))  # type: ignore[assignment]
     return _Linear.apply(x, w, bias, product, transposed, context.anchor, site)
 
 
 def linear_arguments(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Binds F.linear's positional and keyword arguments."""
+    """Bind F.linear's positional and keyword arguments."""
     return input, weight, bias
 
 
@@ -98,13 +101,13 @@ def addmm_arguments(
 
 
 def bias_gradients(layout: Layout | None, grad: Tensor) -> Tensor:
-    """(E, O): each example's gradient of a vector that is added to every row."""
+    """Return each example's gradient (E, O) of a vector that is added to every row."""
     assert layout is not None
     return zk.bias_grad(layout.rows(grad), **layout.ragged(grad.device))
 
 
 class _Linear(torch.autograd.Function):
-    """F.linear whose backward leaves the weight's and the bias's parts of the gradient with them."""
+    """F.linear; its backward pass stores the contributions to the gradients of weight and bias."""
 
     @staticmethod
     def forward(
@@ -120,12 +123,12 @@ class _Linear(torch.autograd.Function):
         ctx.site, ctx.transposed = site, transposed
         ctx.save_for_backward(x, weight)
         y = product(x, weight, bias)
-        # A view cannot be modified in place after a custom function, and the product of more than two dimensions is one.
+        # A view cannot be modified in place after a custom function, and a product of more than two dimensions is a view.
         return torch.ops.aten._unsafe_view(y, y.shape) if y._is_view() else y
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        # (With torch functions on: a checkpoint computes the saved tensors again here, and the mode must see it.)
+        # (Torch functions stay on: a checkpoint recomputes the saved tensors here, and the mode must see it.)
         saved = ctx.saved_tensors
         grads = _backward(ctx.site, grad, saved, ctx.needs_input_grad[:3], ctx.transposed)
         return *grads, None, None, None, None
@@ -135,12 +138,12 @@ Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
 
 
 def backward(site: Site, grad: Tensor, saved: Sequence[Tensor], needs: Sequence[bool]) -> Gradients:
-    """The gradients of rows, matrix and bias, as far as they are needed, from what the call has saved."""
+    """Return the gradients of rows, matrix and bias that are needed, from the tensors that the call saved."""
     return _backward(site, grad, saved, needs, False)
 
 
 def addmm_backward(site: Site, grad: Tensor, saved: Sequence[Tensor], needs: Sequence[bool]) -> Gradients:
-    """:func:`backward` of a transposed matrix."""
+    """Like :func:`backward`, for a transposed matrix."""
     return _backward(site, grad, saved, needs, True)
 
 
@@ -180,8 +183,9 @@ def _backward(site: Site, grad: Tensor, saved: Sequence[Tensor], needs: Sequence
 
 
 def _plan(site: Site, of_product: tuple[Tensor, Tensor] | None, of_bias: Tensor | None) -> None:
-    """Tells a known call how its next backward pass goes without Python: on a device by calls that are recorded here, on the CPU
-    by the direct kernel, where that is the choice."""
+    """Tell a known call how its next backward pass runs without Python: on a device by the calls recorded here, on the CPU by the
+    direct kernel if that algorithm is chosen.
+    """
     known, layout = site.known, site.layout
     if layout is None or not layout.plain or known.planned(N := layout.examples):
         return
@@ -202,7 +206,7 @@ def _plan(site: Site, of_product: tuple[Tensor, Tensor] | None, of_bias: Tensor 
 
 
 def _product_of(site: Site, left: Tensor, right: Tensor, dtype: torch.dtype, of: torch.dtype) -> Tensor | None:
-    """Leaves the outer products of rows with the weight; its gradient, where autograd has to be given it."""
+    """Store the outer products of rows with the weight. Return the weight's gradient if autograd needs it."""
     plain = None
     if site.plain():
         a, b = (y.to(dtype).reshape(-1, y.shape[-1]) for y in (left, right))

@@ -1,4 +1,4 @@
-"""``zk.linear_cross_entropy(h, weight, targets)``: a head that never holds logits."""
+"""The rule for ``zk.linear_cross_entropy(h, weight, targets)``, a head that never holds all logits."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def _arguments(
     vocabulary_chunk: int | None = None,
     **rest: Any,
 ) -> tuple[Tensor, Tensor, Tensor, int, Any, int | None]:
-    """Binds the call's positional and keyword arguments."""
+    """Bind the call's positional and keyword arguments."""
     return h, weight, targets, ignore_index, statistics, vocabulary_chunk
 
 
@@ -68,7 +68,7 @@ class _Head(torch.autograd.Function):
             ids = None if ref is None else layout.ids
             if ids is not None:
                 layout = _one_sequence(h)
-            # One example for each row of (E, T, ·): positions are examples of one row.
+            # Each row of (E, T, ·) is one example. With ids, all positions lie in one row, and the ids name their examples.
             a = layout.rows(h)
             target, log_total, scale = (layout.rows(x.unsqueeze(-1)).squeeze(-1) for x in (targets, lse, c))
             head = StreamedHead(a, weight, target, log_total, scale, ctx.ignore_index, ctx.chunk)
@@ -78,7 +78,8 @@ class _Head(torch.autograd.Function):
             plain = wants_weight and not naming and site.plain()
             grad_h, grad_weight = backward(a, weight, head.chunks(), wants_h, plain, sums)
             if ids is not None:
-                # The sums of rows in no regular order take the whole gradient of the logits; chunks share their memory.
+                # Sums of rows in an irregular order need the whole gradient of the logits. The chunks reuse one buffer, so each is
+                # copied.
                 b = a.new_empty(*a.shape[:-1], weight.shape[0])
                 for first, last, part in head.chunks():
                     b[..., first:last] = part
@@ -96,7 +97,7 @@ def _one_sequence(h: Tensor) -> Layout:
 
 
 def _back(layout: Layout, rows: Tensor, h: Tensor) -> Tensor:
-    """The inverse of ``layout.rows`` for the gradient of ``h``."""
+    """Apply the inverse of ``layout.rows`` to the gradient of ``h``."""
     if layout.plain:
         return rows.view(h.shape)
     number = layout.rows(torch.arange(h.shape[:-1].numel(), device=h.device).view(*h.shape[:-1], 1)).flatten()

@@ -1,4 +1,4 @@
-"""Scales and shifts of normalizations."""
+"""The rules for the scales and shifts of normalization layers."""
 
 from __future__ import annotations
 
@@ -49,39 +49,39 @@ def group_norm_rule(context: RuleContext, func: Any, args: tuple[Any, ...], kwar
 
 @dataclass(frozen=True)
 class _Call:
-    """A normalization as a function of input, weight and bias, either of which may be None."""
+    """A normalization as a function of input, weight and bias. Weight and bias may be None."""
 
     function: Callable[[Tensor, Tensor | None, Tensor | None], Tensor]
-    ndim: int  # trailing dimensions that are normalized together
-    channels: bool  # whether the weight is along dimension 1 instead of all of them
-    alone: Callable[[Tensor], Tensor] | None = None  # without weight and bias, where `function` has no vectorized derivative
+    ndim: int  # number of trailing dimensions that are normalized together
+    channels: bool  # whether the weight lies along dimension 1 instead of all normalized dimensions
+    alone: Callable[[Tensor], Tensor] | None = None  # the form without weight and bias, if `function` has no vectorized derivative
 
     def again(self, x: Tensor, grad: Tensor) -> Tensor:
-        """The normalized input, to be differentiated: where vmap has batched ``grad``, for several examples at once."""
+        """Return the normalized input, to be differentiated. Under vmap, ``grad`` is batched over several examples."""
         if self.alone is not None and torch._C._functorch.is_batchedtensor(grad):
             return self.alone(x)
         return self.function(x, None, None)
 
     def rows(self, y: Tensor) -> Tensor:
-        """With the weight's entries in one last dimension."""
+        """Move the weight's entries into one last dimension."""
         return y.movedim(1, -1) if self.channels else y.flatten(-self.ndim)
 
     def lead(self, x: Tensor) -> Sequence[int]:
-        """The dimensions of the rows."""
+        """Return the dimensions of the rows."""
         return (x.shape[0], *x.shape[2:]) if self.channels else x.shape[: x.ndim - self.ndim]
 
     def use(self, g: Tensor, ref: Ref | None) -> Dense:
-        """Each example's gradient (E, entries) of the weight."""
+        """Return each example's gradient (E, entries) of the weight."""
         assert ref is not None
         return Dense(g.view(-1, *ref.piece.size))
 
     def weight_shaped(self, rows: Tensor, y: Tensor) -> Tensor:
-        """The sum of rows, in the weight's shape."""
+        """Return the sum of rows, in the weight's shape."""
         total = rows.reshape(-1, rows.shape[-1]).sum(0)
         return total if self.channels else total.view(y.shape[y.ndim - self.ndim :])
 
     def per_row(self, p: Tensor, y: Tensor) -> Tensor:
-        """The weight, to be broadcast against ``y``."""
+        """Reshape the weight so that it broadcasts against ``y``."""
         return p.view(-1, *[1] * (y.ndim - 2)) if self.channels else p
 
 
@@ -107,7 +107,7 @@ def _normalize(context: RuleContext, call: _Call, x: Tensor, weight: Tensor | No
 def layer_norm_arguments(
     input: Tensor, normalized_shape: list[int], weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5
 ) -> tuple[Tensor, list[int], Tensor | None, Tensor | None, float]:
-    """Binds F.layer_norm's positional and keyword arguments."""
+    """Bind F.layer_norm's positional and keyword arguments."""
     return input, normalized_shape, weight, bias, eps
 
 
@@ -120,9 +120,9 @@ def rms_norm_arguments(
 def rms_norm_by_parts(
     input: Tensor, normalized_shape: Sequence[int], weight: Tensor | None = None, eps: float | None = None
 ) -> Tensor:
-    """F.rms_norm by operations that have vectorized derivatives, as it is computed where there is no fused kernel.
+    """Compute F.rms_norm from operations that have vectorized derivatives, as torch does where it has no fused kernel.
 
-    The derivative of the fused kernel runs once for each example under vmap, and torch warns of it.
+    Under vmap, the derivative of the fused kernel runs once for each example, and torch warns about it.
     """
     wide = input.float() if input.dtype in (torch.float16, torch.bfloat16) else input
     squares = wide.square().mean(tuple(range(-len(normalized_shape), 0)), keepdim=True)
@@ -138,7 +138,7 @@ def _group_norm_arguments(
 
 
 class _Normalize(torch.autograd.Function):
-    """Any normalization. Its backward normalizes again, without weight and bias, and differentiates that."""
+    """Any normalization. Its backward pass normalizes again, without weight and bias, and differentiates the result."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, call: _Call, anchor: Tensor, site: Site) -> Tensor:
@@ -155,7 +155,7 @@ class _Normalize(torch.autograd.Function):
             b = call.rows(grad)
             naming = site.named(grad)
             differentiable = torch.is_grad_enabled()
-            # (The input is one, also where gradients come for several examples at once.)
+            # (There is one input, even if gradients for several examples come at once.)
             with torch.enable_grad(), site.context.unbatched():
                 x = x if differentiable else x.detach().requires_grad_()
                 y = call.again(x, grad)
@@ -192,7 +192,7 @@ class _LayerNorm(torch.autograd.Function):
 def layer_norm_backward(
     site: Site, grad: Tensor, saved: Sequence[Tensor | None], needs: Sequence[bool]
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """The gradients of input, scale and shift, as far as they are needed, from what the call has saved."""
+    """Return the gradients of input, scale and shift that are needed, from the tensors that the call saved."""
     x, weight, bias, mean, rstd = saved
     assert x is not None
     assert mean is not None
@@ -205,7 +205,7 @@ def layer_norm_backward(
         if not naming:
             scale, shift = (needs[k] and site.ref(k - 1) is not None for k in (1, 2))
             if scale:
-                # One pass for both; a bias that is not wanted costs nothing to speak of.
+                # One pass computes both. An unused bias gradient adds almost no cost.
                 each = _layer_norm_gradients(site.layout, x.detach(), grad.detach(), mean, rstd)
                 once = 0
                 for k in range(1 + shift):
@@ -223,7 +223,7 @@ def layer_norm_backward(
 
 
 def _plan(site: Site, x: Tensor, grad: Tensor, mean: Tensor, rstd: Tensor) -> None:
-    """Records for a known call how its next backward pass goes without Python on a device. (The CPU's needs no plan.)"""
+    """Record for a known call how its next backward pass runs without Python on a device. (The CPU needs no plan.)"""
     known, layout = site.known, site.layout
     if layout is None or not layout.plain or known.planned(layout.examples):
         return
@@ -233,7 +233,7 @@ def _plan(site: Site, x: Tensor, grad: Tensor, mean: Tensor, rstd: Tensor) -> No
 
 
 def scale_backward(site: Site, grad: Tensor, y: Tensor, needs: Sequence[bool]) -> tuple[Tensor | None, Tensor | None]:
-    """The gradients of scale and shift, as far as they are needed and measured, where ``y`` was normalized before."""
+    """Return the gradients of scale and shift that are needed and measured. ``y`` is already normalized."""
     of_scale = of_shift = None
     with torch._C.DisableTorchFunction():
         if needs[0]:
@@ -248,7 +248,7 @@ def _found(g: Tensor, layout: Layout) -> Dense:
 
 
 def _layer_norm_gradients(layout: Layout | None, x: Tensor, grad: Tensor, mean: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor]:
-    """(E, K) gradients of the scale and of the shift."""
+    """Return the (E, K) gradients of the scale and of the shift."""
     assert layout is not None
     moments: dict[str, Any] = {name: layout.rows(y).squeeze(-1) for name, y in (("mean", mean), ("rstd", rstd))}
     return zk.scale_bias_grad(layout.rows(x), layout.rows(grad), **moments, **layout.ragged(grad.device))

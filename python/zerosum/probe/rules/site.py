@@ -1,4 +1,4 @@
-"""One use of weights: what a rule's backward pass needs to leave its weights' parts of the gradient with them."""
+"""Describes one use of weights: the state with which a rule's backward pass stores the weights' gradient contributions."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from zsl_kernels.weight_uses.eager import State
 
 
 class Phase(Enum):
-    """What the backward pass that runs is for."""
+    """The purpose of the running backward pass."""
 
     PLAIN = "the gradients that autograd computes without a probe"
     NAMING = "rows' gradients under other weights of the losses"
@@ -33,64 +33,65 @@ def _same(grad: Tensor) -> Tensor:
 
 
 def elements(grad: Tensor) -> Tensor:
-    """Each number as a row of its own."""
+    """Make each number a row of its own."""
     return grad.unsqueeze(-1)
 
 
 class RuleContext(Protocol):
-    """What a rule has to know of the capture."""
+    """The part of the capture that rules need."""
 
     phase: Phase
-    anchor: Tensor  # an operand of every use, so that a backward pass to it reaches all of them
+    anchor: Tensor  # an operand of every use; a backward pass to it reaches all uses
     state: State
-    inseparable: str  # why nothing is differentiated again for one example
-    poison: str  # why rows that come next in this backward pass may be of several examples
-    traced: int  # the uses of the epoch that ran in compiled code
-    copies: bool  # whether gradients are written to in the backward pass
+    inseparable: str  # the reason why calls cannot be differentiated again for each example; empty if they can
+    poison: str  # the reason why later rows of this backward pass may mix several examples; empty if they cannot
+    traced: int  # number of uses in this epoch that ran in compiled code
+    copies: bool  # whether the backward pass writes to gradients in place
 
     @property
     def epoch(self) -> int:
-        """Counts what runs forward between backward passes."""
+        """The number of the current epoch, which is what runs forward between two backward passes."""
 
     @property
     def current(self) -> Pass | None:
-        """The backward pass that is being measured."""
+        """The backward pass that is being measured, if any."""
 
     @property
     def running(self) -> bool:
-        """Whether a backward pass runs."""
+        """Whether a backward pass is running."""
 
     @property
     def nested(self) -> bool:
-        """Whether this is a backward pass inside of another's."""
+        """Whether this backward pass runs inside another one."""
 
     @property
     def elsewhere(self) -> bool:
-        """Whether this is another thread than the probe's."""
+        """Whether this thread is not the probe's thread."""
 
     def unbatched(self) -> AbstractContextManager[Any]:
-        """In which the results of a backward pass are computed."""
+        """Return a context in which to compute the results of a backward pass."""
 
     def silenced(self, phase: Phase) -> AbstractContextManager[None]:
-        """In which a backward pass of the probe's own runs."""
+        """Return a context in which the probe runs a backward pass of its own."""
 
     def watching(self) -> AbstractContextManager[None]:
-        """In which operations are seen."""
+        """Return a context in which the probe sees operations."""
 
     def ref(self, x: object) -> Ref | None:
-        """The weight that ``x`` is, or is a view of."""
+        """Return the weight that ``x`` is or is a view of; None if it is neither."""
 
     def sign(self, site: Site, rows: Tensor) -> None:
-        """Takes the gradient of a use's rows, (*lead, F), while they are named."""
+        """Receive the gradient (*lead, F) of a use's rows while the rows are named."""
 
     def enter(self, site: Site) -> None:
-        """Takes a use that has been seen."""
+        """Register a new use."""
 
 
 class Site:
-    """One use: its weights, of which some may be none of the probe's, and whose the rows of its result are.
+    """One use of weights: which weights it uses, and which example each row of its result belongs to.
 
-    ``layout`` is known when gradients are measured. ``label`` names the use to people.
+    Some of the weights may not belong to the probe; their entry in ``refs`` is None. ``layout`` is known by the time gradients are
+    measured. ``label`` names the use in messages.
     """
 
     __slots__ = ("alone", "ambiguous", "context", "known", "label", "layout", "lead", "problem", "refs", "rows_of")
@@ -101,13 +102,13 @@ class Site:
         self.context = context
         self.refs = refs
         self.label = label
-        self.lead = lead  # the rows' dimensions
-        self.rows_of = rows_of or _same  # (*lead, F) of a gradient of the result
+        self.lead = lead  # the dimensions of the rows
+        self.rows_of = rows_of or _same  # turns a gradient of the result into rows (*lead, F)
         self.layout: Layout | None = None
         self.problem = ""
-        self.alone = 0  # bit k: the k-th weight has no other use, and takes its gradient from this one
-        self.ambiguous: Any = None  # the call, where it is not known whether its other operands depend on data
-        self.known: Any = None  # the call, where it is like one of an earlier pass
+        self.alone = 0  # bit k is set if this is the k-th weight's only use, which then yields its gradient
+        self.ambiguous: Any = None  # the call, if it is unknown whether its other operands depend on data
+        self.known: Any = None  # the call, if it is like one of an earlier pass
         context.enter(self)
 
     @classmethod
@@ -120,9 +121,10 @@ class Site:
         rows_of: Rows | None = None,
         alone: bool = True,
     ) -> tuple[Site, list[Tensor | None]]:
-        """The site of a call that covers a weight, and perhaps a bias; and what stands for them in the call.
+        """Create the site of a call that covers a weight and optionally a bias. Also return the tensors that replace them in the
+        call.
 
-        With ``alone=False`` the rule leaves pieces of the weight, which are put together at its gathering node.
+        With ``alone=False`` the rule stores pieces of the weight, which the weight's gathering node puts together.
         """
         refs: list[Ref | None] = []
         site = cls(context, how, refs, lead, rows_of)
@@ -147,19 +149,20 @@ class Site:
 
     @property
     def alone_weights(self) -> list[Tensor]:
-        """Those that have no other use, and stand in the graph themselves."""
+        """The weights that have no other use. These are themselves in the graph."""
         return [ref.source.tensor for k, ref in enumerate(self.refs) if ref is not None and self.alone >> k & 1]
 
     def named(self, grad: Tensor) -> bool:
-        """Whether this backward pass names rows; takes the result's gradient then. Nothing else is asked for but the gradient of
-        the activations."""
+        """Whether this backward pass names rows. If so, pass on the result's gradient; only the gradient of the activations is
+        needed then.
+        """
         if self.context.phase is not Phase.NAMING:
             return False
         self.context.sign(self, self.rows_of(grad))
         return True
 
     def ref(self, k: int = 0) -> Ref | None:
-        """The k-th weight, where its statistics are wanted."""
+        """Return the k-th weight if its statistics are wanted, else None."""
         ref = self.refs[k]
         if ref is None:
             return None
@@ -173,12 +176,15 @@ class Site:
         return ref
 
     def plain(self, k: int = 0) -> bool:
-        """Whether autograd has to be given the k-th weight's gradient: it is none of the probe's, or is to be differentiated."""
+        """Whether autograd needs the k-th weight's gradient: the weight does not belong to the probe, or the gradient is to be
+        differentiated.
+        """
         return self.ref(k) is None or torch.is_grad_enabled()
 
     def at_once(self, k: int = 0, *, product: bool = False) -> GradSource | None:
-        """The k-th weight, where this is its only use and its gradient may be computed here, without waiting for another. With
-        ``product`` it is one of rows that come example by example."""
+        """Return the k-th weight if this is its only use and its gradient may be computed now; else None. With ``product``, the
+        rows must also be ordered by example.
+        """
         layout, context = self.layout, self.context
         if layout is None or not self.alone >> k & 1 or context.phase is not Phase.MEASURING:
             return None
@@ -189,12 +195,12 @@ class Site:
         return ref.source if ref.source.ready else None
 
     def rows(self, x: Tensor, dtype: torch.dtype) -> Tensor:
-        """(E, T, F)"""
+        """Arrange the rows of ``x`` as (E, T, F), in ``dtype``."""
         assert self.layout is not None
         return self.layout.rows(x if x.dtype == dtype else x.to(dtype))
 
     def leave(self, contribution: Callable[[Layout], Contribution], k: int = 0) -> Tensor | None:
-        """Leaves the k-th weight's part with it. Returns the weight's gradient where this is its only use."""
+        """Store the contribution with the k-th weight. Return the weight's gradient if this is its only use, else None."""
         if (ref := self.ref(k)) is None:
             return None
         assert self.layout is not None
