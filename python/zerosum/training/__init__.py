@@ -1,5 +1,5 @@
-"""Training a small GPT on local text, and measuring zero-sum learning on the way.
+"""Trains a small GPT on local text and measures zero-sum learning while it trains.
 
-``model`` and ``data`` stand alone; ``loop`` trains and measures; ``run`` keeps what was measured; ``summary`` says
-it in words; ``demo`` puts them together.
+``model`` and ``data`` do not depend on the other modules. ``loop`` trains and measures. ``run`` stores what was measured. ``summary`` puts
+the records into words. ``demo`` combines all of them.
 """

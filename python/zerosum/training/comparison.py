@@ -1,4 +1,4 @@
-"""Runs of several widths and seeds side by side: where each loss decelerates, and how far gradients and loss changes cancel."""
+"""Compares runs of several widths and seeds: where each loss decelerates, and how far gradients and loss changes cancel."""
 
 from __future__ import annotations
 
@@ -13,12 +13,13 @@ from zerosum.curves import CurveError
 from zerosum.deceleration import Deceleration, with_error
 from zerosum.records import Record, curve
 
-# As in the published fits; well after the warm-up, which shapes the loss for a while, and the moving average looks back.
+# The first step to fit, as in the published fits. It lies well after the warm-up, because the warm-up shapes the loss for a while
+# and the moving average looks back.
 FIRST = 100
 
 
 class Comparison(NamedTuple):
-    """Two tables with a line for each width, what follows from them, and how to read them."""
+    """Two tables with a line for each width, the conclusions, and how to read the tables."""
 
     losses: list[list[str]]
     interference: list[list[str]]
@@ -36,7 +37,10 @@ class Comparison(NamedTuple):
 
 
 def compare(runs: Mapping[int, Sequence[Sequence[Record]]]) -> Comparison:
-    """Compares runs by width: the records of as many seeds for each width. Nothing else differs between them. Needs scipy."""
+    """Compare runs by width. Each width has the records of the same number of seeds, and nothing else differs between the runs.
+
+    Needs scipy.
+    """
     several = max(map(len, runs.values())) > 1
     *numbers, verdict = deceleration.HEAD
     left = ["width", *(["seeds"] if several else [])]
@@ -57,7 +61,7 @@ def compare(runs: Mapping[int, Sequence[Sequence[Record]]]) -> Comparison:
 
 
 def mean_and_error(values: Sequence[float], form: str = ".3f") -> str:
-    """The mean of several seeds' values ± its standard error; a single value as it is, and a dash where there is none."""
+    """Format the mean of several seeds' values ± its standard error. A single value has no error, and no value is a dash."""
     if not values:
         return "–"
     if len(values) == 1:
@@ -78,7 +82,10 @@ def _one(fit: Deceleration | CurveError) -> list[str]:
 
 
 def _mean(fits: Sequence[Deceleration | CurveError]) -> list[str]:
-    """The cells of several seeds: L_d, t_d, r_d and L̂_T over those that decelerate, the others over those that were fitted."""
+    """Return the cells for several seeds.
+
+    L_d, t_d, r_d and L̂_T are over the seeds whose loss decelerates; the others are over all fitted seeds.
+    """
     fitted = [fit for fit in fits if isinstance(fit, Deceleration)]
     found = [fit for fit in fitted if fit.found]
     broken = [mean_and_error([getattr(fit, key) for fit in found], ".4g") for key in ("L_d", "t_d", "r_d", "L_T_hat")]
@@ -89,7 +96,7 @@ def _mean(fits: Sequence[Deceleration | CurveError]) -> list[str]:
 
 
 def _last(seeds: Sequence[Sequence[Record]], name: str, form: str = ".3f") -> list[str]:
-    """A metric at the last probe, and what random signs would give."""
+    """Format a metric at the last probe, and what random signs would give."""
     curves = [c for c in (curve(records, "probe", name) for records in seeds) if len(c)]
     if not curves:
         return ["–", "–"]

@@ -1,4 +1,4 @@
-"""Text as bytes: reading it, holding a part of it out, and drawing batches that depend on a seed and a number only."""
+"""Reads text as bytes, holds a part of it out, and draws batches that depend only on a seed and a number."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ from torch import Tensor
 from zerosum.files import open_file
 
 VOCAB = 256
-# Installed packages are not the standard library, and its tests are mostly tables of odd input.
+# Installed packages are not part of the standard library, and its tests are mostly tables of odd input.
 _SKIPPED = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
 _HELD_OUT_EVERY = 10
 
 
 def standard_library() -> list[Path]:
-    """The Python standard library's own sources on this machine, by name, without its tests."""
+    """Return the paths of the Python standard library's sources on this machine, sorted by name, without its tests."""
     root = Path(sysconfig.get_path("stdlib"))
     return sorted(path for path in root.rglob("*.py") if not _SKIPPED.intersection(path.relative_to(root).parts))
 
 
 @dataclass(frozen=True)
 class Corpus:
-    """Bytes to train on, disjoint bytes held out, and what identifies them."""
+    """Bytes to train on, disjoint held-out bytes, and an identifier of both."""
 
     train: Tensor  # uint8
     held_out: Tensor  # uint8
@@ -37,7 +37,7 @@ class Corpus:
 
     @classmethod
     def read(cls, paths: Sequence[Path]) -> Corpus:
-        """Holds every tenth file out; the last tenth of each where there are fewer than ten.
+        """Read files, and hold out every tenth file. With fewer than ten files, hold out the last tenth of each.
 
         Raises:
             OSError: a file cannot be read.
@@ -66,9 +66,9 @@ def _tensor(texts: list[bytes]) -> Tensor:
 
 
 def draw(text: Tensor, sequences: int, positions: int, seed: int, number: int) -> tuple[Tensor, Tensor]:
-    """Batch ``number`` of ``seed``: inputs and targets (N, T), N windows of the text at random places.
+    """Draw batch ``number`` of ``seed``: inputs and targets (N, T), from N windows at random places in the text.
 
-    The same arguments give the same batch, so a resumed run sees what an uninterrupted one would have seen.
+    The same arguments give the same batch, so a resumed run sees the same batches as an uninterrupted one.
     """
     starts = np.random.default_rng((seed, number)).integers(0, len(text) - positions, size=sequences)
     windows = text[torch.from_numpy(starts)[:, None] + torch.arange(positions + 1)].long()

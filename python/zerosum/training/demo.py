@@ -1,6 +1,6 @@
-"""The demo: trains a small GPT, measures on the way, and leaves a folder that tells what was seen.
+"""Runs ``zerosum demo``: trains a small GPT, measures it while it trains, and writes a folder with the results.
 
-Needs matplotlib and tqdm, which ``pip install 'zsl_kernels[demo]'`` brings.
+Needs matplotlib and tqdm (``pip install 'zsl_kernels[demo]'``).
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from zerosum.training.summary import Summary, summarize
 
 DONE, DIVERGED, INTERRUPTED = 0, 1, 130
 CPU = torch.device("cpu")
-FIGURES = ("loss", "interference", "gradients", "layers", "depths")  # of several runs
+FIGURES = ("loss", "interference", "gradients", "layers", "depths")  # the figures that compare several runs
 
 
 def demo(
@@ -42,16 +42,18 @@ def demo(
     device: torch.device = CPU,
     seeds: int = 1,
 ) -> int:
-    """Runs, or goes on with, what the arguments describe; returns the process's exit code.
+    """Start or resume the run that the arguments describe, and return the process's exit code.
 
     Args:
-        settings: what fixes the run, with the text and torch's number of threads.
-        text: files to train on; the standard library's sources where there are none.
-        out: the folder of the run or, of several, of their folders; one named after the configuration under ``runs`` if None.
-        sizes: the models to train on the same batches: the one of ``settings`` and, before it, those half as wide each.
-        keep_checkpoints: whether to keep the checkpoint of every measured step, not the newest alone.
-        device: where to train. Of a run on another device than the CPU it is part of the configuration.
-        seeds: how often to train each model: with the seed of ``settings`` and those that follow it.
+        settings: what determines the run, together with the text and torch's number of threads.
+        text: files to train on; the standard library's sources if empty.
+        out: the run's folder, or for several runs, the folder that contains theirs. If None, a folder under ``runs`` that is named
+            after the configuration.
+        sizes: how many models to train on the same batches: the one of ``settings`` and smaller ones before it, each half as wide
+            as the next.
+        keep_checkpoints: whether to keep the checkpoint of every measured step instead of only the newest one.
+        device: where to train. A device other than the CPU is part of the configuration.
+        seeds: how often to train each model: with the seed of ``settings`` and the seeds that follow it.
 
     Raises:
         Refused: the text, the folder or the sizes cannot be used; the message says why.
@@ -77,8 +79,10 @@ def compare_runs(
     keep_checkpoints: bool,
     device: torch.device,
 ) -> int:
-    """Runs every width with every seed in a folder of its own, and ends with their tables; the same command goes on with what is
-    left. ``settings`` has the seeds of each width."""
+    """Run every width with every seed, each in its own folder, then write the tables that compare them.
+
+    The same command resumes with the runs that remain. ``settings`` has the seeds of each width.
+    """
     widths, seeds = [one[0].width for one in settings], [one.seed for one in settings[0]]
     config = configuration(settings[0][0], corpus, device)
     if len(widths) > 1:
@@ -121,7 +125,7 @@ def compare_runs(
 
 
 def halvings(width: int, sizes: int) -> list[int]:
-    """``sizes`` widths up to this one, each half of the next."""
+    """Return ``sizes`` widths up to ``width``, each half of the next."""
     unit = HEAD_SIZE << (sizes - 1)
     if width % unit:
         raise Refused(f"--sizes {sizes}: expected --width to be a multiple of {unit}, for it is halved, got {width}")
@@ -137,7 +141,7 @@ def run(
     keep_checkpoints: bool,
     device: torch.device,
 ) -> tuple[int, Summary]:
-    """One run, to its end or to Ctrl-C: the exit code, and what it says."""
+    """Run one run until it ends or Ctrl-C stops it. Return the exit code and the run's summary."""
     trainer = Trainer(settings, corpus, device)
     if folder.state:
         trainer.load_state_dict(folder.state)
@@ -166,7 +170,7 @@ def introduce(trainer: Trainer, source: str) -> None:
 
 
 def read(text: Sequence[Path], positions: int) -> Corpus:
-    """The text, if it is long enough to draw sequences from."""
+    """Read the text, and refuse it if it is too short to draw sequences from."""
     try:
         corpus = Corpus.read(text or standard_library())
     except OSError as error:
@@ -181,18 +185,18 @@ def read(text: Sequence[Path], positions: int) -> Corpus:
 
 
 def configuration(settings: Settings, corpus: Corpus, device: torch.device) -> dict[str, Any]:
-    """Everything that a run's numbers depend on, apart from the machine."""
+    """Return everything that a run's numbers depend on, apart from the machine."""
     versions = {"torch": torch.__version__, "zsl_kernels": zsl_kernels.__version__}
     there = {} if device.type == "cpu" else {"device": device.type}
     named = asdict(settings)
-    if not settings.autocast:  # as before there was a choice
+    if not settings.autocast:  # keeps the configuration of runs from before this option existed
         del named["autocast"]
     rules = {"optimizer_rules": str(recipe(settings.optimizer))}
     return {**named, **rules, "text": corpus.digest, "threads": torch.get_num_threads(), **there, **versions}
 
 
 def train(trainer: Trainer, folder: RunFolder, keep_checkpoints: bool = False) -> int:
-    """Trains from the folder's last step to the end, with a record for each step and each probe."""
+    """Train from the folder's last step to the end, with a record for each step and each probe."""
     steps, probed = trainer.settings.steps, set(probe_steps(trainer.settings.steps))
     with tqdm(total=steps, initial=folder.step, unit="step", disable=None, dynamic_ncols=True) as bar, Interrupt() as interrupt:
         shown: dict[str, str] = {}
@@ -212,11 +216,11 @@ def train(trainer: Trainer, folder: RunFolder, keep_checkpoints: bool = False) -
                 return INTERRUPTED
         plain, with_probe = ([round(seconds, 6) for seconds in times] for times in trainer.probe_cost())
         folder.append(record("cost", steps, {}, plain_seconds=plain, probed_seconds=with_probe))
-    return INTERRUPTED if interrupt.asked else DONE  # asked for while the cost was measured: other sizes are to wait
+    return INTERRUPTED if interrupt.asked else DONE  # an interrupt during the cost measurement also stops the other sizes
 
 
 def advance(trainer: Trainer, folder: RunFolder, step: int, probed: bool, shown: dict[str, str]) -> float:
-    """One step and its records; returns the loss before it, and puts what the progress bar shows into ``shown``."""
+    """Train one step and write its records. Return the loss before the step, and update ``shown`` for the progress bar."""
     start = perf_counter()
     probe = trainer.probed_step(step) if probed else None
     trained = probe.trained if probe else trainer.step(step)
@@ -234,7 +238,7 @@ def advance(trainer: Trainer, folder: RunFolder, step: int, probed: bool, shown:
 
 
 def finish(folder: RunFolder, config: dict[str, Any]) -> Summary:
-    """Draws and writes what the records say."""
+    """Draw the figures and write the summary of the records."""
     summary = summarize(folder.records)
     figures = plots.write(folder.records, folder.path) if summary.rows else []
     images = "\n\n".join(f"![{path.stem}]({path.name})" for path in figures)
@@ -249,6 +253,6 @@ def settings_table(config: dict[str, Any]) -> str:
 
 
 def written(folder: RunFolder) -> str:
-    """The files to look at."""
+    """List the files for the user to look at."""
     figures = sorted(path.name for path in folder.path.glob("*.png"))
     return ", ".join(["report.md", *figures, "metrics.jsonl"])

@@ -1,4 +1,4 @@
-"""Training a GPT, and measuring zero-sum learning around one of its steps."""
+"""Trains a GPT and measures zero-sum learning around single steps."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from zerosum.training.optimizers import build
 
 HEAD_SIZE = 32
 HELD_OUT_SEQUENCES = 64
-TOKEN_SEQUENCES = 4  # of the held-out ones, whose tokens' own gradients are measured
+TOKEN_SEQUENCES = 4  # how many held-out sequences the per-token gradients are measured on
 CLIP = 1.0
 WARMUP = 20
 PROBES_PER_DECADE = 8
@@ -34,7 +34,7 @@ Metrics = dict[str, Metric]
 
 @dataclass(frozen=True)
 class Settings:
-    """What fixes a run, together with the text and the number of threads."""
+    """What determines a run, together with the text and the number of threads."""
 
     steps: int = 1000
     seed: int = 0
@@ -43,7 +43,7 @@ class Settings:
     sequences: int = 32
     positions: int = 128
     learning_rate: float = 3e-3
-    autocast: bool = False  # the steps' products in bfloat16; losses and their changes are measured in float32
+    autocast: bool = False  # matrix products of the steps in bfloat16; losses and their changes stay in float32
     optimizer: str = "adamw"  # a key of OPTIMIZERS
 
     @property
@@ -51,40 +51,40 @@ class Settings:
         return GPTConfig(VOCAB, self.width, self.layers, self.width // HEAD_SIZE, self.positions)
 
     def rate(self, step: int) -> float:
-        """The learning rate of a step."""
+        """Return the learning rate of a step."""
         return self.learning_rate * min(1.0, step / WARMUP)
 
 
 @dataclass(frozen=True)
 class ProbedStep:
-    """A training step with what was measured around it."""
+    """A training step and the measurements around it."""
 
-    trained: Metrics  # as an ordinary step returns
+    trained: Metrics  # the metrics that an ordinary step returns
     measured: Metrics
     coverage: Coverage
-    finite: bool  # no gradient had a NaN or an infinity
+    finite: bool  # whether every gradient is free of NaNs and infinities
     step_seconds: float
-    around_seconds: float  # spent on measuring before and after the step
+    around_seconds: float  # time spent on measurements before and after the step
 
 
 def held_out_batch(corpus: Corpus, settings: Settings) -> Batch:
-    """The held-out sequences that a run is measured on."""
+    """Return the held-out sequences that a run is measured on."""
     return draw(corpus.held_out, HELD_OUT_SEQUENCES, settings.positions, settings.seed, 0)
 
 
 def by_parameter(report: Report, metric: str) -> Metrics:
-    """The metric of each parameter by itself, as ``METRIC/PARAMETER``."""
+    """Return the metric of each parameter, as ``METRIC/PARAMETER``."""
     return {f"{metric}/{name}": report[name].metrics[metric] for name in report}
 
 
 def probe_steps(steps: int) -> list[int]:
-    """Equally spaced on a log axis, from the first step to the last."""
+    """Return steps that are equally spaced on a log axis, from the first step to the last."""
     spaced = {round(10 ** (i / PROBES_PER_DECADE)) for i in range(PROBES_PER_DECADE * len(str(steps)))}
     return sorted({step for step in spaced if step < steps} | {steps})
 
 
 class Trainer:
-    """A model, its optimizer and its data. Step k depends on the settings, the text and the steps before it only."""
+    """A model, its optimizer and its data. Step k depends only on the settings, the text and the earlier steps."""
 
     def __init__(self, settings: Settings, corpus: Corpus, device: torch.device = CPU) -> None:
         self.settings = settings
@@ -95,7 +95,7 @@ class Trainer:
             self.model = GPT(settings.model)  # the same weights on every device
         self.model.to(device)
         self.optimizer = build(settings.optimizer, self.model, settings.learning_rate)
-        # For all of the run's steps: what is found out about the first holds for the others.
+        # The run's steps share these probes, so what the first step proves holds for the others.
         self.probe, self.directed = Probe(self.model, gram=True), Probe(self.model)
         self.held_out = self._there(held_out_batch(corpus, settings))
 
@@ -107,7 +107,7 @@ class Trainer:
         return x.to(self.device), y.to(self.device)
 
     def _now(self) -> float:
-        """The time when the device has done what was asked of it."""
+        """Return the time at which the device has finished its pending work."""
         if self.device.type != "cpu":
             torch.accelerator.synchronize(self.device)
         return perf_counter()
@@ -120,16 +120,17 @@ class Trainer:
         self.optimizer.load_state_dict(state["optimizer"])
 
     def step(self, step: int) -> Metrics:
-        """One ordinary training step: the loss before it, and the gradient's norm before clipping."""
+        """Train one ordinary step. Return the loss before it and the gradient's norm before clipping."""
         losses = self._backward(self.batch(step))
         return self._update(step, losses)
 
     def probed_step(self, step: int) -> ProbedStep:
-        """The same step, with measurements in and around it.
+        """Train the same step, with measurements in it and around it.
 
-        Gradient metrics are over the batch's sequences; ``train.*`` and ``held_out.*`` are over tokens, of losses before the step
-        and of their change by it; C_g, C_uG and C_ug go along the step's own update. ``D_grad/NAME`` and ``C_g/NAME`` are of the
-        parameter NAME alone. After the last step, ``tokens.D_grad`` is over the gradients of held-out tokens' own losses.
+        Gradient metrics are over the batch's sequences. ``train.*`` and ``held_out.*`` are over tokens: their losses before the
+        step, and the changes of these losses by the step. C_g, C_uG and C_ug are along the step's own update. ``D_grad/NAME`` and
+        ``C_g/NAME`` are for the parameter NAME alone. After the last step, ``tokens.D_grad`` is over the gradients of single
+        held-out tokens' losses.
         """
         start = self._now()
         batch = self.batch(step)
@@ -149,7 +150,10 @@ class Trainer:
         return ProbedStep(trained, found, report.coverage, report.finite, step_seconds, around_seconds)
 
     def probe_cost(self, pairs: int = 11) -> tuple[list[float], list[float]]:
-        """Seconds of forward and backward passes, plain and probed, timed in turns on one batch at the present weights."""
+        """Time forward and backward passes, plain and probed in turns, on one batch at the current weights.
+
+        Return the seconds of each.
+        """
         batch = self.batch(self.settings.steps)
         plain: list[float] = []
         probed: list[float] = []
@@ -159,16 +163,16 @@ class Trainer:
             middle = self._now()
             with self.probe:
                 self._backward(batch)
-            if turn:  # the first turn warms up
+            if turn:  # the first turn is a warm-up
                 plain.append(middle - start)
                 probed.append(self._now() - middle)
         return plain, probed
 
     def _backward(self, batch: Batch) -> Tensor:
-        """Leaves the gradient of the batch's mean loss in ``.grad``; returns the losses, (N, T)."""
+        """Compute the gradient of the batch's mean loss into ``.grad``; return the losses (N, T)."""
         self.optimizer.zero_grad()
         losses = (under_autocast(token_losses) if self.settings.autocast else token_losses)(self.model, *batch)
-        losses.mean(1).mean().backward()  # the mean of the sequences' losses, each the mean of its tokens'
+        losses.mean(1).mean().backward()  # the mean over sequences of each sequence's mean token loss
         return losses.detach()
 
     def _update(self, step: int, losses: Tensor) -> Metrics:
@@ -182,9 +186,9 @@ class Trainer:
         }
 
     def _along_update(self, batch: Batch, change: Step) -> Metrics:
-        """The decomposition of the first-order loss changes along the update just made, at the weights before it.
+        """Decompose the first-order loss changes along the update just made, at the weights before it.
 
-        The update is known only after the step's gradient, hence this second pass.
+        This needs a second pass, because the update is known only after the step's gradient.
         """
         self.directed.direction = change.update
         with self._at(list(change.weights.values())), self.directed:
@@ -196,7 +200,7 @@ class Trainer:
 
     @contextmanager
     def _at(self, weights: list[Tensor]) -> Iterator[None]:
-        """The model at other weights for a while."""
+        """Set the model to other weights inside the context."""
         parameters = list(self.model.parameters())
         present = [p.detach().clone() for p in parameters]
         try:

@@ -1,6 +1,7 @@
-"""A small decoder-only GPT in the conventions of Mircea et al. (2025): RoPE, RMSNorm without scale, SwiGLU, no biases, untied head.
+"""Defines the demo's model: a small decoder-only GPT in the conventions of Mircea et al. (2025).
 
-Every weight but the token embedding is a plain ``nn.Linear``, which is what a probe instruments.
+It uses RoPE, RMSNorm without scale, SwiGLU, no biases and an untied head. Every weight except the token embedding is a plain
+``nn.Linear``, which a probe instruments.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class GPTConfig:
-    """Sizes of a model. ``positions`` is the longest sequence that it takes."""
+    """Sizes of a model. ``positions`` is the longest sequence that it accepts."""
 
     vocab: int
     width: int
@@ -35,7 +36,7 @@ class GPTConfig:
 
 
 class Attention(nn.Module):
-    """Causal self-attention; queries and keys are rotated by their position."""
+    """Causal self-attention. Queries and keys are rotated by their position."""
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
@@ -53,7 +54,7 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    """SwiGLU. Gate and value together are as wide as the model (the paper's ``mlp_ratio`` 1)."""
+    """SwiGLU. Gate and value together are as wide as the model (the paper's ``mlp_ratio`` of 1)."""
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
@@ -66,7 +67,7 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention, then the MLP, each on normalized inputs and added to the residual stream."""
+    """Attention, then the MLP. Each acts on normalized inputs and adds its output to the residual stream."""
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
@@ -79,7 +80,7 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
-    """``GPT(config)(tokens)``: (N, T) token ids to (N, T, vocab) logits of the next token."""
+    """``GPT(config)(tokens)`` maps token ids (N, T) to logits of the next token (N, T, vocab)."""
 
     cos: Tensor
     sin: Tensor
@@ -96,13 +97,13 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def initialize(self) -> None:
-        """Draws the weights from torch's global generator. The residual stream keeps its scale whatever the depth."""
+        """Draw the weights from torch's global generator. The scale of the residual stream does not depend on the depth."""
         for name, weight in self.named_parameters():
             std = 1.0 if name.startswith("embedding") else weight.shape[1] ** -0.5
             if name.endswith(("out.weight", "down.weight")):
                 std /= math.sqrt(2 * self.config.layers)
             elif name.startswith("head"):
-                std *= 0.1  # near-uniform predictions: the first loss is ln(vocab)
+                std *= 0.1  # makes predictions near-uniform, so the first loss is ln(vocab)
             nn.init.normal_(weight, std=std)
 
     def forward(self, tokens: Tensor) -> Tensor:
@@ -116,8 +117,10 @@ class GPT(nn.Module):
 
 
 def token_losses(model: Callable[[Tensor], Any], x: Tensor, y: Tensor) -> Tensor:
-    """``F.cross_entropy(logits.mT, y, reduction="none")``: the loss of each predicted token, (N, T). ``y`` (N, T) is ``x`` one
-    position later, and ``logits`` (N, T, vocab) are those of :func:`logits_of` of ``model(x)``."""
+    """Return the loss of each predicted token, (N, T): ``F.cross_entropy(logits.mT, y, reduction="none")``.
+
+    ``y`` (N, T) is ``x`` shifted by one position. ``logits`` (N, T, vocab) are the :func:`logits_of` of ``model(x)``.
+    """
     output = model(x)
     try:
         logits = logits_of(output, x)
@@ -128,14 +131,16 @@ def token_losses(model: Callable[[Tensor], Any], x: Tensor, y: Tensor) -> Tensor
 
 
 def logits_of(output: Any, x: Tensor) -> Tensor:
-    """The logits (N, T, vocab) of a model's output for the tokens ``x`` (N, T): the output itself, its ``.logits`` as transformers'
-    models have them, a dictionary's "logits", or the first entry of a tuple.
+    """Return the logits (N, T, vocab) in a model's output for the tokens ``x`` (N, T).
+
+    They are the output itself, its attribute ``.logits`` (as in transformers' models), the entry "logits" of a dictionary, or the
+    first entry of a tuple.
 
     Raises:
-        ValueError: there are none of that shape.
+        ValueError: the output has no logits of that shape.
     """
     found = output
-    if isinstance(output, Mapping):  # transformers' outputs are mappings, too
+    if isinstance(output, Mapping):  # transformers' outputs are also mappings
         found = output.get("logits")
     elif isinstance(output, (tuple, list)):
         found = output[0] if output else None
@@ -155,7 +160,10 @@ def logits_of(output: Any, x: Tensor) -> Tensor:
 
 
 def under_autocast(losses: Callable[[nn.Module, Tensor, Tensor], Tensor]) -> Callable[[nn.Module, Tensor, Tensor], Tensor]:
-    """``losses`` with the model's products in bfloat16. Autocast itself computes ``F.cross_entropy`` in float32."""
+    """Wrap ``losses`` so that the model's matrix products run in bfloat16.
+
+    Autocast itself computes ``F.cross_entropy`` in float32.
+    """
 
     def run(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
         with torch.autocast(x.device.type, torch.bfloat16):
@@ -165,18 +173,21 @@ def under_autocast(losses: Callable[[nn.Module, Tensor, Tensor], Tensor]) -> Cal
 
 
 def normalize(x: Tensor) -> Tensor:
-    """RMSNorm without scale."""
+    """Apply RMSNorm without scale."""
     return F.rms_norm(x, x.shape[-1:])
 
 
 def rotations(positions: int, size: int) -> tuple[Tensor, Tensor]:
-    """Cosines and sines of RoPE's angles, (positions, size/2) each: pair i turns by ``10000^(-2i/size)`` for each position."""
+    """Return cosines and sines of RoPE's angles, (positions, size/2) each.
+
+    Pair i turns by ``10000^(-2i/size)`` for each position.
+    """
     frequencies = 10000.0 ** (-torch.arange(0, size, 2, dtype=torch.float64) / size)
     angles = torch.arange(positions, dtype=torch.float64)[:, None] * frequencies
     return angles.cos().float(), angles.sin().float()
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turns each pair (x_i, x_{i + size/2}) of the last dimension by its position's angle."""
+    """Rotate each pair (x_i, x_{i + size/2}) of the last dimension by its position's angle."""
     left, right = x.chunk(2, dim=-1)
     return torch.cat((left * cos - right * sin, left * sin + right * cos), dim=-1)

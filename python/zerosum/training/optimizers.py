@@ -1,4 +1,4 @@
-"""The optimizers that the demo trains with: all of them torch's own."""
+"""Builds the optimizers that the demo trains with, all from torch."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 
 
 class Part(NamedTuple):
-    """One of torch's optimizers, its options, and the parameters that it gets: "all", "hidden" weights, or the "others"."""
+    """One of torch's optimizers, its options, and its parameters: "all", the "hidden" weights, or the "others"."""
 
     kind: type[Optimizer]
     options: dict[str, Any]
@@ -24,7 +24,7 @@ class Part(NamedTuple):
 
 
 class Recipe(NamedTuple):
-    """An optimizer by name: its default learning rate and its parts, which share the rate."""
+    """An optimizer's default learning rate and its parts, which share the rate."""
 
     rate: float
     parts: tuple[Part, ...]
@@ -36,7 +36,8 @@ class Recipe(NamedTuple):
 _ADAM = {"betas": (0.9, 0.95), "weight_decay": 0.1, "fused": True}
 OPTIMIZERS = {
     "adamw": Recipe(3e-3, (Part(torch.optim.AdamW, _ADAM),)),
-    # Adjusted so, a Muon update has about the root mean square of an AdamW update at the same rate: one rate serves both.
+    # With this adjustment, a Muon update has about the same root mean square as an AdamW update at the same rate, so both use one
+    # rate.
     "muon": Recipe(
         3e-3,
         (
@@ -51,10 +52,10 @@ OPTIMIZERS = {
 
 
 def recipe(name: str) -> Recipe:
-    """The recipe of an optimizer.
+    """Return the recipe of an optimizer.
 
     Raises:
-        ValueError: there is none of this name; the message lists the names.
+        ValueError: no optimizer has this name; the message lists the names.
     """
     if name not in OPTIMIZERS:
         raise ValueError(f"optimizer: expected one of {', '.join(OPTIMIZERS)}, got {name!r}")
@@ -62,12 +63,13 @@ def recipe(name: str) -> Recipe:
 
 
 def build(name: str, model: nn.Module, rate: float) -> Optimizer:
-    """The optimizer of a model: one of torch's, or several of them as one.
+    """Build the optimizer of a model: one of torch's, or several of them combined.
 
-    "hidden" parameters are the matrices inside of ``model.blocks``. Muon is not for embeddings and heads, which are matrices too.
+    "hidden" parameters are the matrices inside ``model.blocks``. Muon is not meant for embeddings and heads, although these are
+    matrices too.
 
     Raises:
-        ValueError: there is no optimizer of this name.
+        ValueError: no optimizer has this name.
     """
     parts = recipe(name).parts
     hidden = {key for key, p in model.named_parameters() if p.ndim == 2 and key.startswith("blocks.")}
@@ -79,7 +81,7 @@ def build(name: str, model: nn.Module, rate: float) -> Optimizer:
 
 
 class Together(Optimizer):
-    """Several optimizers as one: their groups one after another, one ``state_dict()``, and one ``step()``."""
+    """Several optimizers combined into one. Their groups are concatenated; there is one ``state_dict()`` and one ``step()``."""
 
     def __init__(self, parts: Sequence[Optimizer]) -> None:
         self.parts = list(parts)
@@ -87,7 +89,7 @@ class Together(Optimizer):
         self._share()
 
     def _share(self) -> None:
-        """The parts read and write this optimizer's groups and state, which loading a state replaces."""
+        """Make the parts use this optimizer's groups and state, which loading a state replaces."""
         groups = iter(self.param_groups)
         for part in self.parts:
             part.param_groups = [next(groups) for _ in part.param_groups]
@@ -98,7 +100,7 @@ class Together(Optimizer):
         self._share()
 
     def step(self, closure: Any = None) -> Any:
-        """One step of each part. A closure would be evaluated before all of them: none is taken."""
+        """Make one step of each part. Closures are refused, because a closure would be evaluated before all parts."""
         if closure is not None:
             raise ValueError(f"closure: expected None, got {closure!r}")
         for part in self.parts:

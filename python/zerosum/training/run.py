@@ -1,7 +1,7 @@
-"""A run's folder: its configuration, its records and its checkpoint, readable at every moment and resumable.
+"""Manages a run's folder: its configuration, records and checkpoint, which are readable at any time and let the run resume.
 
-``config.json`` says what the run is; ``metrics.jsonl`` (see :mod:`zerosum.records`) only grows, a line at a time;
-``checkpoint.pt`` is replaced as a whole; ``checkpoints`` has those that were asked to be kept. One process at a time writes to the
+``config.json`` describes the run. ``metrics.jsonl`` (see :mod:`zerosum.records`) only grows, one line at a time. ``checkpoint.pt``
+is replaced as a whole. ``checkpoints`` has the checkpoints that the user asked to keep. Only one process at a time writes to the
 folder.
 """
 
@@ -21,43 +21,43 @@ import torch
 from zerosum.files import LOCK, TEMPORARY, Lock, open_file, parse, read_bytes, replace_text, replacing
 from zerosum.records import Record, RecordFile
 
-KEPT = "checkpoints"  # the folder of those that are not replaced
-SIGNED = b"zerosum sha256 "  # begins the comment of a checkpoint's archive
-CHECKSUM = len(SIGNED) + 64  # bytes of the comment
+KEPT = "checkpoints"  # the folder of kept checkpoints
+SIGNED = b"zerosum sha256 "  # the beginning of the comment in a checkpoint's archive
+CHECKSUM = len(SIGNED) + 64  # length of the comment in bytes
 
 
 class Refused(Exception):
-    """Why a run cannot start or go on, for the user to read."""
+    """Tells the user why a run cannot start or continue."""
 
 
 def fingerprint(config: Mapping[str, Any]) -> str:
-    """A short name for a configuration."""
+    """Return a short name for a configuration."""
     return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()[:8]
 
 
 def differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> str:
-    """What two configurations do not share, for the user to read; empty where they are the same."""
+    """Describe for the user how two configurations differ. The text is empty if they are equal."""
     keys = sorted(there.keys() | here.keys())
     differing = [key for key in keys if there.get(key) != here.get(key)]
     return "; ".join(f"{key} is {there.get(key)!r} there and {here.get(key)!r} here" for key in differing)
 
 
 def read_checkpoint(path: Path, step: int | None = None) -> dict[str, Any]:
-    """``{"step": ..., "state": ...}`` as :meth:`RunFolder.checkpoint` wrote it, on the CPU.
+    """Read ``{"step": ..., "state": ...}``, as :meth:`RunFolder.checkpoint` wrote it, to the CPU.
 
     Args:
         path: the file.
-        step: the one that the checkpoint should be of, where that is known.
+        step: the step that the checkpoint should have, if known.
 
     Raises:
-        Refused: it is damaged, or of another step; the message names the file.
-        OSError: it cannot be read.
+        Refused: the checkpoint is damaged or has another step; the message names the file.
+        OSError: the file cannot be read.
     """
     with open_file(path) as file:
         try:
             _check_sums(file)
             content = torch.load(file, map_location="cpu", weights_only=True)
-        except Exception as error:  # a pickle raises what its code raises
+        except Exception as error:  # a pickle raises whatever its code raises
             said = " ".join(str(error).split()) or type(error).__name__
             raise Refused(f"{path}: damaged, or not a checkpoint of `zerosum demo`: {said[:200]}") from error
     if not isinstance(content, dict) or content.keys() != {"step", "state"} or type(content["step"]) is not int:
@@ -68,10 +68,10 @@ def read_checkpoint(path: Path, step: int | None = None) -> dict[str, Any]:
 
 
 def _check_sums(file: IO[bytes]) -> None:
-    """Compares a checkpoint with its checksum, and each part of it with its own (CRC-32), which ``torch.load`` does not.
+    """Verify a checkpoint's checksum and the CRC-32 of each of its parts, which ``torch.load`` does not verify.
 
     Raises:
-        ValueError, zipfile.BadZipFile: they differ, or parts are compressed or overlap, as in no file of ``torch.save``.
+        ValueError, zipfile.BadZipFile: a checksum differs, or parts are compressed or overlap, which ``torch.save`` never does.
     """
     size = file.seek(0, io.SEEK_END)
     file.seek(max(size - CHECKSUM, 0))
@@ -80,7 +80,7 @@ def _check_sums(file: IO[bytes]) -> None:
     signed = comment == _signature(file, size - CHECKSUM)
     with zipfile.ZipFile(file) as archive:
         parts = archive.infolist()
-        if not signed and archive.comment:  # files of older versions have none
+        if not signed and archive.comment:  # files of older versions have no checksum
             raise ValueError("its checksum differs")
         if any(part.compress_type != zipfile.ZIP_STORED for part in parts) or sum(part.file_size for part in parts) > size:
             raise ValueError("its parts are larger than the file")
@@ -90,7 +90,7 @@ def _check_sums(file: IO[bytes]) -> None:
 
 
 def _signature(file: IO[bytes], size: int) -> bytes:
-    """The comment of the archive whose bytes before it, ``size`` of them, are next in the file."""
+    """Compute the comment that signs the next ``size`` bytes of the file."""
     digest = hashlib.sha256()
     while size > 0 and (part := file.read(min(size, 1 << 20))):
         digest.update(part)
@@ -99,18 +99,21 @@ def _signature(file: IO[bytes], size: int) -> bytes:
 
 
 def _sign(content: io.BytesIO) -> None:
-    """Adds a checksum to a file of ``torch.save``: the comment at the end of a zip archive, which its readers pass over."""
+    """Add a checksum to a file of ``torch.save``, as the comment at the end of the zip archive.
+
+    Readers of the archive ignore the comment.
+    """
     size = content.seek(-2, io.SEEK_END) + 2
-    content.write(struct.pack("<H", CHECKSUM))  # the comment's length, 0 before
+    content.write(struct.pack("<H", CHECKSUM))  # the comment's length, which was 0
     content.seek(0)
     content.write(_signature(content, size))
 
 
 class Folder:
-    """Opens ``path`` for what ``config`` describes, one run or several: a new folder, or the same one again.
+    """Opens ``path`` for the run or runs that ``config`` describes: a new folder, or the folder of the same configuration.
 
     Raises:
-        Refused: the folder holds another run, or something else, cannot be used, or another process writes to it.
+        Refused: the folder holds another run or something else, cannot be used, or another process writes to it.
     """
 
     def __init__(self, path: Path, config: Mapping[str, Any]) -> None:
@@ -128,18 +131,18 @@ class Folder:
             raise Refused(f"--out: cannot use {path}: {error.strerror or error}") from error
 
     def write(self, name: str, text: str) -> None:
-        """Replaces a text file as a whole."""
+        """Replace a text file as a whole."""
         replace_text(self.path / name, text)
 
     def close(self) -> None:
-        """Lets other processes write to the folder."""
+        """Release the folder, so that other processes can write to it."""
         self._lock.release()
 
     def _open(self) -> None:
-        """What else there is to read of a folder that is ours."""
+        """Read the rest of a folder whose configuration matches."""
 
     def _claim(self, config: Mapping[str, Any]) -> None:
-        """Writes the configuration into a new folder, or compares it with the one that is there."""
+        """Write the configuration into a new folder, or compare it with the existing one."""
         file = self.path / "config.json"
         if not file.exists():
             if any(entry.suffix != TEMPORARY and entry.name != LOCK for entry in self.path.iterdir()):
@@ -152,15 +155,15 @@ class Folder:
                 raise Refused(f"--out: {file} is not the configuration of a run; choose another folder") from None
             if differing:
                 raise Refused(f"--out: {self.path} holds another run, which these options cannot resume: {differing}")
-        for unfinished in self.path.glob(f"*{TEMPORARY}"):  # of a process that was killed
+        for unfinished in self.path.glob(f"*{TEMPORARY}"):  # left over from a process that was killed
             unfinished.unlink()
 
 
 class RunFolder(Folder):
-    """One run's folder.
+    """The folder of one run.
 
     Attributes:
-        step: the last step that is done, 0 for a new run. Records of later steps, which no checkpoint knows, are dropped.
+        step: the last completed step, 0 for a new run. Records of steps after the checkpoint are dropped.
         state: the checkpoint's state, None for a new run.
     """
 
@@ -186,16 +189,20 @@ class RunFolder(Folder):
 
     @property
     def records(self) -> list[Record]:
-        """What was measured up to now."""
+        """All records so far."""
         return self._file.records
 
     def append(self, entry: Record) -> None:
-        """Adds a record, on disk when this returns; those of single steps wait for the next checkpoint, where a run goes on."""
+        """Add a record.
+
+        The record is on disk when this returns, except the records of single steps: these reach the disk by the next checkpoint,
+        from which a run resumes.
+        """
         self._file.append(entry, sync=entry["kind"] != "step")
 
     def checkpoint(self, step: int, state: Mapping[str, Any], keep: bool = False) -> None:
-        """Replaces the checkpoint, and keeps a copy if asked; an interruption leaves the one before."""
-        content = io.BytesIO()  # torch.save itself makes a RuntimeError of a full disk's OSError
+        """Replace the checkpoint, and keep a copy if ``keep`` is set. An interruption leaves the previous checkpoint."""
+        content = io.BytesIO()  # on a full disk, torch.save raises a RuntimeError instead of an OSError
         torch.save({"step": step, "state": dict(state)}, content)
         _sign(content)
         self._file.sync()

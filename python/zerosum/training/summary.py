@@ -1,4 +1,4 @@
-"""What a run's records say: a table, and sentences that follow from its numbers."""
+"""Summarizes a run's records: a table, and sentences that follow from its numbers."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from zerosum import tables
 from zerosum.metrics import METRICS
 from zerosum.records import Curve, Record, Slope, curve, slopes
 
-# D and C below count as unchanged, or as equal to their null, within this much.
+# Within this distance, D and C count as unchanged or as equal to their null.
 SAME = 0.02
-# |Σ ε_i x_i| of random signs is half-normal: 95% of it lies below 1.96 / √(2/π) times its mean, the null.
+# |Σ ε_i x_i| with random signs is half-normal: 95% of it lies below 1.96 / √(2/π) times its mean, which is the null.
 CHANCE_95 = 1.96 / math.sqrt(2 / math.pi)
 COLUMNS = 4
 
 
 class Row(NamedTuple):
-    """A metric as it stood at a few probes, what random signs would have given at the last, and its examples."""
+    """A metric at a few probes, what random signs would have given at the last one, and its number of examples."""
 
     name: str
     values: list[float]
@@ -39,7 +39,7 @@ class Summary(NamedTuple):
     notes: list[str]
 
     def text(self) -> str:
-        """For the terminal."""
+        """Format the summary for the terminal."""
         return tables.text(self._cells(), self._lists())
 
     def markdown(self) -> str:
@@ -57,7 +57,7 @@ class Summary(NamedTuple):
 
 
 def summarize(records: Sequence[Record]) -> Summary:
-    """Of the records of one run, finished or not."""
+    """Summarize the records of one run, finished or not."""
     probes = {name: curve(records, "probe", name) for name in _NAMES}
     steps = probes["D_grad"].steps
     if not len(steps):
@@ -68,7 +68,7 @@ def summarize(records: Sequence[Record]) -> Summary:
     rows = [
         Row(label, [float(probes[name].values[i]) for i in chosen], float(probes[name].nulls[-1]), f"{probes[name].n} {examples}")
         for label, name, examples in _ROWS
-        if len(probes[name]) == len(steps)  # an older run has fewer metrics
+        if len(probes[name]) == len(steps)  # older runs have fewer metrics
     ]
     findings = [
         _loss(records, probes),
@@ -82,9 +82,9 @@ def summarize(records: Sequence[Record]) -> Summary:
 
 
 def ratio(above: Curve, below: Curve) -> Curve:
-    """C_uG / C_ug. A sign for each example leaves C_ug as it is, so the null's denominator is the same.
+    """Return C_uG / C_ug. A sign for each example leaves C_ug unchanged, so the null has the same denominator.
 
-    Its standard error takes those of the two as independent; one that has none is exact.
+    The ratio's standard error treats the two errors as independent. A curve without errors counts as exact.
     """
     with np.errstate(divide="ignore", invalid="ignore"):
         values = above.values / below.values
@@ -93,7 +93,7 @@ def ratio(above: Curve, below: Curve) -> Curve:
         return replace(above, values=values, nulls=above.nulls / below.values, errors=np.where(errors > 0, errors, np.nan))
 
 
-# The gradient metrics that say in their definition how a row of theirs is named, and C_uG / C_ug, which is no metric of its own.
+# The gradient metrics whose definition has a row label, and C_uG / C_ug, which is not a metric of its own.
 _GRADIENTS = {name: metric.label for name, metric in METRICS.items() if metric.label} | {
     "C_uG / C_ug": "C_uG / C_ug along the update"
 }
@@ -113,17 +113,17 @@ _NAMES = (
 
 
 def _number(x: float) -> str:
-    """Three decimals, or two digits of what would not be seen in these."""
+    """Format with three decimals, or with two digits if the number is below 0.01."""
     return f"{x:.2g}" if 0 < abs(x) < 0.01 else f"{x:.3f}"
 
 
 def signed(x: float) -> str:
-    """With a minus sign that is as wide as the plus."""
+    """Format with a minus sign that is as wide as the plus sign."""
     return f"{x:.2f}".replace("-", "−")
 
 
 def _went(c: Curve, same: float = SAME) -> str:
-    """How a curve went from its first value to its last, with both numbers; a change up to ``same`` does not count."""
+    """Describe how a curve went from its first value to its last, with both numbers. A change up to ``same`` does not count."""
     first, last = c.values[0], c.values[-1]
     if len(c) == 1:
         return f"was {_number(first)}"
@@ -150,7 +150,7 @@ def _loss(records: Sequence[Record], probes: dict[str, Curve]) -> str:
     said += f" and went on with a slope of {_slope(last)} between steps {last.first} and {last.last}: "
     if last.slope > 2 * last.error:
         return said + "it rises."
-    # Three standard errors: the steepest was chosen among many.
+    # Three standard errors, because the steepest slope is the best of many.
     if last.slope - steepest.slope < 3 * math.hypot(last.error, steepest.error) or last.slope < 0.8 * steepest.slope:
         return said + "it has not decelerated yet."
     if last.surely >= 0:
@@ -181,7 +181,7 @@ def _token_gradients(records: Sequence[Record]) -> str:
 
 
 def _against(d: Curve, examples: str) -> str:
-    """How the last value compares with random signs."""
+    """Describe how the last value compares with random signs."""
     value, null = d.values[-1], d.nulls[-1]
     if math.isnan(value):
         return "at the last probe it had no value"
@@ -222,7 +222,8 @@ def _cost(records: Sequence[Record]) -> str:
     if cost is None:
         return ""
     plain, probed = cost["plain_seconds"], cost["probed_seconds"]
-    # Other work on the machine slows passes down but never speeds one up: the fastest show how far the medians can be trusted.
+    # Other work on the machine slows passes down but never speeds them up. The fastest passes thus show how far to trust the
+    # medians.
     middle, fastest = (best(probed) / best(plain) - 1 for best in (median, min))
     said = (
         f"Gradient sums and the Gram, fused into the backward pass, cost {middle:+.0%} of a forward and backward pass "
@@ -234,7 +235,7 @@ def _cost(records: Sequence[Record]) -> str:
 
 
 def measuring_share(records: Sequence[Record]) -> float:
-    """The share of a run's time that would not have been spent without probes; NaN where every step was probed."""
+    """Return the share of a run's time that probes added; NaN if every step was probed."""
     around = {entry["step"]: entry["seconds"] for entry in records if entry["kind"] == "probe"}
     steps = {entry["step"]: entry["seconds"] for entry in records if entry["kind"] == "step"}
     plain = [seconds for step, seconds in steps.items() if step not in around]

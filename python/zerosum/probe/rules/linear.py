@@ -61,8 +61,9 @@ def _apply(
     product: Product = F.linear,
     transposed: bool = False,
 ) -> Tensor:
-    """Compute the product of rows x with a matrix (O, K), or (K, O) if ``transposed``. The result is bitwise equal to the original
-    call's.
+    """Compute the product of rows x with a matrix (O, K), or (K, O) if ``transposed``.
+
+    The result is bitwise equal to the original call's.
     """
     ref = context.ref(weight)
     if ref is not None and context.ref(x) is not None:

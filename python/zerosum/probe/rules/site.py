@@ -153,8 +153,9 @@ class Site:
         return [ref.source.tensor for k, ref in enumerate(self.refs) if ref is not None and self.alone >> k & 1]
 
     def named(self, grad: Tensor) -> bool:
-        """Whether this backward pass names rows. If so, pass on the result's gradient; only the gradient of the activations is
-        needed then.
+        """Whether this backward pass names rows.
+
+        If so, pass on the result's gradient; only the gradient of the activations is needed then.
         """
         if self.context.phase is not Phase.NAMING:
             return False
@@ -182,8 +183,9 @@ class Site:
         return self.ref(k) is None or torch.is_grad_enabled()
 
     def at_once(self, k: int = 0, *, product: bool = False) -> GradSource | None:
-        """Return the k-th weight if this is its only use and its gradient may be computed now; else None. With ``product``, the
-        rows must also be ordered by example.
+        """Return the k-th weight if this is its only use and its gradient may be computed now; else None.
+
+        With ``product``, the rows must also be ordered by example.
         """
         layout, context = self.layout, self.context
         if layout is None or not self.alone >> k & 1 or context.phase is not Phase.MEASURING:
