@@ -1,4 +1,4 @@
-"""Files that survive: replaced as a whole, written by one process at a time, and read within bounds."""
+"""Handles files safely: replaces them as a whole, lets one process at a time write, and reads within bounds."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from typing import IO, Any
 
 try:
     import fcntl
-except ImportError:  # Windows
+except ImportError:  # on Windows
     fcntl = None  # type: ignore[assignment]
 
 LONGEST_LINE = 1 << 24  # bytes of one line of a table or of records
-LARGEST_JSON = 1 << 26  # bytes of a file that is parsed as a whole: parsed, it takes up to 40 times as much
-TEMPORARY = ".new"  # what the names of unfinished files end with
-LOCK = "run.lock"  # of a folder
+LARGEST_JSON = 1 << 26  # bytes of a file that is parsed as a whole, which takes up to 40 times as much memory
+TEMPORARY = ".new"  # the suffix of unfinished files
+LOCK = "run.lock"  # the lock file of a folder
 
 _NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP}
-_NO_SYNC = {errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP}  # of a folder, on some file systems
+_NO_SYNC = {errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP}  # errors of folders on file systems that cannot sync them
 
 
 # Writing -------------------------------------------------------------------------------------------------------------------------
@@ -33,7 +33,7 @@ _NO_SYNC = {errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP}  # of a folder, on so
 
 @contextmanager
 def naming(path: Path) -> Iterator[None]:
-    """An OSError of the block says which file it is of, which one of writing does not."""
+    """Add the file's name to an OSError in the block, because errors of writing lack it."""
     try:
         yield
     except OSError as error:
@@ -43,9 +43,9 @@ def naming(path: Path) -> Iterator[None]:
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Yields a path to write to; at the end of the block that file replaces ``path``, on disk when this returns.
+    """Yield a path to write to. At the end of the block that file replaces ``path``, and is on disk when this returns.
 
-    An error or a crash at any moment leaves the file that was there before.
+    An error or a crash at any moment leaves the previous file.
 
     Raises:
         OSError: the file cannot be written; ``filename`` is ``path``.
@@ -54,7 +54,7 @@ def replacing(path: Path) -> Iterator[Path]:
     try:
         yield new
         with new.open("rb") as file:
-            os.fsync(file.fileno())  # or a crash might leave the new name with none of the content
+            os.fsync(file.fileno())  # otherwise a crash might leave the new name without the content
         os.replace(new, path)
         _sync_folder(path.parent)
     except OSError as error:
@@ -66,15 +66,17 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def replace_text(path: Path, text: str) -> None:
-    """Replaces a file of UTF-8 text as a whole, see :func:`replacing`. A lone surrogate, as in a file name that is not UTF-8, is
-    written as in JSON: ``\\udc80``."""
+    """Replace a file of UTF-8 text as a whole, see :func:`replacing`.
+
+    A lone surrogate, as in a file name that is not UTF-8, is written as in JSON: ``\\udc80``.
+    """
     with replacing(path) as new:
         new.write_bytes(text.encode("utf-8", "backslashreplace"))
 
 
 def _sync_folder(folder: Path) -> None:
-    """Puts a folder's names on disk."""
-    if os.name == "nt":  # folders cannot be opened there
+    """Write a folder's names to disk."""
+    if os.name == "nt":  # Windows cannot open folders
         return
     descriptor = os.open(folder, os.O_RDONLY)
     try:
@@ -87,20 +89,20 @@ def _sync_folder(folder: Path) -> None:
 
 
 class Lock:
-    """The right to write to a file or a folder, which one process has at a time.
+    """An exclusive right, held by one process at a time, to write to a file or folder.
 
-    The lock is the operating system's (``flock``): it ends with the process that holds it, however that ends. It is on a file of
-    its own, ``run.lock`` in a folder or ``NAME.lock`` beside a file, since the file itself may be replaced. That file names the
-    holder, and is removed at the end.
+    The operating system keeps the lock (``flock``), so it ends with the process that holds it, even if that process is killed. The
+    lock is on a separate file, because the locked file itself may be replaced: ``run.lock`` in a folder, or ``NAME.lock`` beside a
+    file. This lock file names the holder, and is removed at the end.
 
     (The package ``filelock`` locks in the same way, but its lock does not name the holder.)
 
     Args:
-        path: a folder that exists, or a file in such a folder.
+        path: an existing folder, or a file in an existing folder.
 
     Raises:
-        BlockingIOError: another process holds it; ``strerror`` says which one, ``filename`` is ``path``.
-        OSError: the lock's file cannot be made.
+        BlockingIOError: another process holds the lock; ``strerror`` says which one, ``filename`` is ``path``.
+        OSError: the lock file cannot be created.
     """
 
     def __init__(self, path: Path) -> None:
@@ -109,7 +111,7 @@ class Lock:
             descriptor = os.open(own, os.O_RDWR | os.O_CREAT | getattr(os, "O_CLOEXEC", 0), 0o666)
             try:
                 _take(descriptor, path)
-                # The holder before may have removed the file after it was opened here: the lock would be on nothing.
+                # The previous holder may have removed the file after this process opened it. A lock on that file would be useless.
                 if _same(descriptor, own):
                     holder = f"process {os.getpid()} on {socket.gethostname()}\n"
                     os.ftruncate(descriptor, 0)
@@ -147,7 +149,7 @@ def _same(descriptor: int, path: Path) -> bool:
 
 
 def _release(descriptor: int, own: Path, process: int) -> None:
-    if os.getpid() == process:  # a forked process has the descriptor, not the lock
+    if os.getpid() == process:  # a forked process has the descriptor, but not the lock
         own.unlink(missing_ok=True)
     os.close(descriptor)
 
@@ -156,14 +158,14 @@ def _release(descriptor: int, own: Path, process: int) -> None:
 
 
 def open_file(path: Path) -> IO[bytes]:
-    """``path.open("rb")`` of a regular file: a pipe or a device would block, or never end.
+    """Open a regular file for reading, as ``path.open("rb")``; refuse a pipe or a device, which would block or never end.
 
     Raises:
-        OSError: it cannot be read, or is something else; ``strerror`` says what.
+        OSError: the file cannot be read, or is not a regular file; ``strerror`` says what it is.
     """
     try:
         descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
-    except ValueError as error:  # a NUL in the name
+    except ValueError as error:  # the name contains a NUL
         raise OSError(errno.EINVAL, str(error), str(path)) from None
     try:
         mode = os.fstat(descriptor).st_mode
@@ -179,10 +181,10 @@ def open_file(path: Path) -> IO[bytes]:
 
 
 def read_bytes(path: Path, most: int = LARGEST_JSON) -> bytes:
-    """The content of a regular file of at most so many bytes.
+    """Read a regular file of at most ``most`` bytes.
 
     Raises:
-        OSError: it cannot be read, or is larger.
+        OSError: the file cannot be read, or is larger.
     """
     with open_file(path) as file:
         content = file.read(most + 1)
@@ -192,7 +194,7 @@ def read_bytes(path: Path, most: int = LARGEST_JSON) -> bytes:
 
 
 def lines(file: IO[bytes], most: int = LONGEST_LINE) -> Iterator[bytes]:
-    """The lines of a file with their line feeds; the last one may lack it.
+    """Yield the lines of a file with their line feeds; the last line may lack it.
 
     Raises:
         ValueError: a line is longer than ``most`` bytes; the message has its number.
@@ -206,7 +208,7 @@ def lines(file: IO[bytes], most: int = LONGEST_LINE) -> Iterator[bytes]:
 
 
 def parse(text: str | bytes) -> Any:
-    """``json.loads``, whose every refusal is a ValueError, on one line."""
+    """Parse JSON like ``json.loads``, but raise a one-line ValueError for any invalid input."""
     try:
         return json.loads(text)
     except RecursionError:

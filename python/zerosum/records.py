@@ -1,12 +1,12 @@
-"""The records of a run: one JSON object on each line, and the curves read from them.
+"""Reads and writes the records of a run, one JSON object on each line, and extracts curves from them.
 
-A record has a ``kind``, a ``step`` and ``metrics``, each ``{"value", "n", "null"}``, with ``error`` and ``debiased`` where there
-are such: the fields of :class:`zerosum.metrics.Metric`. JSON has no NaN: a value that is not finite is null.
+A record has a ``kind``, a ``step`` and ``metrics``. Each metric is ``{"value", "n", "null"}``, optionally with ``error`` and
+``debiased``: the fields of :class:`zerosum.metrics.Metric`. JSON has no NaN, so a value that is not finite is null.
 
 =========  =====================================================================================================================
 ``step``   every training step: ``train.loss`` before it and ``train.grad_norm`` before clipping
-``probe``  what was measured around one: gradient metrics over sequences, ``train.*`` and ``held_out.*`` over tokens;
-           ``D_grad/NAME`` and ``C_g/NAME`` are of the parameter NAME alone
+``probe``  the measurements around one step: gradient metrics over sequences, ``train.*`` and ``held_out.*`` over tokens;
+           ``D_grad/NAME`` and ``C_g/NAME`` are for the parameter NAME alone
 ``cost``   at the run's end: the seconds of forward and backward passes, plain and probed in turns
 =========  =====================================================================================================================
 
@@ -30,7 +30,7 @@ from zerosum.files import Lock, lines, naming, open_file, parse, replace_text
 from zerosum.metrics import Metric
 
 Record = dict[str, Any]
-BEGINNING = b'{"kind": "'  # of every record's line, as ``record`` and ``encode`` make it
+BEGINNING = b'{"kind": "'  # how every line starts that ``record`` and ``encode`` make
 
 
 def record(kind: str, step: int, metrics: Mapping[str, Metric], **others: Any) -> Record:
@@ -43,23 +43,23 @@ def _fields(metric: Metric) -> dict[str, Any]:
 
 
 def encode(entry: Record) -> str:
-    """One line of JSON."""
+    """Encode a record as one line of JSON."""
     return json.dumps(finite(entry), allow_nan=False, ensure_ascii=False) + "\n"
 
 
 class RecordFile:
-    """A file of records that only grows, by a whole line at a time. A last line that was cut off by a crash is dropped.
+    """A file of records that only grows, by one whole line at a time. A last line that a crash cut off is dropped.
 
     Args:
         path: the file.
-        lock: refuse other processes; False where the folder's own lock does.
+        lock: whether to lock the file against other processes; False if the folder's lock already does.
 
     Attributes:
-        records: those in it.
+        records: the records in the file.
 
     Raises:
-        ValueError: the file has something else in it, which is left as it is; the message says where.
-        BlockingIOError: another process writes to it; ``strerror`` says which.
+        ValueError: the file holds something else, and is left unchanged; the message says where.
+        BlockingIOError: another process writes to the file; ``strerror`` says which.
         OSError: the file cannot be used.
     """
 
@@ -77,20 +77,20 @@ class RecordFile:
             raise
 
     def append(self, entry: Record, sync: bool = True) -> None:
-        """Adds a record by one write, which no signal divides; on disk when this returns.
+        """Add a record by one write, which no signal can interrupt. The record is on disk when this returns.
 
-        ``sync=False`` leaves it to the operating system when: a crash of the machine may take the record, one of the process does
-        not.
+        With ``sync=False`` the operating system decides when to write to disk: the record survives a crash of the process, but
+        maybe not a crash of the machine.
 
         Raises:
-            OSError: the disk is full, say; the file is as it was before.
+            OSError: for example, the disk is full; the file is as it was before.
         """
         line = encode(entry)
         content = line.encode("utf-8", "backslashreplace")
         size = os.fstat(self._file.fileno()).st_size
         with naming(self.path):
             try:
-                while content:  # a disk that fills up takes a part, and refuses the rest
+                while content:  # a disk that fills up accepts a part and refuses the rest
                     content = content[self._file.write(content) :]
                 if sync:
                     self.sync()
@@ -100,11 +100,11 @@ class RecordFile:
         self.records.append(json.loads(line))
 
     def sync(self) -> None:
-        """Puts every record on disk."""
+        """Write every record to disk."""
         os.fsync(self._file.fileno())
 
     def keep_up_to(self, step: int) -> None:
-        """Drops the records of later steps."""
+        """Drop the records of later steps."""
         kept = [entry for entry in self.records if entry["step"] <= step]
         if len(kept) < len(self.records):
             replace_text(self.path, "".join(map(encode, kept)))
@@ -128,7 +128,7 @@ class RecordFile:
 
 
 def _read(path: Path) -> tuple[list[Record], int]:
-    """The records of a file, and the bytes of its whole lines."""
+    """Return the records of a file, and the number of bytes in its whole lines."""
     found: list[Record] = []
     size = 0
     with open_file(path) as file:
@@ -152,7 +152,7 @@ def _read(path: Path) -> tuple[list[Record], int]:
 
 
 def finite(x: Any) -> Any:
-    """What JSON can hold: null for a NaN or an infinity."""
+    """Replace NaNs and infinities by None, which JSON can hold."""
     if isinstance(x, dict):
         return {key: finite(value) for key, value in x.items()}
     if isinstance(x, list | tuple):
@@ -162,20 +162,20 @@ def finite(x: Any) -> Any:
 
 @dataclass(frozen=True)
 class Curve:
-    """One metric over the steps; NaN where a value or a null is missing."""
+    """One metric over the steps. Missing values and nulls are NaN."""
 
     steps: np.ndarray
     values: np.ndarray
     nulls: np.ndarray
-    n: int  # the examples that each value is over
-    errors: np.ndarray | None = None  # standard errors, NaN where a value has none
+    n: int  # how many examples each value is over
+    errors: np.ndarray | None = None  # standard errors; NaN if a value has none
 
     def __len__(self) -> int:
         return len(self.steps)
 
 
 def curve(records: Iterable[Record], kind: str, name: str) -> Curve:
-    """The curve of metric ``name`` in the records of one kind, in their order."""
+    """Return the curve of metric ``name`` in the records of one kind, in their order."""
     found = [(entry["step"], entry["metrics"][name]) for entry in records if entry["kind"] == kind and name in entry["metrics"]]
     columns = [[math.nan if m.get(key) is None else m[key] for _, m in found] for key in ("value", "null", "error")]
     values, nulls, errors = (np.array(column, dtype=float) for column in columns)
@@ -183,8 +183,10 @@ def curve(records: Iterable[Record], kind: str, name: str) -> Curve:
 
 
 def mean_curve(curves: Sequence[Curve]) -> Curve:
-    """The mean of the same curve from several seeds, at the steps that all of them have. Its errors are standard errors of the mean
-    over the seeds, NaN for one seed alone."""
+    """Return the mean of one curve over several seeds, at the steps that all seeds have.
+
+    The errors are standard errors of the mean over the seeds. For a single seed they are NaN.
+    """
     steps = reduce(np.intersect1d, [c.steps for c in curves])
     chosen = [np.isin(c.steps, steps) for c in curves]
     values, nulls = (np.stack([getattr(c, key)[at] for c, at in zip(curves, chosen, strict=True)]) for key in ("values", "nulls"))
@@ -194,7 +196,7 @@ def mean_curve(curves: Sequence[Curve]) -> Curve:
 
 
 def smooth(values: np.ndarray) -> np.ndarray:
-    """A moving average whose window is constant on a log axis: row j is the mean of rows ⌊j/1.2⌋ to j, counted from 1."""
+    """Return a moving average whose window is constant on a log axis: row j is the mean of rows ⌊j/1.2⌋ to j, counted from 1."""
     rows = np.arange(1, len(values) + 1)
     first = np.maximum(np.floor(rows / 1.2).astype(int), 1)
     sums = np.concatenate(([0.0], np.cumsum(values)))
@@ -202,8 +204,10 @@ def smooth(values: np.ndarray) -> np.ndarray:
 
 
 class Slope(NamedTuple):
-    """The log-log slope between two steps, by least squares; ``level`` is the fit's value at ``first``, ``error`` the slope's
-    standard error by the noise of single batches."""
+    """The log-log slope between two steps, by least squares.
+
+    ``level`` is the fit's value at ``first``. ``error`` is the slope's standard error due to the noise of single batches.
+    """
 
     slope: float
     first: int
@@ -216,32 +220,33 @@ class Slope(NamedTuple):
 
     @property
     def surely(self) -> float:
-        """The slope is not above this, but for chance (2.5 %)."""
+        """The slope plus two standard errors, an upper bound that holds with a probability of 97.5 %."""
         return self.slope + 2 * self.error
 
 
 def slopes(loss: Curve) -> tuple[Slope, Slope] | None:
-    """The surely steepest half decade of a loss per step, and the last one; None for a curve that is too short to have two.
+    """Return the steepest half decade of a loss, by the slope's upper bound, and the last one; None if the curve is too short.
 
-    The steepest as such would be one of few noisy steps: of a flat loss too, some half decade falls.
+    The steepest slope itself would come from a few noisy steps: some half decade falls even in a flat loss.
     """
     decade = math.sqrt(10)
     if len(loss) < 10 or not np.isfinite(loss.values).all() or (loss.values <= 0).any():
         return None
-    # A median of differences of neighbours: the trend is small in most of them. 0.6745 is that of |x| for a normal x.
+    # The median of neighbors' differences, because the trend is small in most of them. 0.6745 is the median of |x| for a standard
+    # normal x.
     noise = float(np.median(np.abs(np.diff(np.log(loss.values))))) / (0.6745 * math.sqrt(2))
-    noise = max(noise, 1e-12)  # below it is rounding
+    noise = max(noise, 1e-12)  # a smaller value is rounding
     last = _slope(loss, loss.steps[-1] / decade, noise)
     starts = [step for step in loss.steps if step * decade <= loss.steps[-1]]
     return min((*(_slope(loss, start, noise) for start in starts), last), key=lambda fit: fit.surely), last
 
 
 def _slope(loss: Curve, first: float, noise: float) -> Slope:
-    """Over half a decade from ``first``. The raw losses are fitted: an average over earlier steps would lag behind."""
+    """Fit half a decade from ``first``. The fit uses raw losses, because an average over earlier steps would lag behind."""
     chosen = (loss.steps >= first) & (loss.steps <= first * math.sqrt(10) * 1.001)
     steps, logs = loss.steps[chosen], np.log(loss.values[chosen])
     x = np.log(steps / steps[0])
-    weights = 1 / steps / (1 / steps).sum()  # equal lengths of the log axis weigh the same
+    weights = 1 / steps / (1 / steps).sum()  # equal lengths of the log axis have equal weight
     middle = float(weights @ x)
     share = weights * (x - middle)
     share /= share @ x

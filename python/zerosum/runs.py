@@ -1,7 +1,7 @@
-"""Runs as they are drawn: what the records of a file or a folder say, by what they were measured on and how.
+"""Reads files and folders of records into runs to draw, grouped by what was measured and how.
 
-A :class:`Run` is of one evaluation set, one granularity and one kind of update: records that differ in these are different runs,
-so no curve ever goes from one to the other.
+A :class:`Run` has one evaluation set, one granularity and one kind of update. Records that differ in these belong to different
+runs, so no curve connects them.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ from zerosum.records import Curve, Record, curve, mean_curve
 
 KINDS = ("step", "probe", "cost", "checkpoint")
 EXAMPLES = ("sequence", "position", "token")
-LARGEST_RECORDS = 1 << 28  # bytes of a file: its records are held, which takes several times as much
+LARGEST_RECORDS = 1 << 28  # bytes of a file; its records are held in memory, which takes several times as much
 UPDATES = {"optimizer": "the optimizer's step", "gradient": "a gradient step", "next": "the change to the next checkpoint"}
 ON_TOKENS = ("train.", "held_out.", "interval.", "loss")  # measured on tokens' losses, whatever the examples of the gradients are
 ALONG_UPDATE = ("train.", "held_out.", "C_")
 
 
 class RunError(ValueError):
-    """A file or a folder has no run that can be drawn; the message names it, and the line."""
+    """A file or folder has no run that can be drawn. The message names the file and the line."""
 
 
 @dataclass(frozen=True)
@@ -52,9 +52,10 @@ class Setting:
     """What a run's metrics are over.
 
     Attributes:
-        evaluation: of ``held_out.*``, ``interval.*`` and ``loss``. train: of ``train.*``. gradients: of the gradient metrics.
-        examples: of the gradient metrics: "sequence", "position" or "token".
-        sampled: their examples are a sample of ``gradients``.
+        evaluation: the data of ``held_out.*``, ``interval.*`` and ``loss``. train: the data of ``train.*``. gradients: the data of
+            the gradient metrics.
+        examples: the examples of the gradient metrics: "sequence", "position" or "token".
+        sampled: whether the examples are a sample of ``gradients``.
         update: the direction of C_g, C_uG and C_ug, and the step of ``train.*`` and ``held_out.*``: a key of ``UPDATES``.
     """
 
@@ -66,7 +67,7 @@ class Setting:
     update: str | None
 
     def parts(self) -> tuple[str, ...]:
-        """What tells two settings apart, for people; empty where it has nothing to say."""
+        """Return, for messages, the parts that distinguish two settings. A part is empty if it has nothing to say."""
         train = f"batches of {self.train}" if self.train else ""
         update = f"along {UPDATES[self.update]}" if self.update else ""
         return str(self.evaluation), train, f"{self.examples}s, {'sampled' if self.sampled else 'exact'}", update
@@ -74,14 +75,14 @@ class Setting:
 
 @dataclass(frozen=True)
 class Run:
-    """A run's training loss, and what was measured at some of its steps.
+    """A run's training loss, and the measurements at some of its steps.
 
     Attributes:
-        loss: of every training step, if it is known. smoothed: it is a moving average already.
+        loss: the loss of every training step, if known. smoothed: whether it already is a moving average.
         points: the records of the kind "probe" or "checkpoint", by step.
-        setting: of the points; None where there are none.
-        repeats: the same run from several seeds, of which this one is the mean; empty for a run by itself. ``loss`` and every curve
-            are means with their standard errors, and ``points`` those of the first.
+        setting: the setting of the points; None if there are no points.
+        repeats: the runs of several seeds whose mean this run is; empty for a single run. ``loss`` and every curve are then means
+            with their standard errors, and ``points`` are those of the first seed.
     """
 
     name: str
@@ -93,15 +94,18 @@ class Run:
     repeats: tuple[Run, ...] = ()
 
     def each(self, of: Callable[[Run], Curve]) -> Curve:
-        """``of(run)``; the mean over the seeds where there are several."""
+        """Return ``of(run)``, or its mean over the seeds if there are several."""
         return mean_curve([of(run) for run in self.repeats]) if self.repeats else of(self)
 
     def curve(self, metric: str) -> Curve:
-        """At the steps where the metric was measured. The change between two checkpoints stands at the first of the two."""
+        """Return the metric at the steps where it was measured.
+
+        The change between two checkpoints is placed at the first of the two.
+        """
         return self.curves(metric)[0]
 
     def curves(self, *metrics: str) -> list[Curve]:
-        """The same for several, at the steps where all of them were measured."""
+        """Return the curves of several metrics, at the steps where all of them were measured."""
         if self.repeats:
             return [mean_curve(column) for column in zip(*(run.curves(*metrics) for run in self.repeats), strict=True)]
         found = [entry for entry in self.points if all(metric in entry["metrics"] for metric in metrics)]
@@ -110,18 +114,21 @@ class Run:
         return [curve(found, found[0]["kind"] if found else "", metric) for metric in metrics]
 
     def parameters(self, metric: str) -> list[str]:
-        """Those that the metric was recorded for one by one, as ``METRIC/PARAMETER``, in their order."""
+        """Return the parameters that have the metric recorded as ``METRIC/PARAMETER``, in their order."""
         names = (name for entry in self.points for name in entry["metrics"])
         return list(dict.fromkeys(name.removeprefix(f"{metric}/") for name in names if name.startswith(f"{metric}/")))
 
     def has(self, *metrics: str) -> bool:
-        """At some step every one of the metrics has a finite value."""
+        """Whether at some step all of the metrics have finite values."""
         return bool(np.isfinite([c.values for c in self.curves(*metrics)]).all(0).any())
 
     def over(self, metric: str, runs: Sequence[Run] = ()) -> tuple[str, str, str]:
-        """What the metric is over: N examples of which set; whether these are a sample; and along which update or over which steps.
-        Empty where there is nothing to say. ``runs`` are those that it is compared with: sets that differ although they have the
-        same name and size are told apart by their digests."""
+        """Describe what the metric is over, in three texts: N examples of which set; whether they are a sample; and which update or
+        steps.
+
+        A text is empty if there is nothing to say. ``runs`` are the runs that this one is compared with. Sets that differ but share
+        a name and size are distinguished by their digests.
+        """
         setting = self.setting
         if setting is None:
             return "", "", ""
@@ -159,16 +166,16 @@ def read_runs(
     step: str | None = None,
     loss: str | None = None,
 ) -> tuple[list[Run], list[str]]:
-    """The runs of files and folders, ordered by size (as in "14M", "1.3B") and name, and what there is to say about the reading.
+    """Read the runs of files and folders, sorted by size (as in "14M", "1.3B") and name. Also return remarks about the reading.
 
     Args:
-        paths: each a run's folder, a folder of such folders, a run's ``metrics.jsonl``, what ``zerosum measure`` wrote, or a loss
-            curve that :func:`zerosum.curves.read_curve` reads.
-        labels: a name for each path, in place of those that the files give.
-        smoothed, step, loss: of the loss curves, as in :func:`zerosum.deceleration.fit` and ``read_curve``.
+        paths: each is a run's folder, a folder of such folders, a run's ``metrics.jsonl``, a file that ``zerosum measure`` wrote,
+            or a loss curve that :func:`zerosum.curves.read_curve` reads.
+        labels: a name for each path, instead of the names in the files.
+        smoothed, step, loss: options for the loss curves, as in :func:`zerosum.deceleration.fit` and ``read_curve``.
 
     Raises:
-        RunError, CurveError: a file has no run; the message names it, and the line.
+        RunError, CurveError: a file has no run; the message names the file and the line.
         ModuleNotFoundError: TensorBoard's event files need ``tensorboard``.
     """
     if labels and len(labels) != len(paths):
@@ -194,7 +201,7 @@ def read_runs(
 
 
 def _files(path: Path) -> list[Path]:
-    """Where the runs of a path are: in it, or in the records of the folder or of its folders."""
+    """Return the files of a path's runs: the path itself, or the records in the folder or its folders."""
     try:
         if not path.is_dir():
             return [path]
@@ -202,7 +209,7 @@ def _files(path: Path) -> list[Path]:
             return [own]
         if any(".tfevents." in file.name for file in path.iterdir()):
             return [path]
-        # A demo of several sizes has a folder of runs in it.
+        # A demo of several sizes has a folder that contains the runs' folders.
         below = sorted([*path.glob("*/metrics.jsonl"), *path.glob("*/*/metrics.jsonl")])
     except OSError as error:
         raise RunError(f"{path}: cannot be read: {error.strerror or error}") from error
@@ -212,7 +219,7 @@ def _files(path: Path) -> list[Path]:
 
 
 def _has_records(file: Path) -> bool:
-    """Lines of JSON whose first is a record: it says of which kind."""
+    """Whether a file has lines of JSON, and the first is a record, which has a kind."""
     if file.suffix.lower() not in (".jsonl", ".ndjson"):
         return False
     first = next((line for line in _lines(file) if line.strip()), None)
@@ -221,13 +228,15 @@ def _has_records(file: Path) -> bool:
     try:
         entry = parse(first)
     except ValueError:
-        return True  # what is wrong with it is for the reader of records to say
+        return True  # the reader of records reports what is wrong with it
     return isinstance(entry, dict) and ("kind" in entry or "metrics" in entry)
 
 
 def _lines(file: Path) -> Iterator[str]:
-    """The lines, which line feeds end and nothing else: a name may have other characters at which Python ends a line. The last one
-    may lack it."""
+    """Yield the lines, which only line feeds end: names may contain other characters that Python treats as line ends.
+
+    The last line may lack its line feed.
+    """
     try:
         with open_file(file) as content:
             if os.fstat(content.fileno()).st_size > LARGEST_RECORDS:
@@ -245,7 +254,7 @@ def _lines(file: Path) -> Iterator[str]:
 
 
 def _read_records(file: Path) -> tuple[list[Record], str]:
-    """The records, checked, and a note where the last line was cut off: a run that is still going, or that crashed."""
+    """Return the checked records, and a note if the last line was cut off, as in a run that is still going or that crashed."""
     found = []
     note = ""
     for number, line in enumerate(_lines(file), 1):
@@ -267,10 +276,10 @@ def _read_records(file: Path) -> tuple[list[Record], str]:
 
 
 def check_record(entry: Any, where: str) -> None:
-    """Refuses what is no record; ``where`` names it in the message.
+    """Refuse an entry that is not a record; ``where`` names it in the message.
 
     Raises:
-        RunError: a field is missing, or is not what it should be.
+        RunError: a field is missing or invalid.
     """
     if not isinstance(entry, dict):
         raise RunError(f"{where}: expected a JSON object, got {json.dumps(entry)[:40]}")
@@ -312,7 +321,7 @@ def _whole(x: Any) -> bool:
 
 
 def _is_number(x: Any) -> bool:
-    """Whether it is a number that a float can be."""
+    """Whether the value is a number that a float can represent."""
     return isinstance(x, float) or (isinstance(x, int) and not isinstance(x, bool) and abs(x) < 10**300)
 
 
@@ -326,7 +335,7 @@ def _is_interval(x: Any) -> bool:
 
 
 def _runs_of(file: Path, entries: Sequence[Record]) -> list[Run]:
-    """Of one file: the run of a demo, and one for each run and setting that was measured."""
+    """Return the runs of one file: the run of a demo, and one run for each run and setting that was measured."""
     runs = []
     loss = curve(entries, "step", "train.loss")
     probes = [entry for entry in entries if entry["kind"] == "probe"]
@@ -346,7 +355,7 @@ def _runs_of(file: Path, entries: Sequence[Record]) -> list[Run]:
 
 
 def _of_seeds(path: Path, runs: Sequence[Run]) -> list[Run]:
-    """The runs below ``path``, those of a folder of several seeds as one: its configuration has a list of them."""
+    """Return the runs below ``path``. If the folder's configuration lists several seeds, combine their runs into one."""
     found: list[Run] = []
     groups: dict[Path, list[Run]] = {}
     for run in runs:
@@ -365,8 +374,10 @@ def _of_seeds(path: Path, runs: Sequence[Run]) -> list[Run]:
 
 
 def _with_their_update(groups: dict[tuple[str, Setting], list[Record]]) -> dict[tuple[str, Setting], list[Record]]:
-    """Checkpoints without an update, as the last one is where the update is the change to the next, join the others of their
-    kind."""
+    """Merge checkpoints without an update into the group of the same kind that has one.
+
+    If the update is the change to the next checkpoint, the last checkpoint has no update.
+    """
     joined = {key: found for key, found in groups.items() if key[1].update is not None}
     for (name, setting), found in groups.items():
         if setting.update is None:
@@ -395,8 +406,11 @@ def _data(found: dict[str, Any]) -> Data:
 
 
 def _demo_setting(file: Path) -> Setting:
-    """The demo measures held-out text and the step's own batch; its ``config.json`` fixes which these are. A trainer's callback
-    (:mod:`zerosum.integrations`) measures the step's batch alone, along a direction of the user's."""
+    """Return the setting of a demo's or a trainer's run.
+
+    The demo measures held-out text and the step's own batch; its ``config.json`` identifies both. A trainer's callback
+    (:mod:`zerosum.integrations`) measures only the step's batch, along a direction that the user gives.
+    """
     config = _configuration(file.parent)
     digest = " ".join(str(config.get(key, "")) for key in ("text", "seed", "positions")).strip()
     train = Data("training batches", digest=digest)
@@ -409,7 +423,7 @@ def _demo_setting(file: Path) -> Setting:
 
 
 def _configuration(folder: Path) -> dict[str, Any]:
-    """What a folder's ``config.json`` says; empty where there is none."""
+    """Read a folder's ``config.json``; empty if there is none."""
     if not (there := folder / "config.json").is_file():
         return {}
     try:
@@ -424,7 +438,7 @@ def _configuration(folder: Path) -> dict[str, Any]:
 
 
 def _distinct(runs: Sequence[Run]) -> list[Run]:
-    """Each with a name of its own: runs of the same name add what they were measured on, or where they come from."""
+    """Give each run a name of its own. Runs of the same name add what they were measured on, or which path they come from."""
     found = []
     for run in runs:
         same = [other for other in runs if other.name == run.name and other is not run]
@@ -442,8 +456,8 @@ def _distinct(runs: Sequence[Run]) -> list[Run]:
 
 
 def _order(name: str) -> tuple[float, list[tuple[int, float, str]]]:
-    """By the number of parameters in the name, then by the name with its numbers as numbers."""
+    """Return a sort key: the number of parameters in the name, then the name with its numbers as numbers."""
     size = re.search(r"(?<![A-Za-z0-9.])(\d+(?:\.\d+)?) ?([KMBT])(?![A-Za-z0-9])", name, re.IGNORECASE)
     parameters = float(size[1]) * 1000 ** ("KMBT".index(size[2].upper()) + 1) if size else 0.0
-    pieces = re.split(r"(\d+)", name.lower())  # every other one is a number
+    pieces = re.split(r"(\d+)", name.lower())  # every other piece is a number
     return parameters, [(1, float(piece), "") if i % 2 else (0, 0.0, piece) for i, piece in enumerate(pieces)]

@@ -1,8 +1,8 @@
-"""Figures: functions from a run's records, or from several runs, to matplotlib figures. Null lines, what random signs would give,
-are dashed.
+"""Draws figures: functions that turn the records of one or several runs into matplotlib figures.
 
-``run`` has the demo's figures of one run; ``paper`` those of Mircea et al. (2025) of one run or several; ``axes`` what figures
-share. Needs matplotlib, which ``pip install 'zsl_kernels[demo]'`` brings. No display is used.
+Dashed null lines show what random signs would give. ``run`` has the demo's figures of one run. ``paper`` has the figures of Mircea
+et al. (2025) of one or several runs. ``axes`` has the parts that figures share. Needs matplotlib (``pip install
+'zsl_kernels[demo]'``), but no display.
 """
 
 from zerosum.plots import paper

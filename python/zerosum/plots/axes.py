@@ -1,6 +1,6 @@
-"""What the figures share: colours, panels, axes, legends, and how a figure gets into a file.
+"""Provides what the figures share: colors, panels, axes, legends, and saving to files.
 
-matplotlib is imported when something is drawn, so that ``zerosum plot --help`` can list the figures without it.
+matplotlib is imported only when a figure is drawn, so that ``zerosum plot --help`` can list the figures without it.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
 
-# Okabe and Ito's colours, which colour-blind readers can tell apart; without yellow, which is hard to see on white. The order
-# keeps the first four apart in grey as well. Markers tell apart what colours do not: their number is prime to that of the
-# colours, so that a pair comes back after 56 runs only.
+# Okabe and Ito's colors, which color-blind readers can tell apart, without yellow, which is hard to see on white. The order keeps
+# the first four distinct in grayscale. Markers distinguish runs of the same color. The numbers of markers and colors are coprime,
+# so a pair repeats only after 56 runs.
 PALETTE = ("#0072B2", "#E69F00", "#009E73", "#000000", "#D55E00", "#CC79A7", "#56B4E9")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
-ERROR_BAND = "error-band"  # the id of the bands of standard errors
+ERROR_BAND = "error-band"  # the SVG id of the bands of standard errors
 BLUE, VERMILION, GREEN, BLACK, GREY = "#0072B2", "#D55E00", "#009E73", "#222222", "#666666"
 
 
@@ -39,7 +39,7 @@ class Style(NamedTuple):
 
 
 class Entry(NamedTuple):
-    """A line of a legend."""
+    """One line of a legend."""
 
     handle: Artist
     label: str
@@ -50,7 +50,7 @@ def styles(count: int) -> list[Style]:
 
 
 def panels(rows: int, columns: int, width: float, height: float) -> tuple[Figure, list[list[Axes]]]:
-    """Panels in a grid; those above each other share their steps, those beside each other what they show."""
+    """Create a grid of panels. Panels in a column share their steps; panels in a row share their values."""
     from matplotlib.figure import Figure
     from matplotlib.layout_engine import ConstrainedLayoutEngine
 
@@ -64,14 +64,14 @@ def panels(rows: int, columns: int, width: float, height: float) -> tuple[Figure
 
 
 def sample(**style: Any) -> Line2D:
-    """A line for a legend, which is in no panel."""
+    """Create a line for a legend that is drawn in no panel."""
     from matplotlib.lines import Line2D
 
     return Line2D([], [], **style)
 
 
 def measured(axes: Axes, c: Curve, style: Style, label: str | None = None, banded: bool = False) -> None:
-    """The values with their standard errors, as bars or as a band, and their null."""
+    """Draw the values with their null, and their standard errors as bars or as a band."""
     axes.plot(c.steps, c.values, "-", color=style.color, marker=style.marker, markersize=4, label=label)
     axes.plot(
         c.steps, c.nulls, "--", color=style.color, linewidth=1.2, alpha=0.8, label=label and f"{label.split(' (')[0]}, random signs"
@@ -83,7 +83,7 @@ def measured(axes: Axes, c: Curve, style: Style, label: str | None = None, bande
 
 
 def band(axes: Axes, c: Curve, style: Style) -> None:
-    """From one standard error below the values to one above."""
+    """Fill from one standard error below the values to one above."""
     if c.errors is not None and np.isfinite(c.errors).any():
         low, high = c.values - c.errors, c.values + c.errors
         axes.fill_between(c.steps, low, high, color=style.color, alpha=0.2, linewidth=0, gid=ERROR_BAND)
@@ -95,12 +95,12 @@ def has_band(axes: Axes) -> bool:
 
 
 def positive(values: np.ndarray) -> np.ndarray:
-    """What a log axis can show; the rest becomes a gap."""
+    """Replace values that a log axis cannot show with NaN, which leaves a gap."""
     return np.where(np.isfinite(values) & (values > 0), values, np.nan)
 
 
 def step_axis(axes: Axes, steps: np.ndarray, label: str = "optimizer step") -> None:
-    """Log steps along x. Step 0, which a log axis has no place for, stands one short stretch before step 1."""
+    """Put log steps along x. Step 0, which a log axis cannot show, is drawn a short distance before step 1."""
     low, high = (float(steps.min()), float(steps.max())) if len(steps) else (1.0, 10.0)
     if low == 0:
         axes.set_xscale("symlog", linthresh=1, linscale=0.4)
@@ -120,7 +120,7 @@ def step_axis(axes: Axes, steps: np.ndarray, label: str = "optimizer step") -> N
 
 
 def count(x: float) -> str:
-    """1, 10, 100, 1k, 10k, 1M; 2,048 where it is not as round."""
+    """Format as 1, 10, 100, 1k, 10k or 1M, and as 2,048 if the number is not that round."""
     for size, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
         if x >= size:
             short = f"{x / size:.10g}{unit}"
@@ -129,8 +129,10 @@ def count(x: float) -> str:
 
 
 def value_axis(axes: Axes, values: np.ndarray, along: str = "y") -> None:
-    """A log axis whose ticks can be read: matplotlib has none over less than a decade. What is not positive becomes a gap; where
-    nothing is, the axis stays linear."""
+    """Make a log axis with readable ticks, since matplotlib draws none over less than a decade.
+
+    Values that are not positive become gaps. The axis stays linear if no value is positive.
+    """
     values = values[positive(values) > 0]
     if not len(values):
         return
@@ -150,7 +152,10 @@ def value_axis(axes: Axes, values: np.ndarray, along: str = "y") -> None:
 
 
 def interference_axis(axes: Axes, values: np.ndarray, label: str) -> None:
-    """D along y, spaced by log(1 − D): as far from 0.9 to 0.99 as from 0.99 to 0.999. The ticks say D. D = 1 has no place on it."""
+    """Put D along y, spaced by log(1 − D), so 0.9 to 0.99 is as far as 0.99 to 0.999.
+
+    The ticks show D. The axis cannot show D = 1.
+    """
     values = values[np.isfinite(values) & (values < 1)]
     away = 1 - values if len(values) else np.array([0.1, 1.0])
     low, high = max(away.min() / 1.3, 1e-15), min(away.max() * 1.3, max(1.0, away.max()) * 1.08)
@@ -167,19 +172,19 @@ def interference_axis(axes: Axes, values: np.ndarray, label: str) -> None:
 
 
 def _nines(d: np.ndarray) -> np.ndarray:
-    """−log₁₀(1 − D): how many nines D has."""
+    """Return −log₁₀(1 − D), the number of nines of D."""
     return -np.log10(np.maximum(1 - np.asarray(d), 1e-300))
 
 
 def _round(low: float, high: float, most: int = 6, integer: bool = False) -> np.ndarray:
-    """Round numbers between the two, and one beyond each."""
+    """Return round numbers between the two, and one beyond each."""
     from matplotlib.ticker import MaxNLocator
 
     return np.asarray(MaxNLocator(most, integer=integer, steps=[1, 2, 5, 10]).tick_values(low, high))
 
 
 def _fix(axes: Axes, along: str, marks: np.ndarray, words: Callable[[float, int | None], str]) -> None:
-    """Ticks at those of the marks that are in sight, and nowhere else."""
+    """Put ticks only at the marks that are in sight."""
     from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
     axis, (low, high) = (axes.yaxis, axes.get_ylim()) if along == "y" else (axes.xaxis, axes.get_xlim())
@@ -189,8 +194,10 @@ def _fix(axes: Axes, along: str, marks: np.ndarray, words: Callable[[float, int 
 
 
 def titles(titled: Sequence[tuple[Axes, str, str]], characters: int = 72, gap: int = 6) -> None:
-    """Titles of panels beside each other, and below them in smaller letters what their values are over, ``gap`` points above the
-    panel."""
+    """Write the titles of panels in a row. Below each title, in smaller letters, write what the panel's values are over.
+
+    The lower text is ``gap`` points above the panel.
+    """
     below = [wrap(over, characters) for _, _, over in titled]
     most = max(map(len, below))
     for (axes, text, _), lines in zip(titled, below, strict=True):
@@ -201,8 +208,8 @@ def titles(titled: Sequence[tuple[Axes, str, str]], characters: int = 72, gap: i
 
 
 def legend(figure: Figure, entries: Sequence[Entry], columns: int = 4) -> None:
-    """Below the panels, where it hides no data; the figure grows by what it takes."""
-    letters = int(figure.get_figwidth() * 13)  # that fit into a line
+    """Draw the legend below the panels, where it hides no data. The figure grows by the legend's height."""
+    letters = int(figure.get_figwidth() * 13)  # how many fit into a line
     labels = ["\n".join(wrap(entry.label, letters - 8)) for entry in entries]
     lengths = [max(map(len, label.split("\n"))) + 8 for label in labels]
     columns = next(n for n in range(min(columns, len(entries)), 0, -1) if n == 1 or _width(lengths, n) <= letters)
@@ -219,25 +226,26 @@ def legend(figure: Figure, entries: Sequence[Entry], columns: int = 4) -> None:
         fontsize=9,
     )
     for text in made.get_texts():
-        text.set_parse_math(False)  # a $ in a run's name is no mathematics
+        text.set_parse_math(False)  # a $ in a run's name does not start math
 
 
 def _width(lengths: Sequence[int], columns: int) -> int:
-    """Of a legend whose columns are filled one after the other, as evenly as they can be."""
+    """Return the width of a legend whose columns are filled one after the other, as evenly as possible."""
     rows, long = divmod(len(lengths), columns)
     starts = np.cumsum([0] + [rows + (column < long) for column in range(columns)])
     return sum(max(lengths[start:end]) for start, end in pairwise(starts))
 
 
 def legend_of(figure: Figure, axes: Axes, columns: int) -> None:
-    """The panel's own lines, below the panels."""
+    """Draw a legend of the panel's own lines, below the panels."""
     handles, labels = axes.get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=columns, frameon=False)
 
 
 def save(figure: Figure, path: Path) -> None:
-    """Writes a figure as PNG or SVG, as the path's ending says, and replaces the file as a whole. The same figure gives the same
-    bytes.
+    """Write a figure as PNG or SVG, according to the path's suffix, and replace the file as a whole.
+
+    The same figure gives the same bytes.
 
     Raises:
         OSError: the file cannot be written; ``filename`` is its path.
@@ -248,7 +256,7 @@ def save(figure: Figure, path: Path) -> None:
     kind = path.suffix.removeprefix(".")
     metadata = {"Date": None} if kind == "svg" else None
     for text in figure.findobj(Text):
-        if (said := printable(text.get_text(), kept="\n")) != text.get_text():  # a control character in SVG would be no XML
+        if (said := printable(text.get_text(), kept="\n")) != text.get_text():  # XML, and so SVG, does not allow control characters
             text.set_text(said)
     with replacing(path) as new, rc_context({"svg.hashsalt": "zerosum"}):
         figure.savefig(new, format=kind, dpi=150, metadata=metadata)

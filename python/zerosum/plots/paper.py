@@ -1,9 +1,11 @@
-"""The figures of Mircea et al. (2025), of one run or several: loss with its deceleration, interference D and magnitude M of loss
-changes, gradient interference, and the agreement of gradients along the update.
+"""Draws the figures of Mircea et al. (2025) for one or several runs.
 
-Each is a function from :class:`zerosum.runs.Run` to a figure. A colour and a marker are a run's. What a panel's values are over
-stands under its title; where that differs between runs, in the legend, run by run. A run that lacks a panel's metrics is not in
-it: :func:`lacking` says which.
+They show the loss with its deceleration, interference D and magnitude M of loss changes, gradient interference, and the agreement
+of gradients along the update.
+
+Each figure is a function of :class:`zerosum.runs.Run` objects. A run keeps its color and marker in all figures. The text under a
+panel's title says what its values are over; if this differs between runs, the legend says it for each run. A run that lacks a
+panel's metrics is left out of the panel: :func:`lacking` lists these metrics.
 """
 
 from __future__ import annotations
@@ -48,8 +50,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-WIDTH = 4.9  # inches of a panel
-# The three ways in which the change of the tokens' losses is measured.
+WIDTH = 4.9  # width of a panel in inches
+# The three ways to measure the change of the tokens' losses.
 CHANGES = {
     "train": "Δt = 1, on the step's own batch",
     "held_out": "Δt = 1, on the evaluation set",
@@ -58,7 +60,7 @@ CHANGES = {
 
 
 class Part(NamedTuple):
-    """A factor of C of the first-order loss changes: a metric, or the ratio of two."""
+    """A factor of C of the first-order loss changes: a metric, or the ratio of two metrics."""
 
     title: str
     label: str
@@ -70,25 +72,27 @@ PARTS = (
     Part("Agreement of coordinates", "C_(u,G) / C_(u,g) (no unit)", ("C_uG", "C_ug")),
 )
 COSINES = ("cosine_median", "cosine_q05", "cosine_q95")
-# What a figure of parameters one by one needs, for people.
+# The names, for messages, of what a figure of single parameters needs.
 LAYERS = "D_grad of single parameters"
 DEPTHS = "D_grad of single parameters at several depths"
 DASHES = (0, (4, 1.5))
-POINTS = 3000  # of a raw loss curve: more cannot be seen, and make an SVG large
+POINTS = 3000  # most points to draw of a raw loss curve; more are not visible, and make an SVG large
 
 
 class Panel(NamedTuple):
     axes: Axes
     title: str
-    metric: str  # whose examples it is over
+    metric: str  # the metric whose examples the panel's text describes
 
 
 def loss(runs: Sequence[Run], first: float = 100) -> Figure:
-    """Loss against steps, log-log: every training step, the moving average that is fitted, and the fit's two straight segments
-    with the break (t_d, L_d) where they meet; and the loss of checkpoints on their evaluation set, which is not fitted.
+    """Draw loss against steps, log-log.
+
+    The figure shows every training step, the moving average that is fitted, and the fit's two straight segments with the break
+    (t_d, L_d) where they meet. It also shows the loss of checkpoints on their evaluation set, which is not fitted.
 
     Args:
-        first: fit later steps than this, as in :func:`zerosum.deceleration.fit`.
+        first: the fit uses only steps after this one, as in :func:`zerosum.deceleration.fit`.
     """
     figure, ((axes,),) = panels(1, 1, 8.6, 5.4)
     _expect([run for run in runs if drawable("loss", run)], "a training loss, or the loss of checkpoints")
@@ -134,12 +138,14 @@ def loss(runs: Sequence[Run], first: float = 100) -> Figure:
 
 
 def interference(runs: Sequence[Run]) -> Figure:
-    """D = 1 − |Σ Δℓ| / Σ |Δℓ| and M = mean |Δℓ| of the tokens' loss changes against steps, with D's null, one column for each way
-    in which the change was measured."""
+    """Draw D = 1 − |Σ Δℓ| / Σ |Δℓ| and M = mean |Δℓ| of the tokens' loss changes against steps, with D's null.
+
+    Each column shows one way to measure the change.
+    """
     kinds = _changes(runs)
     figure, (upper, lower) = panels(2, len(kinds), WIDTH * len(kinds) + 1, 6.4)
     top = [Panel(axes, CHANGES[kind], f"{kind}.D") for axes, kind in zip(upper, kinds, strict=True)]
-    sizes: dict[str, list[np.ndarray]] = {"one step": [], "interval": []}  # two scales: the magnitudes of the two differ widely
+    sizes: dict[str, list[np.ndarray]] = {"one step": [], "interval": []}  # two scales: the magnitudes differ widely
     for d_axes, m_axes, kind in zip(upper, lower, kinds, strict=True):
         steps = []
         for run, style in _with(runs, f"{kind}.D", f"{kind}.M"):
@@ -161,8 +167,10 @@ def interference(runs: Sequence[Run]) -> Figure:
 
 
 def plane(runs: Sequence[Run]) -> Figure:
-    """D against M with lines of equal |ΔL| = M (1 − D), one panel for each way in which the change was measured; the first step
-    is a hollow marker, the last one a large one."""
+    """Draw D against M with lines of equal |ΔL| = M (1 − D).
+
+    Each panel shows one way to measure the change. The first step has a hollow marker, the last step a large one.
+    """
     kinds = _changes(runs)
     figure, (row,) = panels(1, len(kinds), WIDTH * len(kinds) + 1, 4.6)
     spans: dict[str, list[int]] = {}
@@ -185,13 +193,15 @@ def plane(runs: Sequence[Run]) -> Figure:
     iso = Entry(sample(color="#aaaaaa", linewidth=0.8), "equal |ΔL| = M (1 − D), in nats")
     ends = {name: f"steps {min(steps):,} (hollow) to {max(steps):,} (large)" for name, steps in spans.items()}
     shown = [Panel(axes, CHANGES[kind], f"{kind}.D") for axes, kind in zip(row, kinds, strict=True)]
-    _explain(figure, runs, shown, ends, [iso], gap=16)  # above the lines' values
+    _explain(figure, runs, shown, ends, [iso], gap=16)  # leaves room for the values above the lines
     return figure
 
 
 def gradients(runs: Sequence[Run]) -> Figure:
-    """D(∇ℓ), the mean over coordinates of the gradients' interference, against steps, with its null. The axis is spaced by log(1
-    − D): late values lie between 0.98 and 0.995, where a plain axis shows nothing."""
+    """Draw D(∇ℓ), the gradients' interference averaged over coordinates, against steps, with its null.
+
+    The axis is spaced by log(1 − D), because late values lie between 0.98 and 0.995, where a plain axis shows no difference.
+    """
     _expect(_with(runs, "D_grad"), "D_grad")
     figure, ((axes,),) = panels(1, 1, 7.4, 4.6)
     shown, steps = [], []
@@ -207,8 +217,10 @@ def gradients(runs: Sequence[Run]) -> Figure:
 
 
 def decomposition(runs: Sequence[Run]) -> Figure:
-    """C_g and C_(u,G) / C_(u,g) along the update against steps, with their nulls. Their product is C of the first-order loss
-    changes."""
+    """Draw C_g and C_(u,G) / C_(u,g) along the update against steps, with their nulls.
+
+    Their product is C of the first-order loss changes.
+    """
     shown = [part for part in PARTS if any(run.has(*part.metrics) for run in runs)]
     _expect(shown, "C_g, or C_uG and C_ug")
     figure, (row,) = panels(1, len(shown), WIDTH * len(shown) + 1, 4.6)
@@ -227,8 +239,11 @@ def decomposition(runs: Sequence[Run]) -> Figure:
 
 
 def pairs(runs: Sequence[Run]) -> Figure:
-    """Cosines of pairs of examples' gradients against steps, their median with the band from the 5 % to the 95 % quantile, and the
-    share of examples whose loss rises by a small step along the others' gradient."""
+    """Draw the cosines of pairs of examples' gradients, and the share of opposed examples, against steps.
+
+    The cosines are drawn as their median, with a band from the 5 % to the 95 % quantile. An example is opposed if a small step
+    along the others' gradient raises its loss.
+    """
     shown = [metrics for metrics in (COSINES, ("opposed_examples",)) if any(run.has(*metrics) for run in runs)]
     _expect(shown, "the quantiles of the pairs' cosines, or opposed_examples")
     figure, (row,) = panels(1, len(shown), WIDTH * len(shown) + 1, 4.6)
@@ -263,7 +278,10 @@ def _part(run: Run, part: Part) -> Curve:
 
 
 def layers(runs: Sequence[Run]) -> Figure:
-    """D(∇ℓ) of each kind of parameter against steps, with its null: the mean over the depths at which the model has one."""
+    """Draw D(∇ℓ) of each kind of parameter against steps, with its null.
+
+    Each value is the mean over the depths that have the parameter.
+    """
     _expect(_with(runs, LAYERS), LAYERS)
     kinds = _kinds(runs)
     figure, shown = _grid(len(kinds))
@@ -287,8 +305,10 @@ def layers(runs: Sequence[Run]) -> Figure:
 
 
 def depths(runs: Sequence[Run]) -> Figure:
-    """D(∇ℓ) of each kind of parameter against its depth in the model: at the first measured step (hollow) and at the last one, with
-    the null of the last."""
+    """Draw D(∇ℓ) of each kind of parameter against its depth in the model.
+
+    Hollow markers show the first measured step, filled ones the last step with its null.
+    """
     _expect(_with(runs, DEPTHS), DEPTHS)
     kinds = {kind: title for kind, title in _kinds(runs).items() if any(len(_at_depths(run, kind)) > 1 for run in runs)}
     figure, shown = _grid(len(kinds))
@@ -314,7 +334,7 @@ def depths(runs: Sequence[Run]) -> Figure:
 
 
 def _grid(count: int) -> tuple[Figure, list[Axes]]:
-    """``count`` panels in rows of up to three."""
+    """Create ``count`` panels in rows of up to three."""
     columns = _columns(count)
     rows = math.ceil(count / columns)
     figure, grid = panels(rows, columns, 4.0 * columns + 1, 3.3 * rows + 0.6)
@@ -329,7 +349,7 @@ def _columns(count: int) -> int:
 
 
 def _outer_labels(shown: Sequence[Axes]) -> None:
-    """What all panels have in common is said at the left and below the last in each column."""
+    """Label only the leftmost panels and the lowest panel of each column, because all panels share their labels."""
     columns = _columns(len(shown))
     for number, axes in enumerate(shown):
         if number % columns:
@@ -339,33 +359,36 @@ def _outer_labels(shown: Sequence[Axes]) -> None:
 
 
 def _place(parameter: str) -> tuple[str, int | None]:
-    """The kind and the depth of a parameter: its name without the first number in it, and that number."""
+    """Split a parameter's name into its kind, which is the name without its first number, and its depth, which is that number."""
     before, number, after = (*re.split(r"(?:^|(?<=\.))(\d+)(?=\.|$)", parameter, maxsplit=1), "", "")[:3]
     return (f"{before}*{after}", int(number)) if number else (parameter, None)
 
 
 def _kinds(runs: Sequence[Run]) -> dict[str, str]:
-    """The kinds of parameters of all runs, and a title for each: its name behind the blocks', where that is enough."""
+    """Return the kinds of parameters of all runs, with a title for each.
+
+    The title omits the name of the blocks if it is still unique.
+    """
     kinds = list(dict.fromkeys(_place(name)[0] for run in runs for name in run.parameters("D_grad")))
     short = [kind.partition("*.")[2].removesuffix(".weight") or kind.removesuffix(".weight") for kind in kinds]
     return {kind: name if short.count(name) == 1 else kind for kind, name in zip(kinds, short, strict=True)}
 
 
 def _at_depths(run: Run, kind: str) -> list[str]:
-    """The run's parameters of a kind that are in blocks, by depth."""
+    """Return the run's parameters of a kind that are in blocks, by depth."""
     found = [(depth, name) for name in run.parameters("D_grad") for k, depth in [_place(name)] if k == kind and depth is not None]
     return [name for _, name in sorted(found)]
 
 
 def _mean_of(run: Run, names: Sequence[str]) -> Curve:
-    """The mean of D_grad over parameters."""
+    """Return the mean of D_grad over parameters."""
     curves = run.curves(*(f"D_grad/{name}" for name in names))
     values, nulls = (np.mean([getattr(c, key) for c in curves], axis=0) for key in ("values", "nulls"))
     return Curve(curves[0].steps, values, nulls, curves[0].n)
 
 
 def _over_depth(run: Run, names: Sequence[str], step: int) -> Curve:
-    """D_grad of parameters at a step, against their depths in place of steps."""
+    """Return D_grad of parameters at one step as a curve over their depths instead of over steps."""
     curves = run.curves(*(f"D_grad/{name}" for name in names))
     at = curves[0].steps == step
     depth = np.array([_place(name)[1] for name in names])
@@ -374,8 +397,11 @@ def _over_depth(run: Run, names: Sequence[str], step: int) -> Curve:
 
 
 class Drawing(NamedTuple):
-    """A figure; the sets of metrics of which a run needs one to be in it, none at all where it needs a training loss; and what
-    it shows, for ``zerosum plot --help``."""
+    """A figure, the metrics that it needs, and its description for ``zerosum plot --help``.
+
+    ``needs`` lists sets of metrics. A run is drawn if it has all metrics of one set. If the list is empty, the run needs a training
+    loss.
+    """
 
     draw: Callable[[Sequence[Run]], Figure]
     needs: tuple[tuple[str, ...], ...]
@@ -415,15 +441,15 @@ def write(
     kinds: Sequence[str] = ("png", "svg"),
     first: float = 100,
 ) -> list[Path]:
-    """Draws those of the figures that a run has the metrics for, each with all the runs that have; returns the paths.
+    """Draw the figures that some run has the metrics for, each with all runs that have them. Return the paths.
 
     Args:
-        folder: where they go, as NAME.KIND. A file is replaced as a whole.
+        folder: the folder for the files NAME.KIND. Each file is replaced as a whole.
         names: keys of ``FIGURES``. kinds: "png", "svg".
         first: as in :func:`loss`.
 
     Raises:
-        OSError: a file cannot be written; ``filename`` says which.
+        OSError: a file cannot be written; ``filename`` is its path.
     """
     paths = []
     for name in names:
@@ -436,19 +462,19 @@ def write(
 
 
 def lacking(name: str, run: Run) -> list[str]:
-    """The metrics without which a run is not, or not fully, in the figure ``name``."""
+    """Return the metrics whose absence removes a run from the figure ``name`` or from a part of it."""
     if name == "loss" and run.loss is not None:
         return []
     return [metric for metrics in FIGURES[name].needs for metric in metrics if not _has(run, metric)]
 
 
 def drawable(name: str, run: Run) -> bool:
-    """The run has what one panel at least of the figure ``name`` needs."""
+    """Whether the run has what at least one panel of the figure ``name`` needs."""
     return (name == "loss" and run.loss is not None) or any(_has(run, *metrics) for metrics in FIGURES[name].needs)
 
 
 def _has(run: Run, *metrics: str) -> bool:
-    """The metrics of :meth:`Run.has`, or one of ``LAYERS`` and ``DEPTHS``."""
+    """Whether the run has the metrics of :meth:`Run.has`, or those that ``LAYERS`` or ``DEPTHS`` stands for."""
     if metrics == (LAYERS,):
         return any(run.has(f"D_grad/{name}") for name in run.parameters("D_grad"))
     if metrics == (DEPTHS,):
@@ -465,7 +491,7 @@ def _scale(kind: str) -> str:
 
 
 def _seen(c: Curve) -> list[np.ndarray]:
-    """All that is drawn of a curve."""
+    """Return all values of a curve that are drawn."""
     errors = np.array([]) if c.errors is None else np.concatenate((c.values + c.errors, c.values - c.errors))
     return [c.values, c.nulls, errors]
 
@@ -489,7 +515,7 @@ def _explain(
     others: Sequence[Entry] = (),
     gap: int = 6,
 ) -> None:
-    """Titles, what the panels are over, and the legend. ``notes`` has more to say about a run, by its name."""
+    """Add the titles, the texts on what the panels are over, and the legend. ``notes`` has more text about runs, by name."""
     added: dict[str, list[str]] = {run.name: [] for run in runs if any(run.has(panel.metric) for panel in shown)}
     titled = []
     for panel in shown:
@@ -528,7 +554,7 @@ def _over_training(run: Run) -> str:
 
 
 def _fit(run: Run, first: float) -> tuple[Deceleration | None, str]:
-    """The fit of a run's training loss, and what to say about it."""
+    """Fit a run's training loss. Return the fit and a text about it."""
     assert run.loss is not None
     try:
         found = fit(run.loss.steps, run.loss.values, smoothed=run.smoothed, first=first, bootstrap=0)
@@ -541,7 +567,10 @@ def _fit(run: Run, first: float) -> tuple[Deceleration | None, str]:
 
 
 def _fits(run: Run, first: float) -> tuple[Deceleration | None, str]:
-    """The fit of the mean of several seeds' losses; and what the fits of each say: means with their standard errors."""
+    """Fit the mean of several seeds' losses, and each seed's.
+
+    The text has the means of the seeds' fits with their standard errors.
+    """
     found = [one for one, _ in (_fit(repeat, first) for repeat in run.repeats) if one is not None and one.found]
     said = f"{len(found)} of {len(run.repeats)} seeds decelerate"
     if found:
@@ -556,7 +585,7 @@ def _error(x: float) -> str:
 
 
 def _draw_training(axes: Axes, run: Run, style: Style) -> np.ndarray:
-    """The losses and their moving average; returns all that is shown."""
+    """Draw the losses and their moving average; return all values that are drawn."""
     assert run.loss is not None
     steps, values = run.loss.steps, run.loss.values
     if run.repeats:
@@ -578,7 +607,7 @@ def _draw_fit(axes: Axes, steps: np.ndarray, found: Deceleration, style: Style, 
     start, end = max(float(steps[0]), first), float(steps[-1])
     if not found.found:
         marks = np.geomspace(start, end, 200)
-        straight = found.bic_one <= found.bic_two + STRONG  # where it bends, but without a break, the curve itself is drawn
+        straight = found.bic_one <= found.bic_two + STRONG  # if the curve bends without a break, the fitted curve itself is drawn
         axes.plot(marks, found.one(marks) if straight else found.at(marks), ":", color=BLACK, linewidth=1.4)
         return
     segment: dict[str, Any] = {"linestyle": DASHES, "color": BLACK, "linewidth": 1.2}
@@ -588,7 +617,7 @@ def _draw_fit(axes: Axes, steps: np.ndarray, found: Deceleration, style: Style, 
 
 
 def _iso_lines(axes: Axes) -> None:
-    """Where M (1 − D) is the same, at powers of ten, with its value where the line leaves the panel."""
+    """Draw lines of equal M (1 − D) at powers of ten, each with its value at the edge of the panel."""
     (low, high), (bottom, top) = axes.get_xlim(), axes.get_ylim()
     if axes.get_xscale() != "log":  # every M is 0
         return

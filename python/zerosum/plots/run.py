@@ -1,4 +1,4 @@
-"""The demo's figures: functions from one run's records."""
+"""Draws the demo's figures from one run's records."""
 
 from __future__ import annotations
 
@@ -17,7 +17,9 @@ if TYPE_CHECKING:
 
 
 def loss(records: Sequence[Record]) -> Figure:
-    """The training loss at every step, the held-out loss at every probe, and the two slopes that say whether it decelerated."""
+    """Draw the training loss at every step, the held-out loss at every probe, and the two slopes that show whether the loss
+    decelerated.
+    """
     train, held_out = curve(records, "step", "train.loss"), curve(records, "probe", "held_out.loss")
     figure, ((axes,),) = panels(1, 1, width=7.4, height=4.8)
     axes.plot(
@@ -46,7 +48,7 @@ def loss(records: Sequence[Record]) -> Figure:
 
 
 def loss_interference(records: Sequence[Record]) -> Figure:
-    """D and M of the tokens' loss changes over one optimizer step, on the step's own batch and on held-out text."""
+    """Draw D and M of the tokens' loss changes over one optimizer step, on the step's own batch and on held-out text."""
     figure, ((left, right),) = panels(1, 2, width=10.4, height=5.0)
     for name, where, color in (("train", "training batch", BLUE), ("held_out", "held-out text", VERMILION)):
         d, m = (curve(records, "probe", f"{name}.{key}") for key in ("D", "M"))
@@ -65,7 +67,7 @@ def loss_interference(records: Sequence[Record]) -> Figure:
 
 
 def decomposition(records: Sequence[Record]) -> Figure:
-    """C_g and C_uG / C_ug along the step's update, whose product is C of the first-order loss changes, and D_grad."""
+    """Draw D_grad, and C_g and C_uG / C_ug along the step's update, whose product is C of the first-order loss changes."""
     c_g, c_uG, c_ug, d_grad = (curve(records, "probe", name) for name in ("C_g", "C_uG", "C_ug", "D_grad"))
     style = Style(BLUE, "o")
     figure, ((left, middle, right),) = panels(1, 3, width=13.2, height=4.6)
@@ -95,7 +97,7 @@ FIGURES: dict[str, Callable[[Sequence[Record]], Figure]] = {
 
 
 def write(records: Sequence[Record], folder: Path) -> list[Path]:
-    """Draws every figure into ``folder`` as a PNG; returns their paths. A figure is replaced as a whole."""
+    """Draw every figure into ``folder`` as a PNG; return their paths. Each figure is replaced as a whole."""
     paths = []
     for name, draw in FIGURES.items():
         path = folder / f"{name}.png"
