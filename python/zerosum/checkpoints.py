@@ -1,7 +1,7 @@
-"""Checkpoints: finding them, and loading one as a model that can be measured.
+"""Finds checkpoints and loads them as models that can be measured.
 
-Three kinds are read: runs of ``zerosum demo``, folders of transformers, and plain state dicts with a function that builds the
-model. Nothing is downloaded, no code that lies beside a checkpoint is run, and no unrestricted pickle is loaded unless asked for.
+It reads three kinds: runs of ``zerosum demo``, transformers folders, and plain state dicts with a function that builds the model.
+It downloads nothing, runs no code from a checkpoint's folder, and loads no unrestricted pickle unless asked to.
 """
 
 from __future__ import annotations
@@ -35,10 +35,11 @@ from zerosum.training.run import KEPT, Refused, read_checkpoint
 Losses = Callable[[nn.Module, Tensor, Tensor], Tensor]
 
 WEIGHTS = (".safetensors", ".pt", ".pth", ".bin", ".ckpt")
-# What training frameworks write beside the weights.
+# The names of other files that training frameworks write beside the weights.
 _NOT_WEIGHTS = re.compile(r"(optim|optimizer|scheduler|scaler|rng_state|training_args|train)(_.*)?\.(pt|pth|bin)")
 _OPTIMIZERS = ("optimizer.pt", "optim.pt")
-# The first that is found says the step. A bare number may be a version or a size: it counts only where it is the whole name.
+# The first pattern that matches gives the step. A bare number may be a version or a size, so it counts only if it is the whole
+# name.
 _STEPS = tuple(
     re.compile(pattern, re.IGNORECASE)
     for pattern in (
@@ -52,21 +53,21 @@ _LISTED = 8
 
 
 def next_token_losses(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
-    """:func:`zerosum.training.model.token_losses`, in float32 whatever the logits are in."""
+    """Return :func:`zerosum.training.model.token_losses` in float32, whatever the dtype of the logits."""
     logits = logits_of(model(x), x)
     return F.cross_entropy(logits.flatten(0, 1).float(), y.flatten(), reduction="none").view(y.shape)
 
 
 @dataclass(frozen=True)
 class Options:
-    """How to read checkpoints that do not say it themselves.
+    """Options for checkpoints that do not contain this information themselves.
 
     Attributes:
         model: "module:function" that builds the model of a plain state dict.
-        model_config: its keyword arguments.
-        losses: "module:function" of ``(model, x, y)`` for the token losses, where they do not follow from the model's logits.
-        attention: the implementation of attention of a transformers model, "eager" or "sdpa".
-        unsafe_pickle: load files that only an unrestricted pickle can; such a file can run any code.
+        model_config: the function's keyword arguments.
+        losses: "module:function" of ``(model, x, y)`` for the token losses, if they do not follow from the model's logits.
+        attention: the attention implementation of a transformers model, "eager" or "sdpa".
+        unsafe_pickle: load files that need an unrestricted pickle. Such a file can run any code.
     """
 
     model: str | None = None
@@ -81,12 +82,12 @@ class Loaded:
     """A checkpoint in memory.
 
     Attributes:
-        model: with its weights, in float32 and in evaluation mode (no dropout).
-        losses: ``losses(model, x, y)`` gives the loss of each predicted token, (N, T).
-        vocab: how many token ids there are, None where only the losses know.
-        positions: the longest sequence, None where the model does not say.
-        optimizer: its optimizer's ``state_dict()``, None where there is none.
-        build_optimizer: makes the optimizer of a model that the state is of, None where the state alone has to tell.
+        model: the model with its weights, in float32 and in evaluation mode (no dropout).
+        losses: ``losses(model, x, y)`` returns the loss of each predicted token, (N, T).
+        vocab: the number of token ids; None if only the losses know it.
+        positions: the longest sequence; None if the model does not say.
+        optimizer: the optimizer's ``state_dict()``; None if the checkpoint has none.
+        build_optimizer: builds the optimizer that the state belongs to; None if it must be inferred from the state alone.
     """
 
     model: nn.Module
@@ -97,13 +98,13 @@ class Loaded:
     build_optimizer: Callable[[nn.Module], torch.optim.Optimizer] | None = None
 
     def weights(self) -> dict[str, Tensor]:
-        """The trainable parameters' values, not copied."""
+        """Return the trainable parameters' values, not copied."""
         return {name: p.detach() for name, p in self.model.named_parameters() if p.requires_grad}
 
 
 @dataclass(frozen=True)
 class Checkpoint(ABC):
-    """Where a checkpoint is; ``load`` reads it."""
+    """A checkpoint's location; ``load`` reads it."""
 
     path: Path
     step: int
@@ -112,17 +113,17 @@ class Checkpoint(ABC):
     @property
     @abstractmethod
     def has_optimizer(self) -> bool:
-        """Whether an optimizer's state is there."""
+        """Whether the checkpoint has an optimizer's state."""
 
     def load(self, optimizer: bool = False) -> Loaded:
-        """Reads the weights, and the optimizer's state if it is asked for and there.
+        """Read the weights, and with ``optimizer=True`` also the optimizer's state if there is one.
 
         Raises:
             Refused: the file is damaged, does not fit the model, or needs an unrestricted pickle.
         """
         try:
             with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(0)  # what a model draws when it is built and no checkpoint holds
+                torch.manual_seed(0)  # seeds what a model draws when it is built and no checkpoint stores
                 model, state = self._load(optimizer)
         except OSError as error:
             raise Refused(f"{self.path}: cannot read: {error.strerror or error}") from error
@@ -131,7 +132,7 @@ class Checkpoint(ABC):
         return Loaded(model, losses, self._vocab(model), _positions(model), state, self._builder())
 
     def _builder(self) -> Callable[[nn.Module], torch.optim.Optimizer] | None:
-        """What makes the optimizer that the state is of, where that is known."""
+        """Return a function that builds the optimizer that the state belongs to, if known."""
         return None
 
     @abstractmethod
@@ -139,7 +140,7 @@ class Checkpoint(ABC):
 
     @torch.no_grad()
     def _vocab(self, model: nn.Module) -> int | None:
-        """The width of the logits; finds out on the way whether the model can be run."""
+        """Return the width of the logits. This also tests whether the model runs."""
         if self.options.losses is not None:
             return None
         try:
@@ -154,7 +155,7 @@ class Checkpoint(ABC):
 
 @dataclass(frozen=True)
 class DemoCheckpoint(Checkpoint):
-    """One of a run of ``zerosum demo``; its sizes are in the run's ``config.json``."""
+    """A checkpoint of a run of ``zerosum demo``. Its sizes are in the run's ``config.json``."""
 
     settings: Settings
 
@@ -169,7 +170,7 @@ class DemoCheckpoint(Checkpoint):
         _fill(model, state["model"], self.path)
         if optimizer:
             for group in state["optimizer"]["param_groups"]:
-                group["lr"] = self.settings.rate(self.step + 1)  # the state holds the rate of the step that was done
+                group["lr"] = self.settings.rate(self.step + 1)  # the state holds the rate of the step before
         return model, state["optimizer"] if optimizer else None
 
     def _builder(self) -> Callable[[nn.Module], torch.optim.Optimizer]:
@@ -178,7 +179,7 @@ class DemoCheckpoint(Checkpoint):
 
 @dataclass(frozen=True)
 class TransformersCheckpoint(Checkpoint):
-    """A folder that transformers wrote: ``config.json`` and safetensors, whole or in shards."""
+    """A transformers folder: ``config.json`` and safetensors, whole or in shards."""
 
     @property
     def has_optimizer(self) -> bool:
@@ -191,7 +192,7 @@ class TransformersCheckpoint(Checkpoint):
             raise Refused(f"{self.path}: expected weights in *.safetensors, found none; save_pretrained() writes them")
         import transformers
 
-        build: Any = transformers.AutoModelForCausalLM.from_pretrained  # its type leaves out what the last option returns
+        build: Any = transformers.AutoModelForCausalLM.from_pretrained  # its type omits what the last option returns
         with _quiet(transformers):
             try:
                 model, found = build(
@@ -203,9 +204,9 @@ class TransformersCheckpoint(Checkpoint):
                     attn_implementation=self.options.attention,
                     output_loading_info=True,
                 )
-            except Exception as error:  # of its own, of safetensors, of the configuration: there is no common kind
+            except Exception as error:  # transformers and safetensors raise errors without a common base class
                 raise Refused(f"{self.path}: transformers cannot load it: {_line(error)}") from error
-        # It only warns, and measures would be of weights drawn at random.
+        # transformers only warns about missing weights, which it draws at random: the measurements would be meaningless.
         _check_keys(self.path, sorted(found["missing_keys"]), sorted(found["unexpected_keys"]))
         model.config.use_cache = False
         state = read(self.path / "optimizer.pt", self.options.unsafe_pickle) if optimizer and self.has_optimizer else None
@@ -214,7 +215,7 @@ class TransformersCheckpoint(Checkpoint):
 
 @dataclass(frozen=True)
 class StateDictCheckpoint(Checkpoint):
-    """A file of tensors by name, on its own or with an optimizer's state, for a model that ``Options.model`` builds."""
+    """A file of tensors by name, with or without an optimizer's state, for a model that ``Options.model`` builds."""
 
     @property
     def has_optimizer(self) -> bool:
@@ -222,7 +223,7 @@ class StateDictCheckpoint(Checkpoint):
 
     @property
     def _beside(self) -> Path | None:
-        """The optimizer's file, where this file has a folder of its own."""
+        """The optimizer's file in the same folder, if the folder has no other weights."""
         alone = len(_weight_files(self.path.parent)) == 1
         return next((file for name in _OPTIMIZERS if alone and (file := self.path.parent / name).exists()), None)
 
@@ -237,14 +238,14 @@ class StateDictCheckpoint(Checkpoint):
         if not isinstance(model, nn.Module):
             raise Refused(f"--model: expected {self.options.model} to return a torch.nn.Module, got {type(model).__name__}")
         content = self._content()
-        _fill(model.float(), self._tensors(content), self.path)  # before: what is copied into bfloat16 is rounded
+        _fill(model.float(), self._tensors(content), self.path)  # float32 first, because copying into bfloat16 rounds
         if not optimizer:
             return model, None
         state = self._optimizer(content)
         return model, read(self._beside, self.options.unsafe_pickle) if state is None and self._beside else state
 
     def _tensors(self, content: Any) -> dict[str, Tensor]:
-        if isinstance(content, nn.Module):  # of an unrestricted pickle
+        if isinstance(content, nn.Module):  # from an unrestricted pickle
             return content.state_dict()
         names = ("model_state_dict", "state_dict", "model")
         nested = [content[name] for name in names if isinstance(content, Mapping) and isinstance(content.get(name), Mapping)]
@@ -262,30 +263,30 @@ class StateDictCheckpoint(Checkpoint):
 
 @dataclass(frozen=True)
 class Series:
-    """The checkpoints of a run by their steps, and the run's name."""
+    """The checkpoints of a run by step, and the run's name."""
 
     run: str
     root: Path
     checkpoints: list[Checkpoint]
 
     def name(self, checkpoint: Checkpoint) -> str:
-        """Where the checkpoint is in the run."""
+        """Return the checkpoint's path within the run."""
         path = checkpoint.path
         return path.relative_to(self.root).as_posix() if path != self.root else path.name
 
 
 def find(path: Path, options: Options | None = None, step: int | None = None) -> Series:
-    """The checkpoints at ``path``: a file, a checkpoint's folder, or a folder of such.
+    """Find the checkpoints at ``path``: a file, a checkpoint's folder, or a folder of checkpoints.
 
-    In a folder, sub-folders that hold checkpoints are taken; where there are none, its files. Their names say the steps, as in
-    ``checkpoint-1000``, ``step_1000`` and ``model-step1000.safetensors``. ``step`` is that of a single checkpoint whose name does
-    not say it.
+    In a folder, this takes the sub-folders that hold checkpoints, or else the files. Their names contain the steps, as in
+    ``checkpoint-1000``, ``step_1000`` and ``model-step1000.safetensors``. ``step`` is the step of a single checkpoint whose name
+    does not contain it.
 
     Raises:
-        Refused: there is none, two have the same step, a name does not say one, or a file is damaged.
+        Refused: there is no checkpoint, two have the same step, a name does not contain a step, or a file is damaged.
     """
     options = options or Options()
-    path = Path(os.path.abspath(path))  # a run's name is a folder's, not ".."
+    path = Path(os.path.abspath(path))  # a run is named after its folder, never ".."
     try:
         found = list(_found(path, options, step))
     except OSError as error:
@@ -306,19 +307,19 @@ def find(path: Path, options: Options | None = None, step: int | None = None) ->
 
 
 def step_of(name: str) -> int | None:
-    """The step that a file's or a folder's name says, None where it says none."""
+    """Return the step that a file's or folder's name contains; None if it contains none."""
     stem = name[: -len(suffix)] if (suffix := Path(name).suffix) in WEIGHTS else name
     return next((int(found[-1]) for pattern in _STEPS if (found := pattern.findall(stem))), None)
 
 
 def read(path: Path, unsafe_pickle: bool = False) -> Any:
-    """What a file of tensors holds, on the CPU.
+    """Read a file of tensors to the CPU.
 
     Raises:
-        Refused: it is damaged, or only an unrestricted pickle could load it and that was not asked for.
+        Refused: the file is damaged, or it needs an unrestricted pickle and ``unsafe_pickle`` is not set.
     """
     if path.suffix == ".safetensors":
-        open_file(path).close()  # a pipe or a device has no tensors
+        open_file(path).close()  # refuses a pipe or a device
         if importlib.util.find_spec("safetensors") is None:
             raise Refused(f"{path}: needs safetensors: pip install 'zsl_kernels[checkpoints]'")
         from safetensors import SafetensorError
@@ -328,7 +329,7 @@ def read(path: Path, unsafe_pickle: bool = False) -> Any:
             return load_file(path)
         except SafetensorError as error:
             raise Refused(f"{path}: damaged: {_line(error)}") from error
-    with open_file(path) as file:  # what cannot be read is no damage
+    with open_file(path) as file:  # a file that cannot be read is not damaged
         whole = zipfile.is_zipfile(file)
     try:
         return torch.load(path, map_location="cpu", weights_only=not unsafe_pickle, mmap=whole)
@@ -339,7 +340,7 @@ def read(path: Path, unsafe_pickle: bool = False) -> Any:
             f"{path}: it holds more than tensors and numbers, and loading it could run any code. Save the model's state_dict(); "
             "or, if you trust whoever wrote the file, ask for it: --unsafe-pickle"
         ) from error
-    except Exception as error:  # a file that ends early may be an OSError, and a pickle raises what its code raises
+    except Exception as error:  # a truncated file may raise an OSError, and a pickle raises whatever its code raises
         raise Refused(f"{path}: damaged, or not a file of torch.save: {type(error).__name__}: {_line(error)}") from error
 
 
@@ -355,7 +356,7 @@ def _found(path: Path, options: Options, step: int | None) -> Iterator[Checkpoin
     if options.model is None and (runs := [folder.name for folder in _folders(path) if _demo_run(folder)]):
         raise Refused(f"{path}: expected one run, got a folder of runs of `zerosum demo`: {_listed(runs)}")
     whole = _alone(path, options)
-    # A folder that is named like a checkpoint and holds none was damaged; others may have nothing to do with it.
+    # A folder that is named like a checkpoint but has no weights is damaged. Other folders may be unrelated.
     folders = [folder for folder in _folders(path) if step_of(folder.name) is not None or (not whole and _alone(folder, options))]
     for folder in folders:
         if (one := _alone(folder, options)) is None:
@@ -369,7 +370,7 @@ def _found(path: Path, options: Options, step: int | None) -> Iterator[Checkpoin
 
 
 def _alone(folder: Path, options: Options) -> Checkpoint | None:
-    """The one checkpoint that a folder holds, of a step that is not known yet."""
+    """Return the single checkpoint in a folder, with an unknown step; None if there is not exactly one."""
     if options.model is None and "model_type" in _json(folder / "config.json"):
         return TransformersCheckpoint(folder, -1, options)
     files = _weight_files(folder)
@@ -397,12 +398,12 @@ def _step(path: Path, given: int | None) -> int:
 
 
 def _demo_run(path: Path) -> tuple[Path, Settings] | None:
-    """The folder and the settings of the run of ``zerosum demo`` that a path is in."""
+    """Return the folder and the settings of the ``zerosum demo`` run that a path is in; None if it is in no such run."""
     for folder in (path, path.parent, path.parent.parent) if path.name != KEPT else (path, path.parent):
         config = _json(folder / "config.json")
         known = {f.name: config[f.name] for f in fields(Settings) if f.name in config}
-        names = {f.name for f in fields(Settings)} - {"autocast", "optimizer"}  # which not every run's configuration has
-        # Runs of several sizes or seeds have a folder each, in one whose configuration has a list of them.
+        names = {f.name for f in fields(Settings)} - {"autocast", "optimizer"}  # not every run's configuration has these
+        # Runs of several sizes or seeds have a folder each, inside a folder whose configuration lists the sizes or seeds.
         one = all(isinstance(config.get(name), int) for name in ("width", "seed"))
         if one and names | {"zsl_kernels"} <= config.keys() and (folder == path or _is_of_demo(path, folder)):
             return folder, Settings(**known)
@@ -418,22 +419,22 @@ def _of_demo(path: Path, folder: Path, settings: Settings, options: Options) -> 
     steps = set()
     for file in [path] if path.is_file() else [*kept, *([folder / "checkpoint.pt"] if path == folder else [])]:
         if not file.exists():
-            continue  # the run has not come to its first checkpoint
+            continue  # the run has not reached its first checkpoint
         content = read(file)
         if not isinstance(content, dict) or content.keys() != {"step", "state"}:
             raise Refused(f"{file}: not a checkpoint of `zerosum demo`: {_described(content)}")
         named = step_of(file.name)
         if named is not None and named != content["step"]:
             raise Refused(f"{file}: expected the checkpoint of step {named}, as its name says, got step {content['step']}")
-        if content["step"] not in steps:  # the newest is kept, too
+        if content["step"] not in steps:  # the newest may also be among the kept ones
             steps.add(content["step"])
             yield DemoCheckpoint(file, content["step"], options, settings)
 
 
 def _fill(model: nn.Module, tensors: dict[str, Tensor], path: Path) -> None:
-    """Loads tensors into the model: all of them, and nothing else."""
+    """Load tensors into the model. Every tensor of the model must be there, and no other."""
     own = model.state_dict()
-    for prefix in ("module.", "_orig_mod.", "model.") * 2:  # of DistributedDataParallel, torch.compile and Lightning
+    for prefix in ("module.", "_orig_mod.", "model.") * 2:  # the prefixes of DistributedDataParallel, torch.compile and Lightning
         if all(name.startswith(prefix) for name in tensors) and not all(name.startswith(prefix) for name in own):
             tensors = {name.removeprefix(prefix): x for name, x in tensors.items()}
     quantized = [name for name, x in tensors.items() if name in own and own[name].is_floating_point() > x.is_floating_point()]
@@ -442,7 +443,7 @@ def _fill(model: nn.Module, tensors: dict[str, Tensor], path: Path) -> None:
         raise Refused(f"{path}: does not fit the model: expected floating-point weights, got {got}")
     try:
         missing, unexpected = model.load_state_dict(tensors, strict=False)
-    except RuntimeError as error:  # shapes
+    except RuntimeError as error:  # the shapes do not match
         raise Refused(f"{path}: does not fit the model: {_line(error)}") from error
     places = {_place(x) for name, x in own.items() if name in tensors}
     _check_keys(path, [name for name in missing if _place(own[name]) not in places], unexpected)  # tied weights are saved once
@@ -463,7 +464,7 @@ def _listed(names: list[str]) -> str:
 
 
 def _function(spec: str, option: str) -> Callable[..., Any]:
-    """What ``module:function`` names; modules of the present folder are found, too."""
+    """Import ``module:function``. Modules in the current folder are also found."""
     module, _, name = spec.partition(":")
     if not module or not name.isidentifier():
         raise Refused(f"{option}: expected module:function, got {spec!r}")
@@ -481,13 +482,13 @@ def _function(spec: str, option: str) -> Callable[..., Any]:
 
 
 def _call(what: str, function: Callable[..., Any], *arguments: Any, **keywords: Any) -> Any:
-    """The user's own function; what goes wrong in it is said with its place."""
+    """Call the user's function. If it fails, the message says where."""
     try:
         return function(*arguments, **keywords)
-    except NotImplementedError:  # of an operation without a forward-mode derivative: the rest is measured
+    except NotImplementedError:  # an operation lacks a forward-mode derivative; everything else is measured
         raise
     except Exception as error:
-        frames = traceback.extract_tb(error.__traceback__)[1:]  # the first is this call
+        frames = traceback.extract_tb(error.__traceback__)[1:]  # the first frame is this call
         place = f" ({frames[0].filename}, line {frames[0].lineno})" if frames else ""
         raise Refused(f"{what} raises {type(error).__name__}: {_line(error)}{place}") from error
 
@@ -512,7 +513,7 @@ def _positions(model: nn.Module) -> int | None:
 
 
 def _json(path: Path) -> dict[str, Any]:
-    """A file's JSON object; empty where there is none."""
+    """Read a file's JSON object; empty if there is none."""
     if not path.is_file():
         return {}
     try:
@@ -529,13 +530,13 @@ def _described(content: Any) -> str:
 
 
 def _line(error: Exception) -> str:
-    """An error's text on one line."""
+    """Return an error's text on one line."""
     return " ".join(str(error).split()) or type(error).__name__
 
 
 @contextmanager
 def _quiet(transformers: Any) -> Iterator[None]:
-    """Without its bars and its report: what is missing is an error here."""
+    """Turn off transformers' progress bars and its loading report. Missing weights are an error here."""
     logging = transformers.utils.logging
     verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()

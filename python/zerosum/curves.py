@@ -1,9 +1,9 @@
-"""Loss curves: what a curve must be, which of its rows a fit takes, and reading one from a file.
+"""Reads loss curves from files, validates them, and selects the rows for a fit.
 
-:func:`read_curve` takes CSV, JSON lines (also a run's own ``metrics.jsonl``, or its folder), JSON (also ``trainer_state.json`` of
-transformers), NumPy's ``.npy`` and ``.npz``, and TensorBoard's event files or the folder that has them (with the ``tensorboard``
-package, ``pip install 'zsl_kernels[demo]'``). Files are read within bounds, whatever they declare: ``MOST_VALUES`` values at most,
-and :mod:`zerosum.files`' sizes of lines and of what is parsed as a whole.
+:func:`read_curve` accepts CSV, JSON lines (also a run's ``metrics.jsonl`` or its folder), JSON (also ``trainer_state.json`` of
+transformers), NumPy's ``.npy`` and ``.npz``, and TensorBoard's event files or their folder (with the ``tensorboard`` package, ``pip
+install 'zsl_kernels[demo]'``). Reads are bounded, whatever a file declares: at most ``MOST_VALUES`` values, and the limits of
+:mod:`zerosum.files` for lines and for files that are parsed as a whole.
 """
 
 from __future__ import annotations
@@ -26,26 +26,26 @@ import numpy as np
 
 from zerosum.files import lines, open_file, parse, read_bytes
 
-MOST_VALUES = 5_000_000  # of a file; each takes some 150 bytes
+MOST_VALUES = 5_000_000  # values in a file; each takes about 150 bytes
 LARGEST_ARCHIVE = 1 << 27  # bytes of an .npz file
-LARGEST_EVENT = 1 << 26  # bytes of one of TensorBoard's
-MOST_EVENTS = 5_000_000  # of a file
-LONGEST_NAME = 1000  # of a column, with the names of the objects that it is in
-DEEPEST = 30  # levels of these
+LARGEST_EVENT = 1 << 26  # bytes of one TensorBoard event
+MOST_EVENTS = 5_000_000  # events in a file
+LONGEST_NAME = 1000  # characters of a column's name, including the names of the objects that contain it
+DEEPEST = 30  # levels of nested objects
 
-# Names of columns that mean the same wherever they are met, the most telling first; compared as lower-case letters and digits.
+# Column names with the same meaning, the most specific first. Names are compared as lowercase letters and digits.
 STEPS = ("step", "steps", "globalstep", "trainstep", "iteration", "iterations", "iter", "update", "t")
 LOSSES = ("loss", "trainloss", "trainingloss", "lmloss", "crossentropy", "nll", "value")
-# A record's metrics are {"metrics": {"train.loss": {"value": ...}}}: the name in the middle is what one calls the column.
+# A record's metrics are {"metrics": {"train.loss": {"value": ...}}}. Users name the column by the key in the middle.
 BEFORE, AFTER = "metrics.", ".value"
 
 
 class CurveError(ValueError):
-    """A curve cannot be read or used; the message says where and why."""
+    """A curve cannot be read or used. The message says where and why."""
 
 
 class Cell(NamedTuple):
-    """A value in a file, and the line (or row) that it is on."""
+    """A value in a file, and its line (or row)."""
 
     line: int
     value: Any
@@ -56,7 +56,7 @@ Kinds = dict[int, str]
 
 
 class Table(NamedTuple):
-    """A file's columns. Lines may lack some; ``kinds`` has those of the lines that are records of a run."""
+    """The columns of a file. Some lines may lack a column. ``kinds`` has the kind of each line that is a record of a run."""
 
     columns: Columns
     kinds: Kinds
@@ -66,17 +66,17 @@ class Table(NamedTuple):
 def read_curve(
     path: str | Path, *, step: str | None = None, loss: str | None = None, last_of_repeats: bool = False
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The steps and losses in a file, (n,) float64 each: steps increase, losses are finite and > 0.
+    """Read the steps and losses in a file, (n,) float64 each. Steps increase; losses are finite and > 0.
 
     Args:
         path: the file, or the folder of a run or of TensorBoard's event files.
-        step: the column of the steps; the obvious one if None. Names of nested keys are joined by dots. Losses that come without
-            steps are those of steps 1, 2, …
-        loss: the column (TensorBoard's tag) of the losses; the obvious one if None. Lines without a value in it are left out.
-        last_of_repeats: where steps go back, as after a restart, keep what was written last.
+        step: the column of the steps; if None, the column with a usual name. Names of nested keys are joined by dots. Losses
+            without steps get the steps 1, 2, …
+        loss: the column (TensorBoard's tag) of the losses; if None, the column with a usual name. Lines without a loss are skipped.
+        last_of_repeats: if steps go back, as after a restart, keep what was written last.
 
     Raises:
-        CurveError: the file cannot be read or has no curve that can be used; the message names the file and the line.
+        CurveError: the file cannot be read or has no usable curve; the message names the file and the line.
         ModuleNotFoundError: event files need ``tensorboard``.
     """
     path = Path(path)
@@ -116,7 +116,7 @@ def read_curve(
 
 
 def check(steps: np.ndarray, losses: np.ndarray, where: Callable[[int], str]) -> None:
-    """Refuses what is no curve: ``where(i)`` names row i in the message."""
+    """Refuse an invalid curve. ``where(i)`` names row i in the message."""
     for name, x, good, expected in (
         ("step", steps, np.isfinite(steps), "a finite number"),
         ("loss", losses, np.isfinite(losses) & (losses > 0), "a finite number > 0"),
@@ -129,10 +129,12 @@ def check(steps: np.ndarray, losses: np.ndarray, where: Callable[[int], str]) ->
 
 
 def thin(steps: np.ndarray) -> np.ndarray:
-    """The rows to fit: the first at or after each of the steps 10–99 by 1, 100s by 10, 1000s by 100, on by 1000; and the last."""
+    """Return the rows to fit: the first row at or after each step 10–99 by 1, 100s by 10, 1000s by 100 and above by 1000; and the
+    last row.
+    """
     marks = np.concatenate([np.arange(10**k, 10 ** (k + 1), 10 ** (k - 1)) for k in (1, 2, 3)])
     early = np.searchsorted(steps, marks)
-    # Thousands are counted by rows, for there may be billions of them, where steps are tokens.
+    # Thousands are counted row by row, because there may be billions of them if steps are tokens.
     late = 1 + np.flatnonzero((steps[1:] >= 10_000) & (np.diff(steps // 1000) > 0))
     return np.unique(np.concatenate((early[early < len(steps)], late, [len(steps) - 1])))
 
@@ -153,7 +155,7 @@ def _too_many(path: Path) -> CurveError:
 
 
 def _text_lines(path: Path, file: IO[bytes]) -> Iterator[str]:
-    """Lines of UTF-8 text, without a byte order mark."""
+    """Yield lines of UTF-8 text, without a byte order mark."""
     found = lines(file)
     while True:
         try:
@@ -182,7 +184,7 @@ def _csv(path: Path) -> Table:
                 if len(row) > len(names):
                     raise CurveError(f"{path} line {rows.line_num}: expected {len(names)} values, got more")
                 for name, value in zip(names, row, strict=False):
-                    if value:  # an empty cell is a column that this line does not have
+                    if value:  # an empty cell means that this line lacks the column
                         columns[name].append(Cell(rows.line_num, value))
                         values += 1
                 if values > MOST_VALUES:
@@ -201,7 +203,7 @@ def _jsonl(path: Path) -> Table:
                 try:
                     yield number, parse(line)
                 except ValueError as error:
-                    if line.endswith("\n"):  # or it is a last line that a crash cut off, which is no line
+                    if line.endswith("\n"):  # otherwise a crash cut off the last line, which is skipped
                         raise CurveError(f"{path} line {number}: expected JSON: {error}") from None
 
     return _rows(path, entries(), "line")
@@ -225,7 +227,7 @@ def _json(path: Path) -> Table:
 
 
 def _rows(path: Path, entries: Iterable[tuple[int, Any]], unit: str) -> Table:
-    """Of objects, each with its own keys."""
+    """Build the table of JSON objects, each with its own keys."""
     table = Table({}, {}, unit)
     values = 0
     for number, entry in entries:
@@ -254,14 +256,14 @@ def _flat(path: Path, entry: dict[str, Any], prefix: str = "", depth: int = 0) -
 
 def _numpy(path: Path) -> Table:
     with open_file(path) as file, warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of the parser of heads, about files of old or odd writers
+        warnings.simplefilter("ignore")  # numpy warns about the headers of old or unusual files
         try:
             if path.suffix.lower() == ".npz":
                 return _vectors(_load_archive(path, file))
             array = _load_array(path, file)
         except (CurveError, OSError):
             raise
-        except Exception as error:  # of numpy, zipfile and zlib: there is no common kind
+        except Exception as error:  # numpy, zipfile and zlib raise errors without a common base class
             raise CurveError(f"{path}: {_line(error)}") from None
     if array.dtype.names is None:
         return _array(path, array.tolist())
@@ -275,7 +277,7 @@ def _vectors(arrays: dict[str, np.ndarray]) -> Table:
 
 
 def _load_archive(path: Path, file: IO[bytes]) -> dict[str, np.ndarray]:
-    """The vectors of an .npz file; other arrays are not read."""
+    """Load the vectors of an .npz file; other arrays are skipped."""
     if os.fstat(file.fileno()).st_size > LARGEST_ARCHIVE:
         raise CurveError(f"{path}: expected at most {LARGEST_ARCHIVE >> 20} MiB, got more: save the steps and the losses alone")
     found: dict[str, np.ndarray] = {}
@@ -293,7 +295,7 @@ def _load_archive(path: Path, file: IO[bytes]) -> dict[str, np.ndarray]:
 
 
 def _load_array(path: Path, file: IO[bytes]) -> np.ndarray:
-    """An array in numpy's format. What its head declares is compared with the bounds before anything is allocated."""
+    """Load an array in numpy's format. The header is checked against the bounds before anything is allocated."""
     shape, dtype = _head(path, file)
     count = math.prod(shape)
     if max(count, *shape, 0) > MOST_VALUES or count * dtype.itemsize > 16 * MOST_VALUES:
@@ -303,7 +305,7 @@ def _load_array(path: Path, file: IO[bytes]) -> np.ndarray:
 
 
 def _head(path: Path, file: IO[bytes]) -> tuple[tuple[int, ...], np.dtype]:
-    """The shape and the type that a file in numpy's format declares."""
+    """Return the shape and dtype in the header of a file in numpy's format."""
     version = np.lib.format.read_magic(file)
     if version not in ((1, 0), (2, 0)):
         raise CurveError(f"{path}: expected numpy's format 1.0 or 2.0, got {version[0]}.{version[1]}")
@@ -315,7 +317,7 @@ def _head(path: Path, file: IO[bytes]) -> tuple[tuple[int, ...], np.dtype]:
 
 
 def _array(path: Path, rows: Any) -> Table:
-    """Of losses alone, or of pairs of a step and a loss."""
+    """Build the table of an array of losses, or of pairs of a step and a loss."""
     pairs = [row if isinstance(row, list) else [row] for row in rows] if isinstance(rows, list) else [[], []]
     if {len(pair) for pair in pairs} not in ({1}, {2}):
         raise CurveError(f"{path}: expected losses, shape (n,), or steps and losses, shape (n, 2)")
@@ -337,50 +339,53 @@ def _tensorboard(path: Path) -> Table:
         _check_events(file)
     columns: Columns = {}
     try:
-        # 0 keeps every event. What a restart wrote again must be seen here, not dropped in silence.
+        # 0 keeps every event. Events that a restart wrote again must be reported here, not dropped silently.
         events = EventAccumulator(str(path), size_guidance={SCALARS: 0, TENSORS: 0}, purge_orphaned_data=False).Reload()
         for name in events.Tags()[SCALARS]:
             columns[name] = [Cell(event.step, event.value) for event in events.Scalars(name)]
         for name in events.Tags()[TENSORS]:
             found = events.Tensors(name)
             if any(dim.size != 1 for event in found for dim in event.tensor_proto.tensor_shape.dim):
-                continue  # before an array is made: few bytes may declare a large one
+                continue  # check before making an array: a few bytes may declare a large one
             values = [(event.step, make_ndarray(event.tensor_proto)) for event in found]
             if all(value.size == 1 and value.dtype.kind == "f" for _, value in values):
                 columns[name] = [Cell(step, value.item()) for step, value in values]
-    except Exception as error:  # of protobuf, of numpy, and of TensorBoard's own: there is no common kind
+    except Exception as error:  # protobuf, numpy and TensorBoard raise errors without a common base class
         raise CurveError(f"{path}: TensorBoard cannot read it: {_line(error)}") from None
     return Table(columns, {}, "event of step")
 
 
 def _check_events(path: Path) -> None:
-    """Compares the lengths of an event file's records with the file's, for TensorBoard allocates what they declare.
+    """Compare the record lengths of an event file with the file's size, because TensorBoard allocates what they declare.
 
     Raises:
-        CurveError: a length is beyond the bounds, or there are too many.
+        CurveError: a length exceeds the bounds, or there are too many records.
     """
     with open_file(path) as file:
         size = os.fstat(file.fileno()).st_size
         place = number = 0
         while len(head := file.read(12)) == 12:
-            (length,) = struct.unpack("<Q", head[:8])  # then its checksum, the content, and that one's checksum
+            (length,) = struct.unpack("<Q", head[:8])  # its checksum, the content and the content's checksum follow
             number += 1
             if length > LARGEST_EVENT:
                 raise CurveError(f"{path}: event {number}: expected at most {LARGEST_EVENT >> 20} MiB, got {length} bytes: damaged")
             if number > MOST_EVENTS:
                 raise CurveError(f"{path}: expected at most {MOST_EVENTS:,} events, got more")
             if (place := place + 16 + length) > size:
-                return  # the last one is cut off, as in a run that still goes on
+                return  # the last record is cut off, as in a run that is still going
             file.seek(place)
 
 
 def _line(error: Exception) -> str:
-    """An error's text on one line."""
+    """Return an error's text on one line."""
     return " ".join(str(error).split())[:200] or type(error).__name__
 
 
 def _choose(path: Path, table: Table, what: str, wanted: str | None, known: Sequence[str], beside: str = "") -> str:
-    """The column named, or else the obvious one: by the names ``known``, with or without the prefix of the column ``beside`` it."""
+    """Return the column ``wanted``, or else the first of the names ``known`` that the table has.
+
+    The prefix of the column ``beside`` it is optional.
+    """
     names = [name for name, cells in table.columns.items() if cells]
     if wanted is not None:
         found = [name for name in names if wanted in (name, _short(name))]
@@ -407,7 +412,7 @@ def _plain(name: str) -> str:
 
 
 def _one_kind(cells: list[Cell], kinds: Kinds) -> list[Cell]:
-    """Of a run's records of several kinds, those of the kind that has the metric most often."""
+    """If a run's records have several kinds, keep the cells of the kind that has the metric most often."""
     counts: dict[str, int] = {}
     for cell in cells:
         if cell.line in kinds:

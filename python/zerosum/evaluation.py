@@ -1,6 +1,6 @@
-"""Data to measure on: token ids in files, and sequences drawn from them that a seed fixes and a digest names.
+"""Reads data to measure on: token ids from files, and sequences that a seed selects and a digest identifies.
 
-Files are mapped into memory or read by lines, whatever their size; only what is drawn is held.
+Files of any size are mapped into memory or read by lines. Only the drawn sequences are held in memory.
 """
 
 from __future__ import annotations
@@ -23,19 +23,19 @@ from zerosum.files import lines, open_file, parse, read_bytes
 from zerosum.training.run import Refused
 
 DTYPES = ("uint16", "uint32")
-# Models of bytes have few ids besides; what has more was trained on other tokens.
+# Models of bytes have few other ids. A model with more ids was trained on other tokens.
 LARGEST_OF_BYTES = 512
-# Ids that are looked at to tell a file's kind.
+# How many ids to inspect to detect a file's kind.
 _LOOKED_AT = 4096
 LONGEST_ENTRY = 1 << 26  # bytes of a line of JSON
-LARGEST_TEXT = 1 << 28  # bytes of text that a tokenizer gets as a whole
+LARGEST_TEXT = 1 << 28  # bytes of text that a tokenizer gets at once
 _FIELDS = ("input_ids", "tokens", "text")
 _Tokenizer = tuple[Callable[[str], list[int]], "int | None"]
 
 
 @dataclass(frozen=True)
 class Sample:
-    """N sequences: inputs ``x`` and targets ``y``, (N, T) int64, and what identifies them."""
+    """N sequences: inputs ``x`` and targets ``y``, (N, T) int64, and their identification."""
 
     name: str
     x: Tensor
@@ -52,12 +52,12 @@ class Sample:
 
 @dataclass(frozen=True)
 class TokenData:
-    """The tokens of a file, one after another.
+    """The tokens of a file in one sequence.
 
     Attributes:
         path: the file.
-        tokens: its ids, (tokens,), mapped into memory where the file holds them as they are.
-        of_bytes: they are the bytes of text, for models of bytes.
+        tokens: the ids, (tokens,); mapped into memory if the file stores them in this form.
+        of_bytes: whether the tokens are the bytes of text, for models of bytes.
     """
 
     path: Path
@@ -66,18 +66,19 @@ class TokenData:
 
     @classmethod
     def read(cls, path: Path, dtype: str = "uint16", tokenizer: Path | None = None, field: str | None = None) -> TokenData:
-        """Opens a file, by the end of its name.
+        """Open a file. Its suffix determines the format.
 
-        ``.bin``: ids of ``dtype`` and nothing else. ``.npy``: whole numbers in one or two dimensions. ``.jsonl``: an object on each
-        line, with a list of ids or a text in ``field`` ("input_ids", "tokens" or "text" where none is given). Anything else is
-        text. The bytes of text are its tokens, and of JSONL's texts each ends with a line feed, for models of bytes; a
-        ``tokenizer``, a folder of transformers, makes other tokens of it, and ends each text of JSONL with its end-of-text token.
+        ``.bin`` holds only ids of ``dtype``. ``.npy`` holds integers in one or two dimensions. ``.jsonl`` has an object on each
+        line, with a list of ids or a text in ``field`` (by default "input_ids", "tokens" or "text"). Any other file is text.
+        Without a tokenizer, the tokens are the bytes of the text, for models of bytes, and each text of JSONL ends with a line
+        feed. With ``tokenizer``, a transformers folder, the tokens are the tokenizer's, and each text of JSONL ends with its
+        end-of-text token.
 
         Raises:
-            Refused: the file is not of its kind; the message names it, and the line.
+            Refused: the file does not have the format of its suffix; the message names the file and the line.
         """
         try:
-            open_file(path).close()  # a pipe or a device is no data
+            open_file(path).close()  # refuses a pipe or a device
             if path.suffix == ".bin":
                 return cls(path, _bin(path, dtype))
             if path.suffix == ".npy":
@@ -92,12 +93,12 @@ class TokenData:
             raise Refused(f"{path}: cannot read: {error.strerror or error}") from error
 
     def draw(self, sequences: Sequence[int], positions: int, seed: int, vocab: int | None) -> list[tuple[Tensor, Tensor, str]]:
-        """Several disjoint samples, of so many sequences each: inputs and targets (N, T), and their digest.
+        """Draw disjoint samples of ``sequences`` sequences each: inputs and targets (N, T), and a digest of both.
 
-        Sequences are windows of T + 1 tokens that do not overlap. The first samples do not depend on what is drawn after them.
+        Sequences are windows of T + 1 tokens that do not overlap. Earlier samples do not depend on later ones.
 
         Raises:
-            Refused: the file is too short, has an id outside of the vocabulary, or is text for a model of other tokens than bytes.
+            Refused: the file is too short, has an id outside the vocabulary, or is text for a model whose tokens are not bytes.
         """
         if self.of_bytes and vocab is not None and vocab > LARGEST_OF_BYTES:
             raise Refused(
@@ -126,9 +127,9 @@ class TokenData:
 
 
 def _choose(n: int, k: int, seed: int) -> list[int]:
-    """The first k of 0..n-1 in random order. A longer choice of the same seed begins with a shorter one."""
+    """Return the first k of 0..n-1 in random order. With the same seed, a longer choice begins with a shorter one."""
     generator = np.random.default_rng(seed)
-    moved: dict[int, int] = {}  # of a shuffled list, what is not in its place
+    moved: dict[int, int] = {}  # the entries of a shuffled list that are not in their place
     chosen = []
     for i in range(k):
         j = int(generator.integers(i, n))
@@ -170,11 +171,11 @@ def _bytes(path: Path) -> np.ndarray:
 def _npy(path: Path) -> np.ndarray:
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of the parser of heads, about files of old or odd writers
+            warnings.simplefilter("ignore")  # numpy warns about the headers of old or unusual files
             tokens = np.load(path, mmap_mode="r", allow_pickle=False)
     except OSError:
         raise
-    except Exception as error:  # of numpy and its parser of heads: there is no common kind
+    except Exception as error:  # numpy and its header parser raise errors without a common base class
         raise Refused(f"{path}: not an array of numbers in numpy's format: {' '.join(str(error).split())[:200]}") from error
     if not isinstance(tokens, np.ndarray) or tokens.dtype.kind not in "iu" or tokens.ndim not in (1, 2):
         got = f"{tokens.dtype} of shape {tokens.shape}" if isinstance(tokens, np.ndarray) else "an archive of arrays"
@@ -247,12 +248,12 @@ def _objects(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
 
 
 class _Encoder:
-    """Text to token ids, as the bytes of an int64 array."""
+    """Converts text to token ids, as the bytes of an int64 array."""
 
     def __init__(self, folder: Path | None) -> None:
         self._folder = folder
         self._tokenizer: _Tokenizer | None = None
-        self.to_bytes = False  # some text became its bytes
+        self.to_bytes = False  # whether some text was converted to its bytes
 
     def __call__(self, text: str, end: bool = False) -> bytes:
         if self._folder is None:
@@ -264,13 +265,16 @@ class _Encoder:
 
 
 def tokenizer_in(folder: Path) -> Path | None:
-    """The folder, if a tokenizer of transformers lies in it."""
+    """Return the folder if it has a transformers tokenizer, else None."""
     return folder if any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json")) else None
 
 
 def _tokenizer(folder: Path) -> _Tokenizer:
-    """Text to ids, and the id that ends a text. What ``tokenizer.json`` defines is taken as it is: transformers makes another
-    tokenizer of it where the folder's ``config.json`` is that of a model with one of its own."""
+    """Return a function from text to ids, and the id that ends a text.
+
+    The definition in ``tokenizer.json`` is used unchanged. transformers would replace it if the folder's ``config.json`` belongs to
+    a model with a tokenizer class of its own.
+    """
     if not folder.is_dir():
         raise Refused(f"--tokenizer: expected a folder of transformers, got {folder}")
     if (folder / "tokenizer.json").is_file() and importlib.util.find_spec("tokenizers") is not None:
@@ -278,7 +282,7 @@ def _tokenizer(folder: Path) -> _Tokenizer:
 
         try:
             made = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
-        except Exception as error:  # there is no common kind
+        except Exception as error:  # the errors have no common base class
             raise Refused(f"--tokenizer: cannot load {folder / 'tokenizer.json'}: {' '.join(str(error).split())}") from error
         made.no_truncation()
         made.no_padding()
@@ -289,13 +293,13 @@ def _tokenizer(folder: Path) -> _Tokenizer:
 
     try:
         auto: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except Exception as error:  # there is no common kind
+    except Exception as error:  # the errors have no common base class
         raise Refused(f"--tokenizer: transformers cannot load {folder}: {' '.join(str(error).split())}") from error
     return lambda text: list(auto.encode(text, add_special_tokens=False, verbose=False)), auto.eos_token_id
 
 
 def _last_id(folder: Path, made: Any) -> int | None:
-    """The id of the token that ends a text, as the tokenizer's settings name it, or else the model's."""
+    """Return the id of the token that ends a text, from the tokenizer's settings or else the model's."""
     for name in ("tokenizer_config.json", "special_tokens_map.json"):
         token = _settings(folder / name).get("eos_token")
         token = token.get("content") if isinstance(token, dict) else token
@@ -307,7 +311,7 @@ def _last_id(folder: Path, made: Any) -> int | None:
 
 
 def _settings(path: Path) -> dict[str, Any]:
-    """A file's JSON object; empty where there is none."""
+    """Read a file's JSON object; empty if there is none."""
     try:
         content = parse(read_bytes(path)) if path.is_file() else {}
     except ValueError as error:

@@ -1,20 +1,20 @@
-"""Zero-sum learning at checkpoints: gradients at one, and loss changes by a step from it or since the one before.
+"""Measures zero-sum learning at checkpoints: gradients at one, and loss changes by a step from it or since the previous one.
 
-The metrics of a checkpoint, over the evaluation set but for ``train.*``:
+The metrics of a checkpoint are over the evaluation set, except ``train.*``:
 
 ====================  ==========================================================================================================
 ``loss``              the mean loss of its tokens
 ``D_grad``, …         of per-example gradients, see :func:`zerosum.metrics.gradient_metrics`
 ``C_g``, C_uG, C_ug   along an update Δ
-``D_grad/NAME``       of the parameter NAME alone, and ``C_g/NAME``; not of sampled tokens
+``D_grad/NAME``       of the parameter NAME alone, like ``C_g/NAME``; absent if tokens are sampled
 ``first_order.*``     C, D and M of the examples' first-order changes along Δ
-``held_out.*``        C, D, M and mean of the tokens' loss changes by one step; ``held_out.first_order.*`` how far they are from
-                      those to first order
+``held_out.*``        C, D, M and mean of the tokens' loss changes by one step; ``held_out.first_order.*`` is their difference
+                      from the first-order changes
 ``train.*``           the same, on the batch that the step was computed from
-``interval.*``        the same, from the checkpoint before to this one
+``interval.*``        the same, from the previous checkpoint to this one
 ====================  ==========================================================================================================
 
-Tokens whose target is -100 are no examples, as for :class:`zerosum.changes.Step` and :func:`zerosum.token_report`.
+Tokens whose target is -100 are not examples, as in :class:`zerosum.changes.Step` and :func:`zerosum.token_report`.
 """
 
 from __future__ import annotations
@@ -50,18 +50,18 @@ Progress = Callable[[int, int], None]
 
 @dataclass(frozen=True)
 class Settings:
-    """How checkpoints are measured.
+    """How to measure checkpoints.
 
     Attributes:
-        examples: what an example of the gradient metrics is. "sequence": ℓ_i is the mean loss of a sequence's tokens.
-            "position": what one backward pass tells of each position, a cheap proxy. "token": the loss of one predicted token, the
-            paper's.
-        sample: how many tokens to sample for "token"; all of them, exactly, if None.
+        examples: what an example of the gradient metrics is. "sequence": ℓ_i is the mean loss of a sequence's tokens. "position":
+            each position's part in one backward pass, a cheap proxy. "token": the loss of one predicted token, as in the paper.
+        sample: how many tokens to sample for "token"; None computes all tokens exactly.
         update: what Δ is. "optimizer": the step that the checkpoint's own optimizer makes from a training batch. "gradient": minus
-            the gradient of one. "next": the way to the next checkpoint. "none": there is none.
-        learning_rate: of the step; the state's own for "optimizer", none for "gradient", whose changes by a step are then left out.
+            the gradient of a training batch. "next": the change to the next checkpoint. "none": no update.
+        learning_rate: the rate of the step. If None, "optimizer" uses the state's rate, and "gradient" has no rate, so the changes
+            by a step are left out.
         clip: the norm that the step's gradient is clipped to.
-        seed: fixes the tokens that are sampled.
+        seed: determines the tokens that are sampled.
         autocast: whether gradients are computed with products in bfloat16. Losses and their changes never are.
     """
 
@@ -75,7 +75,7 @@ class Settings:
 
 
 class GradientReport(Protocol):
-    """What :class:`zerosum.Report` and the one of :mod:`zerosum.tokens` have in common."""
+    """The interface that :class:`zerosum.Report` and the report of :mod:`zerosum.tokens` share."""
 
     @property
     def metrics(self) -> Metrics: ...
@@ -91,11 +91,11 @@ class Measurement:
     """Measures checkpoints of a series, one after another, on one evaluation set.
 
     Args:
-        series: all of its checkpoints, those that are not measured too: an interval begins at the one before.
-        settings: how.
+        series: all checkpoints of the series, including those that are not measured: an interval begins at the previous checkpoint.
+        settings: how to measure.
         evaluation: the sequences to measure on.
-        batch: the training batch that steps are computed from; None where ``settings.update`` needs none.
-        memory: what per-token gradients may take, in bytes.
+        batch: the training batch that steps are computed from; None if ``settings.update`` needs none.
+        memory: how many bytes per-token gradients may take.
         device: where to measure.
     """
 
@@ -122,10 +122,13 @@ class Measurement:
         self.evaluation = evaluation.to(self._device)
         self.batch = None if batch is None else batch.to(self._device)
         self._memory = memory
-        self._before: tuple[Checkpoint, Tensor] | None = None  # the last measured, and its token losses
+        self._before: tuple[Checkpoint, Tensor] | None = None  # the last measured checkpoint, and its token losses
 
     def identity(self, checkpoint: Checkpoint) -> dict[str, Any]:
-        """Everything in a checkpoint's record that was not measured: what says that two records are of the same measurement."""
+        """Return all parts of a checkpoint's record that were not measured.
+
+        Two records with equal parts come from the same measurement.
+        """
         before = self._neighbour(checkpoint, -1)
         options = self.series.checkpoints[0].options
         built = {"model": options.model, "model_config": dict(options.model_config), "losses": options.losses}
@@ -142,9 +145,9 @@ class Measurement:
         }
 
     def measure(self, checkpoint: Checkpoint, progress: Progress | None = None) -> Record:
-        """The checkpoint's record, of kind "checkpoint".
+        """Measure a checkpoint and return its record, of kind "checkpoint".
 
-        ``progress`` is called with (tokens done, tokens) where examples are tokens.
+        If examples are tokens, ``progress`` is called with (tokens done, tokens).
 
         Raises:
             Refused: a checkpoint cannot be used; the message names it.
@@ -216,7 +219,7 @@ class Measurement:
                     seed=self.settings.seed,
                     progress=progress,
                 )
-            except (ValueError, NotImplementedError) as error:  # a memory that is too small for one token, a model that cannot
+            except (ValueError, NotImplementedError) as error:  # the memory is too small for one token, or the model is unsupported
                 raise Refused(f"--examples token: {error}") from error
         sequences = self.settings.examples == "sequence"
         probe = Probe(loaded.model, self.settings.examples, direction=update, gram=sequences)
@@ -230,7 +233,7 @@ class Measurement:
         return probe.report()
 
     def _renamed(self, metrics: Metrics) -> Metrics:
-        """C, D and M of the first-order changes say so in their names; without a step's length M has none to be in."""
+        """Rename C, D and M of the first-order changes to say so. Without a step's length, M has no unit and is left out."""
         measured = self._is_step or self.settings.update == "next"
         first_order = {"C", "D"} | ({"M"} if measured else set())
         return {
@@ -240,7 +243,7 @@ class Measurement:
         }
 
     def _step_changes(self, loaded: Loaded, update: Update, losses: Tensor) -> tuple[Tensor, Metrics]:
-        """The change of the evaluation set's losses by the step, and the metrics of that and of the batch's own."""
+        """Return the changes of the evaluation set's losses by the step, and the metrics of these and of the batch's own changes."""
         assert self.batch is not None
         after = {name: x + update[name] for name, x in loaded.weights().items()}
         held_out = _token_losses(loaded, self.evaluation, after)
@@ -249,7 +252,7 @@ class Measurement:
         return held_out - losses, prefixed("train", train) | found
 
     def _first_order(self, loaded: Loaded, update: Update, changes: Tensor, report: GradientReport) -> Metrics:
-        """How far the tokens' first-order changes are from their true ones."""
+        """Return how far the tokens' first-order changes are from their true changes."""
         x, y = self.evaluation.x, self.evaluation.y
         counted = y != IGNORED
         if self.settings.examples == "token" and report.dot is not None and report.dot.numel() == int(counted.sum()):
@@ -276,5 +279,5 @@ class Measurement:
 
 
 def _token_losses(loaded: Loaded, sample: Sample, at: Update | None = None) -> Tensor:
-    """The loss of each token, (N, T), at other weights if they are given."""
+    """Return the loss of each token, (N, T), optionally at other weights."""
     return evaluate(loaded.model, sample.x, sample.y, losses=loaded.losses, at=at)

@@ -1,4 +1,4 @@
-"""The update Δ that a checkpoint's next step would make, found without training on."""
+"""Computes the update Δ that the next step from a checkpoint would make, without continuing the training."""
 
 from __future__ import annotations
 
@@ -17,23 +17,25 @@ from zerosum.evaluation import Sample
 from zerosum.training.run import Refused
 
 Update = dict[str, Tensor]
-MICRO_BATCH = 8  # sequences in one pass, where examples need not be together
+MICRO_BATCH = 8  # sequences in one pass, if examples need not be together
 # Parameters that transformers' Trainer does not decay.
 _NOT_DECAYED = re.compile(r"bias|layernorm|rmsnorm|(?:^|\.)norm(?:$|\.)|_norm(?:$|\.)")
 
 
 def optimizer_update(loaded: Loaded, batch: Sample, clip: float, learning_rate: float | None = None) -> Update:
-    """``optimizer.step()`` on the batch's mean token loss with the checkpoint's own state, weights after less weights before.
+    """Run ``optimizer.step()`` on the batch's mean token loss with the checkpoint's own state. Return the new weights minus the old
+    ones.
 
-    The gradient is clipped to the norm ``clip``. The rate is the one in the state unless one is given. The model is left as it was.
+    The gradient is clipped to the norm ``clip``. The learning rate is the one in the state unless another is given. The model is
+    left unchanged.
 
     Raises:
-        Refused: there is no state; or the state is of an optimizer that is neither Adam nor AdamW nor known from the run, does not
-            fit the model, or moves nothing.
+        Refused: there is no state; or the state does not fit the model, moves nothing, or belongs to an optimizer that is neither
+            Adam nor AdamW nor known from the run.
     """
     optimizer = _optimizer(loaded)
     for group in optimizer.param_groups:
-        # Where and how it ran is of the machine that trained.
+        # These options depend on the machine that trained.
         group |= {"foreach": None, "fused": None, "capturable": False, "differentiable": False}
         group["lr"] = float(group["lr"]) if learning_rate is None else learning_rate
     before = {name: x.clone() for name, x in loaded.weights().items()}
@@ -53,8 +55,10 @@ def optimizer_update(loaded: Loaded, batch: Sample, clip: float, learning_rate: 
 
 
 def gradient_update(loaded: Loaded, batch: Sample, clip: float, learning_rate: float | None = None) -> Update:
-    """−η∇ of the batch's mean token loss, with ∇ clipped to the norm ``clip``: a step of gradient descent. Without a rate η, −∇
-    itself, whose length means nothing."""
+    """Return −η∇ of the batch's mean token loss, with ∇ clipped to the norm ``clip``: a step of gradient descent.
+
+    Without a rate η, return −∇ itself, whose length has no meaning.
+    """
     with _gradient(loaded, batch):
         if learning_rate is not None:
             torch.nn.utils.clip_grad_norm_(loaded.model.parameters(), clip)
@@ -68,7 +72,7 @@ def gradient_update(loaded: Loaded, batch: Sample, clip: float, learning_rate: f
 
 @contextmanager
 def _gradient(loaded: Loaded, batch: Sample) -> Iterator[None]:
-    """The gradient of the mean token loss in ``.grad``, for a while."""
+    """Hold the gradient of the mean token loss in ``.grad`` inside the context."""
     loaded.model.zero_grad()
     count = int((batch.y != IGNORED).sum())
     try:
@@ -81,17 +85,17 @@ def _gradient(loaded: Loaded, batch: Sample) -> Iterator[None]:
 
 
 def _optimizer(loaded: Loaded) -> torch.optim.Optimizer:
-    """The checkpoint's own, with its state."""
+    """Build the checkpoint's own optimizer, with its state."""
     state = loaded.optimizer
     if state is None:
         raise Refused("no optimizer state there: --update gradient needs none")
     optimizer = _adam(loaded, state) if loaded.build_optimizer is None else loaded.build_optimizer(loaded.model)
-    optimizer.load_state_dict(copy.deepcopy(state))  # it would keep, and change, what it is given
+    optimizer.load_state_dict(copy.deepcopy(state))  # the optimizer would keep and change the dictionary that it gets
     return optimizer
 
 
 def _adam(loaded: Loaded, state: dict[str, Any]) -> torch.optim.Optimizer:
-    """The Adam or AdamW that a state is of, with the parameters in its order."""
+    """Build the Adam or AdamW that a state belongs to, with the parameters in the state's order."""
     if not all({"lr", "betas", "eps", "params"} <= group.keys() for group in state["param_groups"]) or not all(
         {"step", "exp_avg", "exp_avg_sq"} <= entry.keys() for entry in state["state"].values()
     ):
@@ -104,7 +108,10 @@ def _adam(loaded: Loaded, state: dict[str, Any]) -> torch.optim.Optimizer:
 
 
 def _groups(model: nn.Module, state: dict[str, Any]) -> list[list[str]]:
-    """The parameters' names in the order of the state, which has numbers only: the customs that fit its shapes are tried."""
+    """Return the parameters' names in the order of the state, which only has numbers.
+
+    Try the common orders, and take the one that fits the shapes.
+    """
     fitting: list[list[list[str]]] = []
     for groups in _customs(model, state):
         if groups not in fitting and _fits(model, state, groups):
