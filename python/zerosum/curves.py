@@ -382,9 +382,9 @@ def _line(error: Exception) -> str:
 
 
 def _choose(path: Path, table: Table, what: str, wanted: str | None, known: Sequence[str], beside: str = "") -> str:
-    """Return the column ``wanted``, or else the first of the names ``known`` that the table has.
+    """Return the column ``wanted``, or else the only column with the first matching name in ``known``.
 
-    The prefix of the column ``beside`` it is optional.
+    The names may have the prefix of the column ``beside`` it.
     """
     names = [name for name, cells in table.columns.items() if cells]
     if wanted is not None:

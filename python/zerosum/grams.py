@@ -1,4 +1,4 @@
-"""Inner products of the gradients of a data set's examples, in blocks."""
+"""Computes inner products between the gradients of a data set's examples, block by block."""
 
 from __future__ import annotations
 
@@ -27,27 +27,29 @@ def gram_between(
     block: int = 8,
     parameters: Iterable[str] | None = None,
 ) -> Tensor:
-    """``g(first) @ g(second).T``, where row i of ``g(batch)`` is ``torch.autograd.grad(losses(model, *batch)[i], parameters)``,
-    flattened into one vector: exact inner products of all pairs of examples of two sets, or of one, without holding a gradient.
+    """Compute ``g(first) @ g(second).T``: exact inner products of all pairs of examples of two sets, or of one, without storing
+    gradients.
 
-    Each pair of blocks is one forward and one backward pass of both under a probe. In all there are N·M / ``block``² passes of
-    2·``block`` examples, or half as many within one set, and the memory is that of one. The model runs in eval mode and is left as
-    it was; ``.grad`` is not touched.
+    Row i of ``g(batch)`` is ``torch.autograd.grad(losses(model, *batch)[i], parameters)``, flattened into one vector. Each pair of
+    blocks takes one forward and one backward pass of both blocks under a probe. In all there are N·M / ``block``² passes of
+    2·``block`` examples, or half as many within one set. The memory is that of one pass. The model runs in eval mode and is left
+    unchanged; ``.grad`` is not touched.
 
     Args:
-        model: computes each example by itself.
-        losses: ``losses(model, *batch)`` gives the losses (n,) of n examples.
+        model: a model that processes each example independently.
+        losses: ``losses(model, *batch)`` returns the losses (n,) of n examples.
         first: tensors with N examples along their first dimension, such as ``(tokens, targets)``.
-        second: tensors of the same other dimensions with M examples; None for ``first``.
+        second: tensors of the same other dimensions with M examples; None means ``first``.
         block: how many examples of each set run together.
-        parameters: names of those to take inner products over; None for all trainable ones. The others are not measured.
+        parameters: names of the parameters to take inner products over; None means all trainable ones. Other parameters are not
+            measured.
 
     Returns: (N, M) float64, on the CPU.
 
     Raises:
-        TypeError, ValueError: an argument is not of these; the message names it.
+        TypeError, ValueError: an argument is invalid; the message names it.
         NotImplementedError: the model's parameters are sharded.
-        RuntimeError: a parameter's per-example gradients are not known; the message names it, and the reason.
+        RuntimeError: a parameter's per-example gradients are unknown; the message names the parameter and the reason.
     """
     n = check_batch("first", first)
     m = n if second is None else check_batch("second", second)
@@ -63,14 +65,14 @@ def gram_between(
     found = torch.zeros(n, m, dtype=torch.float64)
     blocks, others = torch.arange(n).split(block), torch.arange(m).split(block)
     with trainable_alone(model, parameters), eval_mode(model), torch.enable_grad():
-        # What is differentiated are the examples' own losses, whatever the loss of training is.
+        # The probe differentiates the examples' own losses, whatever the loss of training is.
         probe = Probe(model, gram=True, loss_reduction="sum")
         if second is not None:
             for mine, its in itertools.product(blocks, others):
                 batch = tuple(torch.cat([x[mine], y[its]]) for x, y in zip(first, second, strict=True))
                 found[mine[:, None], its] = _gram(probe, losses, batch)[: len(mine), len(mine) :]
             return found
-        # Two blocks of one set tell of both alone, too.
+        # A pair of blocks of one set also yields the inner products within each block.
         for pair in itertools.combinations(blocks, 2) if len(blocks) > 1 else [blocks]:
             mine = torch.cat(pair)
             found[mine[:, None], mine] = _gram(probe, losses, tuple(x[mine] for x in first))
@@ -87,7 +89,7 @@ def check_batch(name: str, batch: Any) -> int:
 
 
 def _gram(probe: Probe, losses: Callable[..., Tensor], batch: Batch) -> Tensor:
-    """(n, n) of one batch, float64 on the CPU."""
+    """Return the Gram (n, n) of one batch, float64 on the CPU."""
     n = len(batch[0])
     with probe:
         losses_of_each(losses, probe.model, batch).sum().backward()
@@ -97,7 +99,7 @@ def _gram(probe: Probe, losses: Callable[..., Tensor], batch: Batch) -> Tensor:
 
 
 def losses_of_each(losses: Callable[..., Tensor], model: nn.Module, batch: Batch) -> Tensor:
-    """(n,), for a backward pass that no other gradient is added to."""
+    """Return the losses (n,), for a backward pass whose gradient is not added to another."""
     model.zero_grad()
     values, n = losses(model, *batch), len(batch[0])
     if not isinstance(values, Tensor) or values.shape != (n,):
@@ -107,7 +109,7 @@ def losses_of_each(losses: Callable[..., Tensor], model: nn.Module, batch: Batch
 
 
 def check_covered(report: Report) -> None:
-    """Raises where a parameter is not covered whose gradient may be other than zero."""
+    """Raise an error if a parameter is not covered although its gradient may be nonzero."""
     for name, reason in report.coverage.not_covered.items():
         if reason not in UNREACHED:
             raise RuntimeError(f"parameters: the per-example gradients of {name!r} are not known: {reason}")
@@ -115,7 +117,7 @@ def check_covered(report: Report) -> None:
 
 @contextmanager
 def trainable_alone(model: nn.Module, names: Iterable[str] | None) -> Iterator[None]:
-    """In which the parameters of these names alone are trainable, without gradients; puts back what was."""
+    """Make only the named parameters trainable, without gradients, inside the context; then restore the previous state."""
     known = dict(model.named_parameters(remove_duplicate=False))
     if names is not None:
         names = [names] if isinstance(names, str) else list(names)

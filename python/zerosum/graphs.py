@@ -1,4 +1,4 @@
-"""Probed steps as CUDA graphs: recorded once, and replayed without the host."""
+"""Records probed steps as CUDA graphs, which replay without work on the host."""
 
 from __future__ import annotations
 
@@ -11,30 +11,30 @@ from torch.utils._pytree import tree_map_only
 
 from zerosum.probe import Probe, Report
 
-# A structure of few examples is proved in several passes. More than these are those of a step that is proved in every pass.
+# The proof of a structure with few examples takes several passes. A step that needs more passes than this is proved in every pass.
 MOST_WARM_UPS = 16
-# Passes that nothing is proved in, before one is recorded: libraries choose algorithms and allocate in the first.
+# Passes without a proof before the recording: in the first, libraries choose algorithms and allocate memory.
 STEADY = 2
 
 
 class Recorder(Protocol):
-    """What records the work of a device."""
+    """The interface of objects that record a device's work."""
 
     def warm_up(self, run: Callable[[], object]) -> None:
-        """Runs it as it will be recorded."""
+        """Run the step in the way in which it will be recorded."""
 
     def record(self, run: Callable[[], object]) -> None:
-        """Runs it once, and keeps what it asks of the device, which may be done then or not."""
+        """Run the step once, and keep the work that it gives the device. The device may or may not do this work now."""
 
     def replay(self) -> None:
-        """What was recorded, on the same memory."""
+        """Repeat the recorded work on the same memory."""
 
 
 class _CudaGraph:
     def __init__(self, device: torch.device, pool: Any) -> None:
         self._device, self._pool = device, pool
         self._graph = torch.cuda.CUDAGraph()
-        # One for all passes: work on the default stream cannot be recorded, and autograd's nodes stay with the stream of their
+        # All passes use one stream: work on the default stream cannot be recorded, and autograd's nodes stay on the stream of their
         # first pass.
         self._stream = torch.cuda.Stream(device)
 
@@ -53,7 +53,7 @@ class _CudaGraph:
         self._graph.replay()
 
 
-# By the kind of device.
+# By device type.
 RECORDERS: dict[str, Callable[[torch.device, Any], Recorder]] = {"cuda": _CudaGraph}
 
 
@@ -61,7 +61,7 @@ class CapturedStep:
     """A recorded step, as :func:`capture` returns it.
 
     Attributes:
-        result: what ``step`` returned, its tensors detached. They hold the values of the last replay.
+        result: what ``step`` returned, with its tensors detached. They hold the values of the last replay.
     """
 
     def __init__(self, recorder: Recorder, probe: Probe, parameters: list[nn.Parameter], result: Any) -> None:
@@ -74,10 +74,10 @@ class CapturedStep:
         self._versions: dict[str, int] = {}
 
     def replay(self) -> Any:
-        """Runs the step on what its inputs' memory holds now, and returns :attr:`result`. ``.grad`` is this step's gradient.
+        """Run the step on the current content of its inputs' memory, and return :attr:`result`. ``.grad`` is this step's gradient.
 
         Raises:
-            RuntimeError: the probe's direction is another than when the step was recorded.
+            RuntimeError: the probe's direction has changed since the recording.
         """
         if self._probe.direction is not self._direction:
             raise RuntimeError(
@@ -91,7 +91,7 @@ class CapturedStep:
         return self.result
 
     def report(self) -> Report:
-        """The results of the last replay. The next one overwrites them: what is read of the report after that raises an error.
+        """Return the results of the last replay. The next replay overwrites them: later reads of this report raise an error.
 
         Raises:
             RuntimeError: the step was not replayed yet.
@@ -103,7 +103,7 @@ class CapturedStep:
 
 
 def capture(step: Callable[[], Any], probe: Probe, *, pool: Any = None) -> CapturedStep:
-    """Records ``with probe: step()`` as a CUDA graph, which replays without the host's work::
+    """Record ``with probe: step()`` as a CUDA graph, which replays without work on the host::
 
         def step():
             losses = per_example_loss(model(x), y)
@@ -118,19 +118,19 @@ def capture(step: Callable[[], Any], probe: Probe, *, pool: Any = None) -> Captu
             optimizer.step()
             print(captured.report())         # where it is wanted
 
-    The step runs 2 to 16 times first, until nothing in it is proved any more. What it changes stays changed: running statistics,
-    random numbers, and parameters if it has an optimizer in it. Gradients are set to None before each of these passes and before
-    the recording, so a replay writes them and adds to none. Micro-batches whose gradients are to be added up belong into one step.
+    The step first runs 2 to 16 times, until no pass needs a proof any more. Its side effects remain: changes of running statistics,
+    random numbers, and of parameters if it contains an optimizer. Gradients are set to None before each of these passes and before
+    the recording, so a replay overwrites gradients and never adds to them. Put micro-batches whose gradients add up into one step.
 
     Args:
-        step: a forward and a backward pass, of tensors that stay where they are, under ``torch.autocast`` or not. It may scale the
-            loss by a ``torch.amp.GradScaler``, and may call what PyTorch can record: no ``.item()``, no new shapes.
-        probe: with ``every=1``, ``verify`` "once" or "never" and a ``loss_reduction`` that does not change. The step does not
-            open it.
-        pool: the memory pool of other graphs that never run at the same time, as ``torch.cuda.graph`` takes it.
+        step: a forward and a backward pass on tensors that keep their memory, with or without ``torch.autocast``. It may scale the
+            loss by a ``torch.amp.GradScaler``, and may call anything that PyTorch can record: no ``.item()``, no new shapes.
+        probe: a probe with ``every=1``, ``verify`` "once" or "never", and a constant ``loss_reduction``. The step must not enter
+            it.
+        pool: the memory pool of other graphs that never run at the same time, as in ``torch.cuda.graph``.
 
     Raises:
-        TypeError, ValueError: an argument is not of these; the message names it.
+        TypeError, ValueError: an argument is invalid; the message names it.
         RuntimeError: the step is proved in every pass, or waits for the device.
     """
     if not callable(step):
@@ -148,7 +148,7 @@ def capture(step: Callable[[], Any], probe: Probe, *, pool: Any = None) -> Captu
 
     def run() -> None:
         nonlocal result
-        result = None  # which would keep the last pass's graph alive, and with it autograd's nodes of the parameters
+        result = None  # otherwise it keeps the last pass's graph alive, and with it autograd's nodes of the parameters
         with probe:
             result = tree_map_only(Tensor, Tensor.detach, step())
             if not probe.measuring:

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM: ending at once and quietly, or waiting for a good moment."""
+"""Handles Ctrl-C and SIGTERM: the process ends at once and quietly, or at the next safe moment."""
 
 from __future__ import annotations
 
@@ -13,8 +13,10 @@ _Handler = Callable[[int, FrameType | None], object]
 
 
 class Interrupt:
-    """While open, Ctrl-C and SIGTERM only ask: ``asked`` becomes true, so that a step and its records end whole. A second one ends
-    it at once. At the end of the block, what SIGTERM asked for is done: ``SystemExit`` with code 143."""
+    """A context in which the first Ctrl-C or SIGTERM only sets ``asked``, so that the current step and its records are completed.
+
+    A second signal ends the process at once. If SIGTERM came, the end of the block raises ``SystemExit`` with code 143.
+    """
 
     def __init__(self) -> None:
         self.asked = False
@@ -38,19 +40,22 @@ class Interrupt:
 
 
 def terminate(number: int, frame: FrameType | None) -> None:
-    """A handler that ends the process as SIGTERM would, after what there is to clean up."""
+    """Handle a signal by ending the process with SIGTERM's exit code, after cleanup."""
     raise SystemExit(128 + number)
 
 
 def leave(number: int, frame: FrameType | None) -> None:
-    """A handler that ends the process at once, without a word."""
+    """Handle a signal by ending the process at once and silently."""
     os._exit(128 + number)
 
 
 @contextmanager
 def handling(number: int, instead_of: object, handler: _Handler) -> Iterator[None]:
-    """While open, ``handler`` is a signal's, unless something else than ``instead_of`` is: a signal may be ignored from the start,
-    as in the background of a shell. Signals are the main thread's; in another one nothing is changed."""
+    """Set ``handler`` for a signal inside the context, but only if its current handler is ``instead_of``.
+
+    A signal may be ignored from the start, as for a shell's background process. Only the main thread handles signals, so in another
+    thread this changes nothing.
+    """
     if threading.current_thread() is not threading.main_thread() or signal.getsignal(number) != instead_of:
         yield
         return

@@ -8,8 +8,8 @@ The metrics of a checkpoint are over the evaluation set, except ``train.*``:
 ``C_g``, C_uG, C_ug   along an update Δ
 ``D_grad/NAME``       of the parameter NAME alone, like ``C_g/NAME``; absent if tokens are sampled
 ``first_order.*``     C, D and M of the examples' first-order changes along Δ
-``held_out.*``        C, D, M and mean of the tokens' loss changes by one step; ``held_out.first_order.*`` is their difference
-                      from the first-order changes
+``held_out.*``        C, D, M and mean of the tokens' loss changes by one step; ``held_out.first_order.*`` says how far these
+                      changes are from the first-order changes
 ``train.*``           the same, on the batch that the step was computed from
 ``interval.*``        the same, from the previous checkpoint to this one
 ====================  ==========================================================================================================
@@ -243,7 +243,7 @@ class Measurement:
         }
 
     def _step_changes(self, loaded: Loaded, update: Update, losses: Tensor) -> tuple[Tensor, Metrics]:
-        """Return the changes of the evaluation set's losses by the step, and the metrics of these and of the batch's own changes."""
+        """Return the changes of the evaluation set's losses by the step, with their metrics and those of the batch's own changes."""
         assert self.batch is not None
         after = {name: x + update[name] for name, x in loaded.weights().items()}
         held_out = _token_losses(loaded, self.evaluation, after)

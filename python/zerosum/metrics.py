@@ -1,20 +1,20 @@
-"""The metrics of zero-sum learning: pure functions of sums and scalars.
+"""Defines the metrics of zero-sum learning as pure functions of sums and scalars.
 
-Definitions are those of Mircea et al., "Training Dynamics Underlying Language Model Scaling Laws: Loss Deceleration and Zero-Sum
-Learning" (ACL 2025): constructive interference C(x) = |Σ x_i| / Σ |x_i|, destructive interference D(x) = 1 − C(x), magnitude
-M(x) = mean |x_i|, over the N examples i.
+The definitions are from Mircea et al., "Training Dynamics Underlying Language Model Scaling Laws: Loss Deceleration and Zero-Sum
+Learning" (ACL 2025): constructive interference C(x) = |Σ x_i| / Σ |x_i|, destructive interference D(x) = 1 − C(x), magnitude M(x) =
+mean |x_i|, over the N examples i.
 
-Random signs alone give C > 0, so every C and D comes with its null: the value that is expected when each example's contribution
-keeps its size but has a random sign. E|Σ ε_i x_i| is √(2/π) √(Σ x_i²) as N grows (it lies between 0.886 and 1.253 times that
-for any x, the bounds of Khintchine's inequality). Numbers that signs leave as they are, such as M, have no null.
+Random signs alone give C > 0. Every C and D therefore comes with its null: the expected value if each example's contribution keeps
+its size but has a random sign. E|Σ ε_i x_i| approaches √(2/π) √(Σ x_i²) as N grows. For any x it lies between 0.886 and 1.253 times
+that value, by Khintchine's inequality. Numbers that do not depend on signs, such as M, have no null.
 
-For the same reason |Σ x_i| / N overstates |E x|, the more so the fewer the examples. Its square, less the examples' own part, is
-the U-statistic ((Σ x_i)² − Σ x_i²) / (N (N − 1)), the mean of x_i x_k over pairs, whose expectation is (E x)² exactly where
-examples are independent (tokens of one sequence are not, quite). ``debiased`` values, which estimate what infinitely many examples
-would give, are made of its root, or of 0 where it is negative. The root of an unbiased square is not unbiased: in standard errors
-of the mean, the bias of |E x| goes from +0.8 at E x = 0 to 0.36 at most, either way. It is the smaller one where C is near its
-null, which is where it matters. From C of about 1.3 times the null on, the plain value has less: debiased ones are then too low,
-by 12 % at 3 times and 1 % at 8 times the null.
+For the same reason |Σ x_i| / N overestimates |E x|, most of all for few examples. The U-statistic ((Σ x_i)² − Σ x_i²) / (N (N − 1))
+is its square without the examples' own part: the mean of x_i x_k over pairs. Its expectation is exactly (E x)² if examples are
+independent (tokens of one sequence are not quite independent). ``debiased`` values estimate the value for infinitely many examples.
+They use the root of the U-statistic, or 0 if it is negative. The root of an unbiased square is not unbiased. Debiasing reduces the
+bias of |E x|, in standard errors of the mean, from +0.8 at E x = 0 to at most 0.36 in either direction. The debiased value has the
+smaller bias if C is near its null, which is where bias matters. If C exceeds about 1.3 times the null, the plain value has the
+smaller bias: debiased values are then too low, by 12 % at 3 times and 1 % at 8 times the null.
 """
 
 from __future__ import annotations
@@ -35,8 +35,11 @@ SIGN_FLIP = math.sqrt(2 / math.pi)
 
 
 class Metric(NamedTuple):
-    """One number, the examples it is over, what random signs would have given, the number's standard error where it was
-    estimated from a sample, and its value without the bias that a finite N gives it. None where that has no meaning."""
+    """A number and its context: the number of examples, the null, the standard error and the debiased value.
+
+    The null is what random signs would have given. The standard error is there if the number was estimated from a sample. The
+    debiased value is free of the bias that a finite N causes. Each is None if it has no meaning.
+    """
 
     value: float
     n: int
@@ -49,18 +52,21 @@ class Metric(NamedTuple):
 
 
 def ratio(numerator: float, denominator: float) -> float:
-    """0/0 has no value: NaN, not an exception."""
+    """Divide; 0/0 is NaN, not an exception."""
     return numerator / denominator if denominator != 0 else math.nan
 
 
 def root(x: float) -> float:
-    """The root of what estimates a square, and may therefore be negative. NaNs come through."""
+    """Return the root of an estimate of a square, or 0 if the estimate is negative. NaN stays NaN."""
     return math.sqrt(x) if not x < 0 else 0.0
 
 
 @dataclass(frozen=True)
 class NumberSums:
-    """What the metrics of numbers x_i need. ``NumberSums.of(x) + NumberSums.of(y)`` is that of both: it adds over micro-batches."""
+    """The sums that the metrics of numbers x_i need.
+
+    They add over micro-batches: ``NumberSums.of(x) + NumberSums.of(y)`` has the sums of both.
+    """
 
     n: int
     total: float  # Σ x_i
@@ -69,7 +75,7 @@ class NumberSums:
 
     @classmethod
     def of(cls, x: Tensor) -> NumberSums:
-        """Of any shape; summed in float64."""
+        """Sum a tensor of any shape, in float64."""
         x = x.detach().double()
         return cls(x.numel(), x.sum().item(), x.abs().sum().item(), x.square().sum().item())
 
@@ -77,9 +83,9 @@ class NumberSums:
         return NumberSums(self.n + other.n, self.total + other.total, self.abs + other.abs, self.sq + other.sq)
 
     def metrics(self) -> dict[str, Metric]:
-        """C, D and M of the numbers, and their mean: ``|mean| = M · (1 − D)`` exactly. NaNs come through.
+        """Return C, D and M of the numbers, and their mean: ``|mean| = M · (1 − D)`` exactly. NaN stays NaN.
 
-        C and D have nulls and debiased values; M and the mean are unbiased as they are.
+        C and D have nulls and debiased values. M and the mean need none, because they are unbiased.
         """
         n = self.n
         c, null = ratio(abs(self.total), self.abs), ratio(SIGN_FLIP * math.sqrt(self.sq), self.abs)
@@ -93,18 +99,18 @@ class NumberSums:
 
 
 def number_interference(x: Tensor) -> dict[str, Metric]:
-    """C, D, M and the mean of numbers x_i, one for each example; see :meth:`NumberSums.metrics`."""
+    """Return C, D, M and the mean of numbers x_i, one for each example; see :meth:`NumberSums.metrics`."""
     return NumberSums.of(x).metrics()
 
 
 def add_coordinates(parts: Iterable[CoordinateSums]) -> CoordinateSums:
-    """The sums of several parameters, or of one parameter's pieces, together; zeros for none."""
+    """Add the sums of several parameters, or of one parameter's pieces. No parts give zeros."""
     none = CoordinateSums(touched=0.0, ratio=0.0, root_ratio=0.0, grad_sq=0.0, sq=0.0)
     return CoordinateSums(*(math.fsum(column) for column in zip(none, *parts, strict=True)))
 
 
 def block_diagonal(blocks: Sequence[Tensor]) -> Tensor:
-    """The Gram of micro-batches' Grams. Inner products of examples in different ones are not known: NaN."""
+    """Combine the Grams of micro-batches. Inner products between micro-batches are unknown, hence NaN."""
     if len(blocks) == 1:
         return blocks[0]
     sizes = [len(block) for block in blocks]
@@ -118,15 +124,15 @@ def block_diagonal(blocks: Sequence[Tensor]) -> Tensor:
 
 @dataclass(frozen=True)
 class Gradients:
-    """What the gradient metrics of a set of parameters are computed from.
+    """The input of the gradient metrics for a set of parameters.
 
-    Letters: examples i and k of N, coordinates j, g_ij the gradients, u a direction, p_ij = g_ij u_j.
+    Notation: examples i and k of N, coordinates j, gradients g_ij, a direction u, p_ij = g_ij u_j.
 
     Attributes:
-        sums: over coordinates. size: the number of coordinates, where it is known.
+        sums: sums over coordinates. size: the number of coordinates, if known.
         l1, sq_norm: ‖g_i‖₁ and ‖g_i‖², (N,).
         dot: Σ_j p_ij, (N,); None without a direction.
-        grams: the Gram of each micro-batch; empty without one. NaN stands for an inner product that was not computed.
+        grams: the Gram of each micro-batch; empty without a Gram. NaN means that an inner product was not computed.
     """
 
     sums: CoordinateSums
@@ -152,17 +158,17 @@ class Gradients:
 
     @cached_property
     def changes(self) -> NumberSums:
-        """Of the examples' first-order changes Σ_j p_ij."""
+        """The sums of the examples' first-order changes Σ_j p_ij."""
         assert self.dot is not None
         return NumberSums.of(self.dot)
 
     @cached_property
     def _known(self) -> list[tuple[Tensor, Tensor]]:
-        """Each Gram in float64, and which of its entries were computed."""
+        """Each Gram in float64, and a mask of the entries that were computed."""
         found = []
         for gram in self.grams:
             gram = gram.double()
-            # By Cauchy and Schwarz an inner product that was computed is a number where both norms are.
+            # By the Cauchy-Schwarz inequality, a computed inner product is not NaN unless a norm is.
             unknown = gram.diagonal().isnan()
             found.append((gram, ~(gram.isnan() & ~(unknown[:, None] | unknown[None, :]))))
         return found
@@ -180,7 +186,7 @@ class Gradients:
 
     @cached_property
     def others(self) -> np.ndarray:
-        """⟨g_i, Σ_{k≠i} g_k⟩ of each example i, over its pairs that are known; without the examples that have none."""
+        """⟨g_i, Σ_{k≠i} g_k⟩ of each example i over its known pairs. Examples without known pairs are left out."""
         found = [np.empty(0)]
         for gram, known in self._known:
             pairs = known.clone().fill_diagonal_(False)
@@ -189,7 +195,7 @@ class Gradients:
 
     @cached_property
     def cosine_quantiles(self) -> dict[float, Metric]:
-        """The null's are those of the cosines with either sign."""
+        """The quantiles of the pairs' cosines. The null is the quantile of the cosines with both signs."""
         _, cosines = self.pairs
         levels = (0.05, 0.5, 0.95)
         if not cosines.size:
@@ -199,11 +205,11 @@ class Gradients:
 
 
 class Definition(NamedTuple):
-    """A gradient metric: how it is computed, what it needs, and where it is shown besides reports, records and loggers.
+    """A gradient metric: how to compute it, what it needs, and where to show it besides reports, records and loggers.
 
-    ``compute`` returns None where the metric has no meaning. ``needs`` is "", "direction" or "gram". With ``outside_embeddings``
-    it is over the coordinates outside of embeddings, and once more over all as ``…_all``. ``label`` names its row in the table of
-    ``zerosum demo``, and ``column`` puts it into the table of ``zerosum measure``.
+    ``compute`` returns None if the metric has no meaning. ``needs`` is "", "direction" or "gram". With ``outside_embeddings`` the
+    metric is over the coordinates outside of embeddings, and ``…_all`` is the same over all coordinates. ``label`` names its row in
+    the table of ``zerosum demo``. ``column`` adds it to the table of ``zerosum measure``.
     """
 
     compute: Callable[[Gradients], Metric | None]
@@ -213,7 +219,7 @@ class Definition(NamedTuple):
     column: bool
 
 
-# By name, in the order in which they are shown.
+# By name, in display order.
 METRICS: dict[str, Definition] = {}
 Compute = TypeVar("Compute", bound=Callable[[Gradients], Metric | None])
 
@@ -221,7 +227,7 @@ Compute = TypeVar("Compute", bound=Callable[[Gradients], Metric | None])
 def gradient_metric(
     needs: str = "", *, outside_embeddings: bool = False, label: str = "", column: bool = False
 ) -> Callable[[Compute], Compute]:
-    """Enters the decorated function in ``METRICS`` under its own name; see :class:`Definition`."""
+    """Register the decorated function in ``METRICS`` under its own name; see :class:`Definition`."""
 
     def enter(compute: Compute) -> Compute:
         METRICS[compute.__name__] = Definition(compute, needs, outside_embeddings, label, column)
@@ -243,13 +249,18 @@ def gradient_metrics(
     """Compute every metric of ``METRICS`` for a set of parameters, from its summed coordinates and the examples' (N,) scalars.
 
     ``size`` is the number of the set's coordinates. ``non_embedding`` has the sums and the number of the coordinates outside of
-    embeddings: the paper's D(∇ℓ) is the mean over these. Without it D_grad is over the whole set. The Gram may come as one for each
-    micro-batch, or lack inner products, NaN between examples of different micro-batches: those pairs do not count.
+    embeddings: the paper's D(∇ℓ) is the mean over these. Without it, D_grad is over the whole set. There may be one Gram for each
+    micro-batch. A Gram may also contain NaN for unknown inner products between examples of different micro-batches: those pairs do
+    not count.
 
-    D_grad, C_g and C_uG have no debiased value: it would need the U-statistic of each coordinate, which these sums do not tell.
-    They depend on N, as their nulls do: compare them at one N, or against the null. Nulls are exact expectations, with these
-    exceptions: those with √(2/π) (see above); grad_norm's, which is the root of the mean square and so a little high where few
-    directions carry the gradients; C_uG's, which is a ratio of expectations; and the quantiles'.
+    D_grad, C_g and C_uG have no debiased value, because it would need the U-statistic of each coordinate, which these sums do not
+    contain. These metrics and their nulls depend on N: compare them at one N, or against the null. Nulls are exact expectations,
+    with these exceptions:
+
+    - The nulls with √(2/π) (see above) hold for large N.
+    - The null of grad_norm is the root of the mean square, and so a little high if few directions carry the gradients.
+    - The null of C_uG is a ratio of expectations.
+    - The nulls of the quantiles are approximate.
     """
     grams = () if gram is None else (gram,) if isinstance(gram, Tensor) else tuple(gram)
     whole = Gradients(sums, l1, sq_norm, dot, grams, size)
@@ -379,7 +390,7 @@ def cosine_std(g: Gradients) -> Metric:
     _, cosines = g.pairs
     if not cosines.size:
         return Metric(math.nan, g.n)
-    # Signs of the examples make the pairs' signs uncorrelated, though not independent.
+    # Random signs of the examples make the pairs' signs uncorrelated, though not independent.
     std = float(cosines.std(ddof=1)) if cosines.size > 1 else math.nan
     return Metric(std, g.n, math.sqrt(float(np.square(cosines).mean())))
 
@@ -415,7 +426,7 @@ def opposed_examples(g: Gradients) -> Metric:
 
 
 def share_below_zero(x: np.ndarray, n: int) -> Metric:
-    """The share of negative numbers; signs at random make half of those negative that are not zero. NaNs come through."""
+    """Return the share of negative numbers. Random signs make half of the nonzero numbers negative. NaN stays NaN."""
     if not x.size:
         return Metric(math.nan, n)
     negative, either = (float(np.where(np.isnan(x), math.nan, found).mean()) for found in (x < 0, x != 0))

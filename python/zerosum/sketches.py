@@ -1,4 +1,4 @@
-"""Short vectors of fixed length that stand for examples' gradients, whatever the number of examples is."""
+"""Computes sketches: short vectors of fixed length that represent examples' gradients, for any number of examples."""
 
 from __future__ import annotations
 
@@ -19,31 +19,34 @@ from zsl_kernels.types import sum_dtype
 
 
 class Sketch:
-    """``sketch(*batch) @ sketch(*other).T`` estimates the inner products of the gradients of two batches' examples::
+    """Estimates inner products of two batches' per-example gradients as ``sketch(*batch) @ sketch(*other).T``::
 
         sketch = zerosum.Sketch(model, losses, width=512)
         rows = torch.cat([sketch(x, y) for x, y in batches])   # (N, 512): all that is kept of N examples
         gram = rows @ rows.T                                   # (N, N), or any part of it
 
-    Column j of row i is Σ over weights of p_jᵀ g_i q_j / √width, with the gradient g_i as a matrix and random signs p_j and q_j of
-    its rows and columns, drawn for each weight and column. It is taken from the weight's uses, p_jᵀ b_t · a_tᵀ q_j for each
-    position t, so that no gradient is formed for it: (O + K) · width products for each position, and the signs' memory, as many
-    numbers for each weight (O, K). Beside that a call takes one probed step.
+    Column j of row i is Σ over weights of p_jᵀ g_i q_j / √width. Here g_i is the gradient as a matrix, and p_j and q_j are random
+    signs of its rows and columns, drawn for each weight and column. The product is computed from the weight's uses, as p_jᵀ b_t ·
+    a_tᵀ q_j for each position t, so no gradient is formed. This takes (O + K) · width products for each position, and the same
+    count of numbers in memory for the signs of each weight (O, K). A call also takes one probed step.
 
-    The estimate of ⟨g_i, g_k⟩ is unbiased, and the columns are independent. Its standard error is at most 3 ‖g_i‖ ‖g_k‖ / √width:
-    E ⟨g, p qᵀ⟩⁴ ≤ 9 ‖g‖⁴ by Khintchine's inequality for p and for q, a sum over independently signed weights keeps that bound,
-    and Cauchy and Schwarz take it to pairs. Where many weights and directions share the gradient it is near that of Gaussian
-    directions, √(‖g_i‖² ‖g_k‖² + ⟨g_i, g_k⟩²) / √width. Width 900 thus gives each cosine to 0.1, and means over pairs much better.
+    The estimate of ⟨g_i, g_k⟩ is unbiased, and the columns are independent. Its standard error is at most 3 ‖g_i‖ ‖g_k‖ / √width: E
+    ⟨g, p qᵀ⟩⁴ ≤ 9 ‖g‖⁴ by Khintchine's inequality for p and for q, a sum over independently signed weights keeps that bound, and
+    the Cauchy-Schwarz inequality extends it to pairs. If many weights and directions share the gradient, the standard error is near
+    that of Gaussian directions, √(‖g_i‖² ‖g_k‖² + ⟨g_i, g_k⟩²) / √width. Width 900 thus gives each cosine to 0.1, and means over
+    pairs much better.
 
     Args:
-        model: computes each example by itself. It runs in eval mode and is left as it was; ``.grad`` is not touched.
-        losses: ``losses(model, *batch)`` gives the losses (n,) of n examples.
-        width: how many columns.
-        seed: of the signs. The same seed and parameters give the same signs, in any process: sketches of one seed go together.
-        parameters: names of those whose gradients are sketched; None for all trainable ones.
+        model: a model that processes each example independently. It runs in eval mode and is left unchanged; ``.grad`` is not
+            touched.
+        losses: ``losses(model, *batch)`` returns the losses (n,) of n examples.
+        width: the number of columns.
+        seed: the seed of the signs. The same seed and parameters give the same signs in any process, so sketches with the same seed
+            can be compared.
+        parameters: names of the parameters whose gradients are sketched; None means all trainable ones.
 
     Raises:
-        TypeError, ValueError: an argument is not of these; the message names it.
+        TypeError, ValueError: an argument is invalid; the message names it.
         NotImplementedError: the model's parameters are sharded.
     """
 
@@ -68,11 +71,11 @@ class Sketch:
             self._probe = _SketchProbe(model, width, seed)
 
     def __call__(self, *batch: Tensor) -> Tensor:
-        """(n, width) of a batch's n examples, float32, or float64 where the model is.
+        """Sketch a batch of n examples: (n, width) float32, or float64 if the model is float64.
 
         Raises:
-            TypeError, ValueError: the batch is none of tensors with n examples, or the losses are not (n,).
-            RuntimeError: a parameter's per-example gradients are not known; the message names it, and the reason.
+            TypeError, ValueError: the batch does not consist of tensors with n examples, or the losses are not (n,).
+            RuntimeError: a parameter's per-example gradients are unknown; the message names the parameter and the reason.
         """
         n, model = check_batch("batch", batch), self._probe.model
         with trainable_alone(model, self._parameters), eval_mode(model), torch.enable_grad():
@@ -86,9 +89,9 @@ class Sketch:
 
 
 class _SketchedParameter(ParameterProbe):
-    """Also projects what the uses leave."""
+    """A parameter probe that also projects the contributions of the uses."""
 
-    immediate = False  # what uses leave comes to `_finish`
+    immediate = False  # so that contributions reach `_finish`
     signs: Callable[[str, Tensor], tuple[Tensor, Tensor | None]]
     sketch: Tensor | None = None
 
@@ -104,7 +107,7 @@ class _SketchProbe(Probe):
 
     def __init__(self, model: nn.Module, width: int, seed: int) -> None:
         super().__init__(model, loss_reduction="sum")
-        self._structures.compiled = None  # compiled code leaves sums, not uses
+        self._structures.compiled = None  # compiled code stores sums instead of contributions
         self.width, self._seed = width, seed
         self._signs: dict[str, tuple[Tensor, Tensor | None]] = {}
         self.sketch: Tensor | None = None
@@ -128,7 +131,10 @@ class _SketchProbe(Probe):
         return report
 
     def signs(self, name: str, weight: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Of the rows (R, width) and of the columns (C, width) of a weight as a matrix; None where there is one column."""
+        """Return the signs of a weight's rows (R, width) and columns (C, width), as a matrix.
+
+        The latter is None if there is one column.
+        """
         if name not in self._signs:
             digest = hashlib.sha256(f"{self._seed}/{name}".encode()).digest()
             generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
@@ -140,12 +146,12 @@ class _SketchProbe(Probe):
 
 
 def as_matrix(shape: torch.Size) -> tuple[int, int]:
-    """The numbers of rows and of columns of a weight: one column of what has one dimension."""
+    """Return the numbers of rows and columns of a weight as a matrix. A weight with one dimension is one column."""
     return (shape[0], shape[1:].numel()) if len(shape) > 1 else (shape.numel(), 1)
 
 
 def project(contributions: Contributions, weight: Tensor, examples: int, rows: Tensor, columns: Tensor | None) -> Tensor:
-    """(E, width): p_jᵀ g_i q_j for each example and each of the columns p_j of ``rows`` and q_j of ``columns``."""
+    """Return p_jᵀ g_i q_j (E, width) for each example and for each of the columns p_j of ``rows`` and q_j of ``columns``."""
     base, total = contributions.base, rows.new_zeros(examples, rows.shape[1])
     rest = Contributions(base)
     for piece, uses in contributions.of_piece.items():
@@ -163,7 +169,7 @@ def project(contributions: Contributions, weight: Tensor, examples: int, rows: T
 
 
 def _place(piece: Piece, base: Piece) -> tuple[int, int] | None:
-    """The first row and the first column of a piece of a matrix that lies row by row; None where it is something else."""
+    """Return the first row and column of a piece of a row-major matrix; None if the piece or its base has another layout."""
     if len(base.size) != 2 or base.stride != (base.size[1], 1) or len(piece.size) != 2 or piece.stride != base.stride:
         return None
     r, c = divmod(piece.offset - base.offset, base.size[1])

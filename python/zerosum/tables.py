@@ -1,4 +1,4 @@
-"""Tables of words and numbers, and lists of sentences below them, for the terminal and for Markdown."""
+"""Formats tables of words and numbers, with lists of sentences below them, for the terminal and for Markdown."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from zerosum.terminal import shown
 
 LINE = 110
 
-Cells = Sequence[Sequence[str]]  # a head, then lines of as many cells
+Cells = Sequence[Sequence[str]]  # a header, then rows with the same number of cells
 Lists = Sequence[tuple[str, Sequence[str]]]  # a title and its sentences
 
 
 def text(cells: Cells, lists: Lists = (), left: int = 1) -> str:
-    """For the terminal: the first ``left`` columns to the left, the others to the right."""
+    """Format for the terminal. The first ``left`` columns are left-aligned, the others right-aligned."""
     cells = [[shown(cell) for cell in line] for line in cells]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     lines = ["  ".join([*map(str.ljust, line[:left], widths), *map(str.rjust, line[left:], widths[left:])]) for line in cells]

@@ -1,6 +1,6 @@
-"""Weights w_i of a step's examples, for the update Σ_i w_i g_i: clipping, and two ways out of conflicts between gradients.
+"""Computes weights w_i of a step's examples, for the update Σ_i w_i g_i: clipping, and two ways to resolve gradient conflicts.
 
-The weights come from a report, and the update from a second backward pass through the graph that the first one kept::
+The weights come from a report. The update comes from a second backward pass through the graph that the first pass kept::
 
     with probe:
         losses = per_example_loss(model(x), y)           # (N,)
@@ -8,7 +8,6 @@ The weights come from a report, and the update from a second backward pass throu
     w = zerosum.weights.clip(probe.report(), max_norm=1.0)
     model.zero_grad()
     (w * losses).mean().backward()                       # outside of the block
-
 """
 
 from __future__ import annotations
@@ -19,30 +18,30 @@ from torch import Tensor
 
 from zerosum.probe import Report
 
-# What a Gram's smallest eigenvalue may be below zero, as a part of its largest: float32 rounds to about 1e-6 of it.
+# How far below zero a Gram's smallest eigenvalue may be, relative to the largest one. Rounding in float32 gives about 1e-6.
 NEGATIVE = 1e-3
 
 
 def clip(report: Report, max_norm: float) -> Tensor:
-    """``(max_norm / report.sq_norm.sqrt()).clamp(max=1)``: the weights that clip each example's gradient to ``max_norm``.
+    """Compute the weights that clip each example's gradient to ``max_norm``: ``(max_norm / report.sq_norm.sqrt()).clamp(max=1)``.
 
-    The norm is over all trainable parameters together, and of the gradient of ℓ_i as the report has it: with
-    ``loss_reduction="auto"`` it does not depend on what the losses were divided by.
+    The norm is over all trainable parameters together. It is the norm of the gradient of ℓ_i as the report has it: with
+    ``loss_reduction="auto"`` it does not depend on the divisor of the losses.
 
     Args:
-        report: of a probe. Its gradients must be finite, and every parameter that a loss depends on must be covered.
+        report: a probe's report. Its gradients must be finite, and every parameter that a loss depends on must be covered.
         max_norm: c > 0.
 
     Returns:
         (N,) float64, in (0, 1]; 1 for an example whose gradient is zero.
 
     Raises:
-        ValueError: ``max_norm`` is not positive; or a norm is not known, since a parameter is not covered or a gradient is not
-            finite. The message has the parameter's name.
+        ValueError: ``max_norm`` is not positive; or a norm is unknown, because a parameter is not covered or a gradient is not
+            finite. The message names the parameter.
     """
     if not max_norm > 0:
         raise ValueError(f"max_norm: expected a positive number, got {max_norm!r}")
-    # (A parameter that no gradient reached has none, of any example.)
+    # (A parameter that no gradient reached has a zero gradient for every example.)
     missing = {name: reason for name, reason in report.coverage.not_covered.items() if name not in report.unreached}
     if missing or report.sq_norm is None:
         said = "; ".join(f"{name} ({reason})" for name, reason in missing.items()) or "there is no parameter"
@@ -54,19 +53,20 @@ def clip(report: Report, max_norm: float) -> Tensor:
 
 
 def mgda(gram: Tensor) -> Tensor:
-    """``argmin_w w @ gram @ w`` over w ≥ 0 with Σ w_i = 1: the weights of the shortest convex combination Σ_i w_i g_i.
+    """Compute ``argmin_w w @ gram @ w`` over w ≥ 0 with Σ w_i = 1: the weights of the shortest convex combination Σ_i w_i g_i.
 
-    The multiple-gradient descent algorithm (Désidéri, 2012). With G = Σ_i w_i g_i every ⟨g_i, G⟩ is at least ‖G‖², and equal to it
-    where w_i > 0: a small step along −G raises no example's loss, to first order. G is zero where no direction lowers all losses.
+    This is the multiple-gradient descent algorithm (Désidéri, 2012). With G = Σ_i w_i g_i, every ⟨g_i, G⟩ is at least ‖G‖², and
+    equal to it if w_i > 0: a small step along −G raises no example's loss, to first order. G is zero if no direction lowers all
+    losses.
 
-    It is solved exactly, as the nonnegative least-squares problem min ‖R x‖² + (1 − Σ x_i)² with RᵀR = gram, whose solution is a
-    multiple of w. Needs scipy. Waits for the device.
+    The problem is solved exactly, as the nonnegative least-squares problem min ‖R x‖² + (1 − Σ x_i)² with RᵀR = gram, whose
+    solution is a multiple of w. This needs scipy and waits for the device.
 
     Args:
         gram: (N, N) inner products of the examples' gradients, such as ``report.gram`` or one parameter's.
 
     Returns:
-        (N,) of the Gram's dtype and device.
+        (N,) with the Gram's dtype and device.
 
     Raises:
         TypeError, ValueError: ``gram`` is not such a matrix; the message says what it is.
@@ -79,13 +79,15 @@ def mgda(gram: Tensor) -> Tensor:
 
 
 def upgrad(gram: Tensor) -> Tensor:
-    """``(1/N) Σ_i argmin_v v @ gram @ v`` over v ≥ e_i: each g_i is projected onto the cone of directions that conflict with no
-    example, {d: ⟨g_k, d⟩ ≥ 0 for all k}, and the mean of the projections is Σ_i w_i g_i.
+    """Compute the weights of the mean of conflict-free projections: ``(1/N) Σ_i argmin_v v @ gram @ v`` over v ≥ e_i.
 
-    Unconflicting projection of gradients (Quinton and Rey, 2024). Where no two gradients conflict, all w_i are 1/N: the mean.
+    Each g_i is projected onto the cone of directions that conflict with no example, {d: ⟨g_k, d⟩ ≥ 0 for all k}. The mean of the
+    projections is Σ_i w_i g_i. This is the unconflicting projection of gradients (Quinton and Rey, 2024). If no two gradients
+    conflict, all w_i are 1/N, and the result is the mean.
 
     Each projection is solved exactly, as the nonnegative least-squares problem min ‖R z + R e_i‖² with RᵀR = gram and v = e_i + z.
-    N problems of N unknowns. Needs scipy. Waits for the device. Arguments, result and errors as :func:`mgda`.
+    There are N problems with N unknowns each. This needs scipy and waits for the device. Arguments, result and errors are those of
+    :func:`mgda`.
     """
     root = _root(gram)
     n = root.shape[1]
@@ -94,7 +96,10 @@ def upgrad(gram: Tensor) -> Tensor:
 
 
 def _root(gram: Tensor) -> np.ndarray:
-    """R with RᵀR = gram / mean of its diagonal, from its eigenvectors: what rounding made negative is zero."""
+    """Return R with RᵀR = gram / mean of its diagonal, from its eigenvectors.
+
+    Eigenvalues that rounding made negative become zero.
+    """
     if not isinstance(gram, Tensor):
         raise TypeError(f"gram: expected a torch.Tensor, got {type(gram).__name__}")
     if gram.ndim != 2 or gram.shape[0] != gram.shape[1] or not len(gram):
@@ -112,8 +117,8 @@ def _root(gram: Tensor) -> np.ndarray:
 
 
 def _nonnegative(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """argmin ‖a x − b‖ over x ≥ 0."""
-    # Here, not above: `import zerosum` must work without it.
+    """Return argmin ‖a x − b‖ over x ≥ 0."""
+    # Imported here, because `import zerosum` must work without scipy.
     from scipy.optimize import nnls
 
     x, _ = nnls(a, b, maxiter=100 * a.shape[1])

@@ -1,4 +1,4 @@
-"""The command line. Each module here is one command: its options in ``add``, what it does in ``run``."""
+"""The command line. Each module here is one command: ``add`` defines its options, and ``run`` executes it."""
 
 from __future__ import annotations
 
@@ -28,14 +28,15 @@ changes of their losses, cancel.
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs one command and returns the process's exit code: 0 done, 1 failed, 2 refused, 130 interrupted.
+    """Run one command and return the process's exit code: 0 done, 1 failed, 2 refused, 130 interrupted.
 
     Args:
-        arguments: the command and its options; those of the process if None, which is then to end with this call.
+        arguments: the command and its options. None means those of the process, which should then end after this call.
     """
     with handling(signal.SIGTERM, signal.SIG_DFL, terminate), shielded():
         try:
-            # Until torch is imported Ctrl-C leaves at once: as an exception it would end in the midst of a library's own import.
+            # Until torch is imported, Ctrl-C ends the process at once: an exception would end it in the middle of a library's
+            # import.
             with handling(signal.SIGINT, signal.default_int_handler, leave):
                 parser = _parser()
             try:
@@ -44,11 +45,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 if sys.stdout is not None:
                     sys.stdout.flush()
         except KeyboardInterrupt:
-            if arguments is None:  # a second Ctrl-C finds the process on its way out
+            if arguments is None:  # a second Ctrl-C finds the process already ending
                 signal.signal(signal.SIGINT, leave)
             print("\nInterrupted.", file=sys.stderr)
             return 130
-        except BrokenPipeError:  # whoever read the output has enough, as `| head`
+        except BrokenPipeError:  # the reader has closed the pipe, as `| head` does
             _forget_output()
             return 1
         except OSError as error:
@@ -68,12 +69,12 @@ def _run(parser: argparse.ArgumentParser, arguments: Sequence[str] | None) -> in
         raise
     except Refused as refusal:
         return refuse(options.command, str(refusal))
-    except OSError as error:  # a disk that fills up on the way
+    except OSError as error:  # for example, the disk filled up
         return failed(options.command, error)
 
 
 def _forget_output() -> None:
-    """What is left of the output would complain when Python ends."""
+    """Discard the rest of the output, which would cause an error message when Python ends."""
     if sys.stdout is not None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 

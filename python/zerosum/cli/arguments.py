@@ -1,4 +1,4 @@
-"""What the commands' options have in common."""
+"""Provides what the commands' options share."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from zerosum.terminal import shown
 
 
 class Parser(argparse.ArgumentParser):
-    """Says what is wrong with the arguments on one line, whatever they hold."""
+    """A parser that reports invalid arguments on one line, whatever they contain."""
 
     def error(self, message: str) -> NoReturn:
         super().error(shown(message))
@@ -24,7 +24,7 @@ class Parser(argparse.ArgumentParser):
 def add_command(
     commands: Any, name: str, run: Callable[[argparse.Namespace], int], help: str, description: str, epilog: str | None = None
 ) -> argparse.ArgumentParser:
-    """A command whose ``run`` returns the process's exit code; its texts are shown as they are written."""
+    """Add a command whose ``run`` returns the process's exit code. Its texts are shown as written."""
     plain = argparse.RawDescriptionHelpFormatter
     parser = commands.add_parser(name, help=help, description=description, epilog=epilog, formatter_class=plain)
     parser.set_defaults(run=run, command=name)
@@ -32,20 +32,20 @@ def add_command(
 
 
 def refuse(command: str, reason: str) -> int:
-    """Says why a command cannot run; its exit code."""
+    """Print why a command cannot run; return its exit code."""
     print(f"zerosum {command}: {shown(reason)}", file=sys.stderr)
     return 2
 
 
 def failed(command: str, error: OSError) -> int:
-    """Says what went wrong with which file on the way, such as a disk that fills up; the exit code."""
+    """Print which file caused which error, for example on a full disk; return the exit code."""
     said = ": ".join(str(part) for part in (error.filename, error.strerror) if part)
     print(f"zerosum {command}: {shown(said or error)}", file=sys.stderr)
     return 1
 
 
 def missing(*names: str) -> str:
-    """Which of these packages are not installed, and how to get them; empty where all are."""
+    """Say which of these packages are not installed, and how to install them; empty if none are missing."""
     absent = [name for name in names if importlib.util.find_spec(name) is None]
     return f"needs {' and '.join(absent)}: pip install 'zsl_kernels[demo]'" if absent else ""
 
@@ -83,7 +83,7 @@ def positive(text: str) -> float:
 
 
 def device(text: str) -> torch.device:
-    """A device that torch has here."""
+    """Parse a device that torch has on this machine."""
     try:
         found = torch.device(text)
     except RuntimeError:
@@ -106,12 +106,12 @@ def add_autocast(add: Callable[..., Any], what: str) -> None:
 
 
 def chosen(device: torch.device | None) -> torch.device:
-    """The device that was asked for, or a GPU, or the CPU."""
+    """Return the device that was requested, or else a GPU, or else the CPU."""
     return device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def memory(text: str) -> int:
-    """Bytes, as in 2GB, 500MB or 1.5GiB."""
+    """Parse a number of bytes, as in 2GB, 500MB or 1.5GiB."""
     found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmgt]?)(i?)b?", text.strip().lower())
     if found is None or not float(found[1]) or (found[3] and not found[2]):
         raise argparse.ArgumentTypeError(f"expected a size such as 2GB or 500MB, got {text!r}")
@@ -119,7 +119,7 @@ def memory(text: str) -> int:
 
 
 def span(text: str) -> tuple[int, int]:
-    """A:B, both included; either may be left out."""
+    """Parse A:B, both included; either may be omitted."""
     first, colon, last = text.partition(":")
     try:
         found = int(first or 0), int(last or 2**63 - 1)

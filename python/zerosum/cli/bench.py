@@ -1,4 +1,4 @@
-"""``zerosum bench``: says what the statistics cost on this machine, against other ways to them."""
+"""``zerosum bench``: measures what the statistics cost on this machine, compared with other ways to compute them."""
 
 from __future__ import annotations
 
@@ -128,7 +128,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _cases(options: argparse.Namespace, defaults: Defaults) -> list[Case[Any]]:
-    """A weight with four outputs for each input, and a step, for each batch and precision."""
+    """Return a case for a weight with four outputs for each input, and one for a step, for each batch and precision."""
     from zerosum.bench.cases import OpCase, StepCase
     from zerosum.training.model import GPTConfig
 
@@ -142,7 +142,7 @@ def _cases(options: argparse.Namespace, defaults: Defaults) -> list[Case[Any]]:
 
 
 def _unwritable(path: Path) -> str:
-    """Why, before minutes of work; empty where it can be written."""
+    """Say why a file cannot be written, so that the command fails early; empty if it can be written."""
     if path.is_dir():
         return "it is a directory"
     new = path.with_name(f"{path.name}.new")
@@ -156,7 +156,7 @@ def _unwritable(path: Path) -> str:
 
 @contextmanager
 def _progress(total: int) -> Iterator[Callable[[str], None]]:
-    """A bar that is told what comes next, where tqdm is installed and there is a terminal."""
+    """Show a progress bar if tqdm is installed and there is a terminal. The yielded function tells it what comes next."""
     if missing("tqdm"):
         yield lambda what: None
         return

@@ -72,7 +72,7 @@ def add(commands: Any) -> None:
 def run(options: argparse.Namespace) -> int:
     if absent := missing("matplotlib", "tqdm", *(["scipy"] if options.sizes * options.seeds > 1 else [])):
         return refuse("demo", absent)
-    # Here, not above: `zerosum doctor` must work without them.
+    # Imported here, because `zerosum doctor` must work without them.
     from zerosum.training.demo import demo
     from zerosum.training.loop import Settings
 

@@ -1,4 +1,4 @@
-"""``zerosum doctor``: says what works on this machine."""
+"""``zerosum doctor``: reports what works on this machine."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def run(options: argparse.Namespace) -> int:
     for name, command in (("matplotlib", "demo"), ("tqdm", "demo"), ("scipy", "fit")):
         found = importlib.util.find_spec(name) is not None
         print(f"  {name:<10} {'live' if found else f'not live: `zerosum {command}` needs it, pip install zsl_kernels[demo]'}")
-    # Not built is a choice; built and not loading is a fault.
+    # A missing extension is a choice; an extension that does not load is a fault.
     broken = info["cpu"] != "live" and not str(info["cpu"]).startswith("it was not built")
     print("\nChecked against the reference:")
     wrong = [impl for impl, there in _places(options.device) if info.get(impl, "live") == "live" and not _check(impl, there)]
@@ -40,7 +40,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _places(device: torch.device | None) -> list[tuple[str, str]]:
-    """The implementations that run on the device, or on any, and where to check each."""
+    """Return the implementations that run on the device (or on any device), and where to check each."""
     if device is None:
         return [("chunked", "cpu"), ("cpu", "cpu"), ("triton", "cuda"), ("cuda", "cuda")]
     own = {"cpu": ["cpu"], "cuda": ["triton", "cuda"]}.get(device.type, [])
@@ -48,7 +48,7 @@ def _places(device: torch.device | None) -> list[tuple[str, str]]:
 
 
 def _check(impl: str, device: str) -> bool:
-    """One call with every result, on odd sizes, against the specification in float64."""
+    """Compare one call, with every result and odd sizes, with the reference in float64."""
     generator = torch.Generator().manual_seed(0)
     a, b, u = (torch.randn(*shape, generator=generator) for shape in ((5, 33, 70), (5, 33, 45), (45, 70)))
     truth = zk.interference(a.double(), b.double(), direction=u.double(), gram=True, impl="reference")

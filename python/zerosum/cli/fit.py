@@ -95,10 +95,10 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _check_output(path: Path) -> None:
-    """Refuses to replace what no fit wrote: ``--json a.csv b.csv`` would be the end of a.csv.
+    """Refuse to replace a file that no fit wrote: ``--json a.csv b.csv`` would overwrite a.csv.
 
     Raises:
-        CurveError: it holds something else.
+        CurveError: the file holds something else.
     """
     try:
         content = parse(read_bytes(path))

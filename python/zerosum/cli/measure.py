@@ -110,7 +110,7 @@ def run(options: argparse.Namespace) -> int:
         return refuse("measure", absent)
     if options.sample and options.examples != "token":
         return refuse("measure", f"--sample: only --examples token samples, not --examples {options.examples}")
-    # Here, not above: `zerosum doctor` must work without them.
+    # Imported here, because `zerosum doctor` must work without them.
     from zerosum.records import RecordFile
     from zerosum.runs import RunError, check_record
 
@@ -138,7 +138,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 def prepare(options: argparse.Namespace) -> tuple[Measurement, list[Checkpoint]]:
-    """Finds the checkpoints, looks at the first one, and draws the data."""
+    """Find the checkpoints, inspect the first one, and draw the data."""
     from zerosum.checkpoints import Options, TransformersCheckpoint, find
     from zerosum.evaluation import tokenizer_in
     from zerosum.measurement import Measurement, Settings
@@ -167,7 +167,7 @@ def prepare(options: argparse.Namespace) -> tuple[Measurement, list[Checkpoint]]
 
 
 def draw(options: argparse.Namespace, loaded: Loaded, step: bool) -> tuple[Sample, Sample | None]:
-    """The evaluation set, and the batch of the step: from another file, or from the rest of the same one."""
+    """Draw the evaluation set and the step's batch, which comes from another file or from the rest of the same file."""
     from zerosum.evaluation import Sample, TokenData
     from zerosum.training.run import Refused
 
@@ -195,10 +195,10 @@ def draw(options: argparse.Namespace, loaded: Loaded, step: bool) -> tuple[Sampl
 
 
 def unmeasured(measurement: Measurement, selected: Sequence[Checkpoint], file: RecordFile) -> list[Checkpoint]:
-    """The checkpoints that the file has no line of yet.
+    """Return the checkpoints that have no record in the file yet.
 
     Raises:
-        Refused: it has lines of the run that were measured in another way.
+        Refused: the file has records of the run that were measured in another way.
     """
     from zerosum.training.run import Refused, differences
 
@@ -211,8 +211,8 @@ def unmeasured(measurement: Measurement, selected: Sequence[Checkpoint], file: R
         entry = {
             **entry,
             "settings": {"autocast": False} | (entry.get("settings") or {}),
-        }  # older files were measured without, and do not say so
-        # Of a step that is gone from the folder, the neighbours are not known.
+        }  # older files were measured without it, and do not record it
+        # If a step's checkpoint is no longer in the folder, its neighbors are unknown.
         like = measurement.identity(steps.get(entry["step"], selected[0]))
         own = set() if entry["step"] in steps else {"checkpoint", "interval"}
         there, here = ({k: v for k, v in _flat(x).items() if k in _flat(like) and k not in own} for x in (entry, like))
@@ -239,7 +239,7 @@ def introduce(measurement: Measurement, selected: Sequence[Checkpoint], waiting:
 
 
 def measure(measurement: Measurement, waiting: Sequence[Checkpoint], file: RecordFile) -> int:
-    """Measures and writes one checkpoint after another; returns the process's exit code."""
+    """Measure and write one checkpoint after another; return the process's exit code."""
     from tqdm import tqdm
 
     from zerosum.interrupt import Interrupt
@@ -263,14 +263,14 @@ def measure(measurement: Measurement, waiting: Sequence[Checkpoint], file: Recor
 
 
 def finish(records: list[Record], out: Path) -> None:
-    """Prints a table of what is in the file, and what to do with it."""
+    """Print a table of the file's records, and what the user can do with them."""
     if not records:
         return
     names = [name for name in COLUMNS if any(name in entry["metrics"] for entry in records)]
     records = sorted(records, key=lambda entry: entry["step"])
     rows = [["step", *names], *([str(entry["step"]), *(_cell(entry, name) for name in names)] for entry in records)]
     found = [(name, entry["metrics"].get(name)) for entry in records for name in names]
-    # Of the last step where the metric has a value.
+    # Take the last step at which the metric has a value.
     last: dict[str, dict[str, Any]] = {name: metric for name, metric in found if metric and metric.get("value") is not None}
     below = [["random signs", *(_number(last.get(name, {}).get("null"), "") for name in names)]]
     if any("error" in metric for metric in last.values()):
@@ -300,7 +300,7 @@ def _missing(entry: Record) -> bool:
 
 
 def _over(records: list[Record], names: Sequence[str]) -> str:
-    """What the columns are over."""
+    """Describe what the columns are over."""
     counts = {n for entry in records if (n := (entry["metrics"].get("D_grad") or {}).get("n"))}
     gradients = "D_grad and C are" if "C_g" in names else "D_grad is"
     over = f"{gradients} over {_counts(counts)} {records[-1]['examples']}s" if counts else "No gradient was covered"
@@ -329,7 +329,7 @@ def _counts(counts: set[int]) -> str:
 
 
 def _flat(x: dict[str, Any]) -> dict[str, Any]:
-    """With "a.b" for what is in a dictionary, so that a difference is named."""
+    """Flatten nested dictionaries to keys such as "a.b", so that a difference can be named."""
     flat: dict[str, Any] = {}
     for key, value in x.items():
         flat |= {f"{key}.{inner}": v for inner, v in value.items()} if isinstance(value, dict) else {key: value}

@@ -1,4 +1,4 @@
-"""``zerosum plot``: draws the paper's figures of one run or several."""
+"""``zerosum plot``: draws the paper's figures for one or several runs."""
 
 from __future__ import annotations
 
