@@ -243,7 +243,7 @@ class Measurement:
         }
 
     def _step_changes(self, loaded: Loaded, update: Update, losses: Tensor) -> tuple[Tensor, Metrics]:
-        """Return the changes of the evaluation set's losses by the step, with their metrics and those of the batch's own changes."""
+        """Return the changes of the evaluation set's losses by the step, and the metrics of these and of the batch's changes."""
         assert self.batch is not None
         after = {name: x + update[name] for name, x in loaded.weights().items()}
         held_out = _token_losses(loaded, self.evaluation, after)

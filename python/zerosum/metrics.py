@@ -284,13 +284,13 @@ def D_grad(g: Gradients) -> Metric:
 
 @gradient_metric(outside_embeddings=True)
 def touched(g: Gradients) -> Metric:
-    """Of D_grad's coordinates, those that some example's gradient touches."""
+    """The number of D_grad's coordinates that some example's gradient touches."""
     return Metric(g.sums.touched, g.n)
 
 
 @gradient_metric(outside_embeddings=True)
 def untouched(g: Gradients) -> Metric | None:
-    """Of D_grad's coordinates, those that no example touches: their D is 0/0."""
+    """The number of D_grad's coordinates that no example touches: their D is 0/0."""
     return None if g.size is None else Metric(g.size - g.sums.touched, g.n)
 
 

@@ -123,7 +123,7 @@ class Run:
         return bool(np.isfinite([c.values for c in self.curves(*metrics)]).all(0).any())
 
     def over(self, metric: str, runs: Sequence[Run] = ()) -> tuple[str, str, str]:
-        """Describe what the metric is over, in three texts: N examples of which set; whether they are a sample; and which update or
+        """Describe in three texts what the metric is over: N examples of which set, whether they are a sample, and which update or
         steps.
 
         A text is empty if there is nothing to say. ``runs`` are the runs that this one is compared with. Sets that differ but share
@@ -166,7 +166,7 @@ def read_runs(
     step: str | None = None,
     loss: str | None = None,
 ) -> tuple[list[Run], list[str]]:
-    """Read the runs of files and folders, sorted by size (as in "14M", "1.3B") and name. Also return remarks about the reading.
+    """Read the runs of files and folders. Return them sorted by size (as in "14M", "1.3B") and name, and remarks about the reading.
 
     Args:
         paths: each is a run's folder, a folder of such folders, a run's ``metrics.jsonl``, a file that ``zerosum measure`` wrote,

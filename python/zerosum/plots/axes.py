@@ -152,7 +152,7 @@ def value_axis(axes: Axes, values: np.ndarray, along: str = "y") -> None:
 
 
 def interference_axis(axes: Axes, values: np.ndarray, label: str) -> None:
-    """Put D along y, spaced by log(1 − D), so 0.9 to 0.99 is as far as 0.99 to 0.999.
+    """Put D along y, spaced by log(1 − D): the distance from 0.9 to 0.99 equals that from 0.99 to 0.999.
 
     The ticks show D. The axis cannot show D = 1.
     """
