@@ -129,8 +129,9 @@ def check(steps: np.ndarray, losses: np.ndarray, where: Callable[[int], str]) ->
 
 
 def thin(steps: np.ndarray) -> np.ndarray:
-    """Return the rows to fit: the first row at or after each step 10–99 by 1, 100s by 10, 1000s by 100 and above by 1000; and the
-    last row.
+    """Return the rows to fit: the first row at or after each step of a grid, and the last row.
+
+    The grid has the steps 10–99 by 1, the 100s by 10, the 1000s by 100, and all above by 1000.
     """
     marks = np.concatenate([np.arange(10**k, 10 ** (k + 1), 10 ** (k - 1)) for k in (1, 2, 3)])
     early = np.searchsorted(steps, marks)

@@ -123,11 +123,11 @@ class Run:
         return bool(np.isfinite([c.values for c in self.curves(*metrics)]).all(0).any())
 
     def over(self, metric: str, runs: Sequence[Run] = ()) -> tuple[str, str, str]:
-        """Describe in three texts what the metric is over: N examples of which set, whether they are a sample, and which update or
-        steps.
+        """Describe what the metric is over in three texts.
 
-        A text is empty if there is nothing to say. ``runs`` are the runs that this one is compared with. Sets that differ but share
-        a name and size are distinguished by their digests.
+        They are: N examples of which set; whether they are a sample; which update or steps. A text is empty if there is nothing to
+        say. ``runs`` are the runs that this one is compared with. Sets that differ but share a name and size are distinguished by
+        their digests.
         """
         setting = self.setting
         if setting is None:

@@ -23,8 +23,7 @@ _NOT_DECAYED = re.compile(r"bias|layernorm|rmsnorm|(?:^|\.)norm(?:$|\.)|_norm(?:
 
 
 def optimizer_update(loaded: Loaded, batch: Sample, clip: float, learning_rate: float | None = None) -> Update:
-    """Run ``optimizer.step()`` on the batch's mean token loss with the checkpoint's own state. Return the new weights minus the old
-    ones.
+    """Return what ``optimizer.step()`` on the batch's mean token loss adds to the weights, with the checkpoint's own state.
 
     The gradient is clipped to the norm ``clip``. The learning rate is the one in the state unless another is given. The model is
     left unchanged.

@@ -17,9 +17,7 @@ if TYPE_CHECKING:
 
 
 def loss(records: Sequence[Record]) -> Figure:
-    """Draw the training loss at every step, the held-out loss at every probe, and the two slopes that show whether the loss
-    decelerated.
-    """
+    """Draw the training loss at every step, the held-out loss at every probe, and the two slopes that reveal deceleration."""
     train, held_out = curve(records, "step", "train.loss"), curve(records, "probe", "held_out.loss")
     figure, ((axes,),) = panels(1, 1, width=7.4, height=4.8)
     axes.plot(

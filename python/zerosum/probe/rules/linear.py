@@ -184,8 +184,9 @@ def _backward(site: Site, grad: Tensor, saved: Sequence[Tensor], needs: Sequence
 
 
 def _plan(site: Site, of_product: tuple[Tensor, Tensor] | None, of_bias: Tensor | None) -> None:
-    """Tell a known call how its next backward pass runs without Python: on a device by the calls recorded here, on the CPU by the
-    direct kernel if that algorithm is chosen.
+    """Tell a known call how to run its next backward pass without Python.
+
+    On a device it runs the calls recorded here. On the CPU it runs the direct kernel, if that algorithm is chosen.
     """
     known, layout = site.known, site.layout
     if layout is None or not layout.plain or known.planned(N := layout.examples):

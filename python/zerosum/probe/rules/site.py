@@ -121,8 +121,7 @@ class Site:
         rows_of: Rows | None = None,
         alone: bool = True,
     ) -> tuple[Site, list[Tensor | None]]:
-        """Create the site of a call that covers a weight and optionally a bias. Also return the tensors that replace them in the
-        call.
+        """Create the site of a call that covers a weight and optionally a bias. Also return the call's replacement tensors.
 
         With ``alone=False`` the rule stores pieces of the weight, which the weight's gathering node puts together.
         """
@@ -177,8 +176,9 @@ class Site:
         return ref
 
     def plain(self, k: int = 0) -> bool:
-        """Whether autograd needs the k-th weight's gradient: the weight does not belong to the probe, or the gradient is to be
-        differentiated.
+        """Whether autograd needs the k-th weight's gradient.
+
+        It does if the weight does not belong to the probe, or if the gradient is to be differentiated.
         """
         return self.ref(k) is None or torch.is_grad_enabled()
 
