@@ -35,7 +35,7 @@ _Tokenizer = tuple[Callable[[str], list[int]], "int | None"]
 
 @dataclass(frozen=True)
 class Sample:
-    """N sequences: inputs ``x`` and targets ``y``, (N, T) int64, and their identification."""
+    """N sequences: inputs ``x`` and targets ``y``, (N, T) int64, and their name and digest."""
 
     name: str
     x: Tensor
