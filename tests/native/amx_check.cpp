@@ -27,18 +27,22 @@ struct Layout {
 using Pairs = uint32_t[16][16];
 using Sums = float[16][16];
 
+// A macro, since the instructions' names mean the loops below the header that defines these.
+#define MULTIPLY(layout, a, b, c) \
+  _tile_loadconfig(&(layout));    \
+  _tile_loadd(0, c, 64);          \
+  _tile_loadd(1, a, 64);          \
+  _tile_loadd(2, b, 64);          \
+  _tile_dpbf16ps(0, 1, 2);        \
+  _tile_stored(0, c, 64);         \
+  _tile_release()
+
 #if defined(__x86_64__)
 // The processor's: the names are not replaced yet.
 __attribute__((target("amx-tile,amx-bf16"))) void multiply_by_processor(const Layout& layout, const Pairs& a, const Pairs& b,
                                                                         Sums& c) {
   __asm__ volatile("" ::: "memory");  // the instructions' definitions do not say that they read memory
-  _tile_loadconfig(&layout);
-  _tile_loadd(0, c, 64);
-  _tile_loadd(1, a, 64);
-  _tile_loadd(2, b, 64);
-  _tile_dpbf16ps(0, 1, 2);
-  _tile_stored(0, c, 64);
-  _tile_release();
+  MULTIPLY(layout, a, b, c);
 }
 #else
 void multiply_by_processor(const Layout&, const Pairs&, const Pairs&, Sums&) {}
@@ -50,15 +54,7 @@ void multiply_by_processor(const Layout&, const Pairs&, const Pairs&, Sums&) {}
 
 namespace {
 
-void multiply_by_loops(const Layout& layout, const Pairs& a, const Pairs& b, Sums& c) {
-  _tile_loadconfig(&layout);
-  _tile_loadd(0, c, 64);
-  _tile_loadd(1, a, 64);
-  _tile_loadd(2, b, 64);
-  _tile_dpbf16ps(0, 1, 2);
-  _tile_stored(0, c, 64);
-  _tile_release();
-}
+void multiply_by_loops(const Layout& layout, const Pairs& a, const Pairs& b, Sums& c) { MULTIPLY(layout, a, b, c); }
 
 uint32_t bits_of(float x) {
   uint32_t bits;

@@ -14,11 +14,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from zerosum import cli
+from tests.zerosum.trained import demo_with_checkpoints
 from zerosum.checkpoints import Options, TransformersCheckpoint, find, next_token_losses, read, step_of
 from zerosum.evaluation import Sample
-from zerosum.training.data import Corpus
-from zerosum.training.loop import Settings, Trainer
+from zerosum.training.loop import Trainer
 from zerosum.training.model import GPT, GPTConfig, token_losses
 from zerosum.training.run import Refused, RunFolder
 from zerosum.updates import gradient_update, optimizer_update
@@ -359,16 +358,7 @@ def test_the_step_of_one_checkpoint_may_be_given(tmp_path: Path) -> None:
 @pytest.fixture(scope="module")
 def demo_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Trainer]:
     """A run that kept its checkpoints, in its folder."""
-    pytest.importorskip("matplotlib")
-    pytest.importorskip("tqdm")
-    folder = tmp_path_factory.mktemp("demo")
-    text = folder / "text.txt"
-    text.write_text("the quick brown fox jumps over the lazy dog. " * 60)
-    threads = torch.get_num_threads()
-    sizes = "--steps 12 --width 32 --layers 1 --sequences 4 --positions 16 --threads 1"
-    assert cli.main(["demo", "--text", str(text), "--out", str(folder / "run"), "--keep-checkpoints", *sizes.split()]) == 0
-    torch.set_num_threads(threads)
-    return folder / "run", Trainer(Settings(12, width=32, layers=1, sequences=4, positions=16), Corpus.read([text]))
+    return demo_with_checkpoints(tmp_path_factory.mktemp("demo"), 12)
 
 
 def test_the_demo_keeps_the_checkpoints_of_measured_steps(demo_run: tuple[Path, Trainer]) -> None:

@@ -11,11 +11,11 @@ import pytest
 import torch
 
 from tests.zerosum.test_training import trainer, weights
+from tests.zerosum.trained import demo_with_checkpoints
 from zerosum import cli
 from zerosum.checkpoints import find
 from zerosum.evaluation import Sample
-from zerosum.training.data import Corpus
-from zerosum.training.loop import Settings, Trainer
+from zerosum.training.loop import Trainer
 from zerosum.training.model import token_losses
 from zerosum.training.optimizers import OPTIMIZERS, Together, build, recipe
 from zerosum.updates import optimizer_update
@@ -128,18 +128,7 @@ def test_the_command_lists_the_names(capsys: pytest.CaptureFixture[str]) -> None
 
 @pytest.fixture(scope="module")
 def muon_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Trainer]:
-    pytest.importorskip("matplotlib")
-    pytest.importorskip("tqdm")
-    folder = tmp_path_factory.mktemp("muon")
-    text = folder / "text.txt"
-    text.write_text("the quick brown fox jumps over the lazy dog. " * 60)
-    threads = torch.get_num_threads()
-    sizes = "--steps 4 --width 32 --layers 1 --sequences 4 --positions 16 --threads 1"
-    words = f"--text {text} {sizes} --optimizer muon --keep-checkpoints"
-    assert cli.main(["demo", *words.split(), "--out", str(folder / "run")]) == 0
-    torch.set_num_threads(threads)
-    settings = Settings(4, width=32, layers=1, sequences=4, positions=16, optimizer="muon")
-    return folder / "run", Trainer(settings, Corpus.read([text]))
+    return demo_with_checkpoints(tmp_path_factory.mktemp("muon"), 4, "--optimizer", "muon", optimizer="muon")
 
 
 def test_the_configuration_says_what_trains_what(muon_run: tuple[Path, Trainer]) -> None:
