@@ -93,6 +93,35 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return seen
 
 
+def known_report() -> tuple[Block, Tensor, dict[str, Tensor], zerosum.Report]:
+    """A model, its input, a direction, and the report of a pass of which every use is known."""
+    model, x = setup()
+    direction = direction_for(model)
+    probe = zerosum.Probe(model, direction=direction)
+    for _ in range(PASSES):
+        report = step(probe, model, x)
+    return model, x, direction, report
+
+
+def test_sums_over_coordinates_of_known_uses() -> None:
+    """They are computed before anybody reads the sums that they are of."""
+    model, x, direction, report = known_report()
+    truth = per_example_gradients(losses_of(model(x)), model, trainable(model))
+    for name, g in truth.items():
+        expected = zk.coordinate_sums(g.sum(0), g.abs().sum(0), g.square().sum(0), direction=direction[name])
+        assert report[name].coordinates == pytest.approx(expected, rel=1e-9), name
+
+
+def test_a_known_gradient_that_was_written_to_is_not_read() -> None:
+    model, *_, report = known_report()
+    for p in model.parameters():
+        if p.grad is not None:
+            p.grad.mul_(2)
+    for name in report:
+        with pytest.raises(RuntimeError, match="modified in place after the probe"):
+            _ = report[name].grad_sum
+
+
 @pytest.mark.parametrize("gram", [False, True])
 def test_a_known_pass_runs_without_python(calls: list[str], gram: bool) -> None:
     model, x = setup()
